@@ -1,0 +1,9 @@
+"""Kernels for diffusion training as multi-task learning: Denoising Task Routing and gradient surgery."""
+
+from dtr_kernels import nn, ops, reference
+from dtr_kernels.plotting import plot_routing
+from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting, RandomRouting
+
+__version__ = "0.1.0"
+
+__all__ = ["ChannelWindow", "DenoisingTaskRouting", "RandomRouting", "nn", "ops", "plot_routing", "reference"]

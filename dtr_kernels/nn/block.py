@@ -1,0 +1,149 @@
+"""The routed DiT block, written once for our own module and for swapped blocks of other models."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtr_kernels import ops, reference
+from dtr_kernels.routing import ChannelWindow
+
+__all__ = ["RoutedDiTBlock", "Stream", "advance", "check_scope"]
+
+
+class Stream(NamedTuple):
+    """The residual stream between blocks, x + gate * branch, with the sum left to whoever reads it next.
+
+    A block ends with a gated residual and the next begins with a norm of the sum; leaving the sum open lets one kernel do
+    both. ``branch`` and ``gate`` are None when nothing is pending.
+    """
+
+    x: Tensor
+    branch: Tensor | None = None
+    gate: Tensor | None = None
+
+    def sum(self) -> Tensor:
+        """The residual stream as one tensor [B, N, C]."""
+        if self.branch is None or self.gate is None:
+            return self.x
+        return ops.gated_residual(self.x, self.branch, self.gate)
+
+
+def check_scope(scope: str) -> None:
+    """Raises ValueError unless scope is "block" or "branch"."""
+    if scope not in reference.SCOPES:
+        raise ValueError(f"scope must be one of {', '.join(map(repr, reference.SCOPES))}, got {scope!r}")
+
+
+def _attend(attn: Any, qkv: Tensor) -> Tensor:
+    """Self-attention and its output projection on views of qkv [B, N, 3C], without a copy."""
+    B, N, _ = qkv.shape
+    q, k, v = qkv.view(B, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    if hasattr(attn, "q_norm"):  # timm's optional query and key norms; Identity unless asked for
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    out = F.scaled_dot_product_attention(q, k, v)
+    return attn.proj(out.transpose(1, 2).reshape(B, N, -1))
+
+
+def advance(block: Any, stream: Stream, c: Tensor, window: ChannelWindow | None, scope: str) -> Stream:
+    """One routed DiT block (DTR paper, equation 6), its last gated residual left pending in the returned stream.
+
+    Args:
+        block: any module with the attributes of facebookresearch/DiT's block: norm1, attn.qkv, attn.proj, attn.num_heads,
+            norm2, mlp.fc1, mlp.fc2, adaLN_modulation.
+        stream: the residual stream, its tensors [B, N, C].
+        c: conditioning [B, C].
+        window: active channels of each sample; None runs the unrouted block.
+        scope: "block" or "branch".
+    """
+    s1, k1, g1, s2, k2, g2 = block.adaLN_modulation(c).chunk(6, dim=1)
+    attn, mlp = block.attn, block.mlp
+    x, qkv = ops.routed_linear(
+        stream.x, s1, k1, attn.qkv.weight, attn.qkv.bias, window, stream.branch, stream.gate, eps=block.norm1.eps
+    )
+    x, hidden = ops.routed_mlp(
+        x,
+        s2,
+        k2,
+        mlp.fc1.weight,
+        mlp.fc1.bias,
+        mlp.fc2.weight,
+        mlp.fc2.bias,
+        window,
+        branch=_attend(attn, qkv),
+        gate=g1,
+        # Scope "block" masks the stream that entered the block; what attention added is seen on every channel.
+        keep_branch=scope == "block",
+        eps=block.norm2.eps,
+    )
+    return Stream(x, hidden, g2)
+
+
+class Attention(nn.Module):
+    """Parameters of multi-head self-attention, named as in timm."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"hidden_size must be divisible by num_heads, got {dim} and {num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+
+class Mlp(nn.Module):
+    """Parameters of a two-layer perceptron, named as in timm."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+
+class RoutedDiTBlock(nn.Module):
+    """A DiT block (adaLN-Zero) that computes only the active channels of each sample.
+
+    state_dict keys are those of facebookresearch/DiT's block.
+
+    Args:
+        hidden_size: number of channels C.
+        num_heads: attention heads; must divide C.
+        mlp_ratio: hidden width of the MLP over C.
+        scope: "block" (the DTR paper): the whole residual block is routed; the attention skips deactivated channels, and the
+            MLP sees what attention wrote on every channel. "branch": attention and MLP both skip.
+
+    Raises:
+        ValueError: if scope is unknown or num_heads does not divide hidden_size.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, scope: str = "block") -> None:
+        super().__init__()
+        check_scope(scope)
+        self.scope = scope
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor, window: ChannelWindow | Tensor | None = None) -> Tensor:
+        """Runs the block.
+
+        Args:
+            x: residual stream [B, N, C], floating point.
+            c: conditioning [B, C].
+            window: ``DenoisingTaskRouting.window(t, C)``; or a bool mask [B, C], which runs the plain PyTorch path (random
+                routing); or None, the unrouted block.
+
+        Returns:
+            [B, N, C] in x's dtype.
+
+        Raises:
+            ValueError: if shapes, devices or the window do not fit x.
+            TypeError: if x is not floating point.
+        """
+        if isinstance(window, Tensor):
+            return reference.dit_block(self, x, c, window, self.scope)
+        return advance(self, Stream(x), c, window, self.scope).sum()

@@ -1,0 +1,152 @@
+"""The oracle: Denoising Task Routing in plain PyTorch, written to be read next to the paper.
+
+Nothing here is fast and nothing is clever: masks are multiplied, norms run over all channels, autograd does the
+backward pass. Every kernel, test and benchmark of this package is compared with these functions.
+
+Notation: x [B, N, C] tokens, c [B, C] conditioning, mask [B, C] (1 = active; None = unrouted); shift, scale and gate
+[B, C] are broadcast over tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SCOPES = ("block", "branch")
+
+
+def routing_mask(t: Tensor, channels: int, num_timesteps: int = 1000, alpha: float = 4.0, beta: float = 0.8) -> Tensor:
+    """DTR's mask [B, C] for integer timesteps t [B], one sample after the other (section 4.2)."""
+    width = int(beta * channels)
+    mask = torch.zeros(len(t), channels, device=t.device)
+    for b, timestep in enumerate(t.tolist()):
+        time = timestep / (num_timesteps - 1) if num_timesteps > 1 else 0.0
+        start = round(time**alpha * (channels - width))  # Python rounds half to even, as numpy does
+        mask[b, start : start + width] = 1
+    return mask
+
+
+def modulate(z: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN modulation: z * (1 + scale) + shift."""
+    return z * (1 + scale[:, None]) + shift[:, None]
+
+
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x with deactivated channels set to zero."""
+    return x if mask is None else x * mask[:, None].to(x.dtype)
+
+
+def layer_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """LayerNorm over all C channels, deactivated zeros included, without affine parameters."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def routed_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    mask: Tensor | None,
+    keep_branch: bool = False,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Residual + gate, mask, norm and modulation between two linear layers.
+
+    Returns the new residual stream x + gate * branch and the input of the next linear layer, both [B, N, C]. With
+    ``keep_branch`` the mask acts on x alone and gate * branch passes on every channel: the second norm of scope "block".
+    """
+    if branch is None or gate is None:
+        return x, modulate(layer_norm(masked(x, mask), eps), shift, scale)
+    update = gate[:, None] * branch
+    stream = x + update
+    seen = masked(x, mask) + update if keep_branch else masked(stream, mask)
+    return stream, modulate(layer_norm(seen, eps), shift, scale)
+
+
+def routed_linear(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """The new residual stream, and Linear(modulate(LN(mask * stream)))."""
+    stream, u = routed_norm(x, branch, gate, shift, scale, mask, eps=eps)
+    return stream, F.linear(u, weight, bias)
+
+
+def routed_mlp(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    mask: Tensor | None,
+    keep_branch: bool = False,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """The new residual stream, and fc2(GELU(fc1(modulate(LN(...))))) with the tanh form of GELU."""
+    stream, u = routed_norm(x, branch, gate, shift, scale, mask, keep_branch, eps)
+    hidden = F.gelu(F.linear(u, fc1_weight, fc1_bias), approximate="tanh")
+    return stream, F.linear(hidden, fc2_weight, fc2_bias)
+
+
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * branch."""
+    return x + gate[:, None] * branch
+
+
+def attention(u: Tensor, qkv: torch.nn.Linear, proj: torch.nn.Linear, num_heads: int) -> Tensor:
+    """Multi-head self-attention of tokens u [B, N, C]."""
+    B, N, C = u.shape
+    q, k, v = qkv(u).reshape(B, N, 3, num_heads, C // num_heads).permute(2, 0, 3, 1, 4)
+    return proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C))
+
+
+def mlp(u: Tensor, fc1: torch.nn.Linear, fc2: torch.nn.Linear) -> Tensor:
+    """fc2(GELU(fc1(u))), GELU in its tanh form."""
+    return fc2(F.gelu(fc1(u), approximate="tanh"))
+
+
+def dit_block(block: Any, x: Tensor, c: Tensor, mask: Tensor | None = None, scope: str = "block") -> Tensor:
+    """One DiT block under a routing mask.
+
+    Args:
+        block: any module with the attributes of facebookresearch/DiT's block: ``attn.qkv``, ``attn.proj``,
+            ``attn.num_heads``, ``mlp.fc1``, ``mlp.fc2``, ``adaLN_modulation``, and ``norm1.eps``, ``norm2.eps``.
+        x: [B, N, C].
+        c: [B, C].
+        mask: [B, C], 1 where active; None is the unrouted block.
+        scope: "block" routes the whole residual block, as the paper does; "branch" masks what attention and MLP each see.
+
+    Returns:
+        [B, N, C].
+    """
+    s1, k1, g1, s2, k2, g2 = (m for m in block.adaLN_modulation(c).chunk(6, dim=1))
+    eps1, eps2 = block.norm1.eps, block.norm2.eps
+
+    def attend(z: Tensor) -> Tensor:
+        return attention(modulate(layer_norm(z, eps1), s1, k1), block.attn.qkv, block.attn.proj, block.attn.num_heads)
+
+    def transform(z: Tensor) -> Tensor:
+        return mlp(modulate(layer_norm(z, eps2), s2, k2), block.mlp.fc1, block.mlp.fc2)
+
+    if scope == "branch":
+        x = x + g1[:, None] * attend(masked(x, mask))
+        return x + g2[:, None] * transform(masked(x, mask))
+    routed = masked(x, mask)
+    routed = routed + g1[:, None] * attend(routed)
+    routed = routed + g2[:, None] * transform(routed)
+    return routed if mask is None else routed + x * (1 - mask[:, None].to(x.dtype))
