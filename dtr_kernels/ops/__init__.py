@@ -1,31 +1,11 @@
-from dtr_kernels import reference
+"""The fused ops, registered with torch.library as ``torch.ops.dtr_kernels.*``.
 
+``routed_linear``, ``routed_mlp`` and ``gated_residual`` are the three steps of a routed DiT block around PyTorch's own
+attention. They are built from ``gated_norm`` and ``window_linear``, whose files hold the kernels.
+"""
 
-def _mask(w):
-    return None if w is None else w.mask()
+from dtr_kernels.ops.gated_residual import gated_residual
+from dtr_kernels.ops.routed_linear import routed_linear
+from dtr_kernels.ops.routed_mlp import routed_mlp
 
-
-def routed_linear(x, shift, scale, weight, bias, window=None, branch=None, gate=None, eps=1e-6):
-    return reference.routed_linear(x, branch, gate, shift, scale, weight, bias, _mask(window), eps)
-
-
-def routed_mlp(
-    x,
-    shift,
-    scale,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
-    window=None,
-    branch=None,
-    gate=None,
-    keep_branch=False,
-    eps=1e-6,
-):
-    return reference.routed_mlp(
-        x, branch, gate, shift, scale, fc1_weight, fc1_bias, fc2_weight, fc2_bias, _mask(window), keep_branch, eps
-    )
-
-
-gated_residual = reference.gated_residual
+__all__ = ["gated_residual", "routed_linear", "routed_mlp"]

@@ -1,0 +1,95 @@
+// The CPU kernels: element-wise passes over token rows, between the GEMMs that PyTorch runs.
+//
+// Plain C interface: pointers, sizes and dtypes, no libtorch. Every row is widened to the compute type (float, or
+// double for fp64 input) in a buffer that stays in L1, so one source serves every combination of dtypes. Sums over
+// tokens are left as one partial sum per chunk of tokens, in a fixed order that does not depend on the thread count.
+#pragma once
+#include <cstdint>
+
+namespace dtr {
+
+enum class Type : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+
+// A tensor whose rows of the last dimension are contiguous; stride counts elements between rows.
+struct Rows {
+    void* data = nullptr;  // null where the argument is absent
+    Type type = Type::f32;
+    int64_t stride = 0;
+};
+
+struct Shape {
+    int64_t B, N, C;
+    const int32_t* start;  // [B], null when unrouted
+    int64_t width;
+    int64_t chunk;  // tokens per partial sum
+};
+
+// Token tensors [B, N, *] first, then vectors [B, *] in the compute type.
+struct NormForward {
+    Shape shape;
+    Rows x, branch, stream, u;
+    Rows gate, shift, scale, mean, rstd;
+    double eps;
+    bool keep_branch;
+    Type stream_type;  // what the sum is rounded to, also where it is not written
+};
+
+struct NormBackward {
+    Shape shape;
+    Rows du, dstream, x, branch, dx, dbranch;
+    Rows gate, scale, mean, rstd, inactive;
+    Rows sums;  // [2 or 3 (with a branch), B, chunks, C]: shift, scale, gate
+    bool keep_branch, x_is_stream;
+};
+
+// dense[b, n, :] = u at the window, shift - mean_rstd * factor elsewhere.
+struct Expand {
+    Shape shape;
+    Rows u, dense;
+    Rows mean_rstd, factor, shift;
+};
+
+// The gradient of Expand: du = ddense at the window; inactive[b, n] = sum of ddense * factor elsewhere, and sums
+// [2, B, chunks, C] of ddense and -mean_rstd * ddense elsewhere.
+struct Split {
+    Shape shape;
+    Rows ddense, du;
+    Rows mean_rstd, factor, inactive, sums;
+};
+
+struct ResidualForward {
+    Shape shape;
+    Rows x, branch, out;
+    Rows gate;
+};
+
+struct ResidualBackward {
+    Shape shape;
+    Rows dout, branch, dbranch;
+    Rows gate, sums;  // sums [B, chunks, C]
+};
+
+// Contiguous tensors of `size` elements; dact and dpre are null in the forward pass.
+struct Gelu {
+    int64_t size;
+    Rows pre, act, dact, dpre;
+};
+
+struct Kernels {
+    const char* isa;
+    void (*norm_forward)(const NormForward&);
+    void (*norm_backward)(const NormBackward&);
+    void (*expand)(const Expand&);
+    void (*split)(const Split&);
+    void (*residual_forward)(const ResidualForward&);
+    void (*residual_backward)(const ResidualBackward&);
+    void (*gelu)(const Gelu&);
+};
+
+extern const Kernels baseline_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+
+}  // namespace dtr

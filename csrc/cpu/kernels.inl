@@ -1,0 +1,393 @@
+// The kernels of kernels.h, compiled once per instruction set: the including file defines DTR_ISA and the target.
+
+namespace dtr {
+namespace {
+
+// Independent partial sums, so that the compiler may use vector registers without reordering additions.
+constexpr int64_t kLanes = 32;
+
+inline float from_bf16(uint16_t bits) {
+    uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+inline uint16_t to_bf16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+    return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+}
+
+inline int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
+
+inline char* at(const Rows& rows, int64_t row, int64_t column = 0) {
+    return static_cast<char*>(rows.data) + (row * rows.stride + column) * size_of(rows.type);
+}
+
+template <class T>
+const T* vector_at(const Rows& rows, int64_t row) {
+    return static_cast<const T*>(rows.data) + row * rows.stride;
+}
+
+template <class T>
+void load(const void* source, Type type, int64_t n, T* __restrict out) {
+    switch (type) {
+        case Type::f32: { auto p = static_cast<const float*>(source); for (int64_t i = 0; i < n; ++i) out[i] = p[i]; break; }
+        case Type::f64: { auto p = static_cast<const double*>(source); for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(p[i]); break; }
+        case Type::bf16: { auto p = static_cast<const uint16_t*>(source); for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(p[i]); break; }
+        case Type::f16: { auto p = static_cast<const _Float16*>(source); for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(p[i]); break; }
+    }
+}
+
+template <class T>
+void store(const T* __restrict row, int64_t n, Type type, void* target) {
+    switch (type) {
+        case Type::f32: { auto p = static_cast<float*>(target); for (int64_t i = 0; i < n; ++i) p[i] = static_cast<float>(row[i]); break; }
+        case Type::f64: { auto p = static_cast<double*>(target); for (int64_t i = 0; i < n; ++i) p[i] = row[i]; break; }
+        case Type::bf16: { auto p = static_cast<uint16_t*>(target); for (int64_t i = 0; i < n; ++i) p[i] = to_bf16(static_cast<float>(row[i])); break; }
+        case Type::f16: { auto p = static_cast<_Float16*>(target); for (int64_t i = 0; i < n; ++i) p[i] = static_cast<_Float16>(static_cast<float>(row[i])); break; }
+    }
+}
+
+template <class T>
+void load_row(const Rows& rows, int64_t row, int64_t column, int64_t n, T* out) {
+    load(at(rows, row, column), rows.type, n, out);
+}
+
+template <class T>
+void store_row(const T* row, const Rows& rows, int64_t index, int64_t n) {
+    store(row, n, rows.type, at(rows, index));
+}
+
+// Rounds a row to what a 16-bit tensor would hold.
+template <class T>
+void round_row(T* row, int64_t n, Type type) {
+    if (type == Type::bf16)
+        for (int64_t i = 0; i < n; ++i) row[i] = from_bf16(to_bf16(static_cast<float>(row[i])));
+    if (type == Type::f16)
+        for (int64_t i = 0; i < n; ++i) row[i] = static_cast<float>(static_cast<_Float16>(static_cast<float>(row[i])));
+}
+
+// sum of f(i) for i in 0..n-1
+template <class T, class F>
+T sum(int64_t n, F f) {
+    T lanes[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+        for (int64_t j = 0; j < kLanes; ++j) lanes[j] += f(i + j);
+    for (int64_t j = 0; i < n; ++i, ++j) lanes[j] += f(i);
+    for (int64_t half = kLanes / 2; half > 0; half /= 2)
+        for (int64_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+    return lanes[0];
+}
+
+// The channels [lo, hi) of a sample's window.
+struct Window {
+    int64_t lo, hi;
+    Window(const Shape& s, int64_t b) : lo(s.start ? s.start[b] : 0), hi(s.start ? lo + s.width : s.C) {}
+};
+
+template <class T>
+void norm_forward(const NormForward& a) {
+    const Shape& s = a.shape;
+    const bool compact = s.start && !a.keep_branch;
+#pragma omp parallel
+    {
+        std::vector<T> row(s.C), update(s.C);
+        T *v = row.data(), *w = update.data();
+#pragma omp for schedule(static)
+        for (int64_t token = 0; token < s.B * s.N; ++token) {
+            const int64_t b = token / s.N;
+            const Window window(s, b);
+            int64_t lo = window.lo, hi = window.hi;
+            if (a.branch.data) {
+                const T* gate = vector_at<T>(a.gate, b);
+                load_row(a.x, token, 0, s.C, v);
+                load_row(a.branch, token, 0, s.C, w);
+                for (int64_t c = 0; c < s.C; ++c) w[c] *= gate[c];
+                if (a.keep_branch) {
+                    if (a.stream.data) {
+                        for (int64_t c = 0; c < s.C; ++c) v[c] += w[c];
+                        store_row(v, a.stream, token, s.C);
+                        load_row(a.x, token, 0, s.C, v);
+                    }
+                    for (int64_t c = lo; c < hi; ++c) w[c] += v[c];
+                    std::swap(v, w);
+                    lo = 0, hi = s.C;
+                } else {
+                    for (int64_t c = 0; c < s.C; ++c) v[c] += w[c];
+                    if (a.stream.data) store_row(v, a.stream, token, s.C);
+                    round_row(v, s.C, a.stream_type);
+                }
+            } else {
+                load_row(a.x, token, lo, hi - lo, v + lo);
+            }
+            const T* z = v + lo;
+            const int64_t n = hi - lo;
+            const T mean = sum<T>(n, [=](int64_t i) { return z[i]; }) / s.C;
+            T squares = sum<T>(n, [=](int64_t i) { return (z[i] - mean) * (z[i] - mean); });
+            squares += static_cast<T>(s.C - n) * mean * mean;
+            const T rstd = 1 / std::sqrt(squares / s.C + static_cast<T>(a.eps));
+            const T *shift = vector_at<T>(a.shift, b) + lo, *scale = vector_at<T>(a.scale, b) + lo;
+            T* u = v + lo;
+            for (int64_t i = 0; i < n; ++i) u[i] = (u[i] - mean) * rstd * (1 + scale[i]) + shift[i];
+            store(u, n, a.u.type, at(a.u, token, compact ? 0 : lo));
+            static_cast<T*>(a.mean.data)[token] = mean;
+            static_cast<T*>(a.rstd.data)[token] = rstd;
+        }
+    }
+}
+
+template <class T>
+void norm_backward(const NormBackward& a) {
+    const Shape& s = a.shape;
+    const bool compact = s.start && !a.keep_branch;
+    const int64_t chunks = (s.N + s.chunk - 1) / s.chunk;
+    T* sums = static_cast<T*>(a.sums.data);
+#pragma omp parallel
+    {
+        std::vector<T> buffer(8 * s.C);
+        T *v = buffer.data(), *branch = v + s.C, *g = branch + s.C, *d = g + s.C, *out = d + s.C;
+        T *shift_sum = out + s.C, *scale_sum = shift_sum + s.C, *gate_sum = scale_sum + s.C;
+#pragma omp for schedule(static)
+        for (int64_t unit = 0; unit < s.B * chunks; ++unit) {
+            const int64_t b = unit / chunks, first = (unit % chunks) * s.chunk;
+            const Window window(s, b);
+            const int64_t lo = a.keep_branch ? 0 : window.lo, hi = a.keep_branch ? s.C : window.hi, n = hi - lo;
+            const T* gate = a.branch.data ? vector_at<T>(a.gate, b) : nullptr;
+            const T* scale = vector_at<T>(a.scale, b);
+            std::fill(shift_sum, gate_sum + s.C, T(0));
+            for (int64_t token = b * s.N + first; token < b * s.N + std::min(first + s.chunk, s.N); ++token) {
+                const T mean = static_cast<const T*>(a.mean.data)[token];
+                const T rstd = static_cast<const T*>(a.rstd.data)[token];
+                load_row(a.x, token, lo, n, v + lo);
+                if (a.branch.data) {
+                    load_row(a.branch, token, 0, s.C, branch);
+                    if (a.keep_branch) {
+                        std::fill(v, v + window.lo, T(0));
+                        std::fill(v + window.hi, v + s.C, T(0));
+                    }
+                    if (!a.x_is_stream)
+                        for (int64_t c = lo; c < hi; ++c) v[c] += gate[c] * branch[c];
+                    if (!a.x_is_stream && !a.keep_branch) round_row(v + lo, n, a.x.type);
+                }
+                load_row(a.du, token, compact ? 0 : lo, n, g + lo);
+                for (int64_t c = lo; c < hi; ++c) {
+                    v[c] = (v[c] - mean) * rstd;
+                    shift_sum[c] += g[c];
+                    scale_sum[c] += g[c] * v[c];
+                    g[c] *= 1 + scale[c];
+                }
+                const T *z = v + lo, *dz = g + lo;
+                T total = sum<T>(n, [=](int64_t i) { return dz[i]; });
+                T along = sum<T>(n, [=](int64_t i) { return dz[i] * z[i]; });
+                if (compact) {
+                    const T inactive = static_cast<const T*>(a.inactive.data)[token];
+                    total += inactive;
+                    along -= mean * rstd * inactive;
+                }
+                total /= s.C, along /= s.C;
+                for (int64_t c = lo; c < hi; ++c) g[c] = rstd * (g[c] - total - v[c] * along);
+                if (a.dstream.data) load_row(a.dstream, token, 0, s.C, d);
+                else std::fill(d, d + s.C, T(0));
+                std::copy(d, d + s.C, out);
+                for (int64_t c = window.lo; c < window.hi; ++c) out[c] += g[c];
+                store_row(out, a.dx, token, s.C);
+                if (a.branch.data) {
+                    for (int64_t c = lo; c < hi; ++c) d[c] += g[c];
+                    for (int64_t c = 0; c < s.C; ++c) {
+                        gate_sum[c] += d[c] * branch[c];
+                        d[c] *= gate[c];
+                    }
+                    store_row(d, a.dbranch, token, s.C);
+                }
+            }
+            const int64_t plane = s.B * chunks * s.C;
+            std::copy(shift_sum, shift_sum + s.C, sums + unit * s.C);
+            std::copy(scale_sum, scale_sum + s.C, sums + plane + unit * s.C);
+            if (a.branch.data) std::copy(gate_sum, gate_sum + s.C, sums + 2 * plane + unit * s.C);
+        }
+    }
+}
+
+template <class T>
+void expand(const Expand& a) {
+    const Shape& s = a.shape;
+#pragma omp parallel
+    {
+        std::vector<T> row(s.C);
+        T* v = row.data();
+#pragma omp for schedule(static)
+        for (int64_t token = 0; token < s.B * s.N; ++token) {
+            const int64_t b = token / s.N;
+            const Window window(s, b);
+            const T mean_rstd = static_cast<const T*>(a.mean_rstd.data)[token];
+            const T *factor = vector_at<T>(a.factor, b), *shift = vector_at<T>(a.shift, b);
+            for (int64_t c = 0; c < s.C; ++c) v[c] = shift[c] - mean_rstd * factor[c];
+            load_row(a.u, token, 0, s.width, v + window.lo);
+            store_row(v, a.dense, token, s.C);
+        }
+    }
+}
+
+template <class T>
+void split(const Split& a) {
+    const Shape& s = a.shape;
+    const int64_t chunks = (s.N + s.chunk - 1) / s.chunk;
+    T* sums = static_cast<T*>(a.sums.data);
+#pragma omp parallel
+    {
+        std::vector<T> buffer(3 * s.C);
+        T *g = buffer.data(), *shift_sum = g + s.C, *scale_sum = shift_sum + s.C;
+#pragma omp for schedule(static)
+        for (int64_t unit = 0; unit < s.B * chunks; ++unit) {
+            const int64_t b = unit / chunks, first = (unit % chunks) * s.chunk;
+            const Window window(s, b);
+            const T* factor = vector_at<T>(a.factor, b);
+            std::fill(shift_sum, shift_sum + 2 * s.C, T(0));
+            for (int64_t token = b * s.N + first; token < b * s.N + std::min(first + s.chunk, s.N); ++token) {
+                const T mean_rstd = static_cast<const T*>(a.mean_rstd.data)[token];
+                load_row(a.ddense, token, 0, s.C, g);
+                store_row(g + window.lo, a.du, token, s.width);
+                std::fill(g + window.lo, g + window.hi, T(0));
+                for (int64_t c = 0; c < s.C; ++c) {
+                    shift_sum[c] += g[c];
+                    scale_sum[c] -= mean_rstd * g[c];
+                }
+                const T* dz = g;
+                static_cast<T*>(a.inactive.data)[token] = sum<T>(s.C, [=](int64_t c) { return dz[c] * factor[c]; });
+            }
+            std::copy(shift_sum, shift_sum + s.C, sums + unit * s.C);
+            std::copy(scale_sum, scale_sum + s.C, sums + (s.B * chunks + unit) * s.C);
+        }
+    }
+}
+
+template <class T>
+void residual_forward(const ResidualForward& a) {
+    const Shape& s = a.shape;
+#pragma omp parallel
+    {
+        std::vector<T> buffer(2 * s.C);
+        T *x = buffer.data(), *branch = x + s.C;
+#pragma omp for schedule(static)
+        for (int64_t token = 0; token < s.B * s.N; ++token) {
+            const T* gate = vector_at<T>(a.gate, token / s.N);
+            load_row(a.x, token, 0, s.C, x);
+            load_row(a.branch, token, 0, s.C, branch);
+            for (int64_t c = 0; c < s.C; ++c) x[c] += gate[c] * branch[c];
+            store_row(x, a.out, token, s.C);
+        }
+    }
+}
+
+template <class T>
+void residual_backward(const ResidualBackward& a) {
+    const Shape& s = a.shape;
+    const int64_t chunks = (s.N + s.chunk - 1) / s.chunk;
+#pragma omp parallel
+    {
+        std::vector<T> buffer(3 * s.C);
+        T *d = buffer.data(), *branch = d + s.C, *gate_sum = branch + s.C;
+#pragma omp for schedule(static)
+        for (int64_t unit = 0; unit < s.B * chunks; ++unit) {
+            const int64_t b = unit / chunks, first = (unit % chunks) * s.chunk;
+            const T* gate = vector_at<T>(a.gate, b);
+            std::fill(gate_sum, gate_sum + s.C, T(0));
+            for (int64_t token = b * s.N + first; token < b * s.N + std::min(first + s.chunk, s.N); ++token) {
+                load_row(a.dout, token, 0, s.C, d);
+                load_row(a.branch, token, 0, s.C, branch);
+                for (int64_t c = 0; c < s.C; ++c) {
+                    gate_sum[c] += d[c] * branch[c];
+                    d[c] *= gate[c];
+                }
+                store_row(d, a.dbranch, token, s.C);
+            }
+            std::copy(gate_sum, gate_sum + s.C, static_cast<T*>(a.sums.data) + unit * s.C);
+        }
+    }
+}
+
+inline double exponential(double x) { return std::exp(x); }
+
+// exp to about one ulp, branch-free so that it vectorises: x = n ln 2 + r, exp(x) = 2^n exp(r) with |r| <= ln 2 / 2.
+inline float exponential(float x) {
+    x = x > 88.0f ? 88.0f : x;
+    x = x < -87.0f ? -87.0f : x;
+    const float shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+    const float n = shifted - 12582912.0f;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = (p * r) * r + r + 1.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits + 127) << 23;  // the low bits of `shifted` are n
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    return p * power;
+}
+
+template <class T>
+void gelu(const Gelu& a) {
+    constexpr int64_t kBlock = 2048;
+    const T linear = static_cast<T>(1.5957691216057308), cubic = static_cast<T>(0.07135481627260025);
+#pragma omp parallel
+    {
+        std::vector<T> buffer(2 * kBlock);
+        T *__restrict x = buffer.data(), *__restrict g = x + kBlock;
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < (a.size + kBlock - 1) / kBlock; ++block) {
+            const int64_t first = block * kBlock, n = std::min(kBlock, a.size - first);
+            load_row(a.pre, 0, first, n, x);
+            if (a.dact.data) {
+                load_row(a.dact, 0, first, n, g);
+                for (int64_t i = 0; i < n; ++i) {
+                    const T square = x[i] * x[i];
+                    const T gate = 1 / (1 + exponential(-x[i] * (linear + cubic * square)));
+                    const T act = x[i] * gate;
+                    g[i] *= gate + act * (1 - gate) * (linear + 3 * cubic * square);
+                    x[i] = act;
+                }
+                store(g, n, a.dpre.type, at(a.dpre, 0, first));
+            } else {
+                for (int64_t i = 0; i < n; ++i)
+                    x[i] = x[i] / (1 + exponential(-x[i] * (linear + cubic * x[i] * x[i])));
+            }
+            store(x, n, a.act.type, at(a.act, 0, first));
+        }
+    }
+}
+
+// fp64 input computes in double, everything else in float.
+#define DTR_DISPATCH(name, Args, leading)                                       \
+    void name##_any(const Args& a) {                                            \
+        if (a.leading.type == Type::f64) name<double>(a); else name<float>(a);  \
+    }
+DTR_DISPATCH(norm_forward, NormForward, x)
+DTR_DISPATCH(norm_backward, NormBackward, x)
+DTR_DISPATCH(expand, Expand, u)
+DTR_DISPATCH(split, Split, ddense)
+DTR_DISPATCH(residual_forward, ResidualForward, x)
+DTR_DISPATCH(residual_backward, ResidualBackward, dout)
+DTR_DISPATCH(gelu, Gelu, pre)
+#undef DTR_DISPATCH
+
+}  // namespace
+
+#define DTR_PASTE(a, b) a##b
+#define DTR_TABLE(isa) DTR_PASTE(isa, _kernels)
+#define DTR_QUOTE(x) #x
+#define DTR_NAME(x) DTR_QUOTE(x)
+extern const Kernels DTR_TABLE(DTR_ISA);
+const Kernels DTR_TABLE(DTR_ISA) = {
+    DTR_NAME(DTR_ISA), norm_forward_any, norm_backward_any, expand_any, split_any,
+    residual_forward_any, residual_backward_any, gelu_any,
+};
+
+}  // namespace dtr

@@ -1,0 +1,75 @@
+"""Bad input is refused here, by name, before anything is computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dtr_kernels.routing import ChannelWindow
+
+
+def check_stream(x: Tensor, branch: Tensor | None, gate: Tensor | None, **modulation: Tensor) -> None:
+    """x [B, N, C] floating point; branch like x; gate and each of ``modulation`` [B, C]; all on x's device.
+
+    Raises:
+        TypeError: if a tensor is not floating point.
+        ValueError: if a shape or device does not fit x, or only one of branch and gate is given.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}; convert it with x.float()")
+    if x.dim() != 3:
+        raise ValueError(f"x must have shape [B, N, C], got {list(x.shape)}")
+    if (branch is None) != (gate is None):
+        raise ValueError("branch and gate belong together: give both or neither")
+    B, _, C = x.shape
+    if branch is not None and gate is not None:
+        _check_tensor("branch", branch, (B, x.shape[1], C), x)
+        _check_tensor("gate", gate, (B, C), x)
+    for name, vector in modulation.items():
+        _check_tensor(name, vector, (B, C), x)
+
+
+def check_linear(x: Tensor, name: str, weight: Tensor, bias: Tensor | None, inputs: int) -> None:
+    """weight [O, inputs] and bias [O] in x's dtype (any floating dtype under autocast, which casts them).
+
+    Raises:
+        ValueError: if a shape, dtype or device does not fit.
+    """
+    if weight.dim() != 2 or weight.shape[1] != inputs:
+        raise ValueError(f"{name}weight must have shape [O, {inputs}], got {list(weight.shape)}")
+    _check_tensor(f"{name}weight", weight, tuple(weight.shape), x)
+    if bias is not None:
+        _check_tensor(f"{name}bias", bias, (weight.shape[0],), x)
+    if torch.is_autocast_enabled(x.device.type):
+        return
+    for kind, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(
+                f"{name}{kind} is {tensor.dtype} but x is {x.dtype}; convert one of them or use torch.autocast"
+            )
+
+
+def check_window(x: Tensor, window: ChannelWindow | None) -> ChannelWindow | None:
+    """window for x's batch, device and channels, or None where it leaves every channel active.
+
+    Raises:
+        TypeError: if window is not a ChannelWindow.
+        ValueError: if it was made for another batch, device or number of channels.
+    """
+    if window is None:
+        return None
+    if not isinstance(window, ChannelWindow):
+        raise TypeError(f"window must be a ChannelWindow or None, got {type(window).__name__}")
+    if window.channels != x.shape[-1]:
+        raise ValueError(f"window is for {window.channels} channels, but x has {x.shape[-1]}")
+    window = window.for_batch(x.shape[0], x.device)
+    return None if window.width == window.channels else window
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)} to fit x {list(x.shape)}, got {list(tensor.shape)}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}; move one of them")

@@ -1,0 +1,125 @@
+"""What every launcher needs: which path runs, and tensors in the layout the kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dtr_kernels.ops import _cpu
+
+# Bytes to which tensor descriptors (Hopper's TMA) want base address and strides aligned.
+_ALIGNMENT = 16
+# Padding of a compact window's rows, in elements: rows start on a 32-byte memory sector in 16-bit dtypes.
+_ROW_PADDING = 16
+# Triton decides when a kernel is defined whether it is interpreted.
+_INTERPRETED = triton.knobs.runtime.interpret
+# Tokens that a backward kernel sums over before it writes a partial sum.
+TOKENS_PER_SUM = 32
+
+
+def kernel_path(x: Tensor) -> str:
+    """Which implementation runs for x: "triton", "cpu" (the compiled extension) or "plain" (the PyTorch reference).
+
+    Triton's interpreter, when TRITON_INTERPRET is set, takes the place of a GPU. fp64 has no Triton kernels.
+    """
+    if x.device.type == "cuda" or _INTERPRETED:
+        return "plain" if x.dtype == torch.float64 else "triton"
+    return "cpu" if x.device.type == "cpu" and _cpu.kernels is not None else "plain"
+
+
+def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+    """Runs ``programs`` programs of a Triton kernel on the device of its first tensor argument."""
+    device = next(a.device if isinstance(a, Tensor) else a.base.device for a in args if a is not None)
+    if device.type != "cuda" and not _INTERPRETED:
+        raise RuntimeError(f"no kernel runs on {device}: {_cpu.unavailable or 'Triton needs an NVIDIA GPU'}")
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(programs,)](*args, **options)
+
+
+def row_stride(x: Tensor) -> int:
+    """Elements from one row to the next of a tensor whose rows are equally spaced."""
+    return x.shape[-1] if x.is_contiguous() else x.stride(-2)
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """x itself if its last dimension is contiguous (a chunk of a wider tensor is), else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def empty_rows(*shape: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised tensor whose rows are padded to an aligned stride, so that a descriptor can read it in place."""
+    width = shape[-1]
+    padded = -(-width // _ROW_PADDING) * _ROW_PADDING
+    return torch.empty(*shape[:-1], padded, device=like.device, dtype=dtype)[..., :width]
+
+
+def descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
+    """A tensor descriptor of x for tiles of shape ``block``, copying x only if its layout cannot be described."""
+    size = x.element_size()
+    aligned = x.data_ptr() % _ALIGNMENT == 0 and all(stride * size % _ALIGNMENT == 0 for stride in x.stride()[:-1])
+    if not aligned or x.stride(-1) != 1:
+        x = empty_rows(*x.shape, like=x, dtype=x.dtype).copy_(x)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How ``tl.dot`` multiplies fp32: as PyTorch does, exactly unless the user allowed tf32."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def chunks_of(N: int) -> int:
+    """Partial sums per sample of N tokens."""
+    return -(-N // TOKENS_PER_SUM)
+
+
+def modulation(vector: Tensor, x: Tensor) -> Tensor:
+    """A [B, C] vector as the kernels of x read it: rows contiguous, and for the CPU in the compute dtype."""
+    if kernel_path(x) == "cpu":
+        vector = vector.to(compute_dtype(x))
+    return rows_contiguous(vector)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of statistics and sums: fp32, or fp64 for fp64 inputs."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def matmul_accumulated(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with the result left in the accumulator's dtype instead of rounded to a 16-bit input dtype."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def register_autocast(op: torch.library.CustomOpDef, casts: tuple[int, ...]) -> None:
+    """Makes ``op`` cast its arguments number ``casts`` (weights and biases) under autocast, and nothing else.
+
+    The residual stream keeps its dtype, and the op computes its GEMMs in the dtype of the weights it is given. PyTorch's
+    own ``torch.library.register_autocast`` would cast the residual stream too.
+    """
+    for device, key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
+        _library.impl(op._name, _cast_weights(op, casts, device), key, with_keyset=True)
+
+
+def _cast_weights(op: torch.library.CustomOpDef, casts: tuple[int, ...], device: str) -> Callable[..., Any]:
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+
+    def kernel(_: Any, *args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        cast = [a.to(dtype) if i in casts and a is not None else a for i, a in enumerate(args)]
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op._opoverload(*cast)
+
+    return kernel
+
+
+_library = torch.library.Library("dtr_kernels", "FRAGMENT")

@@ -1,0 +1,186 @@
+"""x + gate * branch, the end of a block that stands alone.
+
+Between blocks the sum is left to the next block's norm (``routed_linear``), which reads and writes the stream anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dtr_kernels import reference
+from dtr_kernels.ops import _cpu
+from dtr_kernels.ops._checks import check_stream
+from dtr_kernels.ops._launch import TOKENS_PER_SUM, chunks_of, compute_dtype, kernel_path, launch, modulation
+from dtr_kernels.ops._tiles import row_tile
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, branch_ptr, gate_ptr, out_ptr, N, C, gate_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    tiles = tl.cdiv(N, ROWS)
+    pid = tl.program_id(0)
+    b = (pid // tiles).to(tl.int64)
+    n = (pid % tiles) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK)
+    gate = tl.load(gate_ptr + b * gate_stride + c, mask=c < C, other=0.0).to(tl.float32)
+    offsets = (b * N + n)[:, None] * C + c[None, :]
+    inside = (n < N)[:, None] & (c < C)[None, :]
+    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    branch = tl.load(branch_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, (x + gate[None, :] * branch).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    dout_ptr,
+    branch_ptr,
+    gate_ptr,
+    dbranch_ptr,
+    sums_ptr,
+    N,
+    C,
+    gate_stride,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    chunks = tl.cdiv(N, TOKENS)
+    pid = tl.program_id(0)
+    b = (pid // chunks).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    gate = tl.load(gate_ptr + b * gate_stride + c, mask=c < C, other=0.0).to(tl.float32)
+    gate_sum = tl.zeros([BLOCK], tl.float32)
+    for step in range(0, TOKENS, ROWS):
+        n = (pid % chunks) * TOKENS + step + tl.arange(0, ROWS)
+        offsets = (b * N + n)[:, None] * C + c[None, :]
+        inside = (n < N)[:, None] & (c < C)[None, :]
+        dout = tl.load(dout_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        branch = tl.load(branch_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        gate_sum += tl.sum(dout * branch, 0)
+        tl.store(dbranch_ptr + offsets, (dout * gate[None, :]).to(dbranch_ptr.dtype.element_ty), mask=inside)
+    tl.store(sums_ptr + pid.to(tl.int64) * C + c, gate_sum, mask=c < C)
+
+
+# --- launchers -------------------------------------------------------------------------------------------------------
+
+
+def gated_residual_forward(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * branch for x, branch [B, N, C] and gate [B, C]."""
+    B, N, C = x.shape
+    x, branch, gate = x.contiguous(), branch.contiguous(), modulation(gate, x)
+    out = torch.empty_like(x)
+    if B * N == 0:
+        return out
+    if kernel_path(x) == "cpu":
+        shape = _cpu.shape(B, N, C, None, C)
+        _cpu.kernels.residual_forward(shape, *map(_cpu.rows, (x, branch, out, gate)))
+        return out
+    tile = row_tile(C, tensors=2)
+    launch(
+        _forward_kernel,
+        B * triton.cdiv(N, tile.rows),
+        x,
+        branch,
+        gate,
+        out,
+        N,
+        C,
+        gate.stride(0),
+        ROWS=tile.rows,
+        BLOCK=tile.block,
+        num_warps=tile.warps,
+    )
+    return out
+
+
+def gated_residual_backward(dout: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """(dbranch [B, N, C], dgate [B, C]) in the dtypes of branch and gate."""
+    B, N, C = branch.shape
+    dout, branch, vector = dout.contiguous(), branch.contiguous(), modulation(gate, dout)
+    dbranch = torch.empty_like(branch)
+    sums = torch.empty(B, chunks_of(N), C, device=dout.device, dtype=compute_dtype(dout))
+    if B * N > 0 and kernel_path(dout) == "cpu":
+        shape = _cpu.shape(B, N, C, None, C, TOKENS_PER_SUM)
+        _cpu.kernels.residual_backward(shape, *map(_cpu.rows, (dout, branch, dbranch, vector, sums)))
+    elif B * N > 0:
+        tile = row_tile(C, tensors=2)
+        launch(
+            _backward_kernel,
+            B * chunks_of(N),
+            dout,
+            branch,
+            vector,
+            dbranch,
+            sums,
+            N,
+            C,
+            vector.stride(0),
+            TOKENS=TOKENS_PER_SUM,
+            ROWS=tile.rows,
+            BLOCK=tile.block,
+            num_warps=tile.warps,
+        )
+    return dbranch, sums.sum(1).to(gate.dtype)
+
+
+# --- torch op --------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("dtr_kernels::gated_residual", mutates_args=())
+def _op(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    return gated_residual_forward(x, branch, gate)
+
+
+@_op.register_fake
+def _(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("dtr_kernels::gated_residual_backward", mutates_args=())
+def _backward_op(dout: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    return gated_residual_backward(dout, branch, gate)
+
+
+@_backward_op.register_fake
+def _(dout: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    return branch.new_empty(branch.shape), gate.new_empty(gate.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return dout, *_backward_op(dout, *ctx.saved_tensors)
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * branch.
+
+    Args:
+        x: residual stream [B, N, C].
+        branch: [B, N, C], any floating dtype.
+        gate: [B, C], any floating dtype; rows may be strided.
+
+    Returns:
+        [B, N, C] in x's dtype.
+
+    Raises:
+        TypeError: if a tensor is not floating point.
+        ValueError: if shapes or devices do not fit x.
+    """
+    check_stream(x, branch, gate)
+    if kernel_path(x) == "plain":
+        return reference.gated_residual(x, branch, gate)
+    return torch.ops.dtr_kernels.gated_residual(x, branch, gate)

@@ -1,0 +1,252 @@
+"""fc2(GELU(fc1(modulate(LN(...))))) after a gated residual: the second half of a block.
+
+Of the hidden layer only fc1's output is kept for the backward pass; the activation, the norm's output and the stream
+are recomputed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dtr_kernels import reference
+from dtr_kernels.ops._checks import check_linear, check_stream, check_window
+from dtr_kernels.ops._launch import kernel_path, register_autocast
+from dtr_kernels.ops.gated_norm import gated_norm_backward, gated_norm_forward
+from dtr_kernels.ops.window_linear import gelu_linear_backward, linear_gelu_forward, window_linear_backward
+from dtr_kernels.routing import ChannelWindow
+
+
+@torch.library.custom_op("dtr_kernels::routed_mlp", mutates_args=())
+def _op(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    start: Tensor | None,
+    width: int,
+    keep_branch: bool,
+    eps: float,
+    write_pre: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(stream, out, pre, mean, rstd); pre, fc1's output, is empty unless ``write_pre``."""
+    stream, u, mean, rstd = gated_norm_forward(
+        x, branch, gate, shift, scale, start, width, eps, fc1_weight.dtype, keep_branch
+    )
+    fc1_start = None if keep_branch else start
+    mean_rstd = None if fc1_start is None else mean * rstd
+    pre, act = linear_gelu_forward(u, mean_rstd, shift, scale, fc1_weight, fc1_bias, fc1_start, write_pre)
+    assert stream is not None
+    return stream, F.linear(act, fc2_weight, fc2_bias), pre, mean, rstd
+
+
+@_op.register_fake
+def _(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    start: Tensor | None,
+    width: int,
+    keep_branch: bool,
+    eps: float,
+    write_pre: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, N, C = x.shape
+    statistics = x.new_empty(B, N, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return (
+        x.new_empty(B, N, C),
+        x.new_empty(B, N, fc2_weight.shape[0], dtype=fc2_weight.dtype),
+        fc1_weight.new_empty((B, N, fc1_weight.shape[0]) if write_pre else 0),
+        statistics,
+        torch.empty_like(statistics),
+    )
+
+
+@torch.library.custom_op("dtr_kernels::routed_mlp_backward", mutates_args=())
+def _backward_op(
+    dstream: Tensor | None,
+    dout: Tensor,
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    pre: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    start: Tensor | None,
+    width: int,
+    keep_branch: bool,
+    eps: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (x, branch, gate, shift, scale, fc1's and fc2's weight and bias); parameters only where ``needs``."""
+    dpre, act = gelu_linear_backward(dout, pre, fc2_weight)
+    flat = dout.reshape(-1, dout.shape[-1])
+    dfc2_weight = flat.t() @ act.reshape(-1, act.shape[-1]) if needs[2] else fc2_weight.new_empty(0)
+    dfc2_bias = flat.sum(0) if needs[3] else fc2_weight.new_empty(0)
+    del act
+    u = gated_norm_forward(
+        x, branch, gate, shift, scale, start, width, eps, fc1_weight.dtype, keep_branch, write_stream=False
+    ).u
+    fc1_start = None if keep_branch else start
+    mean_rstd = None if fc1_start is None else mean * rstd
+    fc1 = window_linear_backward(
+        dpre, u, mean_rstd, shift, scale, fc1_weight, fc1_start, need_weight=needs[0], need_bias=needs[1]
+    )
+    norm = gated_norm_backward(
+        fc1.u, dstream, fc1.inactive, x, branch, gate, scale, mean, rstd, start, width, keep_branch
+    )
+    assert norm.branch is not None and norm.gate is not None
+    dshift = norm.shift if fc1.shift is None else norm.shift + fc1.shift
+    dscale = norm.scale if fc1.scale is None else norm.scale + fc1.scale
+    return (
+        norm.x,
+        norm.branch,
+        norm.gate.to(gate.dtype),
+        dshift.to(shift.dtype),
+        dscale.to(scale.dtype),
+        fc1_weight.new_empty(0) if fc1.weight is None else fc1.weight,
+        fc1_weight.new_empty(0) if fc1.bias is None else fc1.bias,
+        dfc2_weight,
+        dfc2_bias,
+    )
+
+
+@_backward_op.register_fake
+def _(
+    dstream: Tensor | None,
+    dout: Tensor,
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    pre: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    start: Tensor | None,
+    width: int,
+    keep_branch: bool,
+    eps: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape),
+        branch.new_empty(branch.shape),
+        gate.new_empty(gate.shape),
+        shift.new_empty(shift.shape),
+        scale.new_empty(scale.shape),
+        fc1_weight.new_empty(fc1_weight.shape if needs[0] else 0),
+        fc1_weight.new_empty(fc1_weight.shape[0] if needs[1] else 0),
+        fc2_weight.new_empty(fc2_weight.shape if needs[2] else 0),
+        fc2_weight.new_empty(fc2_weight.shape[0] if needs[3] else 0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, branch, gate, shift, scale, fc1_weight, _, fc2_weight, _, start = inputs[:10]
+    ctx.width, ctx.keep_branch, ctx.eps, _ = inputs[10:]
+    _, _, pre, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, branch, gate, shift, scale, fc1_weight, fc2_weight, pre, mean, rstd, start)
+
+
+def _backward(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    x, branch, gate, shift, scale, fc1_weight, fc2_weight, pre, mean, rstd, start = ctx.saved_tensors
+    if dout is None:
+        dout = x.new_zeros(*x.shape[:2], fc2_weight.shape[0], dtype=fc2_weight.dtype)
+    needs = list(ctx.needs_input_grad)
+    gradients = _backward_op(
+        dstream,
+        dout,
+        x,
+        branch,
+        gate,
+        shift,
+        scale,
+        fc1_weight,
+        fc2_weight,
+        pre,
+        mean,
+        rstd,
+        start,
+        ctx.width,
+        ctx.keep_branch,
+        ctx.eps,
+        needs[5:9],
+    )
+    return *(g if need else None for g, need in zip(gradients, needs, strict=False)), None, None, None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+register_autocast(_op, casts=(5, 6, 7, 8))
+
+
+def routed_mlp(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    branch: Tensor,
+    gate: Tensor,
+    window: ChannelWindow | None = None,
+    keep_branch: bool = False,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """stream = x + gate * branch, and fc2(GELU(fc1(modulate(LN(v), shift, scale)))), GELU in its tanh form.
+
+    v = m * x + gate * branch with ``keep_branch`` (scope "block", DTR paper, equation 6: what attention wrote is seen on
+    every channel), else m * stream (scope "branch": fc1 computes active channels only).
+
+    Args:
+        x: residual stream [B, N, C], fp32, bf16, fp16 or fp64.
+        shift, scale: adaLN modulation [B, C], any floating dtype; rows may be strided views of one [B, 6C].
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias: [H, C], [H], [O, H], [O], biases may be None; in x's dtype, autocast casts
+            them and leaves x alone.
+        branch, gate: the update of the stream, [B, N, C] and [B, C].
+        window: active channels of each sample; None for all.
+        keep_branch: as above.
+        eps: added to the variance.
+
+    Returns:
+        stream [B, N, C] in x's dtype and the MLP's output [B, N, O] in the weights' dtype.
+
+    Raises:
+        TypeError: if a tensor is not floating point.
+        ValueError: if shapes, dtypes, devices or the window do not fit x.
+    """
+    check_stream(x, branch, gate, shift=shift, scale=scale)
+    check_linear(x, "fc1_", fc1_weight, fc1_bias, x.shape[-1])
+    check_linear(x, "fc2_", fc2_weight, fc2_bias, fc1_weight.shape[0])
+    window = check_window(x, window)
+    inputs = (x, branch, gate, shift, scale, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    if kernel_path(x) == "plain":
+        return reference.routed_mlp(*inputs, None if window is None else window.mask(), keep_branch, eps)
+    start, width = (None, x.shape[-1]) if window is None else (window.start, window.width)
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    stream, out, *_ = torch.ops.dtr_kernels.routed_mlp(
+        *inputs, start, width, keep_branch and window is not None, eps, training
+    )
+    return stream, out

@@ -1,0 +1,161 @@
+"""Stand-ins for the models that ``swap_blocks`` knows, with the attributes and forwards of the public ones, but small."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Attention(nn.Module):
+    """Self-attention as in timm: optional query and key norms, dropouts, and a path without the fused kernel."""
+
+    def __init__(self, dim, num_heads, qk_norm=False, fused_attn=True, attn_drop=0.0, proj_drop=0.0):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.scale, self.fused_attn = self.head_dim**-0.5, fused_attn
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.attn_drop, self.proj_drop = nn.Dropout(attn_drop), nn.Dropout(proj_drop)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        heads = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
+        q, k, v = heads.transpose(1, 3).unbind(2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.fused_attn:
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        else:
+            out = self.attn_drop((q * self.scale @ k.mT).softmax(dim=-1)) @ v
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+class Mlp(nn.Module):
+    """Two linear layers as in timm."""
+
+    def __init__(self, dim, hidden, drop=0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU(approximate="tanh")
+        self.drop1 = nn.Dropout(drop)
+        self.norm = nn.Identity()
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x):
+        return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
+
+
+class DiTBlock(nn.Module):
+    """A block of facebookresearch/DiT."""
+
+    def __init__(self, dim, num_heads, attn=None, mlp=None, **attn_options):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.attn = attn or Attention(dim, num_heads, **attn_options)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.mlp = mlp or Mlp(dim, 4 * dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def branches(self, x, c):
+        """x after both gated branches."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=2)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+    def forward(self, x, c):
+        return self.branches(x, c)
+
+
+class Router(nn.Module):
+    """The router module of the public DTR code: a mask for every timestep, and that of the running batch."""
+
+    def __init__(self, mapping: Tensor):
+        super().__init__()
+        self.active_task = 0
+        self.register_buffer("_unit_mapping", mapping)
+
+    def set_active_task(self, t):
+        self.active_task = t
+        self.active_mask = self._unit_mapping[t.long()][:, None]
+
+    def forward(self, inputs, outputs):
+        return outputs + inputs * (1 - self.active_mask)
+
+
+class DTRBlock(DiTBlock):
+    """A block of the public DTR code."""
+
+    def __init__(self, dim, num_heads, mapping):
+        super().__init__(dim, num_heads)
+        self.routing = Router(mapping)
+
+    def forward(self, x, c):
+        return self.routing(x, self.branches(x * self.routing.active_mask, c))
+
+
+class DiT(nn.Module):
+    """A class-conditional DiT around given blocks.
+
+    No parameter that matters is left at the zero it starts from in training, so that every gate is open.
+    """
+
+    def __init__(self, blocks, dim, reentrant: bool | None = None):
+        super().__init__()
+        self.reentrant = reentrant  # of gradient checkpointing; None is without
+        self.x_embedder = nn.Conv2d(3, dim, kernel_size=2, stride=2)
+        self.t_embedder = nn.Linear(8, dim)
+        self.y_embedder = nn.Embedding(10, dim)
+        self.blocks = nn.ModuleList(blocks)
+        self.final_layer = nn.Linear(dim, 12)
+        for block in self.blocks:
+            nn.init.normal_(block.adaLN_modulation[-1].weight, std=dim**-0.5)
+            nn.init.normal_(block.adaLN_modulation[-1].bias, std=0.5)
+
+    def forward(self, x, t, y):
+        """Images [B, 3, H, W], timesteps [B], labels [B] -> [B, 12, H / 2, W / 2]."""
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.set_active_task(t)
+        x = self.x_embedder(x)
+        grid = x.shape[2:]
+        x = x.flatten(2).mT
+        frequency = torch.arange(8, device=t.device).to(x.dtype)
+        c = self.t_embedder(torch.cos(t[:, None].to(x.dtype) * 1e-2 * frequency)) + self.y_embedder(y)
+        for block in self.blocks:
+            x = block(x, c) if self.reentrant is None else checkpoint(block, x, c, use_reentrant=self.reentrant)
+        return self.final_layer(x).mT.unflatten(2, grid)
+
+    def forward_with_cfg(self, x, t, y, cfg_scale):
+        """Guidance by a second half of the batch, without labels; calls forward itself, as the public code does."""
+        conditional, unconditional = self.forward(x, t, y).chunk(2)
+        return unconditional + cfg_scale * (conditional - unconditional)
+
+
+DIM, HEADS, DEPTH, TIMESTEPS = 32, 4, 2, 50
+
+
+def window_mapping(alpha: float = 4.0, beta: float = 0.8) -> Tensor:
+    """The mapping [T, C] of the public DTR code."""
+    width = int(DIM * beta)
+    starts = (torch.linspace(0, 1, TIMESTEPS, dtype=torch.float64) ** alpha * (DIM - width)).round()
+    channel = torch.arange(DIM)
+    return ((channel >= starts[:, None]) & (channel < starts[:, None] + width)).float()
+
+
+def random_mapping(width: int = 25) -> Tensor:
+    """The mapping [T, C] of the random baseline."""
+    return (torch.rand(TIMESTEPS, DIM).argsort(dim=1) < width).float()
+
+
+def facebook_dit(reentrant: bool | None = None, **attn_options) -> DiT:
+    """A model of facebookresearch/DiT's shape."""
+    return DiT([DiTBlock(DIM, HEADS, **attn_options) for _ in range(DEPTH)], DIM, reentrant)
+
+
+def public_dtr(mapping: Tensor | None = None, reentrant: bool | None = None) -> DiT:
+    """A model of the public DTR code's shape."""
+    mapping = window_mapping() if mapping is None else mapping
+    return DiT([DTRBlock(DIM, HEADS, mapping.clone()) for _ in range(DEPTH)], DIM, reentrant)

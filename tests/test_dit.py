@@ -1,0 +1,267 @@
+"""dtr.nn.DiT: names and initial values of facebookresearch/DiT, results of the oracle, both kinds of checkpoint."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dtr_kernels as dtr
+
+C, DEPTH, HEADS, PATCH, SIZE, CLASSES, T = 32, 3, 4, 2, 6, 5, 20
+TOKENS = (SIZE // PATCH) ** 2
+ROUTING = dtr.DenoisingTaskRouting(num_timesteps=T)
+
+
+def make_model(routing=ROUTING, randomize=True, **kwargs):
+    """A small fp64 model; ``randomize`` opens the gates, which start at zero."""
+    torch.manual_seed(0)
+    sizes = {"input_size": SIZE, "patch_size": PATCH, "in_channels": 2, "hidden_size": C, "depth": DEPTH}
+    model = dtr.nn.DiT(**{**sizes, "num_heads": HEADS, "num_classes": CLASSES, **kwargs}, routing=routing).double()
+    if randomize:
+        for name, parameter in model.named_parameters():
+            if "adaLN_modulation" in name or "final_layer" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def make_batch(B=3):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(B, 2, SIZE, SIZE, generator=generator, dtype=torch.float64)
+    return x, torch.tensor([0, T // 2, T - 1, 7])[:B], torch.tensor([0, CLASSES, 2, 1])[:B]
+
+
+def oracle(model, x, t, y, mask):
+    """DiT's forward pass, written out around dtr.reference.dit_block."""
+    B = len(x)
+    frequencies = torch.exp(-math.log(10000) * torch.arange(128) / 128)
+    angles = t.float()[:, None] * frequencies
+    mlp = model.t_embedder.mlp
+    c = mlp[2](F.silu(mlp[0](torch.cat([angles.cos(), angles.sin()], dim=1).double())))
+    c = c + model.y_embedder.embedding_table.weight[y]
+    patches = F.unfold(x, PATCH, stride=PATCH).transpose(1, 2)
+    tokens = F.linear(patches, model.x_embedder.proj.weight.flatten(1), model.x_embedder.proj.bias) + model.pos_embed
+    for block in model.blocks:
+        tokens = dtr.reference.dit_block(block, tokens, c, mask, model.scope)
+    shift, scale = model.final_layer.adaLN_modulation(c).chunk(2, dim=1)
+    out = model.final_layer.linear(dtr.reference.modulate(dtr.reference.layer_norm(tokens), shift, scale))
+    out = out.reshape(B, TOKENS, PATCH * PATCH, model.out_channels).permute(0, 3, 2, 1)
+    return F.fold(out.reshape(B, -1, TOKENS), SIZE, PATCH, stride=PATCH)
+
+
+def public_checkpoint(model, routing, channels=C):
+    """The model's state_dict as the paper's public code saves it, with a mask table in every block."""
+    masks = routing.window(torch.arange(routing.num_timesteps), channels).mask().float()
+    return {**model.state_dict(), **{f"blocks.{i}.routing._unit_mapping": masks for i in range(DEPTH)}}
+
+
+def test_names_and_shapes_are_those_of_facebookresearch_dit():
+    out = PATCH * PATCH * 4
+    expected = {
+        "pos_embed": (1, TOKENS, C),
+        "x_embedder.proj.weight": (C, 2, PATCH, PATCH),
+        "x_embedder.proj.bias": (C,),
+        "t_embedder.mlp.0.weight": (C, 256),
+        "t_embedder.mlp.0.bias": (C,),
+        "t_embedder.mlp.2.weight": (C, C),
+        "t_embedder.mlp.2.bias": (C,),
+        "y_embedder.embedding_table.weight": (CLASSES + 1, C),
+        "final_layer.linear.weight": (out, C),
+        "final_layer.linear.bias": (out,),
+        "final_layer.adaLN_modulation.1.weight": (2 * C, C),
+        "final_layer.adaLN_modulation.1.bias": (2 * C,),
+    }
+    rows = {"attn.qkv": 3 * C, "attn.proj": C, "mlp.fc1": 4 * C, "mlp.fc2": C, "adaLN_modulation.1": 6 * C}
+    for i in range(DEPTH):
+        for name, features in rows.items():
+            expected[f"blocks.{i}.{name}.weight"] = (features, 4 * C if name == "mlp.fc2" else C)
+            expected[f"blocks.{i}.{name}.bias"] = (features,)
+    model = make_model()
+    assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == expected
+    assert [name for name, value in model.named_parameters() if not value.requires_grad] == ["pos_embed"]
+
+
+def test_initial_values():
+    model = make_model(randomize=False)
+    x, t, y = make_batch()
+    assert torch.count_nonzero(model(x, t, y)) == 0
+    tokens, c = torch.randn(3, TOKENS, C).double(), torch.randn(3, C).double()
+    for block in model.blocks:
+        torch.testing.assert_close(block(tokens, c, ROUTING.window(t, C)), tokens, rtol=0, atol=0)
+        assert block.attn.qkv.weight.abs().max() <= (6 / (4 * C)) ** 0.5  # xavier-uniform for [3C, C]
+        assert torch.count_nonzero(block.attn.qkv.bias) == 0
+    assert model.x_embedder.proj.weight.abs().max() <= (6 / (C + 2 * PATCH * PATCH)) ** 0.5
+    assert torch.count_nonzero(model.x_embedder.proj.bias) == 0
+    for weight in (model.y_embedder.embedding_table.weight, model.t_embedder.mlp[0].weight):
+        assert 0.017 < weight.std() < 0.023
+
+
+def test_position_embedding_is_column_then_row():
+    frequency = 1.0 / 10000 ** (np.arange(C // 4) / (C / 4))
+    expected = np.zeros((TOKENS, C))
+    for token in range(TOKENS):
+        row, column = divmod(token, SIZE // PATCH)
+        expected[token] = np.concatenate([f(p * frequency) for p in (column, row) for f in (np.sin, np.cos)])
+    np.testing.assert_array_equal(make_model().pos_embed[0].numpy(), expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("scope", ["block", "branch"])
+@pytest.mark.parametrize("routing", [ROUTING, dtr.RandomRouting(T), None], ids=["window", "random", "none"])
+def test_agrees_with_the_oracle(routing, scope):
+    model, (x, t, y) = make_model(routing, scope=scope), make_batch()
+    if isinstance(routing, dtr.RandomRouting):
+        mask = routing.mask(t, C)
+    else:
+        mask = dtr.reference.routing_mask(t, C, T) if routing else None
+    expected = oracle(model, x, t, y, mask)
+    gradients = torch.autograd.grad(expected.square().sum(), list(model.blocks.parameters()))
+    out = model(x, t, y)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        torch.autograd.grad(out.square().sum(), list(model.blocks.parameters())), gradients, rtol=1e-7, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("routing", [ROUTING, dtr.RandomRouting(T), None], ids=["window", "random", "none"])
+def test_a_number_is_the_timestep_of_the_whole_batch(routing):
+    model, (x, _, y) = make_model(routing), make_batch()
+    torch.testing.assert_close(model(x, 13, y), model(x, torch.full((3,), 13), y))
+
+
+def test_continuous_time():
+    model, (x, _, y) = make_model(), make_batch()
+    torch.testing.assert_close(model(x, 0.25, y), model(x, torch.full((3,), 0.25), y))
+
+
+def test_guidance_acts_on_the_first_in_channels():
+    model, (x, t, _) = make_model(), make_batch(4)
+    y = torch.tensor([1, 3, CLASSES, CLASSES])
+    conditional, unconditional = model(x[[0, 1, 0, 1]], t, y).chunk(2)
+    out = model.forward_with_cfg(x, t, y, 4.0)
+    expected = 4 * conditional[:, :2] - 3 * unconditional[:, :2]
+    torch.testing.assert_close(out[:, :2], torch.cat([expected, expected]))
+    torch.testing.assert_close(out[:, 2:], torch.cat([conditional[:, 2:], unconditional[:, 2:]]))
+
+
+def test_labels_are_dropped_in_training_only():
+    x, t, y = make_batch()
+    model = make_model(class_dropout_prob=1.0)
+    expected = model(x, t, torch.full_like(y, CLASSES))
+    assert not torch.allclose(model(x, t, y), expected)
+    torch.testing.assert_close(model.train()(x, t, y), expected)
+    assert make_model(class_dropout_prob=0.0).y_embedder.embedding_table.num_embeddings == CLASSES
+
+
+def test_plain_dit_checkpoint_loads():
+    checkpoint = {name: torch.randn_like(value) for name, value in make_model(None).state_dict().items()}
+    model = make_model()
+    model.load_state_dict(checkpoint)
+    assert all(torch.equal(value, checkpoint[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_public_dtr_checkpoint_loads(wrapped):
+    model = copy.deepcopy(make_model())
+    checkpoint = public_checkpoint(make_model(), ROUTING)
+    if wrapped:
+        model, checkpoint = torch.nn.Sequential(model), {f"0.{name}": value for name, value in checkpoint.items()}
+    names = list(checkpoint)
+    model.load_state_dict(checkpoint)
+    assert list(checkpoint) == names
+
+
+@pytest.mark.parametrize(
+    "routing",
+    [
+        dtr.DenoisingTaskRouting(T, alpha=2.0),
+        dtr.DenoisingTaskRouting(T, beta=0.5),
+        dtr.DenoisingTaskRouting(2 * T),
+        dtr.RandomRouting(T),
+        None,
+    ],
+    ids=["alpha", "beta", "timesteps", "random", "none"],
+)
+def test_checkpoint_of_another_routing_is_refused(routing):
+    checkpoint = public_checkpoint(make_model(), ROUTING)
+    with pytest.raises(RuntimeError) as error:
+        make_model(routing).load_state_dict(checkpoint)
+    message = str(error.value)
+    assert f"blocks.0.routing._unit_mapping does not hold the masks of this model's routing={routing}" in message
+    assert f"windows of 25 of {C} channels at {T} timesteps" in message
+    assert f"DenoisingTaskRouting(num_timesteps={T}, alpha=..., beta=0.8)" in message
+    assert "Unexpected key" not in message
+
+
+def test_checkpoint_of_random_routing_is_refused():
+    checkpoint = public_checkpoint(make_model(), ROUTING)
+    checkpoint["blocks.1.routing._unit_mapping"] = dtr.RandomRouting(T).mask(torch.arange(T), C).float()
+    with pytest.raises(RuntimeError, match=r"blocks\.1\.routing.* not windows"):
+        make_model().load_state_dict(checkpoint)
+
+
+def test_published_sizes():
+    with torch.device("meta"):
+        models = {name: construct(routing=dtr.DenoisingTaskRouting()) for name, construct in dtr.nn.DiT_models.items()}
+    sizes = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+    assert list(models) == [f"DiT-{name}/{patch}" for name in sizes for patch in (2, 4, 8)]
+    for name, model in models.items():
+        size, patch = name.removeprefix("DiT-").split("/")
+        assert (model.hidden_size, len(model.blocks), model.blocks[0].attn.num_heads) == sizes[size]
+        assert model.patch_size == int(patch)
+    assert sum(p.numel() for p in models["DiT-XL/2"].parameters()) == 675_129_632  # 675M in the DiT paper's table 4
+
+
+@pytest.mark.parametrize(
+    ("argument", "error", "message"),
+    [
+        ({"input_size": 7}, ValueError, "input_size must be divisible by patch_size, got 7 and 2"),
+        ({"num_heads": 5}, ValueError, "hidden_size must be divisible by num_heads, got 32 and 5"),
+        ({"hidden_size": 30}, ValueError, "hidden_size must be divisible by 4 .*got 30"),
+        ({"class_dropout_prob": 1.5}, ValueError, "class_dropout_prob must be between 0 and 1, got 1.5"),
+        ({"scope": "all"}, ValueError, "scope must be one of 'block', 'branch', got 'all'"),
+        ({"routing": 0.8}, TypeError, "routing must be .* got 0.8"),
+    ],
+)
+def test_bad_arguments(argument, error, message):
+    with pytest.raises(error, match=message):
+        make_model(**argument)
+
+
+def test_bad_batches():
+    model, (x, t, y) = make_model(), make_batch()
+    with pytest.raises(ValueError, match=r"x must have shape \[B, 2, 6, 6\], got \[3, 2, 6, 4\]"):
+        model(x[..., :4], t, y)
+    with pytest.raises(ValueError, match=r"t must have shape \[3\].* got \[2\]"):
+        model(x, t[:2], y)
+    with pytest.raises(ValueError, match=r"y must have shape \[3\].* got \[2\]"):
+        model(x, t, y[:2])
+    with pytest.raises(ValueError, match=f"t must be in 0..{T - 1}"):
+        model(x, T, y)
+    with pytest.raises(ValueError, match=r"even number of samples.* got 3"):
+        model.forward_with_cfg(x, t, y, 2.0)
+
+
+@pytest.mark.parametrize("routing", [ROUTING, dtr.RandomRouting(T)], ids=["window", "random"])
+def test_compiles_as_one_graph(routing):
+    model, (x, t, y) = make_model(routing, depth=2).float(), make_batch()
+    x = x.float()
+    expected = model(x, t, y)
+    out = torch.compile(model, fullgraph=True, backend="aot_eager")(x, t, y)
+    torch.testing.assert_close(out, expected)
+    parameter = model.blocks[0].attn.qkv.weight
+    torch.testing.assert_close(
+        torch.autograd.grad(out.square().sum(), parameter), torch.autograd.grad(expected.square().sum(), parameter)
+    )
+
+
+def test_autocast_keeps_the_stream_in_fp32():
+    model, (x, t, y) = make_model().float(), make_batch()
+    x = x.float()
+    streams = []
+    model.final_layer.register_forward_pre_hook(lambda _, args: streams.append(args[0].x))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x, t, y)
+    assert streams[0].dtype == torch.float32
+    torch.testing.assert_close(out.float(), model(x, t, y), rtol=0.1, atol=0.1)
