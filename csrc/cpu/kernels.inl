@@ -333,32 +333,41 @@ inline float exponential(float x) {
     return p * power;
 }
 
+// GELU(x) = x * gate with gate = sigmoid(x * (kLinear + kCubic * x^2)), see gelu.py.
+template <class T> constexpr T kLinear = static_cast<T>(1.5957691216057308);
+template <class T> constexpr T kCubic = static_cast<T>(0.07135481627260025);
+
+template <class T>
+void gate_row(const T* __restrict x, T* __restrict gate, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) gate[i] = 1 / (1 + exponential(-x[i] * (kLinear<T> + kCubic<T> * x[i] * x[i])));
+}
+
+// g becomes the gradient times the slope, gate + x gate (1 - gate) (kLinear + 3 kCubic x^2). A loop of its own: with the
+// gate computed in it, GCC 12 splits the clamps of the exponential into paths and the loop runs 7 times slower.
+template <class T>
+void slope_row(const T* __restrict x, const T* __restrict gate, T* __restrict g, int64_t n) {
+    for (int64_t i = 0; i < n; ++i)
+        g[i] *= gate[i] + x[i] * gate[i] * (1 - gate[i]) * (kLinear<T> + 3 * kCubic<T> * x[i] * x[i]);
+}
+
 template <class T>
 void gelu(const Gelu& a) {
     constexpr int64_t kBlock = 2048;
-    const T linear = static_cast<T>(1.5957691216057308), cubic = static_cast<T>(0.07135481627260025);
 #pragma omp parallel
     {
-        std::vector<T> buffer(2 * kBlock);
-        T *__restrict x = buffer.data(), *__restrict g = x + kBlock;
+        std::vector<T> buffer(3 * kBlock);
+        T *x = buffer.data(), *gate = x + kBlock, *g = gate + kBlock;
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < (a.size + kBlock - 1) / kBlock; ++block) {
             const int64_t first = block * kBlock, n = std::min(kBlock, a.size - first);
             load_row(a.pre, 0, first, n, x);
+            gate_row(x, gate, n);
             if (a.dact.data) {
                 load_row(a.dact, 0, first, n, g);
-                for (int64_t i = 0; i < n; ++i) {
-                    const T square = x[i] * x[i];
-                    const T gate = 1 / (1 + exponential(-x[i] * (linear + cubic * square)));
-                    const T act = x[i] * gate;
-                    g[i] *= gate + act * (1 - gate) * (linear + 3 * cubic * square);
-                    x[i] = act;
-                }
+                slope_row(x, gate, g, n);
                 store(g, n, a.dpre.type, at(a.dpre, 0, first));
-            } else {
-                for (int64_t i = 0; i < n; ++i)
-                    x[i] = x[i] / (1 + exponential(-x[i] * (linear + cubic * x[i] * x[i])));
             }
+            for (int64_t i = 0; i < n; ++i) x[i] *= gate[i];
             store(x, n, a.act.type, at(a.act, 0, first));
         }
     }

@@ -33,15 +33,14 @@ def gelu_and_slope(x):
     return x * gate, slope
 
 
-def gelu_forward(pre: Tensor) -> Tensor:
-    """GELU of a contiguous CPU tensor, in its dtype."""
+def gelu_forward(pre: Tensor, out: Tensor) -> Tensor:
+    """Writes GELU(pre) to out, which may be pre itself; contiguous CPU tensors. Returns out."""
+    _cpu.kernels.gelu(pre.numel(), _cpu.rows(pre), _cpu.rows(out), _cpu.rows(None), _cpu.rows(None))
+    return out
+
+
+def gelu_backward(dact: Tensor, pre: Tensor) -> Tensor:
+    """Turns dact into the gradient of pre, in place, and returns GELU(pre), recomputed beside it; contiguous CPU tensors."""
     act = torch.empty_like(pre)
-    _cpu.kernels.gelu(pre.numel(), _cpu.rows(pre), _cpu.rows(act), _cpu.rows(None), _cpu.rows(None))
+    _cpu.kernels.gelu(pre.numel(), *map(_cpu.rows, (pre, act, dact, dact)))
     return act
-
-
-def gelu_backward(dact: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
-    """(dpre, act) of contiguous CPU tensors: the gradient of pre, and GELU(pre) recomputed beside it."""
-    act, dpre = torch.empty_like(pre), torch.empty_like(pre)
-    _cpu.kernels.gelu(pre.numel(), *map(_cpu.rows, (pre, act, dact, dpre)))
-    return dpre, act

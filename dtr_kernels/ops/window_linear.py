@@ -320,7 +320,7 @@ def linear_gelu_forward(
     """(pre, GELU(pre)) [B, N, O] of the same layer; pre is left empty unless ``write_pre`` (training) asks for it."""
     if kernel_path(u) == "cpu":
         pre = window_linear_forward(u, mean_rstd, shift, scale, weight, bias, start)
-        return pre if write_pre else pre.new_empty(0), gelu_forward(pre)
+        return (pre, gelu_forward(pre, torch.empty_like(pre))) if write_pre else (pre.new_empty(0), gelu_forward(pre, pre))
     if start is None or mean_rstd is None:
         return _launch_forward(u, weight, bias, None, None, None, gelu=True, write_out=write_pre)
     p, q = _contributions(_inactive_channels(shift, scale, start, u.shape[-1]), weight, bias)
@@ -434,7 +434,8 @@ def gelu_linear_backward(g: Tensor, pre: Tensor, weight: Tensor) -> tuple[Tensor
         g: gradient of out [B, N, O]. pre: [B, N, K]. weight: [O, K], in g's dtype.
     """
     if kernel_path(g) == "cpu":
-        return gelu_backward(g @ weight, pre)
+        dpre = g @ weight
+        return dpre, gelu_backward(dpre, pre)
     B, N, K = pre.shape
     pre = pre.view(1, B * N, K)
     dpre, act = _launch_input_gradient(g.reshape(1, B * N, -1), weight, None, torch.empty_like(pre), pre)
@@ -528,22 +529,21 @@ def _launch_token_sums(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor,
 
 # --- CPU -------------------------------------------------------------------------------------------------------------
 
-# Fewer tokens than this per sample, and one dense GEMM beats a GEMM per sample (measured on 2 cores, C 192 to 1152).
-_ROWS_FOR_SLICES = 64
+# With fewer tokens per sample than this, one dense GEMM on a CPU beats GEMMs on slices of the weight plus the closed form
+# (measured on one core in fp32, C 192 to 1152; in the backward pass p, dp and dq cost more of what a window saves).
+_FORWARD_TOKENS, _BACKWARD_TOKENS = 256, 512
 
 
-def _slices(u: Tensor, start: Tensor) -> list[tuple[slice, int]] | None:
+def _slices(u: Tensor, start: Tensor, least_tokens: int) -> list[tuple[slice, int]] | None:
     """Groups of samples with the start of their weight slice; None where one dense GEMM is faster.
 
     In 16-bit dtypes a CPU's matrix units want the weight repacked at every call, which costs more than a window saves.
     """
-    starts = start.tolist()
-    if u.element_size() < 4:
+    if u.element_size() < 4 or u.shape[1] < least_tokens:
         return None
+    starts = start.tolist()
     if len(set(starts)) == 1:
         return [(slice(0, len(starts)), starts[0])]
-    if u.shape[1] < _ROWS_FOR_SLICES:
-        return None
     return [(slice(b, b + 1), s) for b, s in enumerate(starts)]
 
 
@@ -574,7 +574,7 @@ def _cpu_forward(
     bias: Tensor | None,
     start: Tensor,
 ) -> Tensor:
-    slices = _slices(u, start)
+    slices = _slices(u, start, _FORWARD_TOKENS)
     if slices is None:
         return F.linear(_dense_input(u, mean_rstd, shift, scale, start), weight, bias)
     p, q = _contributions(_inactive_channels(shift, scale, start, u.shape[-1]), weight, bias)
@@ -597,7 +597,7 @@ def _cpu_backward(
 ) -> LinearGradients:
     B, N, W = u.shape
     O, C = weight.shape
-    slices = _slices(u, start)
+    slices = _slices(u, start, _BACKWARD_TOKENS)
     flat = g.reshape(B * N, O)
     du = torch.empty(B, N, W, dtype=u.dtype)
     if slices is None:
