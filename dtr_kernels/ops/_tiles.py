@@ -44,30 +44,42 @@ def capability(x: Tensor) -> int:
     return 10 * major + minor
 
 
-def gemm_tile(dtype: torch.dtype, rows: int, arch: int) -> GemmTile:
-    """Tile of the forward and input-gradient GEMMs; ``rows`` is the number of tokens that share a window."""
+def _has_large_tiles(arch: int) -> bool:
+    """Hopper and data-center Blackwell: warpgroup matrix instructions and more than 200 KiB of shared memory."""
+    return 90 <= arch < 110
+
+
+def gemm_tile(dtype: torch.dtype, rows: int, arch: int, slope: bool = False) -> GemmTile:
+    """Tile of the forward and input-gradient GEMMs.
+
+    Args:
+        dtype: of the operands.
+        rows: tokens that share a window; a tile does not reach beyond them.
+        arch: compute capability, as ``capability`` returns it.
+        slope: whether the epilogue computes GELU's derivative, which needs the registers of half a tile.
+    """
     m = min(128, power_of_two(rows))
     if dtype == torch.float32:  # fused multiply-adds, or tf32 where PyTorch is allowed it
-        return GemmTile(min(m, 64), 64, 32, 4, 2)
-    if arch in (90, 100) and m == 128:
-        return GemmTile(128, 256, 64, 8, 3)
-    return GemmTile(m, 128, 32 if arch < 90 else 64, 4, 3)
+        return GemmTile(min(m, 64), 64, 16, 8 if m >= 64 else 4, 2)
+    if m < 128:
+        return GemmTile(m, 128, 64 if _has_large_tiles(arch) else 32, 4, 3)
+    if not _has_large_tiles(arch):
+        return GemmTile(128, 128, 32, 8, 3)
+    return GemmTile(128, 128, 64, 8, 4) if slope else GemmTile(128, 256, 64, 8, 3)
 
 
 def weight_gradient_tile(dtype: torch.dtype, rows: int, arch: int) -> GemmTile:
-    """Tile of the weight-gradient GEMM, whose contraction runs over tokens: k is bounded by a sample's ``rows``."""
-    k = min(64 if arch >= 90 else 32, power_of_two(rows))
+    """Tile of the weight-gradient GEMM, whose contraction runs over tokens: a step holds tokens of one sample."""
+    k = min(64 if _has_large_tiles(arch) else 32, power_of_two(rows))
     if dtype == torch.float32:
-        return GemmTile(64, 64, min(k, 32), 4, 2)
-    if arch in (90, 100):
-        return GemmTile(128, 256, k, 8, 3)
-    return GemmTile(128, 128, k, 8, 3)
+        return GemmTile(64, 64, 16, 8, 2)
+    return GemmTile(128, 256, k, 8, 3) if _has_large_tiles(arch) else GemmTile(128, 128, k, 8, 3)
 
 
 def row_tile(channels: int, tensors: int) -> RowTile:
     """Tile of a kernel that holds whole rows of ``channels`` in registers, ``tensors`` of them at a time."""
     block = power_of_two(channels)
-    warps = min(max(block // 256, 1), 8)
-    # About 64 registers a thread for the rows themselves, and at most the 32 tokens that a backward program sums over.
-    rows = min(32, max(1, 64 * 32 * warps // (block * tensors)))
+    warps = min(max(block // 128, 1), 16)
+    # About 32 registers a thread for the rows themselves, and at most the 32 tokens that a backward program sums over.
+    rows = min(32, max(1, 32 * 32 * warps // (block * tensors)))
     return RowTile(1 << (rows.bit_length() - 1), block, warps)

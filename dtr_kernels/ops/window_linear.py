@@ -60,6 +60,67 @@ def _tile_of(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _halves(acc):
+    """The left and right half of a tile's columns: half a tile at a time keeps an epilogue in registers."""
+    return acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _finish_forward(
+    acc,
+    b,
+    row,
+    column,
+    mean_rstd_ptr,
+    p_ptr,
+    q_ptr,
+    out_ptr,
+    act_ptr,
+    N,
+    O,
+    WINDOWED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    WRITE_OUT: tl.constexpr,
+):
+    """Adds what deactivated channels (or the bias) contribute, applies GELU and stores."""
+    n = row + tl.arange(0, acc.shape[0])
+    o = column + tl.arange(0, acc.shape[1])
+    token = b.to(tl.int64) * N + n
+    if WINDOWED:
+        mean_rstd = tl.load(mean_rstd_ptr + token, mask=n < N, other=0.0)
+        p = tl.load(p_ptr + b.to(tl.int64) * O + o, mask=o < O, other=0.0)
+        q = tl.load(q_ptr + b.to(tl.int64) * O + o, mask=o < O, other=0.0)
+        acc += q[None, :] - mean_rstd[:, None] * p[None, :]
+    elif HAS_BIAS:
+        acc += tl.load(q_ptr + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
+    offsets = token[:, None] * O + o[None, :]
+    inside = (n < N)[:, None] & (o < O)[None, :]
+    out = acc.to(out_ptr.dtype.element_ty)
+    if WRITE_OUT:
+        tl.store(out_ptr + offsets, out, mask=inside)
+    if GELU:
+        # Of the rounded value, so that the backward pass, which has only that, recomputes the same activation.
+        tl.store(act_ptr + offsets, gelu(out.to(tl.float32)).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _finish_input_gradient(acc, b, row, column, pre_ptr, du_ptr, act_ptr, N, K, du_stride, GELU: tl.constexpr):
+    """Multiplies with GELU's derivative, recomputes the activation beside it, and stores."""
+    n = row + tl.arange(0, acc.shape[0])
+    c = column + tl.arange(0, acc.shape[1])
+    token = b.to(tl.int64) * N + n
+    offsets = token[:, None] * du_stride + c[None, :]
+    inside = (n < N)[:, None] & (c < K)[None, :]
+    if GELU:
+        pre = tl.load(pre_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        act, slope = gelu_and_slope(pre)
+        acc = acc.to(du_ptr.dtype.element_ty).to(tl.float32) * slope
+        tl.store(act_ptr + offsets, act.to(act_ptr.dtype.element_ty), mask=inside)
+    tl.store(du_ptr + offsets, acc.to(du_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _forward_kernel(
     u_desc,
     weight_desc,
@@ -96,24 +157,19 @@ def _forward_kernel(
         u = u_desc.load([b, row, k]).reshape(BLOCK_M, BLOCK_K)
         w = weight_desc.load([column, first + k])
         acc = tl.dot(u, w.T, acc, input_precision=PRECISION)
-    n = row + tl.arange(0, BLOCK_M)
-    o = column + tl.arange(0, BLOCK_N)
-    token = b.to(tl.int64) * N + n
-    if WINDOWED:
-        mean_rstd = tl.load(mean_rstd_ptr + token, mask=n < N, other=0.0)
-        p = tl.load(p_ptr + b.to(tl.int64) * O + o, mask=o < O, other=0.0)
-        q = tl.load(q_ptr + b.to(tl.int64) * O + o, mask=o < O, other=0.0)
-        acc += q[None, :] - mean_rstd[:, None] * p[None, :]
-    elif HAS_BIAS:
-        acc += tl.load(q_ptr + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
-    offsets = token[:, None] * O + o[None, :]
-    inside = (n < N)[:, None] & (o < O)[None, :]
-    out = acc.to(out_ptr.dtype.element_ty)
-    if WRITE_OUT:
-        tl.store(out_ptr + offsets, out, mask=inside)
-    if GELU:
-        # Of the rounded value, so that the backward pass, which has only that, recomputes the same activation.
-        tl.store(act_ptr + offsets, gelu(out.to(tl.float32)).to(out_ptr.dtype.element_ty), mask=inside)
+    if BLOCK_N <= 128:
+        _finish_forward(
+            acc, b, row, column, mean_rstd_ptr, p_ptr, q_ptr, out_ptr, act_ptr, N, O, WINDOWED, HAS_BIAS, GELU, WRITE_OUT
+        )
+    else:
+        left, right = _halves(acc)
+        _finish_forward(
+            left, b, row, column, mean_rstd_ptr, p_ptr, q_ptr, out_ptr, act_ptr, N, O, WINDOWED, HAS_BIAS, GELU, WRITE_OUT
+        )
+        column += BLOCK_N // 2
+        _finish_forward(
+            right, b, row, column, mean_rstd_ptr, p_ptr, q_ptr, out_ptr, act_ptr, N, O, WINDOWED, HAS_BIAS, GELU, WRITE_OUT
+        )
 
 
 @triton.jit
@@ -149,17 +205,13 @@ def _input_gradient_kernel(
         g = g_desc.load([b, row, o]).reshape(BLOCK_M, BLOCK_K)
         w = weight_desc.load([o, first + column])
         acc = tl.dot(g, w, acc, input_precision=PRECISION)
-    n = row + tl.arange(0, BLOCK_M)
-    c = column + tl.arange(0, BLOCK_N)
-    token = b.to(tl.int64) * N + n
-    offsets = token[:, None] * du_stride + c[None, :]
-    inside = (n < N)[:, None] & (c < K)[None, :]
-    if GELU:
-        pre = tl.load(pre_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        act, slope = gelu_and_slope(pre)
-        acc = acc.to(du_ptr.dtype.element_ty).to(tl.float32) * slope
-        tl.store(act_ptr + offsets, act.to(act_ptr.dtype.element_ty), mask=inside)
-    tl.store(du_ptr + offsets, acc.to(du_ptr.dtype.element_ty), mask=inside)
+    if BLOCK_N <= 128:
+        _finish_input_gradient(acc, b, row, column, pre_ptr, du_ptr, act_ptr, N, K, du_stride, GELU)
+    else:
+        left, right = _halves(acc)
+        _finish_input_gradient(left, b, row, column, pre_ptr, du_ptr, act_ptr, N, K, du_stride, GELU)
+        column += BLOCK_N // 2
+        _finish_input_gradient(right, b, row, column, pre_ptr, du_ptr, act_ptr, N, K, du_stride, GELU)
 
 
 @triton.jit
@@ -447,7 +499,7 @@ def _launch_input_gradient(
 ) -> tuple[Tensor, Tensor]:
     B, N, O = g.shape
     act = torch.empty_like(du) if pre is not None else du
-    tile = gemm_tile(g.dtype, N, capability(g))
+    tile = gemm_tile(g.dtype, N, capability(g), slope=pre is not None)
     if B * N > 0:
         launch(
             _input_gradient_kernel,
