@@ -108,11 +108,13 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     return x + gate[:, None] * branch
 
 
-def attention(u: Tensor, qkv: torch.nn.Linear, proj: torch.nn.Linear, num_heads: int) -> Tensor:
-    """Multi-head self-attention of tokens u [B, N, C]."""
+def attention(u: Tensor, attn: Any) -> Tensor:
+    """Multi-head self-attention of tokens u [B, N, C], with timm's query and key norms where attn has them."""
     B, N, C = u.shape
-    q, k, v = qkv(u).reshape(B, N, 3, num_heads, C // num_heads).permute(2, 0, 3, 1, 4)
-    return proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C))
+    q, k, v = attn.qkv(u).reshape(B, N, 3, attn.num_heads, C // attn.num_heads).permute(2, 0, 3, 1, 4)
+    if hasattr(attn, "q_norm"):
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    return attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C))
 
 
 def mlp(u: Tensor, fc1: torch.nn.Linear, fc2: torch.nn.Linear) -> Tensor:
@@ -138,7 +140,7 @@ def dit_block(block: Any, x: Tensor, c: Tensor, mask: Tensor | None = None, scop
     eps1, eps2 = block.norm1.eps, block.norm2.eps
 
     def attend(z: Tensor) -> Tensor:
-        return attention(modulate(layer_norm(z, eps1), s1, k1), block.attn.qkv, block.attn.proj, block.attn.num_heads)
+        return attention(modulate(layer_norm(z, eps1), s1, k1), block.attn)
 
     def transform(z: Tensor) -> Tensor:
         return mlp(modulate(layer_norm(z, eps2), s2, k2), block.mlp.fc1, block.mlp.fc2)

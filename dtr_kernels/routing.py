@@ -66,7 +66,7 @@ class ChannelWindow:
             )
         if self.start.device != device:
             raise ValueError(f"window is on {self.start.device}, but x is on {device}; make it from a t on {device}")
-        return ChannelWindow(self.start.expand(batch_size), self.width, self.channels)
+        return ChannelWindow(self.start.expand(batch_size).contiguous(), self.width, self.channels)
 
 
 def _check_ratio(beta: float, num_timesteps: int) -> None:
@@ -101,7 +101,9 @@ def _check_range(t: Tensor, last: float, hint: str) -> None:
 def _window_starts(t: Tensor, num_timesteps: int, alpha: float, travel: int) -> Tensor:
     """start[b] = round(time**alpha * travel), half to even, in fp64 as the reference code computes it."""
     if t.is_floating_point():
-        _check_range(t, 1, "a floating-point t is continuous time in [0, 1], and timestep numbers need an integer dtype")
+        _check_range(
+            t, 1, "a floating-point t is continuous time in [0, 1], and timestep numbers need an integer dtype"
+        )
         time = t.double()
     else:
         _check_range(t, num_timesteps - 1, f"the routing was made for num_timesteps={num_timesteps}")

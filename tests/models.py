@@ -1,4 +1,4 @@
-"""Stand-ins for the models that ``swap_blocks`` knows, with the attributes and forwards of the public ones, but small."""
+"""Small stand-ins for the models that ``swap_blocks`` knows, with the attributes and forwards of the public ones."""
 
 from __future__ import annotations
 

@@ -89,14 +89,27 @@ struct Window {
     Window(const Shape& s, int64_t b) : lo(s.start ? s.start[b] : 0), hi(s.start ? lo + s.width : s.C) {}
 };
 
+// The forward and the backward pass both add the residual update here, so that both round it the same way: where the sum
+// nearly cancels, a backward pass that saw another last bit would not match the statistics of the forward pass.
+template <class T>
+void add_update(T* __restrict v, const T* __restrict branch, const T* __restrict gate, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) v[i] += gate[i] * branch[i];
+}
+
+template <class T>
+void keep_window(T* row, const Window& window, int64_t channels) {
+    std::fill(row, row + window.lo, T(0));
+    std::fill(row + window.hi, row + channels, T(0));
+}
+
 template <class T>
 void norm_forward(const NormForward& a) {
     const Shape& s = a.shape;
     const bool compact = s.start && !a.keep_branch;
 #pragma omp parallel
     {
-        std::vector<T> row(s.C), update(s.C);
-        T *v = row.data(), *w = update.data();
+        std::vector<T> buffer(3 * s.C);
+        T *v = buffer.data(), *update = v + s.C, *sum_row = update + s.C;
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < s.B * s.N; ++token) {
             const int64_t b = token / s.N;
@@ -105,19 +118,18 @@ void norm_forward(const NormForward& a) {
             if (a.branch.data) {
                 const T* gate = vector_at<T>(a.gate, b);
                 load_row(a.x, token, 0, s.C, v);
-                load_row(a.branch, token, 0, s.C, w);
-                for (int64_t c = 0; c < s.C; ++c) w[c] *= gate[c];
+                load_row(a.branch, token, 0, s.C, update);
                 if (a.keep_branch) {
                     if (a.stream.data) {
-                        for (int64_t c = 0; c < s.C; ++c) v[c] += w[c];
-                        store_row(v, a.stream, token, s.C);
-                        load_row(a.x, token, 0, s.C, v);
+                        std::copy(v, v + s.C, sum_row);
+                        add_update(sum_row, update, gate, s.C);
+                        store_row(sum_row, a.stream, token, s.C);
                     }
-                    for (int64_t c = lo; c < hi; ++c) w[c] += v[c];
-                    std::swap(v, w);
+                    keep_window(v, window, s.C);
+                    add_update(v, update, gate, s.C);
                     lo = 0, hi = s.C;
                 } else {
-                    for (int64_t c = 0; c < s.C; ++c) v[c] += w[c];
+                    add_update(v, update, gate, s.C);
                     if (a.stream.data) store_row(v, a.stream, token, s.C);
                     round_row(v, s.C, a.stream_type);
                 }
@@ -165,12 +177,8 @@ void norm_backward(const NormBackward& a) {
                 load_row(a.x, token, lo, n, v + lo);
                 if (a.branch.data) {
                     load_row(a.branch, token, 0, s.C, branch);
-                    if (a.keep_branch) {
-                        std::fill(v, v + window.lo, T(0));
-                        std::fill(v + window.hi, v + s.C, T(0));
-                    }
-                    if (!a.x_is_stream)
-                        for (int64_t c = lo; c < hi; ++c) v[c] += gate[c] * branch[c];
+                    if (a.keep_branch) keep_window(v, window, s.C);
+                    if (!a.x_is_stream) add_update(v + lo, branch + lo, gate + lo, n);
                     if (!a.x_is_stream && !a.keep_branch) round_row(v + lo, n, a.x.type);
                 }
                 load_row(a.du, token, compact ? 0 : lo, n, g + lo);
@@ -277,7 +285,7 @@ void residual_forward(const ResidualForward& a) {
             const T* gate = vector_at<T>(a.gate, token / s.N);
             load_row(a.x, token, 0, s.C, x);
             load_row(a.branch, token, 0, s.C, branch);
-            for (int64_t c = 0; c < s.C; ++c) x[c] += gate[c] * branch[c];
+            add_update(x, branch, gate, s.C);
             store_row(x, a.out, token, s.C);
         }
     }
@@ -319,7 +327,8 @@ inline float exponential(float x) {
     const float shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
     const float n = shifted - 12582912.0f;
     const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.0f / 720;
+    float p = 1.0f / 5040;
+    p = p * r + 1.0f / 720;
     p = p * r + 1.0f / 120;
     p = p * r + 1.0f / 24;
     p = p * r + 1.0f / 6;
@@ -338,16 +347,20 @@ template <class T> constexpr T kLinear = static_cast<T>(1.5957691216057308);
 template <class T> constexpr T kCubic = static_cast<T>(0.07135481627260025);
 
 template <class T>
-void gate_row(const T* __restrict x, T* __restrict gate, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) gate[i] = 1 / (1 + exponential(-x[i] * (kLinear<T> + kCubic<T> * x[i] * x[i])));
+void gate_row(const T* __restrict x, T* __restrict gate, T* __restrict rest, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        const T e = exponential(-x[i] * (kLinear<T> + kCubic<T> * x[i] * x[i]));
+        gate[i] = 1 / (1 + e);
+        rest[i] = e * gate[i];  // 1 - gate, without its cancellation
+    }
 }
 
 // g becomes the gradient times the slope, gate + x gate (1 - gate) (kLinear + 3 kCubic x^2). A loop of its own: with the
 // gate computed in it, GCC 12 splits the clamps of the exponential into paths and the loop runs 7 times slower.
 template <class T>
-void slope_row(const T* __restrict x, const T* __restrict gate, T* __restrict g, int64_t n) {
+void slope_row(const T* __restrict x, const T* __restrict gate, const T* __restrict rest, T* __restrict g, int64_t n) {
     for (int64_t i = 0; i < n; ++i)
-        g[i] *= gate[i] + x[i] * gate[i] * (1 - gate[i]) * (kLinear<T> + 3 * kCubic<T> * x[i] * x[i]);
+        g[i] *= gate[i] + x[i] * gate[i] * rest[i] * (kLinear<T> + 3 * kCubic<T> * x[i] * x[i]);
 }
 
 template <class T>
@@ -355,16 +368,16 @@ void gelu(const Gelu& a) {
     constexpr int64_t kBlock = 2048;
 #pragma omp parallel
     {
-        std::vector<T> buffer(3 * kBlock);
-        T *x = buffer.data(), *gate = x + kBlock, *g = gate + kBlock;
+        std::vector<T> buffer(4 * kBlock);
+        T *x = buffer.data(), *gate = x + kBlock, *rest = gate + kBlock, *g = rest + kBlock;
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < (a.size + kBlock - 1) / kBlock; ++block) {
             const int64_t first = block * kBlock, n = std::min(kBlock, a.size - first);
             load_row(a.pre, 0, first, n, x);
-            gate_row(x, gate, n);
+            gate_row(x, gate, rest, n);
             if (a.dact.data) {
                 load_row(a.dact, 0, first, n, g);
-                slope_row(x, gate, g, n);
+                slope_row(x, gate, rest, g, n);
                 store(g, n, a.dpre.type, at(a.dpre, 0, first));
             }
             for (int64_t i = 0; i < n; ++i) x[i] *= gate[i];

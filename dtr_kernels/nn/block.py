@@ -39,12 +39,13 @@ def check_scope(scope: str) -> None:
 
 def _attend(attn: Any, qkv: Tensor) -> Tensor:
     """Self-attention and its output projection on views of qkv [B, N, 3C], without a copy."""
-    B, N, _ = qkv.shape
-    q, k, v = qkv.view(B, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    B, N, width = qkv.shape
+    C = width // 3
+    q, k, v = qkv.view(B, N, 3, attn.num_heads, C // attn.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
     if hasattr(attn, "q_norm"):  # timm's optional query and key norms; Identity unless asked for
         q, k = attn.q_norm(q), attn.k_norm(k)
     out = F.scaled_dot_product_attention(q, k, v)
-    return attn.proj(out.transpose(1, 2).reshape(B, N, -1))
+    return attn.proj(out.transpose(1, 2).reshape(B, N, C))
 
 
 def advance(block: Any, stream: Stream, c: Tensor, window: ChannelWindow | None, scope: str) -> Stream:

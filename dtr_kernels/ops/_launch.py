@@ -53,9 +53,12 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 
 def empty_rows(*shape: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialised tensor whose rows are padded to an aligned stride, so that a descriptor can read it in place."""
+    """Uninitialised tensor; on a GPU its rows are padded to an aligned stride, so that a descriptor reads it in place.
+
+    Not on a CPU: oneDNN multiplies what lies behind a row of odd length with zeros, and the padding may hold NaN.
+    """
     width = shape[-1]
-    padded = -(-width // _ROW_PADDING) * _ROW_PADDING
+    padded = -(-width // _ROW_PADDING) * _ROW_PADDING if kernel_path(like) == "triton" else width
     return torch.empty(*shape[:-1], padded, device=like.device, dtype=dtype)[..., :width]
 
 

@@ -64,7 +64,7 @@ def gemm_tile(dtype: torch.dtype, rows: int, arch: int, slope: bool = False) -> 
     if m < 128:
         return GemmTile(m, 128, 64 if _has_large_tiles(arch) else 32, 4, 3)
     if not _has_large_tiles(arch):
-        return GemmTile(128, 128, 32, 8, 3)
+        return GemmTile(64, 128, 32, 8, 3)
     return GemmTile(128, 128, 64, 8, 4) if slope else GemmTile(128, 256, 64, 8, 3)
 
 

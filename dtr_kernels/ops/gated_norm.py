@@ -109,12 +109,12 @@ def _forward_kernel(
     if HAS_BRANCH:
         gate = tl.load(gate_ptr + b * gate_stride + c, mask=exists, other=0.0).to(tl.float32)
         branch = tl.load(branch_ptr + offsets, mask=here & exists[None, :], other=0.0).to(tl.float32)
-        update = branch * gate[None, :]
-        stream = (v + update).to(stream_ptr.dtype.element_ty)
+        # An explicit fma here and in the backward pass: where the sum nearly cancels, both must round it the same way.
+        stream = tl.fma(branch, gate[None, :], v).to(stream_ptr.dtype.element_ty)
         if WRITE_STREAM:
             tl.store(stream_ptr + offsets, stream, mask=here & exists[None, :])
         if KEEP_BRANCH:
-            v = tl.where(active[None, :], v, 0.0) + update
+            v = tl.fma(branch, gate[None, :], tl.where(active[None, :], v, 0.0))
             seen = exists
         else:
             v = tl.where(active[None, :], stream.to(tl.float32), 0.0)
@@ -200,11 +200,10 @@ def _backward_kernel(
         v = tl.load(x_ptr + offsets, mask=here & seen[None, :], other=0.0)
         if HAS_BRANCH:
             branch = tl.load(branch_ptr + offsets, mask=here & exists[None, :], other=0.0).to(tl.float32)
-            update = branch * gate[None, :]
             if KEEP_BRANCH:
-                v = tl.where(active[None, :], v.to(tl.float32), 0.0) + update
+                v = tl.fma(branch, gate[None, :], tl.where(active[None, :], v.to(tl.float32), 0.0))
             elif not X_IS_STREAM:
-                v = (v.to(tl.float32) + update).to(x_ptr.dtype.element_ty)
+                v = tl.fma(branch, gate[None, :], v.to(tl.float32)).to(x_ptr.dtype.element_ty)
         z = tl.where(here & seen[None, :], (v.to(tl.float32) - mean[:, None]) * rstd[:, None], 0.0)
         du_offsets = token[:, None] * du_stride + column[None, :]
         du = tl.load(du_ptr + du_offsets, mask=here & seen[None, :], other=0.0).to(tl.float32)
@@ -272,7 +271,8 @@ def gated_norm_forward(
     gate = None if gate is None else modulation(gate, x)
     shift, scale = modulation(shift, x), modulation(scale, x)
     stream = torch.empty_like(x) if branch is not None and write_stream else None
-    u = empty_rows(B, N, C if keep_branch else width, like=x, dtype=dtype)
+    compact = start is not None and not keep_branch
+    u = empty_rows(B, N, width, like=x, dtype=dtype) if compact else torch.empty(B, N, C, device=x.device, dtype=dtype)
     mean = torch.empty(B, N, device=x.device, dtype=compute_dtype(x))
     rstd = torch.empty_like(mean)
     output = NormOutput(stream, u, mean, rstd)

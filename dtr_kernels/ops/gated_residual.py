@@ -22,9 +22,7 @@ from dtr_kernels.ops._tiles import row_tile
 
 
 @triton.jit
-def _forward_kernel(
-    x_ptr, branch_ptr, gate_ptr, out_ptr, N, C, gate_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _forward_kernel(x_ptr, branch_ptr, gate_ptr, out_ptr, N, C, gate_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     tiles = tl.cdiv(N, ROWS)
     pid = tl.program_id(0)
     b = (pid // tiles).to(tl.int64)

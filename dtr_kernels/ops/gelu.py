@@ -28,8 +28,10 @@ def gelu(x):
 @triton.jit
 def gelu_and_slope(x):
     """(GELU, its derivative) of an fp32 tile."""
-    gate = tl.sigmoid(x * (_LINEAR + _CUBIC * x * x))
-    slope = gate + x * gate * (1.0 - gate) * (_LINEAR + 3.0 * _CUBIC * x * x)
+    e = tl.exp(tl.minimum(-x * (_LINEAR + _CUBIC * x * x), 80.0))  # finite, so that e * gate is 1 and not NaN
+    gate = 1.0 / (1.0 + e)
+    # e * gate is 1 - gate without its cancellation.
+    slope = gate + x * gate * (e * gate) * (_LINEAR + 3.0 * _CUBIC * x * x)
     return x * gate, slope
 
 

@@ -159,16 +159,58 @@ def _forward_kernel(
         acc = tl.dot(u, w.T, acc, input_precision=PRECISION)
     if BLOCK_N <= 128:
         _finish_forward(
-            acc, b, row, column, mean_rstd_ptr, p_ptr, q_ptr, out_ptr, act_ptr, N, O, WINDOWED, HAS_BIAS, GELU, WRITE_OUT
+            acc,
+            b,
+            row,
+            column,
+            mean_rstd_ptr,
+            p_ptr,
+            q_ptr,
+            out_ptr,
+            act_ptr,
+            N,
+            O,
+            WINDOWED,
+            HAS_BIAS,
+            GELU,
+            WRITE_OUT,
         )
     else:
         left, right = _halves(acc)
         _finish_forward(
-            left, b, row, column, mean_rstd_ptr, p_ptr, q_ptr, out_ptr, act_ptr, N, O, WINDOWED, HAS_BIAS, GELU, WRITE_OUT
+            left,
+            b,
+            row,
+            column,
+            mean_rstd_ptr,
+            p_ptr,
+            q_ptr,
+            out_ptr,
+            act_ptr,
+            N,
+            O,
+            WINDOWED,
+            HAS_BIAS,
+            GELU,
+            WRITE_OUT,
         )
         column += BLOCK_N // 2
         _finish_forward(
-            right, b, row, column, mean_rstd_ptr, p_ptr, q_ptr, out_ptr, act_ptr, N, O, WINDOWED, HAS_BIAS, GELU, WRITE_OUT
+            right,
+            b,
+            row,
+            column,
+            mean_rstd_ptr,
+            p_ptr,
+            q_ptr,
+            out_ptr,
+            act_ptr,
+            N,
+            O,
+            WINDOWED,
+            HAS_BIAS,
+            GELU,
+            WRITE_OUT,
         )
 
 
@@ -372,7 +414,9 @@ def linear_gelu_forward(
     """(pre, GELU(pre)) [B, N, O] of the same layer; pre is left empty unless ``write_pre`` (training) asks for it."""
     if kernel_path(u) == "cpu":
         pre = window_linear_forward(u, mean_rstd, shift, scale, weight, bias, start)
-        return (pre, gelu_forward(pre, torch.empty_like(pre))) if write_pre else (pre.new_empty(0), gelu_forward(pre, pre))
+        return (
+            (pre, gelu_forward(pre, torch.empty_like(pre))) if write_pre else (pre.new_empty(0), gelu_forward(pre, pre))
+        )
     if start is None or mean_rstd is None:
         return _launch_forward(u, weight, bias, None, None, None, gelu=True, write_out=write_pre)
     p, q = _contributions(_inactive_channels(shift, scale, start, u.shape[-1]), weight, bias)
@@ -490,7 +534,7 @@ def gelu_linear_backward(g: Tensor, pre: Tensor, weight: Tensor) -> tuple[Tensor
         return dpre, gelu_backward(dpre, pre)
     B, N, K = pre.shape
     pre = pre.view(1, B * N, K)
-    dpre, act = _launch_input_gradient(g.reshape(1, B * N, -1), weight, None, torch.empty_like(pre), pre)
+    dpre, act = _launch_input_gradient(g.reshape(1, B * N, g.shape[-1]), weight, None, torch.empty_like(pre), pre)
     return dpre.view(B, N, K), act.view(B, N, K)
 
 

@@ -41,7 +41,7 @@ class ModelState:
         """The channels that the routing activates at t [B]."""
         if isinstance(self.routing, RandomRouting):
             return self.routing.mask(t, self.channels)
-        return self.routing and self.routing.window(t, self.channels)
+        return None if self.routing is None else self.routing.window(t, self.channels)
 
     def window_of(self, block: Any) -> ChannelWindow | Tensor | None:
         return self.window
@@ -54,15 +54,15 @@ class BlockState:
         self.name = name
         self.model = model
         self.source = source
-        # Gradient checkpointing runs a block again in the backward pass, when the model may have run for other timesteps
-        # since. The memory of the conditioning vector tells the forwards apart: checkpointing holds it until then, while
-        # the tensor it passes may be a detached view.
+        # Gradient checkpointing runs a block again in the backward pass, when the model may have run for other
+        # timesteps since. The memory of the conditioning vector tells the forwards apart: checkpointing holds it until
+        # then, while the tensor it passes may be a detached view.
         self._windows: WeakKeyDictionary[torch.UntypedStorage, ChannelWindow | Tensor | None] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[type, tuple]:
         return BlockState, (self.name, self.model, self.source)
 
-    def window(self, block: nn.Module, c: Tensor) -> ChannelWindow | Tensor | None:
+    def window(self, block: Any, c: Tensor) -> ChannelWindow | Tensor | None:
         """The window of the forward that c [B, C] belongs to."""
         if self.source is None:
             return None
@@ -75,9 +75,9 @@ class BlockState:
             return self._windows[c.untyped_storage()]
         except KeyError:
             raise RuntimeError(
-                f"block {self.name!r} was called outside its model's forward, with a conditioning vector that no forward "
-                "has passed it, so its timesteps are unknown; call the model instead, and where checkpointed blocks are "
-                "compiled, compile the whole model"
+                f"block {self.name!r} was called outside its model's forward, with a conditioning vector that no "
+                "forward has passed it, so its timesteps are unknown; call the model instead, and where checkpointed "
+                "blocks are compiled, compile the whole model"
             ) from None
 
 
@@ -89,7 +89,7 @@ class Swapped:
     _dtr_original: type
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        _, _, attributes, *_ = super().__reduce_ex__(2)
+        attributes: Any = super().__reduce_ex__(2)[2]
         return _rebuild, (self._dtr_factory, self._dtr_original), attributes
 
 
@@ -110,14 +110,14 @@ def _derive(base: type, original: type, factory: Callable[[type], type], **metho
 class _FusedBlock(Swapped):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         state: BlockState = self._dtr
-        window, scope = state.window(self, c), state.model.scope  # type: ignore[arg-type]
+        window, scope = state.window(self, c), state.model.scope
         if isinstance(window, Tensor):
             return reference.dit_block(self, x, c, window, scope)
         return advance(self, Stream(x), c, window, scope).sum()
 
 
 @functools.cache
-def block_class(original: type) -> type:
+def block_class(original: Any) -> type:
     """The class of a swapped block of class ``original``; its ``_dtr`` is a ``BlockState``."""
     return _derive(_FusedBlock, original, block_class)
 
@@ -125,18 +125,20 @@ def block_class(original: type) -> type:
 class _RoutedModel(Swapped):
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError(
-            "nn.DataParallel would run threads that share one routing window; use DistributedDataParallel, or restore_blocks"
+            "nn.DataParallel would run threads that share one routing window; use DistributedDataParallel"
         )
 
 
 @functools.cache
-def model_class(original: type) -> type:
+def model_class(original: Any) -> type:
     """The class of a routed model of class ``original``; its ``_dtr`` is a ``ModelState``.
 
     Its forward makes the window of its timesteps and runs the original's. (A forward pre-hook would miss calls of
     ``model.forward``, such as facebookresearch/DiT's forward_with_cfg makes.)
     """
-    name, position = timestep_argument(original)
+    argument = timestep_argument(original)
+    assert argument is not None
+    name, position = argument
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -153,7 +155,7 @@ def model_class(original: type) -> type:
     return _derive(_RoutedModel, original, model_class, forward=forward)
 
 
-def timestep_argument(original: type) -> tuple[str, int] | None:
-    """Name of the timesteps among the arguments of a module class's forward, and position after self; None if absent."""
+def timestep_argument(original: type[nn.Module]) -> tuple[str, int] | None:
+    """Name and position (after self) of the timesteps among the arguments of a module's forward; None without any."""
     names = list(inspect.signature(original.forward).parameters)
     return next(((name, names.index(name) - 1) for name in TIMESTEP_NAMES if name in names), None)

@@ -5,7 +5,6 @@ So parameters, attributes, hooks, isinstance and state_dict stay what they were,
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -24,37 +23,40 @@ from dtr_kernels.swap.classes import (
 )
 from dtr_kernels.swap.dit import DiT
 from dtr_kernels.swap.public_dtr import PublicDTR
-from dtr_kernels.swap.trial import trial_problems
+from dtr_kernels.swap.trial import trial_problem
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# A block belongs to the first family that matches it. To swap another kind, derive a family from DiT and put it in front.
+# A block belongs to the first family that matches it. To swap another kind, derive its family from DiT, put in front.
 FAMILIES: list[type[DiT]] = [PublicDTR, DiT]
 
 
-def swap_blocks(model: Model, routing: DenoisingTaskRouting | RandomRouting | None = None, scope: str = "block") -> Model:
+def swap_blocks(
+    model: Model, routing: DenoisingTaskRouting | RandomRouting | None = None, scope: str = "block"
+) -> Model:
     """Lets the DiT blocks of a model run through the fused kernels, in place.
 
-    Known are the blocks of facebookresearch/DiT and its descendants and those of the DTR paper's public code. Parameters,
-    hooks, state_dict keys and optimizers made before stay as they are, and ``restore_blocks`` undoes it. Everything is
-    checked before anything is changed, also by comparing each block's output with a DiT block's on a small random input.
+    Known are the blocks of facebookresearch/DiT and its descendants and those of the DTR paper's public code.
+    Parameters, hooks, state_dict keys and optimizers made before stay as they are, and ``restore_blocks`` undoes it.
+    Everything is checked before anything is changed, also by comparing the output of each block with that of a DiT
+    block on a small random input.
 
     Args:
         model: the model, or a module around it (DDP). Call swap_blocks before torch.compile.
         routing: which channels a timestep activates. None keeps the model's own routing (the masks of the public DTR
-            code) and leaves a model that has none unrouted. A routed model must take its timesteps as the argument t,
-            timestep or timesteps of its forward; the innermost forward that runs all blocks is the one that counts.
-        scope: what the routing masks: "block", the whole residual block as in the paper, or "branch", what attention and
-            MLP each see.
+            code) and leaves a model that has none unrouted. A routed model must take its timesteps as the argument
+            t, timestep or timesteps of its forward: of the innermost one that runs all blocks.
+        scope: what the routing masks: "block", the whole residual block as in the paper, or "branch", what attention
+            and MLP each see.
 
     Returns:
         ``model`` itself.
 
     Raises:
         TypeError: if routing is something else.
-        ValueError: if scope is unknown, the model has no DiT block, is compiled or already swapped, has a block that does
-            not compute what a DiT block does, or is routed but takes no timesteps. The message names the block and says
-            what was found, why it is in the way and what to do.
+        ValueError: if scope is unknown, the model has no DiT block, is compiled or already swapped, has a block that
+            does not compute what a DiT block does, or is routed but takes no timesteps. The message names the block
+            and says what was found, why it is in the way and what to do.
     """
     check_scope(scope)
     if not isinstance(routing, DenoisingTaskRouting | RandomRouting | None):
@@ -63,17 +65,17 @@ def swap_blocks(model: Model, routing: DenoisingTaskRouting | RandomRouting | No
     blocks = _find_blocks(model)
     state = ModelState(routing, scope, _hidden_size(blocks))
     if routing is not None:
-        state.make_window(torch.zeros(1, dtype=torch.long))  # raises if beta leaves no channel active
+        state.make_window(torch.zeros(1, dtype=torch.long, device="cpu"))  # raises if beta leaves no channel active
 
-    swaps: list[tuple[nn.Module, type, Any]] = []
+    swaps: list[tuple[Any, type, ModelState | BlockState]] = []
     routed = False
     for name, (block, family) in blocks.items():
         source = state if routing is not None else family.windows(block)
-        swaps.append((block, block_class(type(block)), BlockState(name, state, source)))
+        swaps.append((block, block_class(block.__class__), BlockState(name, state, source)))
         routed = routed or source is not None
     if routed:
         owner = _find_owner(model, {block for block, _ in blocks.values()})
-        swaps.append((owner, model_class(type(owner)), state))
+        swaps.append((owner, model_class(owner.__class__), state))
 
     for module, new_class, module_state in swaps:
         module._dtr = module_state
@@ -88,22 +90,22 @@ def restore_blocks(model: Model) -> Model:
         ``model`` itself.
 
     Raises:
-        ValueError: if nothing in ``model`` is swapped, or a forward was patched since and would go on calling the swapped
-            one.
+        ValueError: if nothing in ``model`` is swapped, or if a forward was patched since, which would go on calling
+            the swapped one.
     """
     swapped: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, Swapped)}
     if not swapped:
         raise ValueError(f"nothing to restore: no block of this {type(model).__name__} is swapped")
     for name, module in swapped.items():
         if "forward" in vars(module):
-            raise ValueError(f"cannot restore {_label(name, module)}: its forward was patched after swapping; unpatch it")
+            raise ValueError(f"cannot restore {_label(name, module)}: its forward was patched since; unpatch it first")
     for module in swapped.values():
         del module._dtr
         module.__class__ = module._dtr_original
     return model
 
 
-def _label(name: str, module: nn.Module) -> str:
+def _label(name: str, module: object) -> str:
     return f"{name!r} ({type(module).__name__})" if name else f"this {type(module).__name__}"
 
 
@@ -112,24 +114,24 @@ def _check_untouched(model: nn.Module) -> None:
         if isinstance(module, Swapped):
             raise ValueError(f"cannot swap {_label(name, module)}: it is swapped already; call restore_blocks first")
         if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
-            raise ValueError(f"cannot swap {_label(name, module)}: it is compiled; call swap_blocks first, then compile")
+            raise ValueError(f"cannot swap {_label(name, module)}: it is compiled; swap first, then compile")
 
 
-def _find_blocks(model: nn.Module) -> dict[str, tuple[nn.Module, type[DiT]]]:
+def _find_blocks(model: nn.Module) -> dict[str, tuple[Any, type[DiT]]]:
     """The blocks of a model and their families by name, all of them found fit to be swapped."""
     blocks = {}
     for name, module in model.named_modules():
         family = next((family for family in FAMILIES if family.matches(module)), None)
         if family is None:
             continue
-        problem = next(chain(family.problems(module), trial_problems(module, family)), None)
+        problem = next(family.problems(module), None) or trial_problem(module, family)
         if problem is not None:
             raise ValueError(f"cannot swap block {_label(name, module)}: {problem}")
         blocks[name] = module, family
     if not blocks:
         raise ValueError(
-            f"cannot swap {_label('', model)}: no DiT block in it; a block has children norm1, attn (with qkv and proj), "
-            "norm2, mlp (with fc1, act and fc2) and adaLN_modulation"
+            f"cannot swap {_label('', model)}: it has no DiT block, a module with children norm1, attn (with qkv and "
+            "proj), norm2, mlp (with fc1, act and fc2) and adaLN_modulation"
         )
     return blocks
 
@@ -141,13 +143,13 @@ def _hidden_size(blocks: dict[str, tuple[Any, type[DiT]]]) -> int:
     for name, other in sizes.items():
         if other != size:
             raise ValueError(
-                f"cannot swap block {name!r}: its hidden size is {other}, but that of {first!r} is {size}, and a routing is "
-                "for one; swap the parts of this model separately"
+                f"cannot swap block {name!r}: its hidden size is {other}, but that of {first!r} is {size}, and all "
+                "blocks of a model share one routing window; swap the parts of this model separately"
             )
     return size
 
 
-def _find_owner(model: nn.Module, blocks: set[nn.Module]) -> nn.Module:
+def _find_owner(model: nn.Module, blocks: set[nn.Module]) -> Any:
     """The innermost module that contains all blocks and takes timesteps."""
     containers = {
         name: module
@@ -157,11 +159,11 @@ def _find_owner(model: nn.Module, blocks: set[nn.Module]) -> nn.Module:
     timed = {name: module for name, module in containers.items() if timestep_argument(type(module))}
     if not timed:
         raise ValueError(
-            f"cannot route {_label('', model)}: none of the modules that contain all its blocks takes timesteps, in an "
-            f"argument of its forward named {', '.join(TIMESTEP_NAMES)} ({', '.join(map(repr, containers))}); "
-            "rename that argument, and swap each model of a container separately"
+            f"cannot route {_label('', model)}: no forward that runs all its blocks has an argument named "
+            f"{', '.join(TIMESTEP_NAMES)}, looked for in {', '.join(_label(*item) for item in containers.items())}; "
+            "rename the argument that holds the timesteps, and swap each model of a container separately"
         )
     name, owner = timed.popitem()
     if "forward" in vars(owner):
-        raise ValueError(f"cannot route {_label(name, owner)}: its forward was patched; swap first, then patch or wrap it")
+        raise ValueError(f"cannot route {_label(name, owner)}: its forward was patched; swap first, then patch it")
     return owner

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from dtr_kernels.nn.block import RoutedDiTBlock
 from dtr_kernels.routing import ChannelWindow
 
-# What the fused forward calls as modules, whatever they are, and what it only reads the parameters of.
+# Attributes of torch.nn.Module that hold the hooks around its forward.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_NEEDED = ("norm1", "attn.qkv", "attn.num_heads", "attn.proj", "norm2", "mlp.fc1", "mlp.act", "mlp.fc2")
+# Of these the fused forward calls the first, whatever they are, and reads the parameters of the second.
 _CALLED = ("attn.proj", "attn.q_norm", "attn.k_norm", "adaLN_modulation")
 _READ = ("attn.qkv", "mlp.fc1", "mlp.fc2")
-_NEEDED = ("norm1", "attn.qkv", "attn.num_heads", "attn.proj", "norm2", "mlp.fc1", "mlp.act", "mlp.fc2")
 
 
 class WindowSource(Protocol):
@@ -43,7 +46,7 @@ class DiT:
 
     @staticmethod
     def set_trial_tasks(block: Any) -> Tensor | None:
-        """Readies a copy of a block for a batch of two samples; returns the mask [2, C] it will apply, None for none."""
+        """Readies a copy of a block for a trial batch of two; returns the mask [2, C] it applies, None for none."""
         return None
 
     @staticmethod
@@ -57,7 +60,7 @@ class DiT:
             return
         missing = [path for path in _NEEDED if not _has(block, path)]
         if missing:
-            yield f"it has no {', '.join(missing)}, which a block of facebookresearch/DiT has; leave this model unswapped"
+            yield f"it has no {', '.join(missing)}, which a DiT block has; leave this model unswapped"
             return
         yield from _call_problems(block)
         yield from _linear_problems(block)
@@ -83,11 +86,9 @@ def _call_problems(block: nn.Module) -> Iterator[str]:
     if len(parameters) != 2:
         yield f"its forward takes ({', '.join(parameters)}), but only forward(x, c) can be replaced; leave it unswapped"
     for name, module in block.named_modules():
-        label = name or "its forward"
         if "forward" in vars(module):
-            yield f"{label} was replaced on the instance, which would be bypassed; swap first, then patch or wrap the model"
-        hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        if name and hooked and not _within(name, _CALLED):
+            yield f"the forward of {name or 'its instance'} was patched, which would be lost; swap first, then patch it"
+        if name and any(getattr(module, hooks) for hooks in HOOKS) and not _within(name, _CALLED):
             yield f"{name} has hooks, which would never run; remove them, or put them on the block itself"
 
 
@@ -96,7 +97,7 @@ def _linear_problems(block: Any) -> Iterator[str]:
     for name in _READ:
         layer = attrgetter(name)(block)
         if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
-            yield f"{name} is {type(layer).__name__}, of which only nn.Linear's weight would be used; merge it into an nn.Linear"
+            yield f"{name} is {type(layer).__name__}, but the kernels read an nn.Linear's weight; merge it into one"
             return
     C = attn.qkv.in_features
     if attn.num_heads < 1 or C % attn.num_heads:
@@ -108,8 +109,8 @@ def _linear_problems(block: Any) -> Iterator[str]:
         layer = attrgetter(name)(block)
         if (layer.in_features, layer.out_features) != (inputs, outputs):
             yield (
-                f"{name} maps {layer.in_features} features to {layer.out_features}, but attn.qkv reads a hidden size of "
-                f"{C}, so {inputs} to {outputs} is needed; leave this model unswapped"
+                f"{name} maps {layer.in_features} features to {layer.out_features}, but attn.qkv reads a hidden size "
+                f"of {C}, for which it must map {inputs} to {outputs}; leave this model unswapped"
             )
 
 
@@ -126,7 +127,7 @@ def _norm_problems(block: Any) -> Iterator[str]:
     # Norms that some versions of timm put elsewhere. q_norm and k_norm are called, so those may be anything.
     for name in ("attn.norm", "mlp.norm"):
         if _has(block, name) and not isinstance(attrgetter(name)(block), nn.Identity):
-            yield f"{name} is {type(attrgetter(name)(block)).__name__}, which the fused forward leaves out; it must be nn.Identity"
+            yield f"{name} is not nn.Identity, and the fused forward leaves it out; construct the block without it"
 
 
 def _extra_problems(block: Any) -> Iterator[str]:
@@ -140,6 +141,6 @@ def _extra_problems(block: Any) -> Iterator[str]:
     for name, _ in block.named_parameters():
         if not _within(name, _CALLED + _READ):
             yield f"it has a parameter {name}, which the fused forward would not use; leave this model unswapped"
-    z = torch.linspace(-4, 4, 33)
+    z = torch.linspace(-4, 4, 33, device="cpu")
     if not torch.allclose(block.mlp.act(z), F.gelu(z, approximate="tanh"), atol=1e-5):
         yield f'mlp.act is {block.mlp.act}, but the fused MLP computes nn.GELU(approximate="tanh")'

@@ -76,9 +76,9 @@ def _version(mapping: Tensor) -> int:
 
 
 def _read(mapping: Tensor) -> _Reading:
-    width = int(mapping[0].sum())
-    starts = mapping.argmax(dim=1).int()
-    if width < 1 or not torch.equal(ChannelWindow(starts, width, mapping.shape[1]).mask(), mapping.bool()):
+    active = (mapping != 0).int()  # counted as integers: bf16 holds no number of channels beyond 256 exactly
+    width, starts = int(active[0].sum()), active.argmax(dim=1).int()
+    if width < 1 or not torch.equal(ChannelWindow(starts, width, mapping.shape[1]).mask().to(mapping), mapping):
         _warn_no_window()
         return _Reading(mapping, _version(mapping), None, width)
     return _Reading(mapping, _version(mapping), starts, width)

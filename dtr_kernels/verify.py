@@ -1,0 +1,183 @@
+"""Do the kernels agree with the oracle on this machine?  ``python -m dtr_kernels verify``
+
+The bound is threefold: with everything also computed in fp64, the error of a kernel may be at most twice the error that plain
+PyTorch makes in the same dtype, plus a few rounding units of the largest value. That holds for the output and for
+every gradient, with a window, timestep and modulation of its own for every sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dtr_kernels import nn, reference
+from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting
+
+__all__ = ["Comparison", "check_block", "compare", "run"]
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+# The constant of the bound, in rounding units of the largest value: plain PyTorch may happen to be exact.
+_SLACK = {torch.float32: 8, torch.bfloat16: 2, torch.float16: 2}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Largest absolute errors against fp64 of one tensor: the kernel's, plain PyTorch's, and what the kernel may have."""
+
+    name: str
+    error: float
+    plain_error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the bound; NaN is not."""
+        return self.error <= self.bound
+
+
+def compare(
+    fused: Function,
+    oracle: Function,
+    inputs: dict[str, Tensor],
+    dtype: torch.dtype,
+    precision: AbstractContextManager[object] | None = None,
+    conditioning: float = 1,
+) -> list[Comparison]:
+    """Compares a fused function with its oracle: outputs, and gradients of a random projection of the outputs.
+
+    Args:
+        fused, oracle: called with ``inputs`` as keyword arguments, return a tuple of tensors.
+        inputs: tensors in the precision they are used in; a gradient is taken of each that requires one. A view
+            of a wider tensor keeps its strides.
+        dtype: whose rounding unit the bound allows.
+        precision: a context such as ``torch.autocast`` that fused and oracle run in; the fp64 run does not.
+        conditioning: multiplies the constant of the bound, for inputs whose gradients nearly cancel.
+
+    Returns:
+        One comparison for each output ("out0", ...) and each gradient ("d" + input name).
+    """
+    context = precision or nullcontext()
+    with context:
+        got = fused(**inputs)
+        plain = oracle(**inputs)
+    wide = {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in inputs.items()}
+    exact = oracle(**wide)
+    projections = [torch.randn_like(out) for out in plain]
+    names = [name for name, t in inputs.items() if t.requires_grad]
+    tensors = []
+    for outputs, source in ((got, inputs), (plain, inputs), (exact, wide)):
+        cotangents = [p.to(out.dtype) for p, out in zip(projections, outputs, strict=True)]
+        leaves = [source[name] for name in names]
+        tensors.append([*outputs, *torch.autograd.grad(outputs, leaves, cotangents)])
+    labels = [f"out{i}" for i in range(len(got))] + [f"d{name}" for name in names]
+    unit = conditioning * _SLACK[dtype] * torch.finfo(dtype).eps
+    return [_comparison(*row, unit=unit) for row in zip(labels, *tensors, strict=True)]
+
+
+def _comparison(name: str, got: Tensor, plain: Tensor, exact: Tensor, unit: float) -> Comparison:
+    if exact.numel() == 0:
+        return Comparison(name, 0.0, 0.0, 0.0)
+    error, plain_error = ((t.double() - exact).abs().max().item() for t in (got, plain))
+    bound = 2 * plain_error + unit * exact.abs().max().item()
+    return Comparison(name, error, plain_error, bound)
+
+
+def random_block(channels: int, heads: int, scope: str, device: torch.device, dtype: torch.dtype) -> nn.RoutedDiTBlock:
+    """A block whose modulation is random too: at initialisation its gates are zero and would hide every difference."""
+    block = nn.RoutedDiTBlock(channels, heads, scope=scope)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.5 if parameter.dim() == 1 else parameter.shape[1] ** -0.5)
+    return block.to(device, dtype)
+
+
+def check_block(
+    block: nn.RoutedDiTBlock,
+    window: ChannelWindow | None,
+    samples: int,
+    tokens: int,
+    autocast: torch.dtype | None = None,
+) -> list[Comparison]:
+    """Compares a block's output and all of its gradients with the oracle, on random x and c in the block's dtype."""
+    weight = block.attn.qkv.weight
+    x = torch.randn(samples, tokens, weight.shape[1], device=weight.device, dtype=weight.dtype, requires_grad=True)
+    c = torch.randn(samples, weight.shape[1], device=weight.device, dtype=weight.dtype, requires_grad=True)
+    mask = None if window is None else window.for_batch(samples, weight.device).mask()
+
+    def fused(x: Tensor, c: Tensor, **parameters: Tensor) -> tuple[Tensor, ...]:
+        return (torch.func.functional_call(block, _dotted(parameters), (x, c, window)),)
+
+    def oracle(x: Tensor, c: Tensor, **parameters: Tensor) -> tuple[Tensor, ...]:
+        return (torch.func.functional_call(_OracleBlock(block), _inner(parameters), (x, c, mask)),)
+
+    inputs = {"x": x, "c": c} | {name.replace(".", "__"): p for name, p in block.named_parameters()}
+    precision = None if autocast is None else torch.autocast(weight.device.type, dtype=autocast)
+    return compare(fused, oracle, inputs, autocast or weight.dtype, precision)
+
+
+class _OracleBlock(torch.nn.Module):
+    """The oracle's block as a module, so that its parameters can be replaced by fp64 ones."""
+
+    def __init__(self, block: nn.RoutedDiTBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, c: Tensor, mask: Tensor | None) -> Tensor:
+        return reference.dit_block(self.block, x, c, mask, self.block.scope)
+
+
+def _dotted(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.replace("__", "."): p for name, p in parameters.items()}
+
+
+def _inner(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"block.{name}": p for name, p in _dotted(parameters).items()}
+
+
+def _cases(device: torch.device) -> Iterable[tuple[str, list[Comparison]]]:
+    samples, tokens, channels, heads = 3, 130, 384, 6
+    routing = DenoisingTaskRouting()
+    t = torch.tensor([3, 612, 999], device=device)
+    windows = {
+        "one window per sample": routing.window(t, channels),
+        "one shared window": routing.window(700, channels),
+        "unrouted": None,
+    }
+    precisions: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+        "fp32": (torch.float32, None),
+        "bf16": (torch.bfloat16, None),
+        "fp16": (torch.float16, None),
+        "autocast bf16": (torch.float32, torch.bfloat16),
+    }
+    for precision, (dtype, autocast) in precisions.items():
+        for scope in reference.SCOPES:
+            for name, window in windows.items():
+                block = random_block(channels, heads, scope, device, dtype)
+                yield (
+                    f"{precision:13}  scope {scope:6}  {name}",
+                    check_block(block, window, samples, tokens, autocast),
+                )
+
+
+def run(device: torch.device) -> bool:
+    """Prints a table of errors, one row for each precision, scope and kind of window, and returns whether all passed.
+
+    A row shows the comparison that comes closest to its bound, of the output and all gradients.
+    """
+    print(f"{'case':58} {'closest to its bound':28} {'kernel':>9} {'PyTorch':>9} {'bound':>9}")
+    passed = True
+    for name, comparisons in _cases(device):
+        worst = max(
+            comparisons, key=lambda c: c.error / c.bound if c.passed and c.bound > 0 else float(not c.passed) * 1e9
+        )
+        passed &= all(c.passed for c in comparisons)
+        print(
+            f"{name:58} {worst.name.replace('__', '.'):28} {worst.error:9.1e} {worst.plain_error:9.1e} {worst.bound:9.1e}  "
+            f"{'ok' if worst.passed else 'FAILED'}",
+            flush=True,
+        )
+    return passed

@@ -1,0 +1,51 @@
+"""Shared by all tests: uninitialised memory is NaN, GPU tests say when they did not run, random inputs are fresh."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+if os.environ.get("TRITON_INTERPRET"):
+    from repaired_interpreter import repair
+
+    repair()
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="NOT RUN: needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def nan_in_uninitialised_memory():
+    """A kernel that leaves part of its output unwritten shows at once."""
+    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = before[0]
+    torch.use_deterministic_algorithms(before[1])
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """The device a test runs on; with TRITON_INTERPRET=1 the CPU stands in for a GPU."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def seed(request):
+    """A fresh seed for each run, printed when a test fails; set DTR_TEST_SEED to repeat one."""
+    value = int(os.environ.get("DTR_TEST_SEED", torch.seed() % 2**31))
+    print(f"DTR_TEST_SEED={value}")
+    torch.manual_seed(value)
+    return value

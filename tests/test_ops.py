@@ -1,0 +1,305 @@
+"""The fused ops against the oracle: outputs and every gradient.
+
+The file runs three times: with the compiled CPU kernels, with the Triton kernels in Triton's interpreter
+(TRITON_INTERPRET=1), and with the Triton kernels on a GPU (marker gpu).
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dtr_kernels import DenoisingTaskRouting, ops, reference
+from dtr_kernels.routing import ChannelWindow
+from dtr_kernels.verify import check_block, compare, random_block
+
+INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# One sample per timestep: windows at both ends and between them.
+TIMESTEPS = (0, 999, 640, 871)
+
+
+def assert_within_bound(comparisons):
+    failed = [c for c in comparisons if not c.passed]
+    assert not failed, "\n".join(map(str, failed))
+
+
+def windows(batch, channels, beta, device):
+    t = torch.tensor([TIMESTEPS[b % len(TIMESTEPS)] for b in range(batch)], device=device)
+    return DenoisingTaskRouting(beta=beta).window(t, channels)
+
+
+def random(*shape, dtype, device, scale=1.0):
+    return (torch.randn(*shape, device=device) * scale).to(dtype).requires_grad_()
+
+
+def stream_inputs(batch, tokens, channels, dtype, device, branch):
+    """x, a branch if asked for, and modulation as strided views of one [B, 6C] tensor, as adaLN gives it."""
+    shift, scale, gate, *_ = random(batch, 6 * channels, dtype=dtype, device=device, scale=0.5).chunk(6, dim=1)
+    inputs = {"x": random(batch, tokens, channels, dtype=dtype, device=device), "shift": shift, "scale": scale}
+    if branch:
+        inputs |= {"branch": random(batch, tokens, channels, dtype=dtype, device=device), "gate": gate}
+    return inputs
+
+
+def linear_inputs(name, outputs, inputs, dtype, device, bias=True):
+    parameters = {f"{name}weight": random(outputs, inputs, dtype=dtype, device=device, scale=inputs**-0.5)}
+    return parameters | {f"{name}bias": random(outputs, dtype=dtype, device=device)} if bias else parameters
+
+
+def check_routed_linear(
+    batch, tokens, channels, outputs, window, dtype, device, branch=True, bias=True, conditioning=1
+):
+    mask = None if window is None else window.for_batch(batch, device).mask()
+
+    def fused(bias=None, **inputs):
+        stream, out = ops.routed_linear(**inputs, bias=bias, window=window)
+        return (stream, out) if branch else (out,)
+
+    def oracle(branch=None, gate=None, bias=None, **inputs):
+        stream, out = reference.routed_linear(**inputs, bias=bias, branch=branch, gate=gate, mask=mask)
+        return (stream, out) if branch is not None else (out,)
+
+    inputs = stream_inputs(batch, tokens, channels, dtype, device, branch)
+    inputs |= linear_inputs("", outputs, channels, dtype, device, bias)
+    assert_within_bound(compare(fused, oracle, inputs, dtype, conditioning=conditioning))
+
+
+def check_routed_mlp(batch, tokens, channels, hidden, window, keep_branch, dtype, device, bias=True, conditioning=1):
+    mask = None if window is None else window.for_batch(batch, device).mask()
+
+    def fused(fc1_bias=None, fc2_bias=None, **inputs):
+        return ops.routed_mlp(**inputs, fc1_bias=fc1_bias, fc2_bias=fc2_bias, window=window, keep_branch=keep_branch)
+
+    def oracle(fc1_bias=None, fc2_bias=None, **inputs):
+        return reference.routed_mlp(
+            **inputs, fc1_bias=fc1_bias, fc2_bias=fc2_bias, mask=mask, keep_branch=keep_branch and mask is not None
+        )
+
+    inputs = stream_inputs(batch, tokens, channels, dtype, device, branch=True)
+    inputs |= linear_inputs("fc1_", hidden, channels, dtype, device, bias)
+    inputs |= linear_inputs("fc2_", channels, hidden, dtype, device, bias)
+    assert_within_bound(compare(fused, oracle, inputs, dtype, conditioning=conditioning))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("branch", [False, True])
+@pytest.mark.parametrize("beta", [0.8, 0.3, 1.0])
+@pytest.mark.parametrize("tokens", [1, 130] if not INTERPRETED else [37])
+def test_routed_linear(seed, device, dtype, branch, beta, tokens):
+    check_routed_linear(3, tokens, 96, 200, windows(3, 96, beta, device), dtype, device, branch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keep_branch", [False, True])
+@pytest.mark.parametrize("beta", [0.8, 0.3, 1.0])
+@pytest.mark.parametrize("tokens", [1, 130] if not INTERPRETED else [37])
+def test_routed_mlp(seed, device, dtype, keep_branch, beta, tokens):
+    check_routed_mlp(3, tokens, 96, 264, windows(3, 96, beta, device), keep_branch, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_residual(seed, device, dtype):
+    inputs = stream_inputs(3, 37, 96, dtype, device, branch=True)
+    inputs = {name: inputs[name] for name in ("x", "branch", "gate")}
+    comparisons = compare(
+        lambda **i: (ops.gated_residual(**i),), lambda **i: (reference.gated_residual(**i),), inputs, dtype
+    )
+    assert_within_bound(comparisons)
+
+
+def test_the_largest_tiles(seed, device):
+    """More tokens and outputs than the largest tile has rows and columns, so that tiles of every kind meet edges."""
+    window = windows(2, 96, 0.8, device)
+    check_routed_linear(2, 150, 96, 300, window, torch.bfloat16, device)
+    check_routed_mlp(2, 150, 96, 300, window, False, torch.bfloat16, device)
+    check_routed_mlp(2, 150, 96, 300, window, True, torch.bfloat16, device)
+
+
+def test_layers_without_bias(seed, device):
+    window = windows(2, 48, 0.8, device)
+    check_routed_linear(2, 9, 48, 64, window, torch.float32, device, bias=False)
+    check_routed_mlp(2, 9, 48, 64, window, False, torch.float32, device, bias=False)
+
+
+@pytest.mark.parametrize("channels", [21, 50])
+def test_channels_that_no_descriptor_can_describe_in_place(seed, device, channels):
+    """Rows whose length is no multiple of 16 bytes are copied to aligned ones."""
+    window = windows(3, channels, 0.7, device)
+    check_routed_linear(3, 18, channels, 3 * channels, window, torch.bfloat16, device)
+    check_routed_mlp(3, 18, channels, 4 * channels - 1, window, False, torch.bfloat16, device)
+
+
+@pytest.mark.parametrize("width", [1, 2, 31])
+def test_every_width_of_window(seed, device, width):
+    """beta from 1/C on, windows at odd places. A norm over one or two active channels hardly depends on their values, so
+    its gradient is a difference of nearly equal numbers."""
+    start = torch.tensor([0, 32 - width, (32 - width) // 2], dtype=torch.int32, device=device)
+    conditioning = 20 if width <= 2 else 1
+    window = ChannelWindow(start, width, 32)
+    check_routed_linear(3, 5, 32, 40, window, torch.float32, device, conditioning=conditioning)
+    check_routed_mlp(3, 5, 32, 40, window, True, torch.float32, device, conditioning=conditioning)
+
+
+@settings(max_examples=8 if INTERPRETED else 40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_shape_and_window(seed, device, data):
+    """Shapes, windows and dtypes drawn at random."""
+    batch, tokens = data.draw(st.integers(1, 5), "batch"), data.draw(st.integers(1, 70), "tokens")
+    channels, outputs = data.draw(st.integers(3, 100), "channels"), data.draw(st.integers(1, 150), "outputs")
+    width = data.draw(st.integers(3, channels), "width")
+    starts = data.draw(st.lists(st.integers(0, channels - width), min_size=batch, max_size=batch), "starts")
+    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
+    window = ChannelWindow(torch.tensor(starts, dtype=torch.int32, device=device), width, channels)
+    check_routed_linear(batch, tokens, channels, outputs, window, dtype, device, data.draw(st.booleans(), "branch"))
+    check_routed_mlp(batch, tokens, channels, outputs, window, data.draw(st.booleans(), "keep"), dtype, device)
+
+
+@pytest.mark.parametrize("scope", reference.SCOPES)
+@pytest.mark.parametrize("tokens", [7] if INTERPRETED else [7, 300])
+def test_block_with_a_window_per_sample(seed, device, scope, tokens):
+    block = random_block(48, 4, scope, device, torch.float32)
+    assert_within_bound(check_block(block, windows(3, 48, 0.8, device), 3, tokens))
+
+
+@pytest.mark.parametrize("scope", reference.SCOPES)
+@pytest.mark.parametrize("timestep", [0, 700, 999])
+@pytest.mark.parametrize("tokens", [7] if INTERPRETED else [7, 300])
+def test_block_with_one_window_for_the_batch(seed, device, scope, timestep, tokens):
+    block = random_block(48, 4, scope, device, torch.float32)
+    assert_within_bound(check_block(block, DenoisingTaskRouting().window(timestep, 48), 3, tokens))
+
+
+@pytest.mark.parametrize("scope", reference.SCOPES)
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_block_under_autocast(seed, device, scope, autocast):
+    """The residual stream stays fp32; the GEMMs run in the autocast dtype."""
+    block = random_block(48, 4, scope, device, torch.float32)
+    window = windows(3, 48, 0.8, device)
+    assert_within_bound(check_block(block, window, 3, 21, autocast))
+    x, c = torch.randn(3, 21, 48, device=device), torch.randn(3, 48, device=device)
+    with torch.autocast(device.type, dtype=autocast):
+        assert block(x, c, window).dtype == torch.float32
+
+
+@pytest.mark.parametrize("channels, heads", [(384, 6), (768, 12), (1024, 16), (1152, 16)][:: 3 if INTERPRETED else 1])
+def test_the_widths_of_every_dit(seed, device, channels, heads):
+    block = random_block(channels, heads, "block", device, torch.bfloat16)
+    assert_within_bound(check_block(block, windows(2, channels, 0.8, device), 2, 17))
+
+
+def test_ratio_one_is_the_unrouted_block_to_the_bit(seed, device):
+    block = random_block(48, 4, "block", device, torch.float32)
+    x, c = torch.randn(2, 9, 48, device=device), torch.randn(2, 48, device=device)
+    assert torch.equal(block(x, c, windows(2, 48, 1.0, device)), block(x, c, None))
+
+
+def test_gradients_are_the_same_every_time(seed, device):
+    """Sums over tokens have a fixed order: no atomics."""
+    block = random_block(64, 4, "branch", device, torch.float32)
+    window = windows(4, 64, 0.8, device)
+    x = torch.randn(4, 40, 64, device=device, requires_grad=True)
+    c = torch.randn(4, 64, device=device, requires_grad=True)
+    leaves = [x, c, *block.parameters()]
+    first, second = (torch.autograd.grad(block(x, c, window).square().sum(), leaves) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("scope", reference.SCOPES)
+def test_nan_in_one_sample_never_reaches_another(seed, device, scope):
+    block = random_block(48, 4, scope, device, torch.float32)
+    window = windows(3, 48, 0.8, device)
+    x, c = torch.randn(3, 20, 48, device=device), torch.randn(3, 48, device=device)
+    x[1] = float("nan")
+    x.requires_grad_()
+    out = block(x, c, window)
+    (dx,) = torch.autograd.grad(out[[0, 2]].sum(), x)
+    assert out[1].isnan().all()
+    assert out[[0, 2]].isfinite().all() and dx[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("batch, tokens", [(0, 5), (3, 0)])
+@pytest.mark.parametrize("scope", reference.SCOPES)
+def test_empty_batches_and_sequences(device, scope, batch, tokens):
+    block = random_block(48, 4, scope, device, torch.float32)
+    x = torch.randn(batch, tokens, 48, device=device, requires_grad=True)
+    c = torch.randn(batch, 48, device=device, requires_grad=True)
+    out = block(x, c, windows(batch, 48, 0.8, device))
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert x.grad.shape == x.shape and c.grad.shape == c.shape
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in block.parameters() if p.grad is not None)
+
+
+def test_strided_inputs(seed, device):
+    """x and c as views of wider tensors."""
+    block = random_block(48, 4, "block", device, torch.float32)
+    window = windows(2, 48, 0.8, device)
+    x = torch.randn(2, 48, 11, device=device).transpose(1, 2)
+    c = torch.randn(2, 96, device=device)[:, ::2]
+    torch.testing.assert_close(block(x, c, window), reference.dit_block(block, x, c, window.mask(), "block"))
+
+
+def test_parameters_that_are_frozen_get_no_gradient(seed, device):
+    block = random_block(48, 4, "branch", device, torch.float32)
+    block.requires_grad_(False)
+    x = torch.randn(2, 9, 48, device=device, requires_grad=True)
+    window = windows(2, 48, 0.8, device)
+    c = torch.randn(2, 48, device=device)
+    (dx,) = torch.autograd.grad(block(x, c, window).square().sum(), x)
+    (expected,) = torch.autograd.grad(reference.dit_block(block, x, c, window.mask(), "branch").square().sum(), x)
+    torch.testing.assert_close(dx, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton has no fp64 kernels here")
+@pytest.mark.parametrize("scope", reference.SCOPES)
+@pytest.mark.parametrize("tokens", [3, 600])
+def test_gradcheck_of_the_cpu_path(scope, tokens):
+    """In fp64 against finite differences; 600 tokens take the path with a GEMM per window."""
+    torch.manual_seed(0)
+    block = random_block(8, 2, scope, torch.device("cpu"), torch.float64)
+    window = windows(2, 8, 0.6, "cpu")
+    projection = torch.randn(2, tokens, 8, dtype=torch.float64)
+    x = torch.randn(2, tokens, 8, dtype=torch.float64)
+    c = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    small = torch.randn(2, 1, 8, dtype=torch.float64, requires_grad=True)
+
+    def function(small, c, *parameters):
+        named = dict(zip(dict(block.named_parameters()), parameters, strict=True))
+        return (torch.func.functional_call(block, named, (x + small, c, window)) * projection).sum((1, 2))
+
+    inputs = (small, c, *(p.detach().requires_grad_() for p in block.parameters()))
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True, atol=1e-6)
+
+
+def test_bytes_saved_for_backward(device):
+    """At most 0.57 times those of the reference block, each storage counted once, parameters apart."""
+    block = random_block(384, 6, "block", device, torch.float32)
+    window = windows(2, 384, 0.8, device)
+    x = torch.randn(2, 256, 384, device=device, requires_grad=True)
+    c = torch.randn(2, 384, device=device)
+    mask = window.mask()
+
+    def saved(run):
+        parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
+        storages = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                storages[storage.data_ptr()] = storage  # kept alive, so that no address is used twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = run()
+        assert out.requires_grad
+        return sum(storage.nbytes() for storage in storages.values())
+
+    fused = saved(lambda: block(x, c, window))
+    plain = saved(lambda: reference.dit_block(block, x, c, mask, "block"))
+    assert plain >= 20 * x.nbytes
+    assert fused <= 0.57 * plain

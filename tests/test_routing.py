@@ -1,0 +1,292 @@
+"""Which channels a timestep sees: the paper's formula for windows, and the random subsets of its baseline."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dtr_kernels as dtr
+
+DIT_WIDTHS = [384, 768, 1024, 1152]
+
+
+def formula(time, alpha, channels, width):
+    """The first channel of each window as numpy computes it, rounding half to even."""
+    return np.round(time**alpha * (channels - width)).astype(np.int64)
+
+
+def timesteps(T):
+    return np.arange(T) / max(T - 1, 1)
+
+
+@contextmanager
+def synchronisation_is_an_error():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [*DIT_WIDTHS, 1, 7, 97, 1155])
+@pytest.mark.parametrize("T", [1, 2, 3, 50, 1000])
+def test_every_timestep_has_the_window_of_the_formula(device, T, channels):
+    betas = [beta for beta in (1.0, 0.8, 0.5, 1 / 3, 1 / channels) if beta * channels >= 1]
+    for alpha, beta in itertools.product((0.25, 1.0, 2.0, 2.5, 4.0), betas):
+        window = dtr.DenoisingTaskRouting(T, alpha, beta).window(torch.arange(T, device=device), channels)
+        width = int(beta * channels)
+        assert (window.width, window.channels, window.shared_start) == (width, channels, None)
+        assert window.start.dtype == torch.int32 and window.start.device.type == device.type
+        expected = formula(timesteps(T), alpha, channels, width)
+        np.testing.assert_array_equal(window.start.cpu(), expected, f"{alpha=} {beta=}")
+
+
+def test_half_rounds_to_even():
+    """Of three timesteps the middle one is at half the travel; Python's round(2.5) is 2 and round(3.5) is 4."""
+    starts = [
+        dtr.DenoisingTaskRouting(3, 1.0, beta=1 / (travel + 1)).window(1, travel + 1).shared_start
+        for travel in (1, 3, 5, 7)
+    ]
+    assert starts == [0, 2, 2, 4]
+
+
+@pytest.mark.parametrize("channels", DIT_WIDTHS)
+def test_the_papers_window_slides_from_the_first_to_the_last_channel(channels):
+    window = dtr.DenoisingTaskRouting().window(torch.arange(1000), channels)
+    assert window.width == int(0.8 * channels)
+    assert window.start[0] == 0 and window.start[-1] == channels - window.width
+    assert window.start[500] < 0.07 * window.start[-1]  # alpha 4: the clean half of the process shares its channels
+
+
+@pytest.mark.parametrize("T", [1, 2, 1000])
+@pytest.mark.parametrize("channels", [5, 33, 384])
+def test_the_reference_mask_is_the_window(device, channels, T):
+    t = torch.arange(0, T, max(T // 37, 1), device=device)
+    for alpha, beta in ((4.0, 0.8), (0.5, 0.3), (1.0, 1.0)):
+        mask = dtr.DenoisingTaskRouting(T, alpha, beta).window(t, channels).mask()
+        torch.testing.assert_close(mask, dtr.reference.routing_mask(t, channels, T, alpha, beta).bool(), rtol=0, atol=0)
+
+
+def test_ratio_one_activates_every_channel():
+    window = dtr.DenoisingTaskRouting(beta=1.0).window(torch.arange(1000), 96)
+    assert window.width == 96 and window.mask().all() and not window.start.any()
+
+
+def test_one_timestep_has_its_window_at_the_start():
+    assert dtr.DenoisingTaskRouting(1).window(torch.zeros(3, dtype=torch.long), 40).start.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_continuous_time_is_used_as_it_is(device, dtype):
+    t = torch.linspace(0, 1, 257, device=device).to(dtype)
+    window = dtr.DenoisingTaskRouting(num_timesteps=10, alpha=4.0).window(t, 384)
+    np.testing.assert_array_equal(window.start.cpu(), formula(t.double().cpu().numpy(), 4.0, 384, window.width))
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64],
+    ids=str,
+)
+@pytest.mark.parametrize("T", [100, 1000, 40000])
+def test_integer_timesteps_of_any_dtype(device, dtype, T):
+    """Also those too narrow to hold T - 1, of which a respaced or truncated sampler may use the low numbers only."""
+    largest = min(torch.iinfo(dtype).max, T - 1)
+    t = sorted({0, 1, largest // 3, largest - 1, largest})
+    window = dtr.DenoisingTaskRouting(T).window(torch.tensor(t, device=device).to(dtype), 1152)
+    expected = formula(np.array(t) / (T - 1), 4.0, 1152, window.width)
+    np.testing.assert_array_equal(window.start.cpu(), expected)
+
+
+@pytest.mark.parametrize("steps", [10, 50, 250])
+def test_respaced_timesteps_get_the_windows_of_their_original_numbers(steps):
+    routing = dtr.DenoisingTaskRouting()
+    t = torch.linspace(0, 999, steps).round().long().flip(0)
+    torch.testing.assert_close(routing.window(t, 768).start, routing.window(torch.arange(1000), 768).start[t])
+
+
+@pytest.mark.parametrize("t", [0, 1, 500, 999, 0.0, 0.5, 1.0, np.int64(500), np.float64(0.5)], ids=repr)
+def test_a_python_number_is_a_tensor_with_that_one_timestep(t):
+    routing = dtr.DenoisingTaskRouting()
+    one, batch = routing.window(t, 384), routing.window(torch.tensor([t, t]), 384)
+    assert one.start.shape == (1,) and one.start.dtype == torch.int32
+    assert type(one.shared_start) is int and [one.shared_start] * 2 == batch.start.tolist() == one.start.tolist() * 2
+    assert (one.width, one.channels) == (batch.width, batch.channels)
+    assert batch.shared_start is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    T=st.integers(1, 300),
+    alpha=st.floats(0.01, 20),
+    channels=st.integers(1, 2000),
+    width=st.floats(0, 1),
+)
+def test_windows_stay_inside_and_never_move_back(T, alpha, channels, width):
+    beta = max(width, (1 + 1e-9) / channels) if channels > 1 else 1.0
+    window = dtr.DenoisingTaskRouting(T, alpha, beta).window(torch.arange(T), channels)
+    assert 1 <= window.width <= channels
+    assert window.start[0] == 0
+    assert (window.start.diff() >= 0).all()
+    assert window.start[-1] == (channels - window.width if T > 1 else 0)
+
+
+# --- ChannelWindow ---------------------------------------------------------------------------------------------------
+
+
+def test_mask_is_one_on_the_window_only(device):
+    start = torch.tensor([0, 3, 6], dtype=torch.int32, device=device)
+    mask = dtr.ChannelWindow(start, width=4, channels=10).mask()
+    assert mask.dtype == torch.bool and mask.device == start.device
+    assert [row.nonzero().flatten().tolist() for row in mask] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
+
+
+def test_for_batch_repeats_one_start_and_keeps_a_start_per_sample():
+    cpu = torch.device("cpu")
+    one = dtr.ChannelWindow(torch.tensor([3], dtype=torch.int32), 4, 10).for_batch(5, cpu)
+    assert one.start.tolist() == [3] * 5 and one.start.is_contiguous()  # kernels read it as an array
+    many = dtr.ChannelWindow(torch.tensor([3, 4], dtype=torch.int32), 4, 10).for_batch(2, cpu)
+    assert many.start.tolist() == [3, 4]
+    assert (many.width, many.channels, many.shared_start) == (4, 10, None)
+
+
+def test_for_batch_of_a_python_number_keeps_its_start_and_goes_to_the_device(device):
+    window = dtr.DenoisingTaskRouting().window(999, 384)
+    batch = window.for_batch(3, device)
+    assert batch.start.tolist() == [384 - 307] * 3 and batch.shared_start == 384 - 307
+    assert batch.start.dtype == torch.int32 and batch.start.device.type == device.type
+    torch.testing.assert_close(batch.mask(), window.mask().expand(3, -1).to(device))
+
+
+def test_routings_and_windows_are_immutable():
+    """A window is shared by all blocks of a model and a routing by all its steps."""
+    window = dtr.DenoisingTaskRouting().window(3, 16)
+    for thing, name in ((dtr.DenoisingTaskRouting(), "beta"), (dtr.RandomRouting(), "seed"), (window, "width")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(thing, name, 1)
+
+
+# --- random routing --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta, channels", [(1.0, 1), (0.3, 5), (0.8, 96), (1.0, 96), (1 / 3, 1155)])
+def test_random_subsets_have_the_width_of_the_windows(device, beta, channels):
+    mask = dtr.RandomRouting(100, beta).mask(torch.arange(100, device=device), channels)
+    assert mask.dtype == torch.bool and mask.shape == (100, channels) and mask.device.type == device.type
+    assert (mask.sum(1) == int(beta * channels)).all()
+
+
+def test_random_subsets_belong_to_timesteps():
+    """The same timestep has the same subset in any batch, and different timesteps have different ones."""
+    routing = dtr.RandomRouting(50, 0.5)
+    table = routing.mask(torch.arange(50), 64)
+    t = torch.tensor([7, 3, 7, 49])
+    assert torch.equal(routing.mask(t, 64), table[t])
+    assert torch.equal(routing.mask(t.to(torch.uint8), 64), table[t])
+    assert len(table.unique(dim=0)) == 50
+    assert not torch.equal(table.sort(descending=True).values, table)  # scattered, not windows
+
+
+def test_random_subsets_follow_their_seed_only():
+    t = torch.arange(20)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = dtr.RandomRouting(20, 0.5, seed=123456).mask(t, 31)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    # 30 other routings in between: whatever is kept of earlier calls, the subsets come out the same.
+    others = [dtr.RandomRouting(20, 0.5, seed).mask(t, 31) for seed in range(30)]
+    assert torch.equal(dtr.RandomRouting(20, 0.5, seed=123456).mask(t, 31), first)
+    assert not any(torch.equal(other, first) for other in others)
+
+
+def test_changing_a_mask_leaves_the_routing_alone():
+    routing, t = dtr.RandomRouting(20, 0.5), torch.arange(20)
+    expected = routing.mask(t, 16).clone()
+    routing.mask(t, 16).zero_()
+    assert torch.equal(routing.mask(t, 16), expected)
+
+
+@pytest.mark.gpu
+def test_random_subsets_are_the_same_on_every_device():
+    t = torch.arange(100)
+    assert torch.equal(dtr.RandomRouting(100).mask(t.cuda(), 96).cpu(), dtr.RandomRouting(100).mask(t, 96))
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("continuous", [False, True])
+def test_windows_are_made_on_the_gpu_without_waiting_for_it(continuous):
+    routing = dtr.DenoisingTaskRouting()
+    t = torch.rand(8, device="cuda") if continuous else torch.randint(1000, (8,), device="cuda")
+    with synchronisation_is_an_error():
+        window = routing.window(t, 1152)
+        batch = window.for_batch(8, t.device)
+        mask = batch.mask()
+    assert window.start.device == t.device
+    assert torch.equal(mask.cpu(), routing.window(t.cpu(), 1152).mask())
+
+
+@pytest.mark.gpu
+def test_a_python_number_reaches_the_gpu_without_waiting_for_it():
+    device = torch.ones(1, device="cuda").device
+    with synchronisation_is_an_error():
+        batch = dtr.DenoisingTaskRouting().window(999, 384).for_batch(3, device)
+    assert batch.start.tolist() == [384 - 307] * 3
+
+
+@pytest.mark.gpu
+def test_random_subsets_are_looked_up_without_waiting_for_the_gpu():
+    routing, t = dtr.RandomRouting(), torch.randint(1000, (8,), device="cuda")
+    routing.mask(t, 1152)  # the first call copies the table
+    with synchronisation_is_an_error():
+        routing.mask(t, 1152)
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "routing, name",
+    [(dtr.DenoisingTaskRouting(60, alpha=2.0, beta=0.5), "alpha 2"), (dtr.RandomRouting(60, 0.5), "random routing")],
+    ids=["window", "random"],
+)
+def test_the_picture_shows_the_mask(tmp_path, routing, name):
+    imread = pytest.importorskip("matplotlib.image").imread
+    t = torch.arange(60)
+    mask = routing.mask(t, 24) if isinstance(routing, dtr.RandomRouting) else routing.window(t, 24).mask()
+    figure = dtr.plot_routing(routing, 24, tmp_path / "routing.png")
+    (axes,) = figure.axes
+    (image,) = axes.images
+    np.testing.assert_array_equal(image.get_array(), mask.T)  # timesteps to the right, channels upwards
+    assert image.origin == "lower"
+    assert axes.get_xlabel().startswith("timestep") and axes.get_ylabel() == "channel"
+    assert name in axes.get_title() and "beta 0.5" in axes.get_title() and "12 of 24" in axes.get_title()
+
+    picture = imread(tmp_path / "routing.png")
+    height = picture.shape[0]
+    scale = height / figure.bbox.height
+    for timestep in (0, 20, 40, 59):
+        for channel in (0, 11, 23):
+            x, y = (axes.transData.transform((timestep, channel)) * scale).astype(int)
+            brightness = picture[height - 1 - y, x, :3].mean()
+            assert (brightness < 0.9) == bool(mask[timestep, channel]), (timestep, channel)
+
+
+def test_a_picture_is_returned_without_being_written(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert dtr.plot_routing(dtr.DenoisingTaskRouting(10), 16).axes
+    assert not list(tmp_path.iterdir())

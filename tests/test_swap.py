@@ -1,0 +1,628 @@
+"""swap_blocks and restore_blocks: the same function and gradients in models of other code, and nothing else changed."""
+
+import contextlib
+import copy
+import functools
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from models import DIM, TIMESTEPS, DiT, DiTBlock, facebook_dit, public_dtr, random_mapping
+from models import window_mapping as windows
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import dtr_kernels as dtr
+from dtr_kernels.swap import public_dtr as public_dtr_family
+from dtr_kernels.swap import restore_blocks, swap_blocks
+
+ROUTING = dtr.DenoisingTaskRouting(num_timesteps=TIMESTEPS)
+RANDOM = dtr.RandomRouting(num_timesteps=TIMESTEPS)
+OTHER_DIM = 2 * DIM
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """On a busy machine, threads that wait for each other take longer than these small tensors."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    public_dtr_family._warn_no_window.cache_clear()
+
+
+def batch(times=(0, 30, 44, 49), seed=1):
+    """Four images [4, 3, 6, 6] (9 tokens) of different timesteps, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(4, 3, 6, 6, generator=generator), torch.tensor(times), torch.arange(4)
+
+
+def results(model, *batches):
+    """Outputs for each batch, and the gradient of every parameter of one backward pass through all of them."""
+    model.zero_grad()
+    outputs = [model(*inputs) for inputs in batches or [batch()]]
+    sum(output.square().sum() for output in outputs).backward()
+    return [output.detach() for output in outputs] + [p.grad.clone() for p in model.parameters()]
+
+
+def assert_same(actual, expected, rtol=1e-4):
+    """Equal up to rounding, relative to each tensor's largest value (or to 0.1: a gradient may be zero in theory)."""
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=rtol * max(e.abs().max().item(), 0.1))
+
+
+def differ(actual, expected):
+    """Whether any tensor is far from the expected one."""
+    return any((a - e).abs().max() > 1e-2 * e.abs().max() for a, e in zip(actual, expected, strict=True))
+
+
+def oracle(model, mask_of, scope="block"):
+    """A copy of the model whose blocks run dtr.reference.dit_block with the mask that mask_of makes of t."""
+    model = copy.deepcopy(model)
+    forward = model.forward
+
+    def routed(x, t, y):
+        for block in model.blocks:
+            block.forward = functools.partial(dtr.reference.dit_block, block, mask=mask_of(t), scope=scope)
+        return forward(x, t, y)
+
+    model.forward = routed
+    return model
+
+
+def paper_mask(t):
+    return dtr.reference.routing_mask(t, DIM, TIMESTEPS)
+
+
+# --- the same function
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        facebook_dit,
+        functools.partial(facebook_dit, fused_attn=False),
+        functools.partial(facebook_dit, qk_norm=True),
+        public_dtr,
+        lambda: public_dtr(random_mapping()),
+    ],
+    ids=["facebook", "unfused attention", "query and key norms", "public DTR", "public DTR, random"],
+)
+@pytest.mark.filterwarnings("ignore:routing._unit_mapping")
+def test_keeps_the_models_own_function(make):
+    model = make()
+    expected = results(model)
+    assert swap_blocks(model) is model
+    assert_same(results(model), expected)
+
+
+@pytest.mark.parametrize("scope", ["block", "branch"])
+@pytest.mark.parametrize("make", [facebook_dit, public_dtr])
+@pytest.mark.parametrize(
+    ("routing", "mask_of"), [(ROUTING, paper_mask), (RANDOM, lambda t: RANDOM.mask(t, DIM))], ids=["DTR", "random"]
+)
+def test_a_given_routing_matches_the_reference(make, routing, mask_of, scope):
+    model = make()
+    expected = results(oracle(model, mask_of, scope))
+    assert differ(results(oracle(model, lambda t: None)), expected)
+    assert_same(results(swap_blocks(model, routing, scope)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:routing._unit_mapping")
+@pytest.mark.parametrize("mapping", [windows(), random_mapping()], ids=["windows", "random"])
+def test_scope_branch_of_the_models_own_masks(mapping):
+    model = public_dtr(mapping)
+    expected = results(oracle(model, lambda t: mapping[t], "branch"))
+    assert differ(results(model), expected)
+    assert_same(results(swap_blocks(model, scope="branch")), expected)
+
+
+def test_reference_applies_query_and_key_norms():
+    block = facebook_dit(qk_norm=True).blocks[0]
+    nn.init.normal_(block.attn.q_norm.weight)
+    x, c, mask = torch.randn(4, 5, DIM), torch.randn(4, DIM), RANDOM.mask(batch()[1], DIM)[:, None]
+    expected = block(x * mask, c) + x * ~mask
+    assert_same([dtr.reference.dit_block(block, x, c, mask[:, 0])], [expected])
+
+
+def test_follows_a_mapping_that_changes():
+    model = swap_blocks(public_dtr())
+    others = [public_dtr(windows(alpha=1.0)), public_dtr(windows(alpha=2.0)), public_dtr(windows(beta=0.5))]
+    for other, assign in zip(others, (True, False, False), strict=True):  # replaced, then written into
+        model.load_state_dict(other.state_dict(), assign=assign)
+        assert_same(results(model), results(other))
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        model.to(dtype)
+    x, t, y = batch()
+    assert_same([model(x.double(), t, y)], [others[-1].double()(x.double(), t, y)], rtol=2e-2)
+
+
+def test_reads_wide_windows_in_bf16():
+    mapping = ROUTING.window(torch.arange(TIMESTEPS), 1152).mask()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        reading = public_dtr_family._read(mapping.to(dtype))
+        assert reading.width == 921
+        assert torch.equal(reading.starts, ROUTING.window(torch.arange(TIMESTEPS), 1152).start)
+
+
+def test_warns_once_where_masks_are_not_windows():
+    with pytest.warns(UserWarning, match="not a window") as caught:
+        model = swap_blocks(public_dtr(random_mapping()))
+        model(*batch())
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_blocks_of_timms_layers(qk_norm):
+    try:
+        from timm.models.vision_transformer import Attention, Mlp
+    except Exception as error:  # timm imports torchvision, which fails in its own ways where it does not fit torch
+        pytest.skip(f"timm cannot be imported: {error}")
+    model = facebook_dit()
+    for block in model.blocks:
+        block.attn = Attention(DIM, num_heads=4, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm)
+        block.mlp = Mlp(DIM, 4 * DIM, act_layer=functools.partial(nn.GELU, approximate="tanh"))
+    expected = results(model)
+    routed = results(oracle(model, paper_mask))
+    assert_same(results(swap_blocks(model)), expected)
+    assert_same(results(swap_blocks(restore_blocks(model), ROUTING)), routed)
+
+
+# --- where the timesteps come from
+
+
+class NamedTimestep(DiT):
+    def forward(self, x, *, y, timestep):
+        return super().forward(x, timestep, y)
+
+
+class NamedTimesteps(DiT):
+    def forward(self, x, y, timesteps):
+        return super().forward(x, timesteps, y)
+
+
+class Preconditioned(nn.Module):
+    """A wrapper whose own t is not the model's."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, t, y):
+        return self.model(x, TIMESTEPS - 1 - t, y)
+
+
+def test_finds_the_timesteps():
+    model = facebook_dit()
+    x, t, y = batch()
+    expected = results(oracle(model, paper_mask))[0]
+    for kind, calls in {
+        DiT: [lambda m: m(x, t, y), lambda m: m(t=t, y=y, x=x), lambda m: m.forward(x, t, y=y)],
+        NamedTimestep: [lambda m: m(x, timestep=t, y=y)],
+        NamedTimesteps: [lambda m: m(x, y, t), lambda m: m(x, timesteps=t, y=y)],
+    }.items():
+        model.__class__ = kind
+        signature = inspect.signature(model.forward)
+        swap_blocks(model, ROUTING)
+        assert inspect.signature(model.forward) == signature
+        for call in calls:
+            assert_same([call(model)], [expected])
+        restore_blocks(model)
+    model.__class__ = DiT
+    with pytest.raises(TypeError, match="routed by its argument 't'"):
+        swap_blocks(model, ROUTING)(x)
+
+
+def test_the_innermost_forward_counts():
+    model = facebook_dit()
+    x, t, y = batch()
+    wrapper = swap_blocks(Preconditioned(model), ROUTING)
+    assert type(wrapper) is Preconditioned
+    expected = oracle(restore_blocks(copy.deepcopy(model)), paper_mask)(x, TIMESTEPS - 1 - t, y)
+    assert_same([wrapper(x, t, y)], [expected])
+
+
+def test_guided_forward_calls_forward_itself():
+    model = facebook_dit()
+    expected = oracle(model, paper_mask).forward_with_cfg(*batch(), 1.5)
+    assert_same([swap_blocks(model, ROUTING).forward_with_cfg(*batch(), 1.5)], [expected])
+
+
+def test_a_failed_forward_leaves_no_window_behind():
+    model = swap_blocks(facebook_dit(), ROUTING)
+    x, t, y = batch()
+    with pytest.raises(IndexError):
+        model(x, t, y + 100)
+    with pytest.raises(RuntimeError, match=r"'blocks.0' was called outside its model's forward"):
+        model.blocks[0](torch.randn(4, 5, DIM), torch.randn(4, DIM))
+
+
+# --- gradient checkpointing
+
+TWO_BATCHES = (batch(), batch(times=(49, 3, 2, 40), seed=2))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("make", "routing"), [(facebook_dit, ROUTING), (facebook_dit, RANDOM), (public_dtr, None)])
+def test_checkpointed_blocks_recompute_for_their_own_timesteps(make, routing, reentrant, monkeypatch):
+    model = swap_blocks(make(), routing)
+    expected = results(model, *TWO_BATCHES)
+    model.reentrant = reentrant
+    assert_same(results(model, *TWO_BATCHES), expected)
+
+    def window_of_latest_forward(state, block, c):
+        if state.model.running:
+            state.latest = state.source.window_of(block)
+        return state.latest
+
+    monkeypatch.setattr("dtr_kernels.swap.classes.BlockState.window", window_of_latest_forward)
+    if reentrant:
+        assert differ(results(model, *TWO_BATCHES), expected)
+    else:  # the non-reentrant kind compares what was saved with what is recomputed, and may find out itself
+        with contextlib.suppress(torch.utils.checkpoint.CheckpointError):
+            assert differ(results(model, *TWO_BATCHES), expected)
+
+
+def test_checkpoint_around_the_whole_model():
+    model = swap_blocks(facebook_dit(), ROUTING)
+    expected = results(model, *TWO_BATCHES)
+    model.zero_grad()
+    outputs = [checkpoint(model, *inputs, use_reentrant=False) for inputs in TWO_BATCHES]
+    sum(output.square().sum() for output in outputs).backward()
+    assert_same([p.grad for p in model.parameters()], expected[2:])
+
+
+def test_no_window_outlives_its_forward():
+    model = swap_blocks(facebook_dit(reentrant=False), ROUTING)
+    output = model(*batch())
+    assert len(model.blocks[0]._dtr._windows) == 1
+    output.sum().backward()
+    del output
+    assert len(model.blocks[0]._dtr._windows) == 0
+
+
+# --- nothing else changes
+
+
+def snapshot(model):
+    """Class, attributes and tensors of every module, without the attributes that the public code's forward sets."""
+    return [
+        (
+            type(module),
+            {name: value for name, value in vars(module).items() if name not in ("active_task", "active_mask")},
+            [*module._parameters.items(), *module._buffers.items()],
+        )
+        for module in model.modules()
+    ]
+
+
+@pytest.mark.parametrize(("make", "routing"), [(facebook_dit, None), (facebook_dit, ROUTING), (public_dtr, None)])
+def test_restore_undoes_everything(make, routing):
+    model = make()
+    expected, before, keys = results(model), snapshot(model), list(model.state_dict())
+    gradients = [p.grad for p in model.parameters()]
+    swap_blocks(model, routing)
+    assert isinstance(model.blocks[0], DiTBlock) and isinstance(model, DiT)
+    assert list(model.state_dict()) == keys
+    model(*batch())
+    assert restore_blocks(model) is model
+    assert snapshot(model) == before
+    assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
+    for after, first in zip(results(model), expected, strict=True):
+        assert torch.equal(after, first)
+
+
+def test_hooks_of_blocks_go_on_and_trial_leaves_no_trace():
+    model = public_dtr()
+    model.blocks[0].register_forward_hook(lambda module, inputs, output: calls.append(module))
+    model.blocks[0].adaLN_modulation.register_forward_hook(lambda module, inputs, output: calls.append(module))
+    calls, before, rng = [], snapshot(model), torch.get_rng_state()
+    restore_blocks(swap_blocks(model))
+    assert calls == [] and torch.equal(torch.get_rng_state(), rng) and snapshot(model) == before
+    swap_blocks(model)(*batch())
+    assert calls == [model.blocks[0].adaLN_modulation, model.blocks[0]]
+
+
+def test_an_optimizer_made_before_trains_on():
+    plain, swapped = (public_dtr() for _ in range(2))
+    swapped.load_state_dict(plain.state_dict())
+    for model in (plain, swapped):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+        for step in range(3):
+            if step == 1 and model is swapped:
+                swap_blocks(model)
+            results(model, batch(seed=step))
+            optimizer.step()
+    assert_same([p.detach() for p in swapped.parameters()], [p.detach() for p in plain.parameters()])
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "clone",
+    [copy.deepcopy, saved_and_loaded, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["deepcopy", "torch.save", "pickle"],
+)
+@pytest.mark.parametrize(("make", "routing"), [(facebook_dit, ROUTING), (public_dtr, None)])
+def test_copies_stand_on_their_own(make, routing, clone):
+    model = swap_blocks(make(), routing)
+    expected = results(model)
+    cloned = clone(model)
+    assert type(cloned) is type(model) and type(cloned.blocks[1]) is type(model.blocks[1])
+    assert cloned.blocks[0]._dtr.model is cloned.blocks[1]._dtr.model is cloned._dtr is not model._dtr
+    restore_blocks(model)
+    assert_same(results(cloned), expected)
+    assert type(restore_blocks(cloned)) is DiT
+
+
+def test_averaged_models():
+    model = public_dtr()
+    before = torch.optim.swa_utils.AveragedModel(model)
+    swap_blocks(model)
+    after = torch.optim.swa_utils.AveragedModel(model)
+    results(model)
+    torch.optim.SGD(model.parameters(), lr=1e-2).step()
+    for average in (before, after):
+        average.update_parameters(model)
+        average.update_parameters(model)
+    assert_same([after(*batch())], [before(*batch())])
+
+
+def test_dtypes_and_modes():
+    model, plain = swap_blocks(public_dtr()), public_dtr()
+    plain.load_state_dict(model.state_dict())
+    x, t, y = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same([model(x, t, y)], [plain(x, t, y)], rtol=3e-2)
+    for changed in (model.eval(), model.train()):
+        assert_same(results(changed), results(plain))
+    with torch.inference_mode():
+        assert_same([model.double()(x.double(), t, y)], [plain.double()(x.double(), t, y)], rtol=1e-10)
+
+
+@pytest.mark.parametrize(("make", "routing"), [(facebook_dit, ROUTING), (public_dtr, None)])
+def test_compiles_whole_and_once(make, routing):
+    from torch._dynamo.testing import CompileCounterWithBackend  # slow to import
+
+    model = swap_blocks(make(), routing)
+    expected = results(model, *TWO_BATCHES)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    assert_same(results(compiled, *TWO_BATCHES), expected)
+    assert counter.frame_count == 1
+
+
+def test_compiled_model_notices_a_mapping_of_another_width():
+    model = swap_blocks(public_dtr())
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled(*batch())
+    other = public_dtr(windows(alpha=1.0))
+    model.load_state_dict(other.state_dict())
+    assert_same([compiled(*batch())], [other(*batch())])
+    model.load_state_dict(public_dtr(windows(beta=0.5)).state_dict())
+    with pytest.raises(RuntimeError, match="compile the model again"):
+        compiled(*batch())
+
+
+def test_meta_device():
+    with torch.device("meta"):
+        model = swap_blocks(public_dtr())
+    source = public_dtr()
+    model.to_empty(device="cpu").load_state_dict(source.state_dict())
+    assert_same(results(model), results(source))
+
+
+# --- distributed
+
+
+@pytest.fixture
+def gloo(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("swap_first", [True, False])
+def test_ddp(gloo, swap_first):
+    model = facebook_dit()
+    expected = results(oracle(model, paper_mask))
+    model = DistributedDataParallel(swap_blocks(model, ROUTING)) if swap_first else DistributedDataParallel(model)
+    if not swap_first:
+        swap_blocks(model, ROUTING)
+    assert_same(results(model), expected)
+    assert type(restore_blocks(model).module) is DiT
+
+
+def _ddp_worker(rank, store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = public_dtr()
+    half = [tensor[2 * rank : 2 * rank + 2] for tensor in batch()]
+    whole = results(model)[1:]
+    gradients = results(DistributedDataParallel(swap_blocks(model)), half)[1:]
+    assert_same(gradients, [gradient / 2 for gradient in whole])  # DDP averages over ranks
+    dist.destroy_process_group()
+
+
+def test_ddp_in_two_processes(tmp_path):
+    torch.multiprocessing.spawn(_ddp_worker, args=(str(tmp_path / "store"),), nprocs=2)
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+        swap_blocks(facebook_dit(), ROUTING)._replicate_for_data_parallel()
+
+
+# --- refusals
+
+
+class PostNormBlock(DiTBlock):
+    """A DiT block by its attributes, but with another forward."""
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=2)
+        x = x + gate1 * self.norm1(self.attn(x * (1 + scale1) + shift1))
+        return x + gate2 * self.norm2(self.mlp(x * (1 + scale2) + shift2))
+
+
+class SkipBlock(DiTBlock):
+    def forward(self, x, c, skip=None):
+        return self.branches(x, c)
+
+
+class TwiceActivated(DiTBlock):
+    def forward(self, x, c):
+        return self.branches(x, torch.sigmoid(c))
+
+
+class DropPath(nn.Identity):
+    drop_prob = 0.1
+
+
+class LowRankLinear(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + x.mean()
+
+
+def change(path, value):
+    """A function that replaces an attribute of a block, given as a dotted path."""
+    *parents, name = path.split(".")
+
+    def apply(block):
+        setattr(functools.reduce(getattr, parents, block), name, value)
+
+    return apply
+
+
+def become(kind):
+    return lambda block: setattr(block, "__class__", kind)
+
+
+REFUSED_BLOCKS = {
+    "attention dropout": (change("attn.attn_drop.p", 0.1), "attn.attn_drop drops with probability 0.1"),
+    "projection dropout": (change("attn.proj_drop.p", 0.1), "attn.proj_drop drops with probability 0.1"),
+    "MLP dropout": (change("mlp.drop1.p", 0.2), "mlp.drop1 drops with probability 0.2"),
+    "second MLP dropout": (change("mlp.drop2.p", 0.2), "mlp.drop2 drops with probability 0.2"),
+    "drop path": (change("drop_path", DropPath()), "drop_path drops with probability 0.1"),
+    "activation": (change("mlp.act", nn.GELU()), r"mlp.act is GELU\(approximate='none'\)"),
+    "MLP norm": (change("mlp.norm", nn.LayerNorm(4 * DIM)), "mlp.norm is not nn.Identity"),
+    "scale norm": (change("attn.norm", nn.LayerNorm(DIM)), "attn.norm is not nn.Identity"),
+    "attention gate": (change("attn.gate", nn.Linear(DIM, DIM)), "attn.gate is set"),
+    "rope": (change("attn.rope", nn.Identity()), "attn.rope is set"),
+    "RMS norm": (change("norm1", nn.RMSNorm(DIM)), "norm1 is RMSNorm"),
+    "affine norm": (change("norm2", nn.LayerNorm(DIM)), "norm2 has affine parameters"),
+    "norm of another shape": (
+        change("norm1", nn.LayerNorm(OTHER_DIM, elementwise_affine=False)),
+        r"norm1 normalises shape \[64\]",
+    ),
+    "heads": (change("attn.num_heads", 5), "attn.num_heads is 5, which does not divide the hidden size 32"),
+    "modulation": (change("adaLN_modulation", nn.Linear(DIM, 4 * DIM)), r"adaLN_modulation makes \[2, 128\]"),
+    "head size": (change("attn.qkv", nn.Linear(DIM, 6 * DIM)), "attn.qkv maps 32 features to 192"),
+    "MLP input": (change("mlp.fc1", nn.Linear(OTHER_DIM, 4 * DIM)), "mlp.fc1 maps 64 features"),
+    "MLP output": (change("mlp.fc2", nn.Linear(4 * DIM, OTHER_DIM)), "mlp.fc2 maps 128 features to 64"),
+    "projection": (change("attn.proj", nn.Linear(DIM, OTHER_DIM)), "attn.proj maps 32 features to 64"),
+    "wrapped linear": (change("attn.qkv", LowRankLinear(DIM, 3 * DIM)), "attn.qkv is LowRankLinear"),
+    "missing layer": (lambda block: delattr(block.mlp, "fc2"), "it has no mlp.fc2"),
+    "layer scale": (change("attn.gamma", nn.Parameter(torch.ones(DIM))), "has a parameter attn.gamma"),
+    "inner hook": (lambda block: block.attn.qkv.register_forward_hook(print), "attn.qkv has hooks"),
+    "patched forward": (change("attn.forward", print), "forward of attn was patched"),
+    "other arguments": (become(SkipBlock), r"its forward takes \(x, c, skip\)"),
+    "other forward": (become(PostNormBlock), "computes something else than a DiT block"),
+    "other conditioning": (become(TwiceActivated), "computes something else than a DiT block"),
+    "failing forward": (change("attn.q_norm", nn.LayerNorm(5)), "could not be compared with a DiT block"),
+    "attention scale": (change("attn.scale", 3.0), "computes something else than a DiT block"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_BLOCKS)
+def test_refuses_a_block_by_name_and_changes_nothing(case):
+    model = facebook_dit(fused_attn=case != "attention scale")
+    for block in model.blocks:  # a model as it is before training: no gate is open
+        nn.init.zeros_(block.adaLN_modulation[-1].weight)
+        nn.init.zeros_(block.adaLN_modulation[-1].bias)
+    spoil, message = REFUSED_BLOCKS[case]
+    spoil(model.blocks[1])
+    before = snapshot(model)
+    kind = type(model.blocks[1]).__name__
+    with pytest.raises(ValueError, match=rf"cannot swap block 'blocks.1' \({kind}\): .*{message}"):
+        swap_blocks(model, ROUTING)
+    assert snapshot(model) == before
+    assert torch.is_grad_enabled()
+
+
+class Untimed(DiT):
+    def forward(self, x, noise, y):
+        return super().forward(x, noise, y)
+
+
+def patched():
+    model = facebook_dit()
+    model.forward = functools.partial(model.forward)
+    return model
+
+
+def two_models():
+    return nn.ModuleList([facebook_dit(), facebook_dit()])
+
+
+def of_two_widths():
+    return DiT([DiTBlock(DIM, 4), DiTBlock(OTHER_DIM, 4)], DIM)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "error", "message"),
+    [
+        (lambda: nn.Sequential(nn.Linear(2, 2)), {}, ValueError, "this Sequential: it has no DiT block"),
+        (lambda: swap_blocks(facebook_dit()), {}, ValueError, "'blocks.0' .*swapped already; call restore_blocks"),
+        (facebook_dit, {"scope": "all"}, ValueError, "scope must be one of 'block', 'branch', got 'all'"),
+        (facebook_dit, {"routing": 0.8}, TypeError, "routing must be DenoisingTaskRouting, RandomRouting or None"),
+        (lambda: torch.compile(facebook_dit()), {}, ValueError, "it is compiled; swap first, then compile"),
+        (lambda: dtr.nn.RoutedDiTBlock(DIM, 4), {}, ValueError, "runs the fused kernels as it is"),
+        (of_two_widths, {}, ValueError, "'blocks.1': its hidden size is 64, but that of 'blocks.0' is 32"),
+        (facebook_dit, {"routing": dtr.DenoisingTaskRouting(beta=0.01)}, ValueError, "leaves none active"),
+        (lambda: facebook_dit().blocks, {"routing": ROUTING}, ValueError, "argument named t, timestep, timesteps"),
+        (lambda: Untimed([DiTBlock(DIM, 4)], DIM), {"routing": ROUTING}, ValueError, "looked for in this Untimed"),
+        (two_models, {"routing": ROUTING}, ValueError, "looked for in this ModuleList; .*each model of a container"),
+        (patched, {"routing": ROUTING}, ValueError, "forward was patched; swap first"),
+    ],
+)
+def test_refuses_a_model_and_changes_nothing(make, arguments, error, message):
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        swap_blocks(model, **arguments)
+    assert snapshot(model) == before
+
+
+def test_compiled_blocks_are_refused():
+    model = facebook_dit()
+    model.blocks[1].compile()
+    with pytest.raises(ValueError, match=r"'blocks.1' \(DiTBlock\): it is compiled"):
+        swap_blocks(model)
+
+
+def test_restore_refusals():
+    with pytest.raises(ValueError, match="nothing to restore: no block of this DiT is swapped"):
+        restore_blocks(facebook_dit())
+    model = swap_blocks(facebook_dit(), ROUTING)
+    model.forward = functools.partial(model.forward)
+    with pytest.raises(ValueError, match="cannot restore this FusedDiT: its forward was patched since"):
+        restore_blocks(model)
+    assert type(model.blocks[0]).__name__ == "FusedDiTBlock"
