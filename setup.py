@@ -1,7 +1,7 @@
 """Builds the extension ``dtr_kernels._C``; everything else is declared in pyproject.toml.
 
-The build needs a C++17 compiler and no PyTorch. Without a compiler the package still installs and runs its CPU path through
-plain PyTorch; ``python -m dtr_kernels info`` says so.
+The build needs a C++17 compiler and no PyTorch. Without a compiler the package still installs and runs its CPU path
+through plain PyTorch; ``python -m dtr_kernels info`` says so.
 """
 
 from pybind11.setup_helpers import Pybind11Extension

@@ -40,12 +40,12 @@ PYBIND11_MODULE(_C, m) {
         return Shape{B, N, C, reinterpret_cast<const int32_t*>(start), width, chunk};
     }));
 
-    m.def("norm_forward", [](Shape shape, Rows x, Rows branch, Rows stream, Rows u, Rows gate, Rows shift, Rows scale, Rows mean,
-                             Rows rstd, double eps, bool keep_branch, Type stream_type) {
+    m.def("norm_forward", [](Shape shape, double eps, bool keep_branch, Type stream_type, Rows x, Rows branch, Rows stream, Rows u,
+                             Rows gate, Rows shift, Rows scale, Rows mean, Rows rstd) {
         run(kernels().norm_forward, NormForward{shape, x, branch, stream, u, gate, shift, scale, mean, rstd, eps, keep_branch, stream_type});
     });
-    m.def("norm_backward", [](Shape shape, Rows du, Rows dstream, Rows x, Rows branch, Rows dx, Rows dbranch, Rows gate, Rows scale,
-                              Rows mean, Rows rstd, Rows inactive, Rows sums, bool keep_branch, bool x_is_stream) {
+    m.def("norm_backward", [](Shape shape, bool keep_branch, bool x_is_stream, Rows du, Rows dstream, Rows x, Rows branch, Rows dx,
+                              Rows dbranch, Rows gate, Rows scale, Rows mean, Rows rstd, Rows inactive, Rows sums) {
         run(kernels().norm_backward, NormBackward{shape, du, dstream, x, branch, dx, dbranch, gate, scale, mean, rstd, inactive, sums,
                                                   keep_branch, x_is_stream});
     });

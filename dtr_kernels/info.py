@@ -30,15 +30,17 @@ def collect() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
-        "gpus": [
-            f"{torch.cuda.get_device_name(i)}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability(i)))}"
-            for i in range(torch.cuda.device_count())
-        ],
+        "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
         "extension": _cpu.unavailable or _cpu.kernels.build_config(),
         "paths": {
             device: {str(dtype).removeprefix("torch."): _path(device, dtype) for dtype in _DTYPES} for device in devices
         },
     }
+
+
+def _gpu(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

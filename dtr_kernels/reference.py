@@ -57,7 +57,8 @@ def routed_norm(
     """Residual + gate, mask, norm and modulation between two linear layers.
 
     Returns the new residual stream x + gate * branch and the input of the next linear layer, both [B, N, C]. With
-    ``keep_branch`` the mask acts on x alone and gate * branch passes on every channel: the second norm of scope "block".
+    ``keep_branch`` the mask acts on x alone and gate * branch passes on every channel: the second norm of scope
+    "block".
     """
     if branch is None or gate is None:
         return x, modulate(layer_norm(masked(x, mask), eps), shift, scale)
@@ -131,7 +132,8 @@ def dit_block(block: Any, x: Tensor, c: Tensor, mask: Tensor | None = None, scop
         x: [B, N, C].
         c: [B, C].
         mask: [B, C], 1 where active; None is the unrouted block.
-        scope: "block" routes the whole residual block, as the paper does; "branch" masks what attention and MLP each see.
+        scope: "block" routes the whole residual block, as the paper does; "branch" masks what attention and MLP each
+            see.
 
     Returns:
         [B, N, C].

@@ -80,7 +80,8 @@ def _active_channels(beta: float, channels: int) -> int:
     width = int(beta * channels)
     if width < 1:
         raise ValueError(
-            f"beta {beta} of {channels} channels leaves none active; beta must be at least 1/{channels} = {1 / channels:.4g}"
+            f"beta {beta} of {channels} channels leaves none active; it must be at least 1/{channels} = "
+            f"{1 / channels:.4g}"
         )
     return width
 
@@ -128,12 +129,13 @@ def _check_timesteps(t: Tensor) -> None:
 class DenoisingTaskRouting:
     """DTR's sliding window: equation 5 and section 4.2 of the paper.
 
-    The window of timestep t starts at ``round((t / (T - 1)) ** alpha * (C - W))`` with ``W = int(beta * C)``. Neighbouring
-    timesteps share most of their channels, and alpha > 1 gives the noisy end of the process more channels of its own.
+    The window of timestep t starts at ``round((t / (T - 1)) ** alpha * (C - W))`` with ``W = int(beta * C)``.
+    Neighbouring timesteps share most of their channels, and alpha > 1 gives the noisy end of the process more
+    channels of its own.
 
     Args:
-        num_timesteps: T, the number of timesteps of the diffusion process the model was trained with. A respaced sampler
-            passes the original timestep numbers.
+        num_timesteps: T, the number of timesteps of the diffusion process the model was trained with. A respaced
+            sampler passes the original timestep numbers.
         alpha: shape of the slide, > 0. The paper uses 4.
         beta: ratio of active channels, in (0, 1]. The paper uses 0.8; 1 is the ordinary, unrouted model.
 

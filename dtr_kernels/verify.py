@@ -1,8 +1,8 @@
 """Do the kernels agree with the oracle on this machine?  ``python -m dtr_kernels verify``
 
-The bound is threefold: with everything also computed in fp64, the error of a kernel may be at most twice the error that plain
-PyTorch makes in the same dtype, plus a few rounding units of the largest value. That holds for the output and for
-every gradient, with a window, timestep and modulation of its own for every sample.
+The bound is threefold: with everything also computed in fp64, the error of a kernel may be at most twice the error
+that plain PyTorch makes in the same dtype, plus a few rounding units of the largest value. That holds for the output
+and for every gradient, with a window, timestep and modulation of its own for every sample.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _SLACK = {torch.float32: 8, torch.bfloat16: 2, torch.float16: 2}
 
 @dataclass(frozen=True)
 class Comparison:
-    """Largest absolute errors against fp64 of one tensor: the kernel's, plain PyTorch's, and what the kernel may have."""
+    """Largest absolute errors against fp64 of one tensor: the kernel's, plain PyTorch's, and what the kernel may
+    have."""
 
     name: str
     error: float
@@ -69,14 +70,17 @@ def compare(
     exact = oracle(**wide)
     projections = [torch.randn_like(out) for out in plain]
     names = [name for name, t in inputs.items() if t.requires_grad]
-    tensors = []
-    for outputs, source in ((got, inputs), (plain, inputs), (exact, wide)):
+
+    def with_gradients(outputs: tuple[Tensor, ...], source: dict[str, Tensor]) -> list[Tensor]:
         cotangents = [p.to(out.dtype) for p, out in zip(projections, outputs, strict=True)]
-        leaves = [source[name] for name in names]
-        tensors.append([*outputs, *torch.autograd.grad(outputs, leaves, cotangents)])
+        return [*outputs, *torch.autograd.grad(outputs, [source[name] for name in names], cotangents)]
+
     labels = [f"out{i}" for i in range(len(got))] + [f"d{name}" for name in names]
+    runs = zip(
+        labels, with_gradients(got, inputs), with_gradients(plain, inputs), with_gradients(exact, wide), strict=True
+    )
     unit = conditioning * _SLACK[dtype] * torch.finfo(dtype).eps
-    return [_comparison(*row, unit=unit) for row in zip(labels, *tensors, strict=True)]
+    return [_comparison(*row, unit) for row in runs]
 
 
 def _comparison(name: str, got: Tensor, plain: Tensor, exact: Tensor, unit: float) -> Comparison:
@@ -176,8 +180,8 @@ def run(device: torch.device) -> bool:
         )
         passed &= all(c.passed for c in comparisons)
         print(
-            f"{name:58} {worst.name.replace('__', '.'):28} {worst.error:9.1e} {worst.plain_error:9.1e} {worst.bound:9.1e}  "
-            f"{'ok' if worst.passed else 'FAILED'}",
+            f"{name:58} {worst.name.replace('__', '.'):28} {worst.error:9.1e} {worst.plain_error:9.1e} "
+            f"{worst.bound:9.1e}  {'ok' if worst.passed else 'FAILED'}",
             flush=True,
         )
     return passed

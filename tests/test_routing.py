@@ -130,10 +130,10 @@ def test_a_python_number_is_a_tensor_with_that_one_timestep(t):
     T=st.integers(1, 300),
     alpha=st.floats(0.01, 20),
     channels=st.integers(1, 2000),
-    width=st.floats(0, 1),
+    ratio=st.floats(0, 1),
 )
-def test_windows_stay_inside_and_never_move_back(T, alpha, channels, width):
-    beta = max(width, (1 + 1e-9) / channels) if channels > 1 else 1.0
+def test_windows_stay_inside_and_never_move_back(T, alpha, channels, ratio):
+    beta = max(ratio, (1 + 1e-9) / channels) if channels > 1 else 1.0
     window = dtr.DenoisingTaskRouting(T, alpha, beta).window(torch.arange(T), channels)
     assert 1 <= window.width <= channels
     assert window.start[0] == 0

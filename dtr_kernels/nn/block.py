@@ -16,8 +16,8 @@ __all__ = ["RoutedDiTBlock", "Stream", "advance", "check_scope"]
 class Stream(NamedTuple):
     """The residual stream between blocks, x + gate * branch, with the sum left to whoever reads it next.
 
-    A block ends with a gated residual and the next begins with a norm of the sum; leaving the sum open lets one kernel do
-    both. ``branch`` and ``gate`` are None when nothing is pending.
+    A block ends with a gated residual and the next begins with a norm of the sum; leaving the sum open lets one
+    kernel do both. ``branch`` and ``gate`` are None when nothing is pending.
     """
 
     x: Tensor
@@ -52,8 +52,8 @@ def advance(block: Any, stream: Stream, c: Tensor, window: ChannelWindow | None,
     """One routed DiT block (DTR paper, equation 6), its last gated residual left pending in the returned stream.
 
     Args:
-        block: any module with the attributes of facebookresearch/DiT's block: norm1, attn.qkv, attn.proj, attn.num_heads,
-            norm2, mlp.fc1, mlp.fc2, adaLN_modulation.
+        block: any module with the attributes of facebookresearch/DiT's block: norm1, attn.qkv, attn.proj,
+            attn.num_heads, norm2, mlp.fc1, mlp.fc2, adaLN_modulation.
         stream: the residual stream, its tensors [B, N, C].
         c: conditioning [B, C].
         window: active channels of each sample; None runs the unrouted block.
@@ -112,8 +112,8 @@ class RoutedDiTBlock(nn.Module):
         hidden_size: number of channels C.
         num_heads: attention heads; must divide C.
         mlp_ratio: hidden width of the MLP over C.
-        scope: "block" (the DTR paper): the whole residual block is routed; the attention skips deactivated channels, and the
-            MLP sees what attention wrote on every channel. "branch": attention and MLP both skip.
+        scope: "block" (the DTR paper): the whole residual block is routed; the attention skips deactivated channels,
+            and the MLP sees what attention wrote on every channel. "branch": attention and MLP both skip.
 
     Raises:
         ValueError: if scope is unknown or num_heads does not divide hidden_size.
@@ -135,8 +135,8 @@ class RoutedDiTBlock(nn.Module):
         Args:
             x: residual stream [B, N, C], floating point.
             c: conditioning [B, C].
-            window: ``DenoisingTaskRouting.window(t, C)``; or a bool mask [B, C], which runs the plain PyTorch path (random
-                routing); or None, the unrouted block.
+            window: ``DenoisingTaskRouting.window(t, C)``; or a bool mask [B, C], which runs the plain PyTorch path
+                (random routing); or None, the unrouted block.
 
         Returns:
             [B, N, C] in x's dtype.

@@ -9,10 +9,10 @@ try:
     # PyTorch must be imported first: it brings the OpenMP runtime that the extension runs on.
     from dtr_kernels import _C as kernels
 except ImportError as error:
-    kernels = None
+    kernels = None  # type: ignore[assignment]
     unavailable: str | None = (
-        f"the compiled CPU kernels are missing ({error}); install a C++ compiler and run `pip install --force-reinstall "
-        "--no-deps` on this package again"
+        f"the compiled CPU kernels are missing ({error}); install a C++ compiler and then this package again "
+        "(pip install --force-reinstall --no-deps)"
     )
 else:
     unavailable = None

@@ -105,8 +105,8 @@ def matmul_accumulated(a: Tensor, b: Tensor) -> Tensor:
 def register_autocast(op: torch.library.CustomOpDef, casts: tuple[int, ...]) -> None:
     """Makes ``op`` cast its arguments number ``casts`` (weights and biases) under autocast, and nothing else.
 
-    The residual stream keeps its dtype, and the op computes its GEMMs in the dtype of the weights it is given. PyTorch's
-    own ``torch.library.register_autocast`` would cast the residual stream too.
+    The residual stream keeps its dtype, and the op computes its GEMMs in the dtype of the weights it is given.
+    PyTorch's own ``torch.library.register_autocast`` would cast the residual stream too.
     """
     for device, key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
         _library.impl(op._name, _cast_weights(op, casts, device), key, with_keyset=True)

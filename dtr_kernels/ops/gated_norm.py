@@ -7,8 +7,8 @@ For each token, over channels c, with m the sample's window (all ones when unrou
     mean   = sum(v) / C,   var = sum((v - mean)^2) / C,   rstd = (var + eps)^(-1/2)
     u      = (v - mean) * rstd * (1 + scale) + shift
 
-Deactivated channels leave the norm as -mean * rstd, the same for all of them, so u is written for active channels only, as
-a compact [B, N, W]; the linear layer that follows adds what deactivated channels contribute in closed form
+Deactivated channels leave the norm as -mean * rstd, the same for all of them, so u is written for active channels
+only, as a compact [B, N, W]; the linear layer that follows adds what deactivated channels contribute in closed form
 (``window_linear``). The sums over C need only the window: the C - W zeros add (C - W) * mean^2 to the variance.
 
 ``reference.routed_norm`` is the oracle. These functions are not differentiable by themselves; ``routed_linear`` and
@@ -49,7 +49,8 @@ class NormOutput(NamedTuple):
 
 
 class NormGradients(NamedTuple):
-    """x, branch [B, N, C] in the inputs' dtypes; gate, shift, scale [B, C] in the compute dtype; None without a branch."""
+    """x, branch [B, N, C] in the inputs' dtypes; gate, shift, scale [B, C] in the compute dtype; None without a
+    branch."""
 
     x: Tensor
     branch: Tensor | None
@@ -279,9 +280,9 @@ def gated_norm_forward(
     if B * N == 0:
         return output
     if kernel_path(x) == "cpu":
-        tensors = (_cpu.rows(t) for t in (x, branch, stream, u, gate, shift, scale, mean, rstd))
+        tensors = (x, branch, stream, u, gate, shift, scale, mean, rstd)
         shape = _cpu.shape(B, N, C, start, width)
-        _cpu.kernels.norm_forward(shape, *tensors, eps, keep_branch, _cpu.dtype_code(x.dtype))
+        _cpu.kernels.norm_forward(shape, eps, keep_branch, _cpu.dtype_code(x.dtype), *map(_cpu.rows, tensors))
         return output
     tile = row_tile(C, tensors=2 if branch is None else 3)
     launch(
@@ -352,7 +353,7 @@ def gated_norm_backward(
     if B * N > 0 and kernel_path(x) == "cpu":
         tensors = (du, dstream, x, branch, dx, dbranch, gate, scale, mean, rstd, inactive, sums)
         shape = _cpu.shape(B, N, C, start, width, TOKENS_PER_SUM)
-        _cpu.kernels.norm_backward(shape, *map(_cpu.rows, tensors), keep_branch, x_is_stream)
+        _cpu.kernels.norm_backward(shape, keep_branch, x_is_stream, *map(_cpu.rows, tensors))
     elif B * N > 0:
         tile = row_tile(C, tensors=4 if branch is None else 6)
         launch(

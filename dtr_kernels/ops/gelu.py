@@ -42,7 +42,8 @@ def gelu_forward(pre: Tensor, out: Tensor) -> Tensor:
 
 
 def gelu_backward(dact: Tensor, pre: Tensor) -> Tensor:
-    """Turns dact into the gradient of pre, in place, and returns GELU(pre), recomputed beside it; contiguous CPU tensors."""
+    """Turns dact into the gradient of pre, in place, and returns GELU(pre), recomputed beside it; contiguous CPU
+    tensors."""
     act = torch.empty_like(pre)
     _cpu.kernels.gelu(pre.numel(), *map(_cpu.rows, (pre, act, dact, dact)))
     return act

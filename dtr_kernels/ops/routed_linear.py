@@ -137,7 +137,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, branch, gate, shift, scale, weight, bias, start, ctx.width, ctx.shared_start, ctx.eps = inputs
+    x, branch, gate, shift, scale, weight, _, start, ctx.width, ctx.shared_start, ctx.eps = inputs
     stream, _, mean, rstd = output
     ctx.set_materialize_grads(False)
     # The stream instead of x: with it the sum is not computed again, and the next op saves the same tensor.
@@ -187,13 +187,14 @@ def routed_linear(
 ) -> tuple[Tensor, Tensor]:
     """stream = x + gate * branch, and Linear(modulate(LN(m * stream), shift, scale)) over active channels only.
 
-    Equal to the dense layer on masked input (DTR paper, equation 6), because a deactivated channel leaves the norm with a
-    value that is known per token; see ``window_linear``.
+    Equal to the dense layer on masked input (DTR paper, equation 6), because a deactivated channel leaves the norm
+    with a value that is known per token; see ``window_linear``.
 
     Args:
         x: residual stream [B, N, C], fp32, bf16, fp16 or fp64.
         shift, scale: adaLN modulation [B, C], any floating dtype; rows may be strided views of one [B, 6C].
-        weight, bias: of the linear layer, [O, C] and [O] (or None), in x's dtype; autocast casts them and leaves x alone.
+        weight, bias: of the linear layer, [O, C] and [O] (or None), in x's dtype; autocast casts them and leaves x
+            alone.
         window: active channels of each sample; None for all.
         branch, gate: a pending update of the stream, [B, N, C] and [B, C], or None.
         eps: added to the variance.

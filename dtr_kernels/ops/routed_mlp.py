@@ -96,7 +96,8 @@ def _backward_op(
     eps: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (x, branch, gate, shift, scale, fc1's and fc2's weight and bias); parameters only where ``needs``."""
+    """Gradients of (x, branch, gate, shift, scale, fc1's and fc2's weight and bias); parameters only where
+    ``needs``."""
     dpre, act = gelu_linear_backward(dout, pre, fc2_weight)
     flat = dout.reshape(-1, dout.shape[-1])
     dfc2_weight = flat.t() @ act.reshape(-1, act.shape[-1]) if needs[2] else fc2_weight.new_empty(0)
@@ -217,14 +218,14 @@ def routed_mlp(
 ) -> tuple[Tensor, Tensor]:
     """stream = x + gate * branch, and fc2(GELU(fc1(modulate(LN(v), shift, scale)))), GELU in its tanh form.
 
-    v = m * x + gate * branch with ``keep_branch`` (scope "block", DTR paper, equation 6: what attention wrote is seen on
-    every channel), else m * stream (scope "branch": fc1 computes active channels only).
+    v = m * x + gate * branch with ``keep_branch`` (scope "block", DTR paper, equation 6: what attention wrote is seen
+    on every channel), else m * stream (scope "branch": fc1 computes active channels only).
 
     Args:
         x: residual stream [B, N, C], fp32, bf16, fp16 or fp64.
         shift, scale: adaLN modulation [B, C], any floating dtype; rows may be strided views of one [B, 6C].
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias: [H, C], [H], [O, H], [O], biases may be None; in x's dtype, autocast casts
-            them and leaves x alone.
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias: [H, C], [H], [O, H], [O], biases may be None; in x's dtype,
+            autocast casts them and leaves x alone.
         branch, gate: the update of the stream, [B, N, C] and [B, C].
         window: active channels of each sample; None for all.
         keep_branch: as above.

@@ -327,7 +327,8 @@ def _token_sums_kernel(
 
 
 class LinearGradients(NamedTuple):
-    """u as u; inactive [B, N] and shift, scale [B, C] of deactivated channels in the compute dtype; weight, bias as given.
+    """u as u; inactive [B, N] and shift, scale [B, C] of deactivated channels in the compute dtype; weight, bias as
+    given.
 
     inactive, shift and scale are None when unrouted; weight and bias are None when not asked for.
     """
@@ -365,8 +366,8 @@ def _contributions(inactive: _Inactive, weight: Tensor, bias: Tensor | None) -> 
 def prefers_cublas(start: Tensor | None, shared_start: int | None, weight: Tensor) -> bool:
     """Whether the GPU runs cuBLAS on a slice of the weight instead of our GEMM.
 
-    cuBLAS needs one window for the whole batch, known to the host, and is fast only where the slice is aligned for its vector
-    loads. An unrouted layer is the same question with a window of all channels. Not yet measured on a GPU.
+    cuBLAS needs one window for the whole batch, known to the host, and is fast only where the slice is aligned for
+    its vector loads. An unrouted layer is the same question with a window of all channels. Not yet measured on a GPU.
     """
     if start is None:
         return True
@@ -524,7 +525,8 @@ def _with_inactive(
 
 
 def gelu_linear_backward(g: Tensor, pre: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(dpre, act) of out = GELU(pre) @ weight^T: the gradient of pre [B, N, K] and the activation, recomputed beside it.
+    """(dpre, act) of out = GELU(pre) @ weight^T: the gradient of pre [B, N, K] and the activation, recomputed beside
+    it.
 
     Args:
         g: gradient of out [B, N, O]. pre: [B, N, K]. weight: [O, K], in g's dtype.
@@ -625,8 +627,9 @@ def _launch_token_sums(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor,
 
 # --- CPU -------------------------------------------------------------------------------------------------------------
 
-# With fewer tokens per sample than this, one dense GEMM on a CPU beats GEMMs on slices of the weight plus the closed form
-# (measured on one core in fp32, C 192 to 1152; in the backward pass p, dp and dq cost more of what a window saves).
+# With fewer tokens per sample than this, one dense GEMM on a CPU beats GEMMs on slices of the weight plus the closed
+# form (measured on one core in fp32, C 192 to 1152; in the backward pass p, dp and dq cost more of what a window
+# saves).
 _FORWARD_TOKENS, _BACKWARD_TOKENS = 256, 512
 
 

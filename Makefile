@@ -1,0 +1,52 @@
+# make demo and make test do everything on a fresh machine with Python 3.10+ and a C++ compiler.
+# PYTHON chooses the interpreter; VENV= (empty) uses that interpreter's own PyTorch and packages as they are.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0 triton==3.7.1
+
+ifeq ($(VENV),)
+RUN := PYTHONPATH=. $(PYTHON)
+READY := .built
+else
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+.PHONY: demo test test-kernels lint gpu verify clean
+
+demo: $(READY)  ## train a small DTR-DiT on real digits, sample from it, compare fused and plain blocks: out/demo
+	$(RUN) examples/digits.py --out out/demo
+
+test: $(READY) lint test-kernels  ## everything that needs no GPU
+
+test-kernels: $(READY)
+	$(RUN) -m pytest -q -rs tests
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q tests/test_ops.py -m "not gpu"
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+verify: $(READY)  ## kernels against the oracle on this machine
+	$(RUN) -m dtr_kernels verify
+
+# On a machine that has CUDA PyTorch, Triton and pytest and can install nothing: runs from the checkout as it is.
+gpu:
+	$(PYTHON) -m dtr_kernels info
+	$(PYTHON) -m dtr_kernels verify --device cuda
+	$(PYTHON) -m pytest -q -m gpu tests
+
+$(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*)
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet $(TORCH)
+	$(RUN) -m pip install --quiet --editable '.[demo,test]'
+	touch $@
+
+# Without a virtual environment the extension is built in place and nothing is installed.
+.built: setup.py $(wildcard csrc/*.cpp csrc/cpu/*)
+	$(PYTHON) setup.py build_ext --inplace || echo "no compiled CPU kernels: install pybind11 and a C++ compiler"
+	touch $@
+
+clean:
+	rm -rf .venv .built build out *.egg-info dtr_kernels/_C*.so

@@ -1,0 +1,54 @@
+"""Types of the compiled extension; see csrc/cpu/kernels.h for what each function computes."""
+
+from enum import Enum
+
+class Type(Enum):
+    f32 = 0
+    f64 = 1
+    bf16 = 2
+    f16 = 3
+
+class Rows:
+    def __init__(self, data: int, type: Type, stride: int) -> None: ...
+
+class Shape:
+    def __init__(self, B: int, N: int, C: int, start: int, width: int, chunk: int) -> None: ...
+
+def norm_forward(
+    shape: Shape,
+    eps: float,
+    keep_branch: bool,
+    stream_type: Type,
+    x: Rows,
+    branch: Rows,
+    stream: Rows,
+    u: Rows,
+    gate: Rows,
+    shift: Rows,
+    scale: Rows,
+    mean: Rows,
+    rstd: Rows,
+) -> None: ...
+def norm_backward(
+    shape: Shape,
+    keep_branch: bool,
+    x_is_stream: bool,
+    du: Rows,
+    dstream: Rows,
+    x: Rows,
+    branch: Rows,
+    dx: Rows,
+    dbranch: Rows,
+    gate: Rows,
+    scale: Rows,
+    mean: Rows,
+    rstd: Rows,
+    inactive: Rows,
+    sums: Rows,
+) -> None: ...
+def expand(shape: Shape, u: Rows, dense: Rows, mean_rstd: Rows, factor: Rows, shift: Rows) -> None: ...
+def split(shape: Shape, ddense: Rows, du: Rows, mean_rstd: Rows, factor: Rows, inactive: Rows, sums: Rows) -> None: ...
+def residual_forward(shape: Shape, x: Rows, branch: Rows, out: Rows, gate: Rows) -> None: ...
+def residual_backward(shape: Shape, dout: Rows, branch: Rows, dbranch: Rows, gate: Rows, sums: Rows) -> None: ...
+def gelu(size: int, pre: Rows, act: Rows, dact: Rows, dpre: Rows) -> None: ...
+def build_config() -> dict[str, str]: ...
