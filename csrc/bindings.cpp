@@ -2,6 +2,8 @@
 // process's own, which PyTorch has loaded, serves both, so that the two share one pool of threads.
 #include <pybind11/pybind11.h>
 
+#include <string>
+
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -37,7 +39,12 @@ PYBIND11_MODULE(_C, m) {
         return Rows{reinterpret_cast<void*>(data), type, stride};
     }));
     py::class_<Shape>(m, "Shape").def(py::init([](int64_t B, int64_t N, int64_t C, uintptr_t start, int64_t width, int64_t chunk) {
-        return Shape{B, N, C, reinterpret_cast<const int32_t*>(start), width, chunk};
+        const auto* first = reinterpret_cast<const int32_t*>(start);
+        for (int64_t b = 0; first && b < B; ++b)
+            if (first[b] < 0 || first[b] > C - width)
+                throw py::value_error("window.start must be in 0.." + std::to_string(C - width) + " (channels - width), got " +
+                                      std::to_string(first[b]) + " for sample " + std::to_string(b));
+        return Shape{B, N, C, first, width, chunk};
     }));
 
     m.def("norm_forward", [](Shape shape, double eps, bool keep_branch, Type stream_type, Rows x, Rows branch, Rows stream, Rows u,

@@ -10,7 +10,7 @@ import triton
 
 import dtr_kernels
 from dtr_kernels.ops import _cpu
-from dtr_kernels.ops._launch import kernel_path
+from dtr_kernels.ops._launch import LEAST_ELEMENTS_ON_CPU, kernel_path
 
 __all__ = ["collect", "show"]
 
@@ -48,6 +48,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def _path(device: str, dtype: torch.dtype) -> str:
     path = kernel_path(torch.empty(0, device=device, dtype=dtype))
+    if path == "cpu":
+        return f"{_REASONS[path]} (plain PyTorch below {LEAST_ELEMENTS_ON_CPU} elements of x, where it is faster)"
     if path != "plain":
         return _REASONS[path]
     why = "Triton kernels do not compute in fp64" if device != "cpu" else _cpu.unavailable

@@ -1,5 +1,4 @@
 """torch.compile, autocast inside of it, CUDA graphs: nothing breaks a graph, compiles again per timestep or waits."""
-waits."""
 
 from __future__ import annotations
 
@@ -99,6 +98,28 @@ def test_ops_without_biases_and_with_frozen_inputs(device, train, window):
     weights = frozen(H, C), fc1_bias, frozen(C, H), fc2_bias
     training = train != "nothing"
     opcheck(OPS.routed_mlp, (x, branch, gate, shift, scale, *weights, *start_width, False, 1e-6, training))
+
+
+@pytest.mark.parametrize("needed", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("window", ["unrouted", "windowed"])
+def test_backward_ops_are_proper_ops(device, window, needed):
+    """Without autograd of their own, and with outputs that are empty where a parameter needs no gradient."""
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    new, (start, width, _) = Inputs(device, torch.float32, grad=False), windows(device)[window]
+    x, branch, dstream, dout = (new(B, N, C) for _ in range(4))
+    shift, scale, gate = new.modulation()
+    norm = x, branch, gate, shift, scale
+    opcheck(OPS.gated_residual_backward, (dout, branch, gate), **checks)
+
+    weight = new(C, C)
+    stream, _, mean, rstd = OPS.routed_linear(*norm, weight, None, start, width, None, 1e-6)
+    saved = *norm[1:], weight, mean, rstd, start, width, None, 1e-6
+    opcheck(OPS.routed_linear_backward, (dstream, dout, stream, *saved, needed, needed), **checks)
+
+    fc1, fc2 = new(H, C), new(C, H)
+    _, _, pre, mean, rstd = OPS.routed_mlp(*norm, fc1, None, fc2, None, start, width, False, 1e-6, True)
+    saved = *norm, fc1, fc2, pre, mean, rstd, start, width, False, 1e-6
+    opcheck(OPS.routed_mlp_backward, (dstream, dout, *saved, [needed] * 4), **checks)
 
 
 @DTYPES

@@ -276,6 +276,20 @@ def test_gradcheck_of_the_cpu_path(scope, tokens):
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True, atol=1e-6)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter stands in for a GPU, which has no lower limit")
+def test_small_tensors_take_the_faster_plain_path_on_a_cpu(monkeypatch):
+    block = random_block(48, 4, "block", torch.device("cpu"), torch.float32)
+    x, c, window = torch.randn(2, 9, 48), torch.randn(2, 48), windows(2, 48, 0.8, "cpu")
+    called = []
+    monkeypatch.setattr("dtr_kernels.ops.window_linear._cpu_forward", lambda *args: called.append(args) or 1 / 0)
+    monkeypatch.setattr("dtr_kernels.ops._launch.LEAST_ELEMENTS_ON_CPU", x.numel() + 1)
+    torch.testing.assert_close(block(x, c, window), reference.dit_block(block, x, c, window.mask(), "block"))
+    assert not called
+    monkeypatch.setattr("dtr_kernels.ops._launch.LEAST_ELEMENTS_ON_CPU", x.numel())
+    with pytest.raises(ZeroDivisionError):
+        block(x, c, window)
+
+
 def test_bytes_saved_for_backward(device):
     """At most 0.57 times those of the reference block, each storage counted once, parameters apart."""
     block = random_block(384, 6, "block", device, torch.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,6 +18,8 @@ _ALIGNMENT = 16
 _ROW_PADDING = 16
 # Triton decides when a kernel is defined whether it is interpreted.
 _INTERPRETED = triton.knobs.runtime.interpret
+# Measured on 2 cores: below this many elements of x the reference block is faster on a CPU.
+LEAST_ELEMENTS_ON_CPU = 1 << 17
 # Tokens that a backward kernel sums over before it writes a partial sum.
 TOKENS_PER_SUM = 32
 
@@ -31,6 +32,12 @@ def kernel_path(x: Tensor) -> str:
     if x.device.type == "cuda" or _INTERPRETED:
         return "plain" if x.dtype == torch.float64 else "triton"
     return "cpu" if x.device.type == "cpu" and _cpu.kernels is not None else "plain"
+
+
+def chosen_path(x: Tensor) -> str:
+    """``kernel_path``, but "plain" for small tensors on a CPU, where calling an op takes longer than a kernel saves."""
+    path = kernel_path(x)
+    return "plain" if path == "cpu" and x.numel() < LEAST_ELEMENTS_ON_CPU else path
 
 
 def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
@@ -100,29 +107,3 @@ def matmul_accumulated(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type == "cuda":
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
-
-
-def register_autocast(op: torch.library.CustomOpDef, casts: tuple[int, ...]) -> None:
-    """Makes ``op`` cast its arguments number ``casts`` (weights and biases) under autocast, and nothing else.
-
-    The residual stream keeps its dtype, and the op computes its GEMMs in the dtype of the weights it is given.
-    PyTorch's own ``torch.library.register_autocast`` would cast the residual stream too.
-    """
-    for device, key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
-        _library.impl(op._name, _cast_weights(op, casts, device), key, with_keyset=True)
-
-
-def _cast_weights(op: torch.library.CustomOpDef, casts: tuple[int, ...], device: str) -> Callable[..., Any]:
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-    keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
-
-    def kernel(_: Any, *args: Any) -> Any:
-        dtype = torch.get_autocast_dtype(device)
-        cast = [a.to(dtype) if i in casts and a is not None else a for i, a in enumerate(args)]
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            return op._opoverload(*cast)
-
-    return kernel
-
-
-_library = torch.library.Library("dtr_kernels", "FRAGMENT")

@@ -15,7 +15,16 @@ from torch import Tensor
 from dtr_kernels import reference
 from dtr_kernels.ops import _cpu
 from dtr_kernels.ops._checks import check_stream
-from dtr_kernels.ops._launch import TOKENS_PER_SUM, chunks_of, compute_dtype, kernel_path, launch, modulation
+from dtr_kernels.ops._launch import (
+    TOKENS_PER_SUM,
+    chosen_path,
+    chunks_of,
+    compute_dtype,
+    kernel_path,
+    launch,
+    modulation,
+)
+from dtr_kernels.ops._registration import op
 from dtr_kernels.ops._tiles import row_tile
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -132,7 +141,7 @@ def gated_residual_backward(dout: Tensor, branch: Tensor, gate: Tensor) -> tuple
 # --- torch op --------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("dtr_kernels::gated_residual", mutates_args=())
+@op("gated_residual")
 def _op(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     return gated_residual_forward(x, branch, gate)
 
@@ -142,7 +151,7 @@ def _(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("dtr_kernels::gated_residual_backward", mutates_args=())
+@op("gated_residual_backward")
 def _backward_op(dout: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     return gated_residual_backward(dout, branch, gate)
 
@@ -179,6 +188,6 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
         ValueError: if shapes or devices do not fit x.
     """
     check_stream(x, branch, gate)
-    if kernel_path(x) == "plain":
+    if chosen_path(x) == "plain":
         return reference.gated_residual(x, branch, gate)
-    return torch.ops.dtr_kernels.gated_residual(x, branch, gate)
+    return _op(x, branch, gate)

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from dtr_kernels import reference
 from dtr_kernels.ops._checks import check_linear, check_stream, check_window
-from dtr_kernels.ops._launch import kernel_path, register_autocast
+from dtr_kernels.ops._launch import chosen_path
+from dtr_kernels.ops._registration import op
 from dtr_kernels.ops.gated_norm import gated_norm_backward, gated_norm_forward
 from dtr_kernels.ops.window_linear import window_linear_backward, window_linear_forward
 from dtr_kernels.routing import ChannelWindow
 
 
-@torch.library.custom_op("dtr_kernels::routed_linear", mutates_args=())
+@op("routed_linear")
 def _op(
     x: Tensor,
     branch: Tensor | None,
@@ -60,7 +61,7 @@ def _(
     return stream, x.new_empty(B, N, weight.shape[0], dtype=weight.dtype), statistics, torch.empty_like(statistics)
 
 
-@torch.library.custom_op("dtr_kernels::routed_linear_backward", mutates_args=())
+@op("routed_linear_backward")
 def _backward_op(
     dstream: Tensor | None,
     dout: Tensor,
@@ -171,7 +172,7 @@ def _backward(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) ->
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
-register_autocast(_op, casts=(5, 6))
+_op.register_autocast(casts=(5, 6))
 
 
 def routed_linear(
@@ -209,13 +210,11 @@ def routed_linear(
     check_stream(x, branch, gate, shift=shift, scale=scale)
     check_linear(x, "", weight, bias, x.shape[-1])
     window = check_window(x, window)
-    if kernel_path(x) == "plain":
+    if chosen_path(x) == "plain":
         mask = None if window is None else window.mask()
         return reference.routed_linear(x, branch, gate, shift, scale, weight, bias, mask, eps)
     start, width, shared_start = (
         (None, x.shape[-1], None) if window is None else (window.start, window.width, window.shared_start)
     )
-    stream, out, _, _ = torch.ops.dtr_kernels.routed_linear(
-        x, branch, gate, shift, scale, weight, bias, start, width, shared_start, eps
-    )
+    stream, out, _, _ = _op(x, branch, gate, shift, scale, weight, bias, start, width, shared_start, eps)
     return x if branch is None else stream, out

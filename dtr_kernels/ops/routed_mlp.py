@@ -14,13 +14,14 @@ from torch import Tensor
 
 from dtr_kernels import reference
 from dtr_kernels.ops._checks import check_linear, check_stream, check_window
-from dtr_kernels.ops._launch import kernel_path, register_autocast
+from dtr_kernels.ops._launch import chosen_path
+from dtr_kernels.ops._registration import op
 from dtr_kernels.ops.gated_norm import gated_norm_backward, gated_norm_forward
 from dtr_kernels.ops.window_linear import gelu_linear_backward, linear_gelu_forward, window_linear_backward
 from dtr_kernels.routing import ChannelWindow
 
 
-@torch.library.custom_op("dtr_kernels::routed_mlp", mutates_args=())
+@op("routed_mlp")
 def _op(
     x: Tensor,
     branch: Tensor,
@@ -76,7 +77,7 @@ def _(
     )
 
 
-@torch.library.custom_op("dtr_kernels::routed_mlp_backward", mutates_args=())
+@op("routed_mlp_backward")
 def _backward_op(
     dstream: Tensor | None,
     dout: Tensor,
@@ -199,7 +200,7 @@ def _backward(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) ->
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
-register_autocast(_op, casts=(5, 6, 7, 8))
+_op.register_autocast(casts=(5, 6, 7, 8))
 
 
 def routed_mlp(
@@ -243,11 +244,9 @@ def routed_mlp(
     check_linear(x, "fc2_", fc2_weight, fc2_bias, fc1_weight.shape[0])
     window = check_window(x, window)
     inputs = (x, branch, gate, shift, scale, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    if kernel_path(x) == "plain":
+    if chosen_path(x) == "plain":
         return reference.routed_mlp(*inputs, None if window is None else window.mask(), keep_branch, eps)
     start, width = (None, x.shape[-1]) if window is None else (window.start, window.width)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    stream, out, *_ = torch.ops.dtr_kernels.routed_mlp(
-        *inputs, start, width, keep_branch and window is not None, eps, training
-    )
+    stream, out, *_ = _op(*inputs, start, width, keep_branch and window is not None, eps, training)
     return stream, out

@@ -1,0 +1,68 @@
+"""Registers functions with torch.library, for eager mode, autograd, autocast and torch.compile.
+
+``torch.library.custom_op`` would do the same, but checks for aliasing at every call, which takes longer than a small block's
+kernels on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_library = torch.library.Library("dtr_kernels", "FRAGMENT")
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+class Op:
+    """``torch.ops.dtr_kernels.<name>``, computed by ``function`` on CPUs and GPUs.
+
+    ``function`` reads its inputs and returns new tensors: none may be, or share memory with, an input or another output.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name = name
+        _library.define(name + torch.library.infer_schema(function, mutates_args=()))
+        for device in ("CPU", "CUDA"):
+            _library.impl(name, function, device)
+        self._overload = getattr(torch.ops.dtr_kernels, name).default
+
+    def __call__(self, *args: Any) -> Any:
+        return self._overload(*args)
+
+    def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorator: shapes and dtypes of the outputs, for tracing."""
+        torch.library.register_fake(f"dtr_kernels::{self.name}", function, lib=_library)
+        return function
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+        """The backward pass, as ``torch.library.register_autograd`` takes it."""
+        torch.library.register_autograd(
+            f"dtr_kernels::{self.name}", backward, setup_context=setup_context, lib=_library
+        )
+
+    def register_autocast(self, casts: tuple[int, ...]) -> None:
+        """Under autocast, casts the arguments number ``casts`` (weights and biases), and nothing else.
+
+        The residual stream keeps its dtype, and the op computes its GEMMs in the dtype of the weights it is given.
+        PyTorch's own ``torch.library.register_autocast`` would cast the residual stream too.
+        """
+        for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+            _library.impl(self.name, self._with_casts(casts, device), key, with_keyset=True)
+
+    def _with_casts(self, casts: tuple[int, ...], device: str) -> Callable[..., Any]:
+        def function(_: Any, *args: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            cast = [a.to(dtype) if i in casts and a is not None else a for i, a in enumerate(args)]
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+                return self._overload(*cast)
+
+        return function
+
+
+def op(name: str) -> Callable[[Callable[..., Any]], Op]:
+    """Decorator that registers a function as ``torch.ops.dtr_kernels.<name>``."""
+    return lambda function: Op(name, function)
