@@ -41,7 +41,7 @@ def plot_routing(
         mask, name = routing.window(t, channels).mask(), f"DTR, alpha {routing.alpha:g}"
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(mask.T, aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
+    axes.imshow(mask.T.numpy(), aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
     axes.set(
         xlabel="timestep t (0: clean image, right: noise)",
         ylabel="channel",

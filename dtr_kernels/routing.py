@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -77,6 +78,8 @@ def _check_ratio(beta: float, num_timesteps: int) -> None:
 
 
 def _active_channels(beta: float, channels: int) -> int:
+    if channels < 1:
+        raise ValueError(f"channels must be at least 1, got {channels}")
     width = int(beta * channels)
     if width < 1:
         raise ValueError(
@@ -89,6 +92,8 @@ def _active_channels(beta: float, channels: int) -> int:
 def _check_range(t: Tensor, last: float, hint: str) -> None:
     """Refuses t outside [0, last] without a host synchronisation: on a GPU as a device-side assertion."""
     message = f"t must be in 0..{last}; {hint}"
+    if not t.is_floating_point():
+        t = t.long()  # a narrow dtype would wrap ``last`` around
     valid = ((t >= 0) & (t <= last)).all()
     if t.device.type == "cpu":
         if not valid:
@@ -109,7 +114,8 @@ def _window_starts(t: Tensor, num_timesteps: int, alpha: float, travel: int) -> 
     else:
         _check_range(t, num_timesteps - 1, f"the routing was made for num_timesteps={num_timesteps}")
         time = t.double() / max(num_timesteps - 1, 1)
-    return (time**alpha * travel).round().to(torch.int32)
+    # The exponent as a tensor: for small integers PyTorch would multiply, and differ from pow in the last bit.
+    return (time ** torch.tensor(alpha, dtype=torch.float64) * travel).round().to(torch.int32)
 
 
 @_window_starts.register_fake
@@ -157,7 +163,8 @@ class DenoisingTaskRouting:
 
         Args:
             t: integer tensor [B] of timesteps 0..T-1, or floating-point tensor [B] of continuous times in [0, 1]
-                (flow matching), or one Python number shared by the whole batch (sampling).
+                (flow matching), or one Python number shared by the whole batch (sampling). Inside a function given
+                to torch.compile a Python float compiles anew for each value; an int or a tensor does not.
             channels: number of channels C of the residual stream.
 
         Returns:
@@ -172,7 +179,11 @@ class DenoisingTaskRouting:
             _check_timesteps(t)
             start = torch.ops.dtr_kernels.window_starts(t, self.num_timesteps, self.alpha, channels - width)
             return ChannelWindow(start, width, channels)
-        dtype = torch.float64 if isinstance(t, float) else torch.int64
+        if isinstance(t, bool):
+            raise ValueError(f"t must be a timestep, got {t}")
+        if not isinstance(t, Real):
+            raise TypeError(f"t must be a tensor, an int or a float, got {type(t).__name__}")
+        dtype = torch.int64 if isinstance(t, Integral) else torch.float64
         start = _window_starts(torch.tensor([t], dtype=dtype), self.num_timesteps, self.alpha, channels - width)
         return ChannelWindow(start, width, channels, shared_start=int(start))
 

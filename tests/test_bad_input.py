@@ -75,7 +75,6 @@ def test_alpha(alpha):
         (torch.tensor([0.5j, 0.5j]), ["vector [B]", "integer timesteps", "torch.complex64"]),
         (starts(1, 2)[None], ["vector [B]", "[1, 2]"]),
         (torch.tensor(3), ["vector [B]", "[]"]),
-        # Not clear yet, or not refused: what is no number of a timestep should be named, not fail in PyTorch or pass.
         (True, ["t must", "True"]),
     ],
     ids=str,
@@ -84,7 +83,6 @@ def test_timesteps(t, fragments):
     refused(lambda: ROUTING.window(t, C), ValueError, ["t must", *fragments])
 
 
-# Not clear yet: these fail inside of PyTorch, without t in the message.
 @pytest.mark.parametrize("t", [[1, 2], None, "3"], ids=repr)
 def test_timesteps_of_another_type(t):
     refused(lambda: ROUTING.window(t, C), TypeError, ["t must", type(t).__name__])
@@ -117,7 +115,6 @@ def test_timesteps_of_random_routing(t, fragments):
     "beta, channels, fragments",
     [
         (0.01, 32, ["beta 0.01", "32 channels", "at least 1/32 = 0.03125"]),
-        # Not clear yet: a division by zero, and a suggested beta below zero.
         (0.8, 0, ["channels", "at least 1", "got 0"]),
         (0.8, -5, ["channels", "at least 1", "got -5"]),
     ],
@@ -190,7 +187,6 @@ STREAM_CASES = [
     (ROUTED, "window", lambda w: ROUTING.window(starts(1, 2), 16), ValueError, ["window", "16 channels", "32"]),
     (ROUTED, "window", lambda w: ROUTING.window(starts(1, 2, 3), C), ValueError, ["window", "3 samples", "2"]),
     (ROUTED, "window", lambda w: window_on("meta"), ValueError, ["window", "meta", "cpu"]),
-    # Not clear yet: x's dtype is looked up in a table of the kernels.
     (ALL, "x", lambda x: x.to(torch.float8_e4m3fn), TypeError, ["x must", "torch.float8_e4m3fn"]),
 ]
 
@@ -241,7 +237,6 @@ def test_weights(op, name, change, error, fragments):
     refused(lambda: op(**inputs), error, fragments)
 
 
-# Not clear yet: an assertion, and a method that None does not have. Only routed_linear can do without a branch.
 @pytest.mark.parametrize("op", [ops.routed_mlp, ops.gated_residual])
 def test_branch_is_required(op):
     inputs = {**inputs_of(op), "branch": None, "gate": None}
@@ -296,7 +291,6 @@ BLOCK_CASES = [
     ({"window": ROUTING.window(starts(1, 2), 16)}, ValueError, ["window", "16 channels", "32"]),
     ({"window": window_on("meta")}, ValueError, ["window", "meta", "cpu"]),
     ({"window": "all"}, TypeError, ["window", "ChannelWindow", "str"]),
-    # Not clear yet: these fail inside of PyTorch, name another argument, or broadcast without a word.
     ({"x": torch.ones(B, N, 16)}, ValueError, ["x must have shape [B, N, 32]", "[2, 3, 16]"]),
     ({"x": torch.ones(B, N, 16), "window": None}, ValueError, ["x must have shape [B, N, 32]", "[2, 3, 16]"]),
     ({"x": torch.ones(B, N, C, device="meta")}, ValueError, ["c ", "meta", "cpu"]),

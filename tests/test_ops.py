@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dtr_kernels import DenoisingTaskRouting, ops, reference
+from dtr_kernels.ops.gelu import gelu_backward
 from dtr_kernels.routing import ChannelWindow
 from dtr_kernels.verify import check_block, compare, random_block
 
@@ -118,6 +119,20 @@ def test_the_largest_tiles(seed, device):
     check_routed_linear(2, 150, 96, 300, window, torch.bfloat16, device)
     check_routed_mlp(2, 150, 96, 300, window, False, torch.bfloat16, device)
     check_routed_mlp(2, 150, 96, 300, window, True, torch.bfloat16, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gelu_of_extreme_values(dtype):
+    """Far from zero neither GELU nor its slope overflows on the way to 0 or 1."""
+    if INTERPRETED:
+        pytest.skip("the CPU's own kernel")
+    pre = torch.tensor([-1e4, -200.0, -25.0, -5.0, 0.0, 5.0, 25.0, 200.0, 1e4], dtype=dtype, requires_grad=True)
+    expected = torch.nn.functional.gelu(pre, approximate="tanh")
+    (slope,) = torch.autograd.grad(expected.sum(), pre)
+    dact = torch.ones_like(pre)
+    act = gelu_backward(dact, pre.detach())
+    torch.testing.assert_close(act, expected.detach())
+    torch.testing.assert_close(dact, slope)
 
 
 def test_layers_without_bias(seed, device):

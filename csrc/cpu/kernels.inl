@@ -318,7 +318,8 @@ void residual_backward(const ResidualBackward& a) {
     }
 }
 
-inline double exponential(double x) { return std::exp(x); }
+// Both are bounded where the other factor of e * gate would already be zero, so that no infinity meets it.
+inline double exponential(double x) { return std::exp(x > 700 ? 700 : x); }
 
 // exp to about one ulp, branch-free so that it vectorises: x = n ln 2 + r, exp(x) = 2^n exp(r) with |r| <= ln 2 / 2.
 inline float exponential(float x) {

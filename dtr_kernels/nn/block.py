@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtr_kernels import ops, reference
+from dtr_kernels.ops._checks import check_block
 from dtr_kernels.routing import ChannelWindow
 
 __all__ = ["RoutedDiTBlock", "Stream", "advance", "check_scope"]
@@ -145,6 +146,7 @@ class RoutedDiTBlock(nn.Module):
             ValueError: if shapes, devices or the window do not fit x.
             TypeError: if x is not floating point.
         """
+        check_block(x, c, window if isinstance(window, Tensor) else None, self.attn.qkv.in_features)
         if isinstance(window, Tensor):
             return reference.dit_block(self, x, c, window, self.scope)
         return advance(self, Stream(x), c, window, self.scope).sum()

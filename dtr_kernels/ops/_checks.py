@@ -7,6 +7,24 @@ from torch import Tensor
 
 from dtr_kernels.routing import ChannelWindow
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_block(x: Tensor, c: Tensor, mask: Tensor | None, channels: int) -> None:
+    """x [B, N, channels] and c [B, channels] floating point; mask [B, channels] or None; all on x's device.
+
+    Raises:
+        TypeError: if x or c is not floating point.
+        ValueError: if a shape or device does not fit.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}; convert it with x.float()")
+    if x.dim() != 3 or x.shape[-1] != channels:
+        raise ValueError(f"x must have shape [B, N, {channels}], got {list(x.shape)}")
+    _check_tensor("c", c, (x.shape[0], channels), x)
+    if mask is not None:
+        _check_shape("window, a mask,", mask, (x.shape[0], channels), x)
+
 
 def check_stream(x: Tensor, branch: Tensor | None, gate: Tensor | None, **modulation: Tensor) -> None:
     """x [B, N, C] floating point; branch like x; gate and each of ``modulation`` [B, C]; all on x's device.
@@ -15,8 +33,8 @@ def check_stream(x: Tensor, branch: Tensor | None, gate: Tensor | None, **modula
         TypeError: if a tensor is not floating point.
         ValueError: if a shape or device does not fit x, or only one of branch and gate is given.
     """
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}; convert it with x.float()")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be floating point (fp32 to fp16, or fp64), got {x.dtype}; convert it with x.float()")
     if x.dim() != 3:
         raise ValueError(f"x must have shape [B, N, C], got {list(x.shape)}")
     if (branch is None) != (gate is None):
@@ -40,7 +58,8 @@ def check_linear(x: Tensor, name: str, weight: Tensor, bias: Tensor | None, inpu
     _check_tensor(f"{name}weight", weight, tuple(weight.shape), x)
     if bias is not None:
         _check_tensor(f"{name}bias", bias, (weight.shape[0],), x)
-    if torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return
     for kind, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
@@ -69,6 +88,10 @@ def check_window(x: Tensor, window: ChannelWindow | None) -> ChannelWindow | Non
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    _check_shape(name, tensor, shape, x)
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)} to fit x {list(x.shape)}, got {list(tensor.shape)}")
     if tensor.device != x.device:

@@ -1,7 +1,7 @@
 """Registers functions with torch.library, for eager mode, autograd, autocast and torch.compile.
 
-``torch.library.custom_op`` would do the same, but checks for aliasing at every call, which takes longer than a small block's
-kernels on a CPU.
+``torch.library.custom_op`` would do the same, but checks for aliasing at every call, which takes longer than a small
+block's kernels on a CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
 class Op:
     """``torch.ops.dtr_kernels.<name>``, computed by ``function`` on CPUs and GPUs.
 
-    ``function`` reads its inputs and returns new tensors: none may be, or share memory with, an input or another output.
+    ``function`` reads its inputs and returns new tensors: none may be, or share memory with, an input or another
+    output.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:

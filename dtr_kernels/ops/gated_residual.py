@@ -187,6 +187,8 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
         TypeError: if a tensor is not floating point.
         ValueError: if shapes or devices do not fit x.
     """
+    if branch is None or gate is None:
+        raise ValueError("branch and gate must both be given, got None")
     check_stream(x, branch, gate)
     if chosen_path(x) == "plain":
         return reference.gated_residual(x, branch, gate)

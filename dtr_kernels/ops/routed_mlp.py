@@ -239,6 +239,8 @@ def routed_mlp(
         TypeError: if a tensor is not floating point.
         ValueError: if shapes, dtypes, devices or the window do not fit x.
     """
+    if branch is None or gate is None:
+        raise ValueError("branch and gate must both be given, got None")
     check_stream(x, branch, gate, shift=shift, scale=scale)
     check_linear(x, "fc1_", fc1_weight, fc1_bias, x.shape[-1])
     check_linear(x, "fc2_", fc2_weight, fc2_bias, fc1_weight.shape[0])
