@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,8 @@ from tqdm import tqdm
 import dtr_kernels as dtr
 
 CLASSES, TIMESTEPS = 10, 1000
+# Bars redraw often for a person and leave few lines in a log.
+BAR: dict[str, Any] = {"unit": "step", "mininterval": 0.2 if sys.stderr.isatty() else 15.0}
 ROUTING = dtr.DenoisingTaskRouting(TIMESTEPS)
 
 
@@ -87,7 +90,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))
     warmup = math.ceil(0.05 * steps)
     losses: list[float] = []
-    progress = tqdm(range(steps), "training", unit="step")
+    progress = tqdm(range(steps), "training", **BAR)
     try:
         for step in progress:
             for group in optimizer.param_groups:
@@ -115,7 +118,7 @@ def sample(model: dtr.nn.DiT, labels: Tensor, steps: int = 50, guidance: float =
     labels_and_null = torch.cat([labels, torch.full_like(labels, CLASSES)])
     times = torch.linspace(TIMESTEPS - 1, -1, steps + 1).round().long()  # at -1 the angle is 0: no noise
     phis = angle(times).to(labels.device)
-    for t, phi, next_phi in zip(tqdm(times[:-1].tolist(), "sampling", unit="step"), phis[:-1], phis[1:], strict=True):
+    for t, phi, next_phi in zip(tqdm(times[:-1].tolist(), "sampling", **BAR), phis[:-1], phis[1:], strict=True):
         # t is a Python number, so the host knows the window and nothing waits for the device.
         velocity = model.forward_with_cfg(torch.cat([x, x]), t, labels_and_null, guidance)[: len(labels)]
         image = (phi.cos() * x - phi.sin() * velocity).clamp(-1, 1)
@@ -160,7 +163,7 @@ def compare(model: dtr.nn.DiT, batch: tuple[Tensor, ...], repeats: int = 25, war
     optimizer = torch.optim.AdamW(model.parameters())
     x, t, y, velocity = batch
     seconds: dict[str, list[float]] = {name: [] for name in FORWARDS}
-    for _ in tqdm(range(warmup + repeats), "comparing", unit="step"):
+    for _ in tqdm(range(warmup + repeats), "comparing", **BAR):
         for name, forward in FORWARDS.items():
             start = time.perf_counter()
             optimizer.zero_grad()

@@ -130,23 +130,27 @@ class RoutedDiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor, window: ChannelWindow | Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | Stream, c: Tensor, window: ChannelWindow | Tensor | None = None) -> Tensor | Stream:
         """Runs the block.
 
         Args:
-            x: residual stream [B, N, C], floating point.
+            x: residual stream [B, N, C], floating point; or the ``Stream`` that the block before returned, whose
+                pending update is then added in the kernel of this block's first norm.
             c: conditioning [B, C].
             window: ``DenoisingTaskRouting.window(t, C)``; or a bool mask [B, C], which runs the plain PyTorch path
                 (random routing); or None, the unrouted block.
 
         Returns:
-            [B, N, C] in x's dtype.
+            [B, N, C] in x's dtype; a ``Stream`` for a ``Stream``.
 
         Raises:
             ValueError: if shapes, devices or the window do not fit x.
             TypeError: if x is not floating point.
         """
-        check_block(x, c, window if isinstance(window, Tensor) else None, self.attn.qkv.in_features)
+        stream = x if isinstance(x, Stream) else Stream(x)
+        check_block(stream.x, c, window if isinstance(window, Tensor) else None, self.attn.qkv.in_features)
         if isinstance(window, Tensor):
-            return reference.dit_block(self, x, c, window, self.scope)
-        return advance(self, Stream(x), c, window, self.scope).sum()
+            out = Stream(reference.dit_block(self, stream.sum(), c, window, self.scope))
+        else:
+            out = advance(self, stream, c, window, self.scope)
+        return out if isinstance(x, Stream) else out.sum()

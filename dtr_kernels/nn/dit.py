@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dtr_kernels import ops
-from dtr_kernels.nn.block import RoutedDiTBlock, Stream, advance
-from dtr_kernels.routing import DenoisingTaskRouting, RandomRouting
+from dtr_kernels.nn.block import RoutedDiTBlock, Stream
+from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting, RandomRouting
 
 __all__ = ["DiT", "DiT_models"]
 
@@ -137,7 +137,6 @@ class DiT(nn.Module):
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.hidden_size = hidden_size
         self.routing = routing
-        self.scope = scope
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -184,15 +183,15 @@ class DiT(nn.Module):
         times = t if isinstance(t, Tensor) else torch.full((x.shape[0],), t, device=x.device)
         c = self.t_embedder(times) + self.y_embedder(y)
         stream = Stream(self.x_embedder(x) + self.pos_embed)
-        if isinstance(self.routing, RandomRouting):
-            mask = self.routing.mask(times, self.hidden_size)
-            for block in self.blocks:
-                stream = Stream(block(stream.x, c, mask))
-        else:
-            window = None if self.routing is None else self.routing.window(t, self.hidden_size)
-            for block in self.blocks:
-                stream = advance(block, stream, c, window, self.scope)
+        active = self._active_channels(t, times)
+        for block in self.blocks:
+            stream = block(stream, c, active)
         return self.unpatchify(self.final_layer(stream, c))
+
+    def _active_channels(self, t: Tensor | int | float, times: Tensor) -> ChannelWindow | Tensor | None:
+        if isinstance(self.routing, RandomRouting):
+            return self.routing.mask(times, self.hidden_size)
+        return None if self.routing is None else self.routing.window(t, self.hidden_size)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor | int | float, y: Tensor, cfg_scale: float) -> Tensor:
         """Forward pass with classifier-free guidance of the first in_channels output channels.
