@@ -133,7 +133,7 @@ def plain_forward(model: dtr.nn.DiT, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     tokens = model.x_embedder(x) + model.pos_embed
     mask = ROUTING.window(t, model.hidden_size).mask()
     for block in model.blocks:
-        tokens = dtr.reference.dit_block(block, tokens, c, mask, model.scope)
+        tokens = dtr.reference.dit_block(block, tokens, c, mask, block.scope)
     final = model.final_layer
     shift, scale = final.adaLN_modulation(c).chunk(2, dim=1)
     return model.unpatchify(final.linear(dtr.reference.modulate(dtr.reference.layer_norm(tokens), shift, scale)))
