@@ -257,8 +257,8 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the results")
-    parser.add_argument("--steps", type=positive, default=1500, help="training steps")
-    parser.add_argument("--batch-size", type=positive, default=64, help="images per training step")
+    parser.add_argument("--steps", type=positive, default=1000, help="training steps")
+    parser.add_argument("--batch-size", type=positive, default=128, help="images per training step")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the batches and the samples")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train")
     parser.add_argument("--scope", choices=dtr.reference.SCOPES, default="block", help="what the routing masks")
