@@ -22,7 +22,8 @@ class ChannelWindow:
     """The channels each sample of a batch sees: ``start[b] <= c < start[b] + width``.
 
     Attributes:
-        start: int32 [B], the first active channel of each sample, on the device of the batch.
+        start: int32 [B], the first active channel of each sample, on the device of the batch; in 0..channels - width,
+            which is checked where it is used on a CPU and not on a GPU.
         width: number of active channels W, the same for every sample; 1 <= W <= channels.
         channels: number of channels C of the residual stream.
         shared_start: the common start where the host knows it (sampling, t given as a Python number), else None.

@@ -44,7 +44,7 @@ def oracle(model, x, t, y, mask):
     patches = F.unfold(x, PATCH, stride=PATCH).transpose(1, 2)
     tokens = F.linear(patches, model.x_embedder.proj.weight.flatten(1), model.x_embedder.proj.bias) + model.pos_embed
     for block in model.blocks:
-        tokens = dtr.reference.dit_block(block, tokens, c, mask, model.scope)
+        tokens = dtr.reference.dit_block(block, tokens, c, mask, block.scope)
     shift, scale = model.final_layer.adaLN_modulation(c).chunk(2, dim=1)
     out = model.final_layer.linear(dtr.reference.modulate(dtr.reference.layer_norm(tokens), shift, scale))
     out = out.reshape(B, TOKENS, PATCH * PATCH, model.out_channels).permute(0, 3, 2, 1)

@@ -70,9 +70,9 @@ def compile_for(monkeypatch):
         triton.runtime.driver.reset_active()
 
 
-def run_every_launcher(dtype, channels, tokens):
+def run_every_launcher(dtype, channels, tokens, batch=2):
     """Calls each launcher in each of its modes."""
-    batch, width = 2, int(0.8 * channels)
+    width = max(1, int(0.8 * channels))
     x, branch = (torch.zeros(batch, tokens, channels, dtype=dtype) for _ in range(2))
     gate, shift, scale = torch.zeros(batch, 6 * channels, dtype=dtype).chunk(6, dim=1)[:3]
     start = torch.zeros(batch, dtype=torch.int32)
@@ -131,8 +131,16 @@ def test_no_spills_and_matrix_instructions(compile_for, tmp_path, arch, dtype, c
             assert "cp.async.bulk.tensor" in kernel.asm["ptx"], f"{name} does not load through tensor descriptors"
 
 
+@pytest.mark.parametrize("channels, tokens, batch", [(64, 40, 1), (64, 1, 3), (1, 8, 2)])
+def test_sizes_of_one_compile(compile_for, channels, tokens, batch):
+    """Triton makes an argument that is 1 a constant of another type, which the interpreter does not."""
+    assert (compiled := compile_for(90)) == []
+    run_every_launcher(torch.bfloat16, channels, tokens, batch)
+    assert compiled
+
+
 def test_tf32_uses_the_matrix_units_where_pytorch_may(compile_for, monkeypatch):
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    monkeypatch.setattr(window_linear, "dot_precision", lambda dtype: "tf32")
     compiled = compile_for(90)
     run_every_launcher(torch.float32, 64, 64)
     for name, kernel in compiled:

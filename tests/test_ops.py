@@ -270,6 +270,85 @@ def test_parameters_that_are_frozen_get_no_gradient(seed, device):
     torch.testing.assert_close(dx, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("tokens", [9] if INTERPRETED else [9, 600])
+def test_modulation_that_is_transposed_or_expanded(seed, device, tokens):
+    """Vectors whose last dimension is not contiguous, on the dense and on the sliced path of the CPU."""
+    shift, scale = torch.randn(2, 48, 3, device=device).transpose(1, 2).unbind(0)
+    gate = torch.full((1, 1), 0.7, device=device).expand(3, 48)
+    x, branch = torch.randn(2, 3, tokens, 48, device=device).unbind(0)
+    inputs = {"x": x, "branch": branch, "gate": gate, "shift": shift, "scale": scale}
+    inputs = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+    inputs |= linear_inputs("", 64, 48, torch.float32, device)
+    window = windows(3, 48, 0.8, device)
+    comparisons = compare(
+        lambda **i: ops.routed_linear(**i, window=window),
+        lambda **i: reference.routed_linear(**i, mask=window.mask()),
+        inputs,
+        torch.float32,
+    )
+    assert_within_bound(comparisons)
+
+
+@pytest.mark.parametrize("tokens", [9] if INTERPRETED else [9, 600])
+def test_backward_inside_autocast(seed, device, tokens):
+    """The fused backward pass keeps the dtypes of the forward pass, wherever it runs."""
+    window = windows(2, 48, 0.8, device)
+    inputs = stream_inputs(2, tokens, 48, torch.float32, device, branch=True)
+    inputs |= linear_inputs("", 64, 48, torch.float32, device)
+    stream, out = ops.routed_linear(**inputs, window=window)
+    cotangents = [torch.randn_like(stream), torch.randn_like(out)]
+    leaves = list(inputs.values())
+    expected = torch.autograd.grad((stream, out), leaves, cotangents, retain_graph=True)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        found = torch.autograd.grad((stream, out), leaves, cotangents)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_modulation_in_another_dtype(seed, device, monkeypatch):
+    """fp32 modulation of a bf16 stream, on the fused and on the plain path."""
+    window = windows(2, 48, 0.8, device)
+    x = torch.randn(2, 9, 48, device=device).bfloat16()
+    shift, scale = torch.randn(2, 2, 48, device=device).unbind(0)
+    weight = torch.randn(64, 48, device=device).bfloat16()
+    fused = ops.routed_linear(x, shift, scale, weight, None, window)[1]
+    monkeypatch.setattr("dtr_kernels.ops._launch.LEAST_ELEMENTS_ON_CPU", 1 << 30)
+    plain = ops.routed_linear(x, shift, scale, weight, None, window)[1]
+    assert fused.dtype == plain.dtype == torch.bfloat16
+    torch.testing.assert_close(fused, plain, rtol=0.05, atol=0.2)
+
+
+def test_second_derivatives_are_refused(device):
+    inputs = stream_inputs(2, 9, 48, torch.float32, device, branch=True)
+    inputs |= linear_inputs("", 64, 48, torch.float32, device)
+    _, out = ops.routed_linear(**inputs, window=windows(2, 48, 0.8, device))
+    (dx,) = torch.autograd.grad(out.square().sum(), inputs["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*reference"):
+        dx.square().sum().backward()
+
+
+def test_forward_mode_takes_the_plain_path(seed, device):
+    inputs = stream_inputs(2, 9, 48, torch.float32, device, branch=False)
+    inputs |= linear_inputs("", 64, 48, torch.float32, device)
+    x, *_ = inputs = [t.detach() for t in inputs.values()]
+    window, tangent = windows(2, 48, 0.8, device), torch.randn_like(x)
+
+    def plain(x):
+        return reference.routed_linear(x, None, None, *inputs[1:], window.mask())[1]
+
+    found = torch.func.jvp(lambda x: ops.routed_linear(x, *inputs[1:], window)[1], (x,), (tangent,))
+    torch.testing.assert_close(found, torch.func.jvp(plain, (x,), (tangent,)))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton has no fp64 kernels here")
+def test_autocast_leaves_fp64_alone():
+    block = random_block(48, 4, "block", torch.device("cpu"), torch.float64)
+    window = windows(2, 48, 0.8, "cpu")
+    x, c = torch.randn(2, 9, 48, dtype=torch.float64), torch.randn(2, 48, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = block(x, c, window)
+    torch.testing.assert_close(out, reference.dit_block(block, x, c, window.mask(), "block"))
+
+
 @pytest.mark.skipif(INTERPRETED, reason="Triton has no fp64 kernels here")
 @pytest.mark.parametrize("scope", reference.SCOPES)
 @pytest.mark.parametrize("tokens", [3, 600])

@@ -36,6 +36,8 @@ def rows(x: Tensor | None) -> kernels.Rows:
     """
     if x is None:
         return kernels.Rows(0, kernels.Type.f32, 0)
+    if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(f"rows must be contiguous for the CPU kernels, got strides {x.stride()}")
     return kernels.Rows(x.data_ptr(), _TYPES[x.dtype], x.shape[-1] if x.is_contiguous() else x.stride(-2))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.autograd import forward_ad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dtr_kernels.ops import _cpu
@@ -35,9 +36,24 @@ def kernel_path(x: Tensor) -> str:
 
 
 def chosen_path(x: Tensor) -> str:
-    """``kernel_path``, but "plain" for small tensors on a CPU, where calling an op takes longer than a kernel saves."""
+    """``kernel_path``, but "plain" where that is better or all there is.
+
+    Better for small tensors on a CPU, where calling an op takes longer than a kernel saves; all there is for functorch
+    transforms and forward-mode differentiation.
+    """
     path = kernel_path(x)
-    return "plain" if path == "cpu" and x.numel() < LEAST_ELEMENTS_ON_CPU else path
+    if path == "cpu" and x.numel() < LEAST_ELEMENTS_ON_CPU:
+        return "plain"
+    if not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return "plain"
+    return path
+
+
+def in_dtype_of(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """tensors in x's dtype, for the plain path, where PyTorch would promote or refuse a mixture."""
+    return tuple(t if t is None else t.to(x.dtype) for t in tensors)
 
 
 def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
@@ -73,14 +89,18 @@ def descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
     """A tensor descriptor of x for tiles of shape ``block``, copying x only if its layout cannot be described."""
     size = x.element_size()
     aligned = x.data_ptr() % _ALIGNMENT == 0 and all(stride * size % _ALIGNMENT == 0 for stride in x.stride()[:-1])
-    if not aligned or x.stride(-1) != 1:
+    expanded = any(stride == 0 and n > 1 for stride, n in zip(x.stride(), x.shape, strict=True))
+    if not aligned or expanded or x.stride(-1) != 1:
         x = empty_rows(*x.shape, like=x, dtype=x.dtype).copy_(x)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
     """How ``tl.dot`` multiplies fp32: as PyTorch does, exactly unless the user allowed tf32."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    settings = torch.backends.cuda.matmul
+    # From torch 2.9 on there is fp32_precision, and reading the older setting may raise.
+    tf32 = settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
+    return "tf32" if tf32 and dtype == torch.float32 else "ieee"
 
 
 def chunks_of(N: int) -> int:

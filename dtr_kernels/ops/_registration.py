@@ -28,7 +28,7 @@ class Op:
         self.name = name
         _library.define(name + torch.library.infer_schema(function, mutates_args=()))
         for device in ("CPU", "CUDA"):
-            _library.impl(name, function, device)
+            _library.impl(name, _without_autocast(function), device)
         self._overload = getattr(torch.ops.dtr_kernels, name).default
 
     def __call__(self, *args: Any) -> Any:
@@ -45,6 +45,17 @@ class Op:
             f"dtr_kernels::{self.name}", backward, setup_context=setup_context, lib=_library
         )
 
+    def refuse_autograd(self) -> None:
+        """For backward ops: differentiating them is an error instead of a silent zero."""
+
+        def refuse(*_: Any) -> None:
+            raise RuntimeError(
+                f"{self.name} cannot be differentiated: the fused ops have no second derivative; "
+                "take it through dtr_kernels.reference"
+            )
+
+        self.register_autograd(refuse, setup_context=lambda ctx, inputs, output: None)
+
     def register_autocast(self, casts: tuple[int, ...]) -> None:
         """Under autocast, casts the arguments number ``casts`` (weights and biases), and nothing else.
 
@@ -57,11 +68,23 @@ class Op:
     def _with_casts(self, casts: tuple[int, ...], device: str) -> Callable[..., Any]:
         def function(_: Any, *args: Any) -> Any:
             dtype = torch.get_autocast_dtype(device)
-            cast = [a.to(dtype) if i in casts and a is not None else a for i, a in enumerate(args)]
+            wide = args[0].dtype == torch.float64  # which autocast leaves alone everywhere
+            cast = [a.to(dtype) if i in casts and a is not None and not wide else a for i, a in enumerate(args)]
             with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
                 return self._overload(*cast)
 
         return function
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """function with autocast off inside: a backward pass may run under it, and the GEMMs here choose their own
+    dtypes."""
+
+    def kernel(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            return function(*args)
+
+    return kernel
 
 
 def op(name: str) -> Callable[[Callable[..., Any]], Op]:

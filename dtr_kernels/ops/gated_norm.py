@@ -233,7 +233,7 @@ def _backward_kernel(
             tl.store(dbranch_ptr + offsets, dbranch.to(dbranch_ptr.dtype.element_ty), mask=here & exists[None, :])
     # Stage one of the sums over tokens, in a fixed order; the launcher adds the chunks.
     part = (b * chunks + chunk) * C + c
-    plane = B.to(tl.int64) * chunks * C
+    plane = (b * 0 + B) * chunks * C  # 64-bit through b; B itself is a constant where it is 1
     tl.store(sums_ptr + part, shift_sum, mask=exists)
     tl.store(sums_ptr + plane + part, scale_sum, mask=exists)
     if HAS_BRANCH:

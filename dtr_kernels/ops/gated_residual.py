@@ -20,6 +20,7 @@ from dtr_kernels.ops._launch import (
     chosen_path,
     chunks_of,
     compute_dtype,
+    in_dtype_of,
     kernel_path,
     launch,
     modulation,
@@ -170,6 +171,7 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
+_backward_op.refuse_autograd()
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
@@ -191,5 +193,5 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
         raise ValueError("branch and gate must both be given, got None")
     check_stream(x, branch, gate)
     if chosen_path(x) == "plain":
-        return reference.gated_residual(x, branch, gate)
+        return reference.gated_residual(x, *in_dtype_of(x, branch, gate))
     return _op(x, branch, gate)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dtr_kernels import reference
 from dtr_kernels.ops._checks import check_linear, check_stream, check_window
-from dtr_kernels.ops._launch import chosen_path
+from dtr_kernels.ops._launch import chosen_path, in_dtype_of
 from dtr_kernels.ops._registration import op
 from dtr_kernels.ops.gated_norm import gated_norm_backward, gated_norm_forward
 from dtr_kernels.ops.window_linear import window_linear_backward, window_linear_forward
@@ -43,17 +43,7 @@ def _op(
 
 @_op.register_fake
 def _(
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    start: Tensor | None,
-    width: int,
-    shared_start: int | None,
-    eps: float,
+    x: Tensor, branch: Tensor | None, gate: Any, shift: Any, scale: Any, weight: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, N, C = x.shape
     stream = x.new_empty(0) if branch is None else x.new_empty(B, N, C)
@@ -109,23 +99,17 @@ def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
 
 @_backward_op.register_fake
 def _(
-    dstream: Tensor | None,
-    dout: Tensor,
+    dstream: Any,
+    dout: Any,
     stream: Tensor,
     branch: Tensor | None,
     gate: Tensor | None,
     shift: Tensor,
     scale: Tensor,
     weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    start: Tensor | None,
-    width: int,
-    shared_start: int | None,
-    eps: float,
-    need_weight: bool,
-    need_bias: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    need_weight, need_bias = rest[-2:]
     return (
         stream.new_empty(stream.shape),
         stream.new_empty(0) if branch is None else branch.new_empty(branch.shape),
@@ -172,6 +156,7 @@ def _backward(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) ->
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
+_backward_op.refuse_autograd()
 _op.register_autocast(casts=(5, 6))
 
 
@@ -212,6 +197,7 @@ def routed_linear(
     window = check_window(x, window)
     if chosen_path(x) == "plain":
         mask = None if window is None else window.mask()
+        branch, gate, shift, scale = in_dtype_of(x, branch, gate, shift, scale)
         return reference.routed_linear(x, branch, gate, shift, scale, weight, bias, mask, eps)
     start, width, shared_start = (
         (None, x.shape[-1], None) if window is None else (window.start, window.width, window.shared_start)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dtr_kernels import reference
 from dtr_kernels.ops._checks import check_linear, check_stream, check_window
-from dtr_kernels.ops._launch import chosen_path
+from dtr_kernels.ops._launch import chosen_path, in_dtype_of
 from dtr_kernels.ops._registration import op
 from dtr_kernels.ops.gated_norm import gated_norm_backward, gated_norm_forward
 from dtr_kernels.ops.window_linear import gelu_linear_backward, linear_gelu_forward, window_linear_backward
@@ -52,20 +52,16 @@ def _op(
 @_op.register_fake
 def _(
     x: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    branch: Any,
+    gate: Any,
+    shift: Any,
+    scale: Any,
     fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
+    fc1_bias: Any,
     fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    start: Tensor | None,
-    width: int,
-    keep_branch: bool,
-    eps: float,
-    write_pre: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    write_pre = rest[-1]
     B, N, C = x.shape
     statistics = x.new_empty(B, N, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     return (
@@ -133,8 +129,8 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(
-    dstream: Tensor | None,
-    dout: Tensor,
+    dstream: Any,
+    dout: Any,
     x: Tensor,
     branch: Tensor,
     gate: Tensor,
@@ -142,15 +138,9 @@ def _(
     scale: Tensor,
     fc1_weight: Tensor,
     fc2_weight: Tensor,
-    pre: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    start: Tensor | None,
-    width: int,
-    keep_branch: bool,
-    eps: float,
-    needs: list[bool],
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    needs = rest[-1]
     return (
         x.new_empty(x.shape),
         branch.new_empty(branch.shape),
@@ -200,6 +190,7 @@ def _backward(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) ->
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
+_backward_op.refuse_autograd()
 _op.register_autocast(casts=(5, 6, 7, 8))
 
 
@@ -245,9 +236,13 @@ def routed_mlp(
     check_linear(x, "fc1_", fc1_weight, fc1_bias, x.shape[-1])
     check_linear(x, "fc2_", fc2_weight, fc2_bias, fc1_weight.shape[0])
     window = check_window(x, window)
-    inputs = (x, branch, gate, shift, scale, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if chosen_path(x) == "plain":
-        return reference.routed_mlp(*inputs, None if window is None else window.mask(), keep_branch, eps)
+        mask = None if window is None else window.mask()
+        branch, gate, shift, scale = in_dtype_of(x, branch, gate, shift, scale)
+        return reference.routed_mlp(
+            x, branch, gate, shift, scale, fc1_weight, fc1_bias, fc2_weight, fc2_bias, mask, keep_branch, eps
+        )
+    inputs = (x, branch, gate, shift, scale, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     start, width = (None, x.shape[-1]) if window is None else (window.start, window.width)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     stream, out, *_ = _op(*inputs, start, width, keep_branch and window is not None, eps, training)

@@ -34,7 +34,6 @@ from dtr_kernels.ops import _cpu
 from dtr_kernels.ops._launch import (
     TOKENS_PER_SUM,
     chunks_of,
-    compute_dtype,
     descriptor,
     dot_precision,
     empty_rows,
@@ -349,10 +348,9 @@ class _Inactive(NamedTuple):
     shift: Tensor
 
 
-def _inactive_channels(shift: Tensor, scale: Tensor, start: Tensor, width: int) -> _Inactive:
+def _inactive_channels(shift: Tensor, scale: Tensor, start: Tensor, width: int, compute: torch.dtype) -> _Inactive:
     offset = torch.arange(scale.shape[1], device=scale.device) - start[:, None]
     mask = (offset < 0) | (offset >= width)
-    compute = compute_dtype(scale)
     return _Inactive(mask, (1 + scale.to(compute)) * mask, shift.to(compute) * mask)
 
 
@@ -395,7 +393,7 @@ def window_linear_forward(
         return F.linear(u, weight, bias)
     if kernel_path(u) == "cpu":
         return _cpu_forward(u, mean_rstd, shift, scale, weight, bias, start)
-    p, q = _contributions(_inactive_channels(shift, scale, start, u.shape[-1]), weight, bias)
+    p, q = _contributions(_inactive_channels(shift, scale, start, u.shape[-1], mean_rstd.dtype), weight, bias)
     if prefers_cublas(start, shared_start, weight):
         out = torch.baddbmm(q[:, None], mean_rstd[:, :, None], p[:, None], alpha=-1).to(u.dtype)
         return _add_slice_product(out, u, weight, shared_start or 0)
@@ -420,7 +418,7 @@ def linear_gelu_forward(
         )
     if start is None or mean_rstd is None:
         return _launch_forward(u, weight, bias, None, None, None, gelu=True, write_out=write_pre)
-    p, q = _contributions(_inactive_channels(shift, scale, start, u.shape[-1]), weight, bias)
+    p, q = _contributions(_inactive_channels(shift, scale, start, u.shape[-1], mean_rstd.dtype), weight, bias)
     return _launch_forward(u, weight, q, start, mean_rstd, p, gelu=True, write_out=write_pre)
 
 
@@ -493,7 +491,7 @@ def window_linear_backward(
     if kernel_path(u) == "cpu":
         return _cpu_backward(g, u, mean_rstd, shift, scale, weight, start, need_weight, need_bias)
     g = g.contiguous()
-    inactive = _inactive_channels(shift, scale, start, u.shape[-1])
+    inactive = _inactive_channels(shift, scale, start, u.shape[-1], mean_rstd.dtype)
     p, _ = _contributions(inactive, weight, None)
     summed, dp, dq = _launch_token_sums(g, mean_rstd, p)
     if prefers_cublas(start, shared_start, weight):
@@ -656,8 +654,8 @@ def _add_slice_product(out: Tensor, u: Tensor, weight: Tensor, start: int) -> Te
 def _dense_input(u: Tensor, mean_rstd: Tensor, shift: Tensor, scale: Tensor, start: Tensor) -> Tensor:
     """modulate(LN(m * x)) on all C channels [B, N, C], from its window u."""
     B, N, W = u.shape
-    compute = compute_dtype(u)
-    factor, shift = 1 + scale.to(compute), shift.to(compute)
+    compute = mean_rstd.dtype
+    factor, shift = (1 + scale.to(compute)).contiguous(), shift.to(compute).contiguous()
     dense = u.new_empty(B, N, scale.shape[1])
     shape = _cpu.shape(B, N, dense.shape[-1], start, W)
     _cpu.kernels.expand(shape, *map(_cpu.rows, (u, dense, mean_rstd, factor, shift)))
@@ -676,7 +674,7 @@ def _cpu_forward(
     slices = _slices(u, start, _FORWARD_TOKENS)
     if slices is None:
         return F.linear(_dense_input(u, mean_rstd, shift, scale, start), weight, bias)
-    p, q = _contributions(_inactive_channels(shift, scale, start, u.shape[-1]), weight, bias)
+    p, q = _contributions(_inactive_channels(shift, scale, start, u.shape[-1], mean_rstd.dtype), weight, bias)
     out = torch.baddbmm(q[:, None], mean_rstd[:, :, None], p[:, None], alpha=-1)
     for part, s in slices:
         _add_slice_product(out[part], u[part], weight, s)
@@ -700,8 +698,8 @@ def _cpu_backward(
     flat = g.reshape(B * N, O)
     du = torch.empty(B, N, W, dtype=u.dtype)
     if slices is None:
-        compute = compute_dtype(u)
-        dense, factor = flat @ weight, 1 + scale.to(compute)
+        compute = mean_rstd.dtype
+        dense, factor = flat @ weight, (1 + scale.to(compute)).contiguous()
         summed = torch.empty(B, N, dtype=compute)
         sums = torch.empty(2, B, chunks_of(N), C, dtype=compute)
         shape = _cpu.shape(B, N, C, start, W, TOKENS_PER_SUM)
@@ -709,7 +707,7 @@ def _cpu_backward(
         dshift, dscale = sums.sum(2)
         dweight = flat.t() @ _dense_input(u, mean_rstd, shift, scale, start).view(B * N, C) if need_weight else None
         return LinearGradients(du, summed, dshift, dscale, dweight, flat.sum(0) if need_bias else None)
-    inactive = _inactive_channels(shift, scale, start, W)
+    inactive = _inactive_channels(shift, scale, start, W, mean_rstd.dtype)
     p, _ = _contributions(inactive, weight, None)
     summed = torch.bmm(g, p[:, :, None])[..., 0]
     dp, dq = torch.bmm(torch.stack([-mean_rstd, torch.ones_like(mean_rstd)], 1), g).unbind(1)

@@ -15,7 +15,8 @@ from dtr_kernels.swap.dit import HOOKS, DiT
 def trial_problem(block: nn.Module, family: type[DiT]) -> str | None:
     """Compares the block's own forward with ``reference.dit_block`` on a small random input.
 
-    Nothing of the block changes and none of its hooks run: what is tried is a copy that shares its parameters.
+    Nothing of the block changes and none of its hooks run: what is tried is a copy that shares its parameters, in fp32
+    if they are in 16 bits, whose rounding could hide a difference.
 
     Returns:
         What is different, None where both agree. Blocks on the meta device hold no numbers and are not tried.
@@ -25,6 +26,9 @@ def trial_problem(block: nn.Module, family: type[DiT]) -> str | None:
     device, dtype, C = weight.device, weight.dtype, trial.attn.qkv.in_features
     if device.type == "meta":
         return None
+    if dtype in (torch.bfloat16, torch.float16):
+        _widen(trial)
+        dtype = torch.float32
     generator = torch.Generator("cpu").manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -62,6 +66,16 @@ class _OpenGates(nn.Module):
 
     def forward(self, c: Tensor) -> Tensor:
         return self.modulation(c) + self.random + c.repeat(1, 6)
+
+
+def _widen(copy: nn.Module) -> None:
+    """Gives a bare copy fp32 parameters and buffers of its own."""
+    for module in copy.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_floating_point():
+                    wide = tensor.detach().float()
+                    tensors[name] = nn.Parameter(wide) if isinstance(tensor, nn.Parameter) else wide  # type: ignore[assignment]
 
 
 def _bare_copy(module: nn.Module) -> nn.Module:
