@@ -515,7 +515,9 @@ def _with_inactive(
 ) -> LinearGradients:
     """Adds what deactivated channels contribute, from dp and dq [B, O] alone."""
     rows = torch.cat([dp, dq])
-    dscale, dshift = matmul_accumulated(rows.to(weight.dtype), weight).chunk(2)
+    # Sums over tokens can be too large for fp16.
+    narrow = rows.to(weight.dtype) if weight.dtype != torch.float16 else rows
+    dscale, dshift = matmul_accumulated(narrow, weight.to(narrow.dtype)).chunk(2)
     if dweight is not None:
         dweight = dweight.addmm_(rows.t(), torch.cat([inactive.factor, inactive.shift])).to(weight.dtype)
     dbias = dq.sum(0).to(weight.dtype) if need_bias else None
