@@ -170,8 +170,10 @@ def test_any_shape_and_window(seed, device, data):
     starts = data.draw(st.lists(st.integers(0, channels - width), min_size=batch, max_size=batch), "starts")
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
     window = ChannelWindow(torch.tensor(starts, dtype=torch.int32, device=device), width, channels)
-    check_routed_linear(batch, tokens, channels, outputs, window, dtype, device, data.draw(st.booleans(), "branch"))
-    check_routed_mlp(batch, tokens, channels, outputs, window, data.draw(st.booleans(), "keep"), dtype, device)
+    branch, keep_branch = data.draw(st.booleans(), "branch"), data.draw(st.booleans(), "keep_branch")
+    # A few tokens and a narrow window leave sums that nearly cancel.
+    check_routed_linear(batch, tokens, channels, outputs, window, dtype, device, branch, conditioning=4)
+    check_routed_mlp(batch, tokens, channels, outputs, window, keep_branch, dtype, device, conditioning=4)
 
 
 @pytest.mark.parametrize("scope", reference.SCOPES)
