@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0 triton==3.7.1
+# The CUDA compiler for machines that have none (100 MB): CUDA kernels compile, and are tested to, on all of them.
+NVCC ?= nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
+SOURCES := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
 ifeq ($(VENV),)
 RUN := PYTHONPATH=. $(PYTHON)
@@ -37,15 +40,17 @@ gpu:
 	$(PYTHON) -m dtr_kernels verify --device cuda
 	$(PYTHON) -m pytest -q -m gpu tests
 
-$(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*)
+$(VENV)/.ready: pyproject.toml $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet $(TORCH)
+	command -v nvcc || test -x "$$CUDA_HOME/bin/nvcc" || $(RUN) -m pip install --quiet $(NVCC) \
+		|| echo "no CUDA compiler: CUDA kernels are not built"
 	$(RUN) -m pip install --quiet --editable '.[demo,test]'
 	touch $@
 
 # Without a virtual environment the extension is built in place and nothing is installed.
-.built: setup.py $(wildcard csrc/*.cpp csrc/cpu/*)
-	$(PYTHON) setup.py build_ext --inplace || echo "no compiled CPU kernels: install pybind11 and a C++ compiler"
+.built: $(SOURCES)
+	$(PYTHON) setup.py build_ext --inplace || echo "no compiled kernels: install setuptools, pybind11 and ninja"
 	touch $@
 
 clean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import triton
 
 import dtr_kernels
 from dtr_kernels.ops import _cpu
+from dtr_kernels.ops._gradients import why_plain
 from dtr_kernels.ops._launch import LEAST_ELEMENTS_ON_CPU, kernel_path
 
 __all__ = ["collect", "show"]
@@ -19,11 +21,23 @@ _REASONS = {
     "cpu": "compiled CPU kernels",
     "plain": "plain PyTorch (the reference)",
 }
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_WHAT_RUNS = {
+    "routed_blocks": "routed_linear, routed_mlp and gated_residual",
+    "gradient_surgery": "gradient surgery (gram, pcgrad_, pcgrad_sum, combine_ and weighted_sum)",
+}
 
 
 def collect() -> dict[str, Any]:
     """Versions, devices, the extension's build, and for each device and dtype which implementation of the ops runs."""
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+
+    def table(path: Callable[[torch.device, torch.dtype], str]) -> dict[str, dict[str, str]]:
+        return {
+            device: {str(dtype).removeprefix("torch."): path(torch.device(device), dtype) for dtype in _DTYPES}
+            for device in devices
+        }
+
     return {
         "dtr_kernels": dtr_kernels.__version__,
         "python": platform.python_version(),
@@ -32,9 +46,7 @@ def collect() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
         "extension": _cpu.unavailable or _cpu.kernels.build_config(),
-        "paths": {
-            device: {str(dtype).removeprefix("torch."): _path(device, dtype) for dtype in _DTYPES} for device in devices
-        },
+        "paths": {"routed_blocks": table(_routing_path), "gradient_surgery": table(_surgery_path)},
     }
 
 
@@ -43,27 +55,35 @@ def _gpu(index: int) -> str:
     return f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
 
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def _path(device: str, dtype: torch.dtype) -> str:
+def _routing_path(device: torch.device, dtype: torch.dtype) -> str:
     path = kernel_path(torch.empty(0, device=device, dtype=dtype))
     if path == "cpu":
         return f"{_REASONS[path]} (plain PyTorch below {LEAST_ELEMENTS_ON_CPU} elements of x, where it is faster)"
     if path != "plain":
         return _REASONS[path]
-    why = "Triton kernels do not compute in fp64" if device != "cpu" else _cpu.unavailable
+    why = "Triton kernels do not compute in fp64" if device.type != "cpu" else _cpu.unavailable
     return f"{_REASONS[path]}: {why}"
+
+
+def _surgery_path(device: torch.device, dtype: torch.dtype) -> str:
+    why = why_plain(device, dtype)
+    return f"PyTorch ops: {why}" if why else "CUDA kernels" if device.type == "cuda" else "compiled CPU kernels"
 
 
 def show() -> None:
     """Prints ``collect()`` for people."""
     facts = collect()
-    paths = facts.pop("paths")
+    paths, extension = facts.pop("paths"), facts.pop("extension")
     for name, value in facts.items():
-        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        print(f"{name:12} {', '.join(text) or 'none' if isinstance(text, list) else text}")
-    print("\nWhat runs routed_linear, routed_mlp and gated_residual:")
-    for device, by_dtype in paths.items():
-        for dtype, path in by_dtype.items():
-            print(f"  {device:8} {dtype:9} {path}")
+        print(f"{name:12} {', '.join(value) or 'none' if isinstance(value, list) else value}")
+    if isinstance(extension, str):
+        print(f"{'extension':12} {extension}")
+    else:
+        print(f"{'extension':12} compiler {extension['compiler']}, instruction set {extension['instruction_set']}")
+        cuda = f"CUDA {extension['cuda']} for {' '.join(extension['architectures'])}"
+        print(f"{'':12} {cuda if extension['cuda'] else 'no CUDA kernels: ' + extension['no_cuda_reason']}")
+    for name, by_device in paths.items():
+        print(f"\nWhat runs {_WHAT_RUNS[name]}:")
+        for device, by_dtype in by_device.items():
+            for dtype, path in by_dtype.items():
+                print(f"  {device:8} {dtype:9} {path}")

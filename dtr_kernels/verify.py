@@ -2,22 +2,23 @@
 
 The bound is threefold: with everything also computed in fp64, the error of a kernel may be at most twice the error
 that plain PyTorch makes in the same dtype, plus a few rounding units of the largest value. That holds for the output
-and for every gradient, with a window, timestep and modulation of its own for every sample.
+and for every gradient, with a window, timestep and modulation of its own for every sample. The ops of gradient surgery
+are held to the same bound, on gradients that conflict.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dtr_kernels import nn, reference
+from dtr_kernels import nn, ops, reference
 from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting
 
-__all__ = ["Comparison", "check_block", "compare", "run"]
+__all__ = ["Comparison", "check_block", "check_surgery", "compare", "run"]
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -48,6 +49,7 @@ def compare(
     dtype: torch.dtype,
     precision: AbstractContextManager[object] | None = None,
     conditioning: float = 1,
+    outputs: Sequence[str] | None = None,
 ) -> list[Comparison]:
     """Compares a fused function with its oracle: outputs, and gradients of a random projection of the outputs.
 
@@ -58,9 +60,10 @@ def compare(
         dtype: whose rounding unit the bound allows.
         precision: a context such as ``torch.autocast`` that fused and oracle run in; the fp64 run does not.
         conditioning: multiplies the constant of the bound, for inputs whose gradients nearly cancel.
+        outputs: names for the outputs; default: "out0", "out1", ...
 
     Returns:
-        One comparison for each output ("out0", ...) and each gradient ("d" + input name).
+        One comparison for each output and each gradient ("d" + input name).
     """
     context = precision or nullcontext()
     with context:
@@ -71,11 +74,13 @@ def compare(
     projections = [torch.randn_like(out) for out in plain]
     names = [name for name, t in inputs.items() if t.requires_grad]
 
-    def with_gradients(outputs: tuple[Tensor, ...], source: dict[str, Tensor]) -> list[Tensor]:
-        cotangents = [p.to(out.dtype) for p, out in zip(projections, outputs, strict=True)]
-        return [*outputs, *torch.autograd.grad(outputs, [source[name] for name in names], cotangents)]
+    def with_gradients(results: tuple[Tensor, ...], source: dict[str, Tensor]) -> list[Tensor]:
+        if not names:
+            return list(results)
+        cotangents = [p.to(out.dtype) for p, out in zip(projections, results, strict=True)]
+        return [*results, *torch.autograd.grad(results, [source[name] for name in names], cotangents)]
 
-    labels = [f"out{i}" for i in range(len(got))] + [f"d{name}" for name in names]
+    labels = [*(outputs or (f"out{i}" for i in range(len(got)))), *(f"d{name}" for name in names)]
     runs = zip(
         labels, with_gradients(got, inputs), with_gradients(plain, inputs), with_gradients(exact, wide), strict=True
     )
@@ -142,7 +147,65 @@ def _inner(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"block.{name}": p for name, p in _dotted(parameters).items()}
 
 
+def check_surgery(
+    clusters: int, sizes: Sequence[int], device: torch.device, dtype: torch.dtype, lists: bool
+) -> list[Comparison]:
+    """Compares the Gram matrix and PCGrad of random gradients with the oracle.
+
+    Args:
+        clusters: K.
+        sizes: elements of each parameter, P in all.
+        lists: whether the ops get K lists of tensors, or one [K, P] buffer.
+
+    Returns:
+        Comparisons of the Gram matrix, of PCGrad's update, and of the projected gradients.
+    """
+    # Near three directions, so that many of them conflict strongly, and of norm about 1, as fp16 needs it.
+    near = torch.randn(clusters, 3) @ torch.randn(3, sum(sizes)) + 0.3 * torch.randn(clusters, sum(sizes))
+    grads = (near / (3 * sum(sizes)) ** 0.5).to(device, dtype)
+    order = ops.random_order(clusters)
+
+    def given(grads: Tensor) -> Tensor | list[list[Tensor]]:
+        return [list(row.split(list(sizes))) for row in grads] if lists else grads
+
+    def gram(grads: Tensor) -> tuple[Tensor]:
+        # The products of 16-bit numbers too are added in fp32 at least.
+        return (reference.gram(grads.to(torch.promote_types(grads.dtype, torch.float32))),)
+
+    def pcgrad(grads: Tensor) -> tuple[Tensor, Tensor]:
+        projected = reference.pcgrad(grads, order)
+        return projected.sum(0), projected
+
+    def fused_pcgrad(grads: Tensor) -> tuple[Tensor, Tensor]:
+        update, projected = ops.pcgrad_sum(given(grads), order), grads.clone()
+        ops.pcgrad_(given(projected), order)
+        return update if isinstance(update, Tensor) else torch.cat(update), projected
+
+    return [
+        *compare(lambda grads: (ops.gram(given(grads)),), gram, {"grads": grads}, torch.float32, outputs=["gram"]),
+        *compare(
+            fused_pcgrad,
+            pcgrad,
+            {"grads": grads},
+            dtype,
+            conditioning=1 + clusters / 16,  # sums of K terms, which are larger than the sums
+            outputs=["update", "projected"],
+        ),
+    ]
+
+
 def _cases(device: torch.device) -> Iterable[tuple[str, list[Comparison]]]:
+    yield from _block_cases(device)
+    for precision, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.items():
+        for clusters in (5, 8, 64):
+            for layout, lists in {"one buffer": False, "lists of tensors": True}.items():
+                yield (
+                    f"{precision:13}  surgery, {clusters:2} clusters  {layout}",
+                    check_surgery(clusters, (3000, 1, 0, 1003, 129), device, dtype, lists),
+                )
+
+
+def _block_cases(device: torch.device) -> Iterable[tuple[str, list[Comparison]]]:
     samples, tokens, channels, heads = 3, 190, 384, 6  # large enough that the CPU runs its kernels
     routing = DenoisingTaskRouting()
     t = torch.tensor([3, 612, 999], device=device)
@@ -168,9 +231,10 @@ def _cases(device: torch.device) -> Iterable[tuple[str, list[Comparison]]]:
 
 
 def run(device: torch.device) -> bool:
-    """Prints a table of errors, one row for each precision, scope and kind of window, and returns whether all passed.
+    """Prints a table of errors and returns whether all are within their bounds.
 
-    A row shows the comparison that comes closest to its bound, of the output and all gradients.
+    Its rows are routed blocks, for each precision, scope and kind of window, and gradient surgery, for each precision,
+    number of clusters and layout. A row shows the comparison that comes closest to its bound, of all that were made.
     """
     print(f"{'case':58} {'closest to its bound':28} {'kernel':>9} {'PyTorch':>9} {'bound':>9}")
     passed = True

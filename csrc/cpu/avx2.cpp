@@ -3,12 +3,18 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
+#include "../surgery.h"
 #include "kernels.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2")
 #define DTR_ISA avx2
+#define DTR_VECTOR_BYTES 32
 #include "kernels.inl"
+#include "surgery.inl"
 #endif

@@ -6,9 +6,9 @@
 #pragma once
 #include <cstdint>
 
-namespace dtr {
+#include "../types.h"
 
-enum class Type : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+namespace dtr {
 
 // A tensor whose rows of the last dimension are contiguous; stride counts elements between rows.
 struct Rows {

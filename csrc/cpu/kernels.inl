@@ -31,13 +31,35 @@ const T* vector_at(const Rows& rows, int64_t row) {
     return static_cast<const T*>(rows.data) + row * rows.stride;
 }
 
+// Conversions of fp16 in bulk: left to itself GCC 12 converts one number at a time.
+template <class T>
+void from_f16(const _Float16* __restrict p, int64_t n, T* __restrict out) {
+    int64_t i = 0;
+#if DTR_VECTOR_BYTES >= 32
+    if constexpr (std::is_same_v<T, float>)
+        for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
+#endif
+    for (; i < n; ++i) out[i] = static_cast<float>(p[i]);
+}
+
+template <class T>
+void to_f16(const T* __restrict row, int64_t n, _Float16* __restrict p) {
+    int64_t i = 0;
+#if DTR_VECTOR_BYTES >= 32
+    if constexpr (std::is_same_v<T, float>)
+        for (; i + 8 <= n; i += 8)
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i), _mm256_cvtps_ph(_mm256_loadu_ps(row + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+    for (; i < n; ++i) p[i] = static_cast<_Float16>(static_cast<float>(row[i]));
+}
+
 template <class T>
 void load(const void* source, Type type, int64_t n, T* __restrict out) {
     switch (type) {
         case Type::f32: { auto p = static_cast<const float*>(source); for (int64_t i = 0; i < n; ++i) out[i] = p[i]; break; }
         case Type::f64: { auto p = static_cast<const double*>(source); for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(p[i]); break; }
         case Type::bf16: { auto p = static_cast<const uint16_t*>(source); for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(p[i]); break; }
-        case Type::f16: { auto p = static_cast<const _Float16*>(source); for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(p[i]); break; }
+        case Type::f16: from_f16(static_cast<const _Float16*>(source), n, out); break;
     }
 }
 
@@ -47,7 +69,7 @@ void store(const T* __restrict row, int64_t n, Type type, void* target) {
         case Type::f32: { auto p = static_cast<float*>(target); for (int64_t i = 0; i < n; ++i) p[i] = static_cast<float>(row[i]); break; }
         case Type::f64: { auto p = static_cast<double*>(target); for (int64_t i = 0; i < n; ++i) p[i] = row[i]; break; }
         case Type::bf16: { auto p = static_cast<uint16_t*>(target); for (int64_t i = 0; i < n; ++i) p[i] = to_bf16(static_cast<float>(row[i])); break; }
-        case Type::f16: { auto p = static_cast<_Float16*>(target); for (int64_t i = 0; i < n; ++i) p[i] = static_cast<_Float16>(static_cast<float>(row[i])); break; }
+        case Type::f16: to_f16(row, n, static_cast<_Float16*>(target)); break;
     }
 }
 

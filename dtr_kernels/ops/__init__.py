@@ -2,10 +2,26 @@
 
 ``routed_linear``, ``routed_mlp`` and ``gated_residual`` are the three steps of a routed DiT block around PyTorch's own
 attention. They are built from ``gated_norm`` and ``window_linear``, whose files hold the kernels.
+
+``gram``, ``pcgrad_``, ``pcgrad_sum``, ``combine_`` and ``weighted_sum`` act on the gradients of K timestep clusters.
 """
 
+from dtr_kernels.ops.combine import combine_, weighted_sum
 from dtr_kernels.ops.gated_residual import gated_residual
+from dtr_kernels.ops.gram import gram
+from dtr_kernels.ops.pcgrad import pcgrad_, pcgrad_coefficients, pcgrad_sum, random_order
 from dtr_kernels.ops.routed_linear import routed_linear
 from dtr_kernels.ops.routed_mlp import routed_mlp
 
-__all__ = ["gated_residual", "routed_linear", "routed_mlp"]
+__all__ = [
+    "combine_",
+    "gated_residual",
+    "gram",
+    "pcgrad_",
+    "pcgrad_coefficients",
+    "pcgrad_sum",
+    "random_order",
+    "routed_linear",
+    "routed_mlp",
+    "weighted_sum",
+]

@@ -20,13 +20,13 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
 class Op:
     """``torch.ops.dtr_kernels.<name>``, computed by ``function`` on CPUs and GPUs.
 
-    ``function`` reads its inputs and returns new tensors: none may be, or share memory with, an input or another
-    output.
+    ``function`` writes to the arguments named in ``mutates`` alone and returns new tensors: none may be, or share
+    memory with, an input or another output.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+    def __init__(self, name: str, function: Callable[..., Any], mutates: tuple[str, ...] = ()) -> None:
         self.name = name
-        _library.define(name + torch.library.infer_schema(function, mutates_args=()))
+        _library.define(name + torch.library.infer_schema(function, mutates_args=mutates))
         for device in ("CPU", "CUDA"):
             _library.impl(name, _without_autocast(function), device)
         self._overload = getattr(torch.ops.dtr_kernels, name).default
@@ -87,6 +87,6 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return kernel
 
 
-def op(name: str) -> Callable[[Callable[..., Any]], Op]:
+def op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Op]:
     """Decorator that registers a function as ``torch.ops.dtr_kernels.<name>``."""
-    return lambda function: Op(name, function)
+    return lambda function: Op(name, function, mutates)

@@ -1,7 +1,5 @@
-"""The oracle: Denoising Task Routing in plain PyTorch, written to be read next to the paper.
-
-Nothing here is fast and nothing is clever: masks are multiplied, norms run over all channels, autograd does the
-backward pass. Every kernel, test and benchmark of this package is compared with these functions.
+"""Denoising Task Routing as the paper writes it: masks are multiplied, norms run over all channels, autograd does the
+backward pass.
 
 Notation: x [B, N, C] tokens, c [B, C] conditioning, mask [B, C] (1 = active; None = unrouted); shift, scale and gate
 [B, C] are broadcast over tokens.

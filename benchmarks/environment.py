@@ -1,0 +1,75 @@
+"""Where and with what something was measured."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dtr_kernels
+from dtr_kernels import info
+
+_ROOT = Path(__file__).parent.parent
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The machine, the versions, the commit and the command. ``commit`` is None outside a git checkout."""
+    # Without optional locks git reads alone; results that are written meanwhile do not make the code another.
+    changes = _output("git", "--no-optional-locks", "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "torchjd": _version("torchjd"),
+        "dtr_kernels": dtr_kernels.__version__,
+        "extension": info.collect()["extension"],
+        "commit": _output("git", "rev-parse", "HEAD"),
+        "uncommitted changes": None if changes is None else changes != "",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+    }
+
+
+def folder_name(device: torch.device) -> str:
+    """ "cpu", or the name of the GPU as a folder's."""
+    if device.type == "cpu":
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+def _cpu() -> str:
+    try:
+        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return f"{names[0] if names else platform.processor()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

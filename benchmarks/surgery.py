@@ -1,0 +1,77 @@
+"""What the benchmarks of gradient surgery share: the oracle, and how other code draws its random orders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dtr_kernels import reference
+from dtr_kernels.ops._gradients import why_plain
+
+# Columns of the gradients that are widened to fp64 at a time.
+_CHUNK = 1 << 20
+
+# Errors relative to the norm. Ours may be a few roundings of the gradients' dtype.
+OURS = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+# The loop rounds every dot product and every projected gradient; how accurate the alternatives are is a result.
+OTHERS = {torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.2}
+
+
+class Oracle:
+    """PCGrad in fp64 on gradients [K, P] of a lesser dtype, without an fp64 copy of them.
+
+    The loop of ``reference.pcgrad`` in the coordinates that the gradients themselves are: ``coefficients`` [K, K].
+    """
+
+    def __init__(self, grads: Tensor, order: Tensor) -> None:
+        self._grads, self.order = grads, order
+        self.gram = torch.zeros(len(grads), len(grads), dtype=torch.float64, device=grads.device)
+        for chunk in grads.split(_CHUNK, dim=1):
+            wide = chunk.double()
+            self.gram += wide @ wide.T
+        self.coefficients = reference.pcgrad_coefficients(self.gram.cpu(), order.cpu()).to(grads.device)
+
+    @property
+    def conflicts(self) -> str:
+        """How many pairs of gradients conflict, in words: the loop's work depends on it."""
+        K = len(self.gram)
+        return f"{int((self.gram < 0).sum()) // 2} of {K * (K - 1) // 2} pairs conflict"
+
+    def error_of_update(self, update: Tensor) -> float:
+        """Of the sum of the projected gradients [P], relative to its norm."""
+        return self.error_of_combination(update[None], self.coefficients.sum(0, keepdim=True))
+
+    def error_of_sum(self, update: Tensor) -> float:
+        """Of the plain sum of the gradients [P], relative to its norm."""
+        return self.error_of_combination(update[None], torch.ones_like(self.gram[:1]))
+
+    def error_of_projected(self, projected: Tensor) -> float:
+        """Of the projected gradients [K, P], relative to their norm."""
+        return self.error_of_combination(projected, self.coefficients)
+
+    def error_of_combination(self, found: Tensor, coefficients: Tensor) -> float:
+        """Of found [M, P] as coefficients [M, K] @ gradients, relative to its norm."""
+        wrong = norm = torch.zeros((), dtype=torch.float64, device=found.device)
+        for part, chunk in zip(found.split(_CHUNK, dim=1), self._grads.split(_CHUNK, dim=1), strict=True):
+            exact = coefficients @ chunk.double()
+            wrong, norm = wrong + (part.double() - exact).square().sum(), norm + exact.square().sum()
+        return (wrong / norm).sqrt().item()
+
+
+def what_runs(device: torch.device, dtype: torch.dtype) -> str:
+    """Which implementation of the ops a measurement is of, in words."""
+    why = why_plain(device, dtype)
+    return f"the ops of gradient surgery ran as {'compiled kernels' if why is None else 'plain PyTorch: ' + why}"
+
+
+def relative_error(exact: Tensor) -> Callable[[Tensor], float]:
+    """A function that gives the error of a tensor relative to the norm of ``exact``."""
+    return lambda found: ((found.double() - exact).norm() / exact.norm()).item()
+
+
+def torchjd_order(clusters: int, seed: int) -> Tensor:
+    """The order [K, K-1] that TorchJD's PCGrad draws after ``torch.manual_seed(seed)``."""
+    torch.manual_seed(seed)
+    return torch.stack([(drawn := torch.randperm(clusters))[drawn != i] for i in range(clusters)])

@@ -1,0 +1,219 @@
+"""PCGrad on K gradients of P elements: from [K, P] to the update [P], and each step of it alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import dtr_kernels as dtr
+from benchmarks.cases import Benchmark, Case, Goal, Options, Side, do_nothing, dtype_name
+from benchmarks.results import CaseResult
+from benchmarks.surgery import OTHERS, OURS, Oracle, relative_error, torchjd_order, what_runs
+
+SEED = 0
+ELEMENTS, QUICK_ELEMENTS = 33_000_000, 2_000_000  # DiT-S/2 has 33 million parameters
+LOOP, MM, BMM, COMPILED = "the loop", "torch.mm", "torch.bmm in chunks", "torch.compile"
+SHARE = {"cpu": 0.7, "cuda": 0.9}
+
+
+def cases(options: Options) -> list[Callable[[], Case]]:
+    """For each dtype and K: the whole projection, and its parts."""
+    P = QUICK_ELEMENTS if options.quick else ELEMENTS
+    dtypes = [options.dtype] if options.dtype else [torch.float32, torch.bfloat16]
+    return [
+        partial(build, K, P, dtype, options.device)
+        for dtype in dtypes
+        for K in (5, 8)  # the clusters of ANT and of DTR
+        for build in (projection, parts)
+    ]
+
+
+def projection(K: int, P: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """Everything between the gradients and the update, done by the public code's loop, by plain PyTorch and here."""
+    grads = conflicting_gradients(K, P, dtype, device)
+    own = torch.empty_like(grads)
+    host_order = torchjd_order(K, SEED)  # on the CPU, where the loop and our ops take it; and on the device
+    order = host_order.to(device)
+    oracle = Oracle(grads, order)
+    update_bytes = (2 * K + 1) * P * dtype.itemsize  # two reads of all gradients, one write of the update
+
+    def side(
+        name: str,
+        call: Callable[[], object],
+        bounds: dict[torch.dtype, float],
+        before: Callable[[], object] = do_nothing,
+    ) -> Side:
+        return Side(name, call, oracle.error_of_update, bounds[dtype], before, update_bytes)
+
+    def in_place() -> Tensor:
+        dtr.ops.pcgrad_(own, order=host_order)
+        return own
+
+    seeded = partial(torch.manual_seed, SEED)  # TorchJD draws the order itself
+    sides = [
+        side(LOOP, lambda: dtr.reference.pcgrad(grads, host_order).sum(0), OTHERS),
+        side(MM, lambda: mm_update(grads, order), OTHERS),
+        side(BMM, lambda: bmm_update(grads, order), OTHERS),
+        side(COMPILED, partial(compiled(one_pass_update), grads, order), OTHERS),
+        side("TorchJD PCGrad", lambda: torchjd_update(grads), OTHERS, seeded),
+        side("TorchJD weights of our Gram", lambda: torchjd_weighted(grads), OURS, seeded),
+        side("pcgrad_sum", lambda: dtr.ops.pcgrad_sum(grads, order=host_order), OURS),
+        Side(
+            "pcgrad_",
+            in_place,
+            oracle.error_of_projected,
+            OURS[dtype],
+            before=lambda: own.copy_(grads),
+            bytes_moved=3 * K * P * dtype.itemsize,
+        ),
+    ]
+
+    def speedup(over: str, result: CaseResult) -> float | None:
+        spread = result.speedup("pcgrad_sum", over)
+        return None if spread is None else spread.median
+
+    goals = [
+        Goal("speed-up of pcgrad_sum over the loop", partial(speedup, LOOP), at_least=8),
+        Goal("speed-up of pcgrad_sum over torch.mm", partial(speedup, MM), at_least=2.5),
+        Goal("error of pcgrad_sum", lambda result: result.error("pcgrad_sum"), at_most=OURS[dtype]),
+    ]
+    notes = [
+        oracle.conflicts,
+        what_runs(device, dtype),
+        "torch.compile: of a Gram matrix written as sums of products, which it fuses into fewer passes; of torch.mm it "
+        "changes little, since a matrix product stays one library call",
+        "pcgrad_ returns all K projected gradients (K P more reads and writes), the others their sum",
+    ]
+    return Case(_title("projection", K, P, dtype), sides, speedup_over=LOOP, goals=goals, notes=notes)
+
+
+def parts(K: int, P: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """The ops that the projection is made of."""
+    grads = conflicting_gradients(K, P, dtype, device)
+    own = torch.empty_like(grads)
+    order = torchjd_order(K, SEED)
+    oracle = Oracle(grads, order)
+    gram, coefficients = oracle.gram, oracle.coefficients
+    weights = coefficients.sum(0)
+
+    def combined() -> Tensor:
+        dtr.ops.combine_(own, coefficients)
+        return own
+
+    row = P * dtype.itemsize
+    # The Gram matrix is fp64 whatever the gradients are, and their products are exact enough in fp32.
+    gram_bound = OURS[torch.float32]
+    sides = [
+        Side("gram", lambda: dtr.ops.gram(grads), relative_error(gram), gram_bound, bytes_moved=K * row),
+        Side(
+            "pcgrad_coefficients",
+            lambda: dtr.ops.pcgrad_coefficients(gram, order),
+            relative_error(coefficients),
+            bound=1e-9,
+        ),
+        Side(
+            "combine_",
+            combined,
+            oracle.error_of_projected,
+            OURS[dtype],
+            before=lambda: own.copy_(grads),
+            bytes_moved=2 * K * row,
+        ),
+        Side(
+            "weighted_sum",
+            lambda: dtr.ops.weighted_sum(grads, weights),
+            oracle.error_of_update,
+            OURS[dtype],
+            bytes_moved=(K + 1) * row,
+        ),
+    ]
+
+    def share(name: str, result: CaseResult) -> float | None:
+        return result.share_of_copy(name)
+
+    goals = [
+        Goal(f"{name}, share of copy bandwidth", partial(share, name), at_least=SHARE[device.type])
+        for name in ("gram", "combine_", "weighted_sum")
+    ]
+    return Case(_title("parts", K, P, dtype), sides, goals=goals, notes=[what_runs(device, dtype)])
+
+
+def conflicting_gradients(K: int, P: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random gradients [K, P]; every other one leans the opposite way, so that about half of the pairs conflict."""
+    generator = torch.Generator(device).manual_seed(SEED)
+    lean = 0.3 * torch.randn(P, device=device, generator=generator)
+    grads = torch.empty(K, P, dtype=dtype, device=device)
+    for k, row in enumerate(grads):
+        row.copy_(torch.randn(P, device=device, generator=generator).add_(lean, alpha=(-1) ** k))
+    return grads
+
+
+def mm_update(grads: Tensor, order: Tensor) -> Tensor:
+    """Plain PyTorch: Gram matrix and weighted sum as matrix products."""
+    return pcgrad_weights((grads @ grads.T).float(), order).to(grads.dtype) @ grads
+
+
+def bmm_update(grads: Tensor, order: Tensor, columns: int = 8192) -> Tensor:
+    """The same with a Gram matrix of stretches that fit into a cache, which CPU libraries compute faster."""
+    P = grads.shape[1]
+    whole = P - P % columns
+    stretches = grads[:, :whole].unflatten(1, (-1, columns)).transpose(0, 1)
+    rest = grads[:, whole:]
+    gram = (stretches @ stretches.mT).float().sum(0) + (rest @ rest.T).float()
+    return pcgrad_weights(gram, order).to(grads.dtype) @ grads
+
+
+def one_pass_update(grads: Tensor, order: Tensor) -> Tensor:
+    """The same for a compiler: every product is written out, so that one loop can compute them all."""
+    K = len(grads)
+    wide = grads.float()
+    products = {(i, j): (wide[i] * wide[j]).sum() for i in range(K) for j in range(i, K)}
+    gram = torch.stack([products[min(i, j), max(i, j)] for i in range(K) for j in range(K)]).view(K, K)
+    return (wide * pcgrad_weights(gram, order)[:, None]).sum(0).to(grads.dtype)
+
+
+def pcgrad_weights(gram: Tensor, order: Tensor) -> Tensor:
+    """PCGrad's weights [K] of a Gram matrix, all gradients at once and without host synchronisation."""
+    norms, products = gram.diagonal(), gram
+    coefficients = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    for j in order.unbind(1):
+        product, norm = products.gather(1, j[:, None]), norms[j][:, None]
+        step = torch.where((product < 0) & (norm > 0), product / norm, 0.0)
+        coefficients = coefficients.scatter_add(1, j[:, None], -step)
+        products = products - step * gram[j]
+    return coefficients.sum(0)
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.compile without the deprecation warnings of its own internals."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    return torch.compile(function, dynamic=False)
+
+
+def torchjd_update(grads: Tensor) -> Tensor:
+    """TorchJD's aggregator on the matrix of gradients."""
+    from torchjd.aggregation import PCGrad
+
+    return PCGrad()(grads)
+
+
+def torchjd_weighted(grads: Tensor) -> Tensor:
+    """TorchJD's weighting between our two passes."""
+    from torchjd.aggregation import PCGradWeighting
+
+    return dtr.ops.weighted_sum(grads, PCGradWeighting()(dtr.ops.gram(grads)))
+
+
+def _title(what: str, K: int, P: int, dtype: torch.dtype) -> str:
+    return f"{what}, K {K}, P {P / 1e6:g}M, {dtype_name(dtype)}"
+
+
+BENCHMARK = Benchmark(
+    "surgery_projection",
+    "PCGrad from the gradients [K, P] to the update [P]: the public loop, plain PyTorch, TorchJD, dtr_kernels.",
+    cases,
+)

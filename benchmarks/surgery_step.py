@@ -1,0 +1,216 @@
+"""A training step of a DiT with gradient surgery between K timestep clusters, against an ordinary step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dtr_kernels as dtr
+from benchmarks.cases import Benchmark, Case, Goal, Options, Side, dtype_name
+from benchmarks.models import TINY, make_dit, plain_forward
+from benchmarks.results import CaseResult
+from benchmarks.surgery import OTHERS, Oracle, torchjd_order, what_runs
+
+K, TIMESTEPS = 5, 1000
+SEED = 0
+# Our surgery, and the same gradients summed in another order: a network makes roundings larger.
+BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+def cases(options: Options) -> list[Callable[[], Case]]:
+    """One case: a model and a batch."""
+    model = options.model or (TINY if options.quick else "DiT-S/2")
+    if model != TINY and model not in dtr.nn.DiT_models:
+        raise ValueError(f"--model must be {TINY} or one of {', '.join(dtr.nn.DiT_models)}, got {model}")
+    batch = options.batch or 4 * K
+    if batch % K:
+        raise ValueError(f"--batch must be a multiple of the {K} clusters, got {batch}")
+    return [partial(step, model, batch, options.dtype or torch.float32, options.device)]
+
+
+def step(model: str, batch: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """Forward, backward and surgery, up to ``p.grad``."""
+    training = Training(model, batch, dtype, device)
+    gradients = training.cluster_gradients()
+    ours = Oracle(gradients, dtr.ops.random_order(K, torch.Generator().manual_seed(SEED)))
+    theirs = Oracle(gradients, torchjd_order(K, SEED))
+    autogram = Autogram(training)
+
+    def side(name: str, call: Callable[[], Any], error: Callable[[Tensor], float], bound: float) -> Side:
+        return Side(name, call, lambda _: error(training.update()), bound, before=training.forget)
+
+    def with_surgery(name: str, engine: str, backward: Callable[[dtr.GradientSurgery], object]) -> Side:
+        generator = torch.Generator()
+        surgery = dtr.GradientSurgery(training.model.named_parameters(), K, engine=engine, generator=generator)
+
+        def before() -> None:
+            training.forget()
+            generator.manual_seed(SEED)
+
+        def error(_: object) -> float:
+            return ours.error_of_update(training.update())
+
+        return Side(name, lambda: backward(surgery), error, BOUND[dtype], before)
+
+    ordinary = "ordinary step"
+    engines = ("per_cluster", "one_pass", "low_memory")
+    sides = [
+        side(ordinary, training.ordinary, ours.error_of_sum, BOUND[dtype]),
+        with_surgery("GradientSurgery, functions", "per_cluster", training.with_functions),
+        *(with_surgery(f"GradientSurgery, {engine}", engine, training.with_batch) for engine in engines),
+        side("retained graph and loop", partial(training.retained, ours.order), ours.error_of_update, OTHERS[dtype]),
+        side("TorchJD, one by one", partial(training.torchjd, 1), theirs.error_of_update, OTHERS[dtype]),
+        side("TorchJD, in parallel", partial(training.torchjd, None), theirs.error_of_update, OTHERS[dtype]),
+        Side(
+            "TorchJD, autogram",
+            autogram.step,
+            lambda _: theirs.error_of_update(autogram.update()),
+            OTHERS[dtype],
+            autogram.forget,
+        ),
+    ]
+
+    def cost(name: str, result: CaseResult) -> float | None:
+        spread = result.time(name, over=ordinary)
+        return None if spread is None else spread.median
+
+    goals = [
+        Goal(f"time of {name} over that of an {ordinary}", partial(cost, name), at_most=1.15)
+        for name in ("GradientSurgery, functions", "GradientSurgery, per_cluster", "GradientSurgery, one_pass")
+    ]
+    notes = [
+        "a step is forward, backward and surgery, up to p.grad; the optimizer's step is the same for all and left out",
+        f"gradients: {ours.conflicts}",
+        what_runs(device, dtype),
+        "retained graph: one forward pass, a backward pass of it for every cluster, PCGrad's loop (the public code)",
+        "TorchJD: autojac.backward and jac_to_grad; one by one is parallel_chunk_size=1, in parallel its default",
+        "autogram: the Gram matrix of the samples' losses, from it the clusters', then one weighted backward pass; it "
+        "sees only parameters that modules use in their own calls, so its DiT runs in plain PyTorch",
+        "peak MB: above the level before the first step, of model and batch; what a step leaves behind is included",
+    ]
+    size = f"{model} ({gradients.shape[1] / 1e6:.1f}M parameters), batch {batch}"
+    name = f"training step, {size}, K {K}, {dtype_name(dtype)}"
+    return Case(name, sides, time_over=ordinary, goals=goals, memory=True, notes=notes)
+
+
+class Training:
+    """A model, a batch whose samples stand cluster by cluster, and ways to do a step with it."""
+
+    def __init__(self, model: str, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        torch.manual_seed(SEED)
+        self.model = make_dit(model, device, dtype)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        clusters = torch.arange(K).repeat_interleave(size // K)
+        t = (clusters + torch.rand(size)) * (TIMESTEPS / K)
+        x, noise = torch.randn(2, size, self.model.in_channels, self.model.input_size, self.model.input_size)
+        # What the clusters have to learn leans in opposite directions, so that some of them conflict.
+        target = noise + (1 - 2 * (clusters % 2))[:, None, None, None]
+        y = torch.randint(self.model.y_embedder.num_classes, (size,))
+        self.batch = [x.to(device, dtype), t.long().to(device), y.to(device), target.to(device, dtype)]
+        self.clusters = clusters.to(device)
+
+    def loss(self, x: Tensor, t: Tensor, y: Tensor, target: Tensor) -> Tensor:
+        """The loss of each sample [B]."""
+        return squared_error(self.model(x, t, y), target)
+
+    def _mean_loss(self, *part: Tensor) -> Tensor:
+        return self.loss(*part).mean()
+
+    def cluster_losses(self) -> Tensor:
+        """The mean losses of the clusters over K [K], from one forward pass."""
+        return self.loss(*self.batch).view(K, -1).mean(1) / K
+
+    def cluster_gradients(self) -> Tensor:
+        """[K, P], from K backward passes over one graph."""
+        losses = self.cluster_losses()
+        rows = losses.new_empty(K, sum(p.numel() for p in self.parameters))
+        for k, row in enumerate(rows):
+            found = torch.autograd.grad(losses[k], self.parameters, retain_graph=k + 1 < K)
+            torch.cat([g.flatten() for g in found], out=row)
+        return rows
+
+    def forget(self) -> None:
+        """Before a step: no gradients, and the seed of TorchJD's orders."""
+        self.model.zero_grad()
+        torch.manual_seed(SEED)
+
+    def update(self) -> Tensor:
+        """What the step left in ``p.grad`` [P]."""
+        return flat_gradient(self.parameters)
+
+    def ordinary(self) -> None:
+        self.loss(*self.batch).mean().backward()
+
+    def with_functions(self, surgery: dtr.GradientSurgery) -> None:
+        parts = zip(*(tensor.chunk(K) for tensor in self.batch), strict=True)
+        surgery.backward([partial(self._mean_loss, *part) for part in parts])
+
+    def with_batch(self, surgery: dtr.GradientSurgery) -> None:
+        surgery.backward_batch(self.loss, self.clusters, *self.batch)
+
+    def retained(self, order: Tensor) -> None:
+        update = dtr.reference.pcgrad(self.cluster_gradients(), order).sum(0)
+        for p, g in zip(self.parameters, update.split([p.numel() for p in self.parameters]), strict=True):
+            p.grad = g.view_as(p)
+
+    def torchjd(self, parallel_chunk_size: int | None) -> None:
+        from torchjd.aggregation import PCGrad
+        from torchjd.autojac import backward, jac_to_grad
+
+        backward(self.cluster_losses(), inputs=self.parameters, parallel_chunk_size=parallel_chunk_size)
+        jac_to_grad(self.parameters, PCGrad())
+
+
+class Autogram:
+    """TorchJD's engine that finds the Gram matrix without the gradients, on a model of its own, which it hooks."""
+
+    def __init__(self, training: Training) -> None:
+        self._model, self._batch = copy.deepcopy(training.model), training.batch
+        size = len(training.clusters)
+        # [K, B]: from the losses of samples to those of clusters over K.
+        self._clusters = torch.nn.functional.one_hot(training.clusters, K).T.to(training.batch[0]) / size
+
+    @cached_property
+    def _engine(self) -> Any:
+        from torchjd.autogram import Engine
+
+        return Engine(self._model, batch_dim=0)
+
+    def step(self) -> None:
+        from torchjd.aggregation import PCGradWeighting
+
+        engine = self._engine  # its hooks must be there before the forward pass
+        *inputs, target = self._batch
+        losses = squared_error(plain_forward(self._model, *inputs), target)
+        gram = self._clusters @ engine.compute_gramian(losses) @ self._clusters.T
+        losses.backward(self._clusters.T @ PCGradWeighting()(gram))
+
+    def forget(self) -> None:
+        self._model.zero_grad()
+        torch.manual_seed(SEED)
+
+    def update(self) -> Tensor:
+        return flat_gradient(p for p in self._model.parameters() if p.requires_grad)
+
+
+def flat_gradient(parameters: Iterable[Tensor]) -> Tensor:
+    """The gradients of parameters one after the other [P]."""
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+
+
+def squared_error(prediction: Tensor, noise: Tensor) -> Tensor:
+    """Of the predicted noise, the first half of the channels, for each sample [B]."""
+    return (prediction[:, : noise.shape[1]] - noise).square().flatten(1).mean(1)
+
+
+BENCHMARK = Benchmark(
+    "surgery_step",
+    "A training step of a DiT with PCGrad between 5 timestep clusters: an ordinary step, GradientSurgery, the public "
+    "code's way, TorchJD.",
+    cases,
+)

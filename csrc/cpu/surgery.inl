@@ -1,0 +1,289 @@
+// The kernels of surgery.h, compiled once per instruction set after kernels.inl, whose load and store they use; the
+// including file also defines DTR_VECTOR_BYTES.
+//
+// To them the segments of a gradient are one row of P columns. Panels of columns are widened to fp32 in a buffer that stays
+// in cache, whatever segments they come from: many tiny segments are as good as one huge one, results do not depend on
+// where the cuts are, and a panel may be overwritten in place once it is read. While the processor computes on a panel,
+// it fetches a later one.
+
+namespace dtr {
+namespace {
+
+constexpr int64_t kWidth = DTR_VECTOR_BYTES / sizeof(float);
+using Floats = float __attribute__((vector_size(DTR_VECTOR_BYTES)));
+using Doubles = double __attribute__((vector_size(DTR_VECTOR_BYTES)));  // half as many lanes
+constexpr int64_t kHalf = kWidth / 2;
+
+// What is summed in registers: kTile x kTile vectors of products for the Gram matrix, kRows x kVectors of a combination.
+constexpr int64_t kTile = DTR_VECTOR_BYTES == 64 ? 5 : 3;
+constexpr int64_t kRows = 6, kVectors = DTR_VECTOR_BYTES == 64 ? 4 : 2;
+
+// Columns of a panel.
+constexpr int64_t kColumns = 512;
+// Products that a lane adds in fp32. The error of 32 roundings is at most 1e-6 |g_i| |g_j|, whatever the data.
+constexpr int64_t kStretch = 32;
+// A chunk of panels has one partial Gram matrix: chunks are long enough to hide its cost, and few enough to hold them all.
+constexpr int64_t kLeastPanels = 16, kMostChunks = 512;
+// Rows of a panel that are fetched ahead at least; fewer would arrive too late.
+constexpr int64_t kLeastRowsAhead = 4;
+constexpr int64_t kCacheLine = 64;
+
+inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Zeros, aligned for vectors.
+template <class T>
+class Buffer {
+public:
+    explicit Buffer(int64_t size) : lines_(divided_up(size * sizeof(T), kCacheLine)) {}
+    T* data() { return lines_.data()->values; }
+
+private:
+    struct alignas(kCacheLine) Line {
+        T values[kCacheLine / sizeof(T)];
+    };
+    std::vector<Line> lines_;
+};
+
+// f(integral constant n) for an n in 1..most.
+template <int most, class F>
+void with_constant(int64_t n, F f) {
+    if constexpr (most > 0) {
+        if (n == most) f(std::integral_constant<int, most>());
+        else with_constant<most - 1>(n, f);
+    }
+}
+
+// 0..size-1 in the fewest parts of at most `most`, all of nearly one size.
+class Parts {
+public:
+    Parts(int64_t size, int64_t most) : size_(size), count_(divided_up(size, most)) {}
+    int64_t count() const { return count_; }
+    int64_t begin(int64_t part) const { return size_ * part / count_; }
+    int64_t size(int64_t part) const { return begin(part + 1) - begin(part); }
+
+private:
+    int64_t size_, count_;
+};
+
+// Rows of a later panel.
+struct Ahead {
+    const char* const* rows;
+    int64_t count;
+    int64_t stride;  // bytes from vector to vector
+
+    void fetch(int64_t vector) const {
+        if (vector * stride % kCacheLine == 0)
+            for (int64_t k = 0; k < count; ++k) __builtin_prefetch(rows[k] + vector * stride, 0, 2);
+    }
+
+    // The share of one of `parts` functions that compute on the present panel.
+    Ahead share(int64_t part, int64_t parts) const {
+        const int64_t first = count * part / parts;
+        return {rows + first, count * (part + 1) / parts - first, stride};
+    }
+};
+
+class Panels {
+public:
+    explicit Panels(const Gradients& g) : g_(g), first_(g.segments + 1) {
+        for (int64_t s = 0; s < g.segments; ++s) first_[s + 1] = first_[s] + g.sizes[s];
+    }
+
+    int64_t count() const { return divided_up(first_.back(), kColumns); }
+    int64_t width(int64_t panel) const { return std::min(kColumns, first_.back() - panel * kColumns); }
+    int64_t vectors(int64_t panel) const { return divided_up(width(panel), kWidth); }
+
+    // Calls f(segment, its first column, columns, their first in the panel) for every piece of a panel.
+    template <class F>
+    void pieces(int64_t panel, F f) const {
+        const int64_t begin = panel * kColumns, end = begin + width(panel);
+        for (int64_t column = begin, s = segment(begin); column < end; ++s) {
+            const int64_t n = std::min(end, first_[s + 1]) - column;
+            if (n > 0) f(s, column - first_[s], n, column - begin);
+            column += n;
+        }
+    }
+
+    // Widens a panel to rows [K, kColumns], with zeros up to a whole vector.
+    void read(int64_t panel, float* rows) const {
+        pieces(panel, [&](int64_t s, int64_t column, int64_t n, int64_t offset) {
+            for (int64_t k = 0; k < g_.K; ++k)
+                load(element(g_.data[s * g_.K + k], column), g_.type, n, rows + k * kColumns + offset);
+        });
+        for (int64_t k = 0; k < g_.K; ++k)
+            std::fill(rows + k * kColumns + width(panel), rows + k * kColumns + vectors(panel) * kWidth, 0.0f);
+    }
+
+    // What to fetch while `panel` is computed on. Only where it begins is looked up: behind short segments the wrong memory
+    // is fetched, which does no harm.
+    Ahead after(int64_t panel, const char** rows) const {
+        const int64_t later = panel + 1 + (kLeastRowsAhead - 1) / g_.K;
+        if (later >= count()) return {rows, 0, 0};
+        const int64_t s = segment(later * kColumns);
+        for (int64_t k = 0; k < g_.K; ++k) rows[k] = element(g_.data[s * g_.K + k], later * kColumns - first_[s]);
+        return {rows, g_.K, kWidth * size_of(g_.type)};
+    }
+
+    char* element(void* segment, int64_t column) const { return static_cast<char*>(segment) + column * size_of(g_.type); }
+
+private:
+    int64_t segment(int64_t column) const {
+        return std::upper_bound(first_.begin(), first_.end(), column) - first_.begin() - 1;
+    }
+
+    const Gradients& g_;
+    std::vector<int64_t> first_;
+};
+
+inline const Floats& vector_at(const float* row, int64_t v) { return *reinterpret_cast<const Floats*>(row + v * kWidth); }
+inline Floats& vector_at(float* row, int64_t v) { return *reinterpret_cast<Floats*>(row + v * kWidth); }
+
+// sums[pair, :] += products of row i of a and row j of b, as kHalf partial sums, for the pairs of i < R and j < C in turn (on
+// the diagonal those with i <= j). Not inlined: inside of a larger function GCC 12 keeps the products in memory.
+template <int R, int C, bool diagonal>
+__attribute__((noinline)) void add_products(const float* a, const float* b, int64_t vectors, double* sums, Ahead ahead) {
+    for (int64_t begin = 0; begin < vectors; begin += kStretch) {
+        Floats products[R][C] = {};
+        for (int64_t v = begin; v < std::min(begin + kStretch, vectors); ++v) {
+            ahead.fetch(v);
+            Floats x[R];
+#pragma GCC unroll 8
+            for (int i = 0; i < R; ++i) x[i] = vector_at(a + i * kColumns, v);
+#pragma GCC unroll 8
+            for (int j = 0; j < C; ++j) {
+                const Floats y = diagonal ? x[j] : vector_at(b + j * kColumns, v);
+#pragma GCC unroll 8
+                for (int i = 0; i < (diagonal ? j + 1 : R); ++i) products[i][j] += x[i] * y;
+            }
+        }
+        alignas(kCacheLine) float pairs[R * C * kWidth];
+        int64_t count = 0;
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+            for (int j = diagonal ? i : 0; j < C; ++j) vector_at(pairs, count++) = products[i][j];
+        for (int64_t pair = 0; pair < count; ++pair) {
+            const float* lanes = pairs + pair * kWidth;
+            Doubles low, high;
+            for (int64_t lane = 0; lane < kHalf; ++lane) low[lane] = lanes[lane];
+            for (int64_t lane = 0; lane < kHalf; ++lane) high[lane] = lanes[kHalf + lane];
+            reinterpret_cast<Doubles*>(sums)[pair] += low + high;
+        }
+    }
+}
+
+// The tiles of the upper triangle, in the order in which `sums` holds them: f(first row, rows, first column, columns).
+template <class F>
+void for_each_tile(const Parts& parts, F f) {
+    for (int64_t p = 0; p < parts.count(); ++p)
+        for (int64_t q = p; q < parts.count(); ++q) f(parts.begin(p), parts.size(p), parts.begin(q), parts.size(q));
+}
+
+// Adds a panel's share of the Gram matrix to sums [pairs, kHalf].
+void add_panel(const float* rows, int64_t vectors, const Parts& parts, double* sums, const Ahead& ahead) {
+    const int64_t tiles = parts.count() * (parts.count() + 1) / 2;
+    int64_t tile = 0;
+    for_each_tile(parts, [&](int64_t i, int64_t R, int64_t j, int64_t C) {
+        const float *a = rows + i * kColumns, *b = rows + j * kColumns;
+        const Ahead share = ahead.share(tile++, tiles);
+        with_constant<kTile>(R, [&](auto r) {
+            if (i == j) add_products<r, r, true>(a, a, vectors, sums, share);
+            else with_constant<kTile>(C, [&](auto c) { add_products<r, c, false>(a, b, vectors, sums, share); });
+        });
+        sums += (i == j ? R * (R + 1) / 2 : R * C) * kHalf;
+    });
+}
+
+void gram(const Gradients& g, double* out) {
+    const Panels panels(g);
+    const Parts parts(g.K, kTile);
+    const int64_t pairs = g.K * (g.K + 1) / 2;
+    const int64_t chunk_size = std::max(kLeastPanels, divided_up(panels.count(), kMostChunks));
+    const int64_t chunks = divided_up(panels.count(), chunk_size);
+    std::vector<double> partial(chunks * pairs);
+#pragma omp parallel if (chunks > 1)
+    {
+        Buffer<float> rows(g.K * kColumns);
+        Buffer<double> sums(pairs * kHalf);
+        const char* later[kMaxClusters];
+#pragma omp for schedule(static)
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            std::fill(sums.data(), sums.data() + pairs * kHalf, 0.0);
+            for (int64_t panel = chunk * chunk_size; panel < std::min((chunk + 1) * chunk_size, panels.count()); ++panel) {
+                panels.read(panel, rows.data());
+                add_panel(rows.data(), panels.vectors(panel), parts, sums.data(), panels.after(panel, later));
+            }
+            for (int64_t pair = 0; pair < pairs; ++pair)
+                for (int64_t lane = 0; lane < kHalf; ++lane) partial[chunk * pairs + pair] += sums.data()[pair * kHalf + lane];
+        }
+    }
+    std::vector<double> total(pairs);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+        for (int64_t pair = 0; pair < pairs; ++pair) total[pair] += partial[chunk * pairs + pair];
+    const double* product = total.data();
+    for_each_tile(parts, [&](int64_t row, int64_t R, int64_t column, int64_t C) {
+        for (int64_t i = row; i < row + R; ++i)
+            for (int64_t j = std::max(i, column); j < column + C; ++j) out[i * g.K + j] = out[j * g.K + i] = *product++;
+    });
+}
+
+// out[i, :] = sum over j of coefficients[i, j] rows[j, :], for R rows.
+template <int R>
+void combine_rows(const float* rows, int64_t K, int64_t vectors, const float* coefficients, float* out, Ahead ahead) {
+    for (int64_t begin = 0; begin < vectors; begin += kVectors) {
+        for (int64_t v = 0; v < kVectors; ++v) ahead.fetch(begin + v);
+        Floats total[R][kVectors] = {};
+        for (int64_t j = 0; j < K; ++j) {
+            Floats row[kVectors];
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) row[v] = vector_at(rows + j * kColumns, begin + v);
+#pragma GCC unroll 8
+            for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+                for (int v = 0; v < kVectors; ++v) total[i][v] += coefficients[i * K + j] * row[v];
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) vector_at(out + i * kColumns, begin + v) = total[i][v];
+    }
+}
+
+// Segment s of row i of coefficients [N, K] times the gradients goes to out[s * N + i], which may be the gradients' own memory.
+void combine_to(const Gradients& g, int64_t N, const double* matrix, void* const* out) {
+    const Panels panels(g);
+    const Parts parts(N, kRows);
+    const std::vector<float> coefficients(matrix, matrix + N * g.K);
+#pragma omp parallel if (panels.count() > 1)
+    {
+        Buffer<float> rows(g.K * kColumns), combined(kRows * kColumns);
+        const char* later[kMaxClusters];
+#pragma omp for schedule(static)
+        for (int64_t panel = 0; panel < panels.count(); ++panel) {
+            panels.read(panel, rows.data());
+            const Ahead ahead = panels.after(panel, later);
+            for (int64_t part = 0; part < parts.count(); ++part) {
+                const int64_t first = parts.begin(part), R = parts.size(part);
+                with_constant<kRows>(R, [&](auto r) {
+                    combine_rows<r>(rows.data(), g.K, panels.vectors(panel), &coefficients[first * g.K], combined.data(),
+                                    ahead.share(part, parts.count()));
+                });
+                panels.pieces(panel, [&](int64_t s, int64_t column, int64_t n, int64_t offset) {
+                    for (int64_t i = 0; i < R; ++i)
+                        store(combined.data() + i * kColumns + offset, n, g.type, panels.element(out[s * N + first + i], column));
+                });
+            }
+        }
+    }
+}
+
+void combine(const Gradients& g, const double* coefficients) { combine_to(g, g.K, coefficients, g.data); }
+
+void weighted_sum(const Gradients& g, const double* weights, void* const* out) { combine_to(g, 1, weights, out); }
+
+}  // namespace
+
+#define DTR_SURGERY_TABLE(isa) DTR_PASTE(isa, _surgery)
+const SurgeryKernels DTR_SURGERY_TABLE(DTR_ISA) = {gram, combine, weighted_sum};
+
+}  // namespace dtr

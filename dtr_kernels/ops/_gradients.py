@@ -1,0 +1,159 @@
+"""What the ops of gradient surgery share: K gradients as their kernels read them, and which path runs.
+
+The registered ops take a flat list of tensors, segment by segment: the K gradients of one parameter next to each other.
+One [K, P] buffer is one segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from dtr_kernels.ops import _cpu
+
+MOST_CLUSTERS = 64
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Elements of one gradient that the plain path widens at a time: its scratch memory does not grow with the model.
+_PLAIN_CHUNK = 1 << 18
+
+
+def segments(grads: Tensor | Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], int]:
+    """A [K, P] tensor, or K lists of equally shaped tensors, as the flat list that the ops take, and K.
+
+    Raises:
+        TypeError: if grads is neither, or holds anything but floating-point tensors.
+        ValueError: if there are no or more than 64 gradients, they have no tensors, differ in shape, dtype, device or
+            memory layout, are not dense in memory, or require grad.
+    """
+    if isinstance(grads, Tensor):
+        if grads.dim() != 2:
+            raise ValueError(f"grads must be [K, P] or K lists of tensors, got a tensor of shape {list(grads.shape)}")
+        rows: list[list[Tensor]] = [[row] for row in grads.unbind(0)]
+    elif isinstance(grads, Sequence) and all(isinstance(row, Sequence) for row in grads):
+        rows = [list(row) for row in grads]
+    else:
+        given = type(grads).__name__
+        if isinstance(grads, Sequence):
+            given += f" that holds a {next(type(row).__name__ for row in grads if not isinstance(row, Sequence))}"
+        raise TypeError(f"grads must be a [K, P] tensor or a list of K lists of tensors, got a {given}")
+    if not 1 <= len(rows) <= MOST_CLUSTERS:
+        raise ValueError(f"grads must hold the gradients of 1 to {MOST_CLUSTERS} clusters, got {len(rows)}")
+    for k, row in enumerate(rows):
+        if len(row) != len(rows[0]):
+            raise ValueError(f"grads[{k}] has {len(row)} tensors, but grads[0] has {len(rows[0])}")
+    if not rows[0]:
+        raise ValueError("grads has no tensors: pass the gradients of at least one parameter")
+    for k, row in enumerate(rows):
+        for i, tensor in enumerate(row):
+            _check(f"grads[{k}]" + ("" if isinstance(grads, Tensor) else f"[{i}]"), tensor, rows[0][i], rows[0][0])
+    return [tensor for segment in zip(*rows, strict=True) for tensor in segment], len(rows)
+
+
+def _check(name: str, tensor: Tensor, like: Tensor, first: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}; call .to_dense() on it")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, got {tensor.dtype}")
+    if tensor.dtype != first.dtype or tensor.device != first.device:
+        raise ValueError(
+            f"all gradients must have one dtype and device; {name} is {tensor.dtype} on {tensor.device}, the first "
+            f"{first.dtype} on {first.device}"
+        )
+    if tensor.shape != like.shape:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, but the first gradient has {list(like.shape)} there")
+    alike = tensor.stride() == like.stride() or (tensor.is_contiguous() and like.is_contiguous())
+    if not (alike and _is_dense(tensor)):
+        raise ValueError(
+            f"{name} has strides {tensor.stride()}: gradients must be dense in memory and laid out alike; call "
+            ".contiguous() on them"
+        )
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, and gradient surgery cannot be differentiated; detach it")
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory without gaps or overlaps, in whatever order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def refuse_shared_memory(grads: list[Tensor], clusters: int) -> None:
+    """Before an op writes to the gradients: refuses tensors that overlap, which it would change twice.
+
+    Raises:
+        ValueError: if two of them share memory.
+    """
+    stretches = sorted((t.data_ptr(), t.numel() * t.element_size(), i) for i, t in enumerate(grads) if t.numel())
+    for (address, size, first), (following, _, second) in pairwise(stretches):
+        if address + size > following:
+            (s, k), (z, l) = divmod(first, clusters), divmod(second, clusters)
+            raise ValueError(
+                f"grads must not share memory where they are changed in place, but tensor {s} of grads[{k}] and tensor "
+                f"{z} of grads[{l}] do; clone one of them"
+            )
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A dense tensor's elements in the order of its memory, without a copy."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def surgery_path(x: Tensor) -> str:
+    """What computes on gradients like x: "cuda" or "cpu" (the compiled extension), or "plain" (PyTorch ops)."""
+    return "plain" if why_plain(x.device, x.dtype) else x.device.type
+
+
+def why_plain(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why PyTorch ops compute on gradients of this device and dtype; None where the compiled extension does."""
+    if dtype == torch.float64:
+        return "the compiled kernels of gradient surgery do not take fp64"
+    if device.type == "cpu":
+        return _cpu.unavailable
+    if device.type == "cuda":
+        return _cuda_unavailable(device)
+    return f"there are no compiled kernels for {device.type}"
+
+
+@cache
+def _cuda_unavailable(device: torch.device) -> str | None:
+    if _cpu.kernels is None:
+        return _cpu.unavailable
+    if not hasattr(_cpu.kernels, "cuda"):
+        return f"the extension was built without CUDA kernels: {_cpu.kernels.build_config()['no_cuda_reason']}"
+    with torch.cuda.device(device):
+        return _cpu.kernels.cuda.unsupported()
+
+
+def described(grads: list[Tensor], clusters: int) -> _cpu.kernels.Gradients:
+    """The gradients' pointers and sizes for the extension; the caller keeps the tensors alive."""
+    return _cpu.kernels.Gradients(
+        _cpu.dtype_code(grads[0].dtype),
+        clusters,
+        [tensor.data_ptr() for tensor in grads],
+        [tensor.numel() for tensor in grads[::clusters]],
+    )
+
+
+def current_stream(x: Tensor) -> int:
+    """The CUDA stream that PyTorch queues work on for x's device, as an address."""
+    return torch.cuda.current_stream(x.device).cuda_stream
+
+
+def plain_chunks(grads: list[Tensor], clusters: int) -> Iterator[tuple[int, list[Tensor]]]:
+    """For the plain path: stretches of the K gradients as flat views, with the number of their segment."""
+    for s in range(0, len(grads), clusters):
+        rows = [flat(tensor) for tensor in grads[s : s + clusters]]
+        for stretch in zip(*(row.split(_PLAIN_CHUNK) for row in rows), strict=True):
+            yield s // clusters, list(stretch)

@@ -1,0 +1,57 @@
+"""The Gram matrix of K gradients, G[i, j] = <g_i, g_j>: everything that PCGrad needs to know of them.
+
+The compiled kernels (csrc/cpu/surgery.inl, csrc/cuda/surgery.cu) read every gradient once. Products are added in fp32
+within a lane and in fp64 across lanes and blocks, in an order that depends on the sizes alone: the same gradients give
+the same bits, whatever the number of threads. ``reference.gram`` is the oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dtr_kernels.ops import _cpu
+from dtr_kernels.ops._gradients import current_stream, described, plain_chunks, segments, surgery_path
+from dtr_kernels.ops._registration import op
+
+
+@op("gram")
+def _gram(grads: list[Tensor], clusters: int) -> Tensor:
+    out = torch.zeros(clusters, clusters, device=grads[0].device, dtype=torch.float64)
+    path = surgery_path(grads[0])
+    if path == "plain":
+        for _, rows in plain_chunks(grads, clusters):
+            wide = torch.stack(rows).double()
+            out += wide @ wide.T
+        return out
+    gradients = described(grads, clusters)
+    if path == "cpu":
+        _cpu.kernels.gram(gradients, out.data_ptr())
+        return out
+    with torch.cuda.device(out.device):
+        workspace = torch.empty(_cpu.kernels.cuda.gram_workspace(gradients), device=out.device, dtype=torch.float64)
+        _cpu.kernels.cuda.gram(gradients, out.data_ptr(), workspace.data_ptr(), current_stream(out))
+    return out
+
+
+@_gram.register_fake
+def _(grads: list[Tensor], clusters: int) -> Tensor:
+    return grads[0].new_empty(clusters, clusters, dtype=torch.float64)
+
+
+def gram(grads: Tensor | Sequence[Sequence[Tensor]]) -> Tensor:
+    """The Gram matrix of K gradients.
+
+    Args:
+        grads: [K, P], or K lists of tensors (one list for each gradient, equally shaped), 1 <= K <= 64; fp32, bf16,
+            fp16 or fp64, on one device. Rows may be any distance apart.
+
+    Returns:
+        fp64 [K, K], on the gradients' device. NaN and inf in a gradient reach its row and column.
+
+    Raises:
+        TypeError, ValueError: if the gradients are not as described.
+    """
+    return _gram(*segments(grads))

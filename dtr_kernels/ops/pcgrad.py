@@ -1,0 +1,184 @@
+"""PCGrad on K gradients in two passes over memory (Yu et al., 2020; ANT, section 4).
+
+A projected gradient never leaves the span of the originals, so with the Gram matrix G the whole loop runs on K x K
+coefficients C: <g_i', g_j> = (C G)[i, j], and a conflict changes C[i, j] alone. One pass over the gradients makes G,
+one applies C; the loop over the gradients themselves would make K (K - 1) passes. ``reference.pcgrad`` is the oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dtr_kernels.ops import _cpu
+from dtr_kernels.ops._gradients import MOST_CLUSTERS, current_stream, segments, surgery_path
+from dtr_kernels.ops._registration import op
+from dtr_kernels.ops.combine import _combine, _weighted_sum
+from dtr_kernels.ops.gram import _gram
+
+
+@op("pcgrad_coefficients")
+def _coefficients(gram: Tensor, order: Tensor) -> Tensor:
+    clusters = len(gram)
+    # The matrix is fp64 on every path; it stands on the gradients' device, whose kernels take it.
+    path = surgery_path(gram.new_empty(0, dtype=torch.float32))
+    if path == "plain":
+        return _plain_coefficients(gram, order)
+    out = torch.empty_like(gram)
+    if path == "cpu":
+        _cpu.kernels.pcgrad_coefficients(clusters, gram.data_ptr(), order.data_ptr(), out.data_ptr())
+        return out
+    with torch.cuda.device(gram.device):
+        _cpu.kernels.cuda.pcgrad_coefficients(
+            clusters, gram.data_ptr(), order.data_ptr(), out.data_ptr(), current_stream(gram)
+        )
+    return out
+
+
+def _plain_coefficients(gram: Tensor, order: Tensor) -> Tensor:
+    """All K rows of C at once, one step of the order after the other."""
+    C = torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
+    products = gram.clone()  # (C G)[i, :], kept up to date
+    for j in order.unbind(1):
+        product, norm = products.gather(1, j[:, None]), gram.diagonal()[j][:, None]
+        step = torch.where((product < 0) & (norm > 0), product / norm, 0.0)
+        C.scatter_add_(1, j[:, None], -step)
+        products -= step * gram[j]
+    return C
+
+
+@_coefficients.register_fake
+def _(gram: Tensor, order: Tensor) -> Tensor:
+    return torch.empty_like(gram)
+
+
+def random_order(clusters: int, generator: torch.Generator | None = None, device: torch.device | None = None) -> Tensor:
+    """The order in which each gradient meets the others, drawn uniformly.
+
+    Args:
+        clusters: K, at least 1.
+        generator: draws the order on its own device; a CPU generator gives the same orders for gradients anywhere.
+            Default: PyTorch's CPU generator, or in a CUDA graph and in code compiled for a GPU the device's, so that
+            each replay draws anew.
+        device: where the order is wanted; the copy does not make the host wait.
+
+    Returns:
+        int64 [K, K-1]; row i is a permutation of the other clusters.
+
+    Raises:
+        ValueError: if the generator is on a CPU while a CUDA graph is captured.
+    """
+    source = torch.device("cpu") if generator is None else generator.device
+    device = device or source
+    if (
+        generator is None
+        and device.type == "cuda"
+        and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
+    ):
+        source = device
+    keys = torch.rand(clusters, clusters, generator=generator, device=source)
+    order = keys.fill_diagonal_(2).argsort(dim=1)[:, :-1].contiguous()  # 2 is above every key: i itself comes last
+    return _moved(order, device)
+
+
+def _moved(order: Tensor, device: torch.device) -> Tensor:
+    """The order on a device; from a CPU to a GPU by way of pinned memory, so that the host does not wait."""
+    if order.device.type != "cpu" or device.type != "cuda" or torch.compiler.is_compiling():
+        return order.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            f"order, or the generator that draws it, must be on {device} while a CUDA graph is captured: every replay "
+            "would copy it again from memory of the CPU that is in other use by then"
+        )
+    return order.pin_memory().to(device, non_blocking=True)
+
+
+def pcgrad_coefficients(gram: Tensor, order: Tensor) -> Tensor:
+    """The coefficients of PCGrad's projected gradients: g_i' = sum over j of C[i, j] g_j.
+
+    A gradient of norm 0 changes nothing and is not divided by. Computed on the matrix's device without host
+    synchronisation.
+
+    Args:
+        gram: [K, K], 1 <= K <= 64; used as fp64.
+        order: int [K, K-1]; row i holds the other clusters in the order in which gradient i meets them. On a CPU, from
+            where it is copied to the matrix's device, or on that device, where a CUDA graph needs it. Its values are
+            checked where that does not make the host wait; on a GPU a row that is no permutation gives a row of NaN.
+
+    Returns:
+        fp64 [K, K], row i the coefficients of g_i'. Weights for the update are its column sums.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+    """
+    if not isinstance(gram, Tensor) or not gram.is_floating_point():
+        raise TypeError(f"gram must be a floating-point tensor, got {getattr(gram, 'dtype', type(gram).__name__)}")
+    if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or not 1 <= len(gram) <= MOST_CLUSTERS:
+        raise ValueError(f"gram must be [K, K] with K from 1 to {MOST_CLUSTERS}, got {list(gram.shape)}")
+    return _coefficients(gram.detach().double().contiguous(), _checked_order(order, len(gram), gram.device))
+
+
+def pcgrad_(
+    grads: Tensor | Sequence[Sequence[Tensor]],
+    order: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Projects K gradients in place, each off those that it conflicts with: g_i <- g_i'.
+
+    Args:
+        grads: as in ``gram``; no two tensors may share memory.
+        order: as in ``pcgrad_coefficients``; default: ``random_order``.
+        generator: for the random order.
+
+    Raises:
+        TypeError, ValueError: before anything is written, if an argument is not as described.
+    """
+    tensors, clusters = segments(grads)
+    order = _order_for(tensors, clusters, order, generator)
+    _combine(tensors, _coefficients(_gram(tensors, clusters), order))
+
+
+def pcgrad_sum(
+    grads: Tensor | Sequence[Sequence[Tensor]],
+    order: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor | list[Tensor]:
+    """PCGrad's update, the sum of the projected gradients; the gradients themselves stay as they are.
+
+    Args:
+        grads: as in ``gram``.
+        order: as in ``pcgrad_coefficients``; default: ``random_order``.
+        generator: for the random order.
+
+    Returns:
+        [P] for a [K, P] tensor, else one tensor for each parameter; in the gradients' dtype.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+    """
+    tensors, clusters = segments(grads)
+    order = _order_for(tensors, clusters, order, generator)
+    out = _weighted_sum(tensors, _coefficients(_gram(tensors, clusters), order).sum(0))
+    return out[0] if isinstance(grads, Tensor) else out
+
+
+def _order_for(tensors: list[Tensor], clusters: int, order: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    device = tensors[0].device
+    return random_order(clusters, generator, device) if order is None else _checked_order(order, clusters, device)
+
+
+def _checked_order(order: Tensor, clusters: int, device: torch.device) -> Tensor:
+    if not isinstance(order, Tensor) or order.is_floating_point() or order.is_complex() or order.dtype == torch.bool:
+        raise TypeError(f"order must be an integer tensor, got {getattr(order, 'dtype', type(order).__name__)}")
+    if tuple(order.shape) != (clusters, clusters - 1):
+        shape = [clusters, clusters - 1]
+        raise ValueError(f"order must have shape {shape} for {clusters} gradients, got {list(order.shape)}")
+    if order.device.type != "cpu" and order.device != device:
+        raise ValueError(f"order is on {order.device}, but the gradients are on {device}; move it there or to the CPU")
+    if order.device.type == "cpu" and not torch.compiler.is_compiling():
+        for i, row in enumerate(order.tolist()):
+            if sorted(row) != [j for j in range(clusters) if j != i]:
+                raise ValueError(f"order[{i}] must be a permutation of the clusters other than {i}, got {row}")
+    return _moved(order.long().contiguous(), device)

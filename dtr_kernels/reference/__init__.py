@@ -1,0 +1,40 @@
+"""The oracle: plain PyTorch for everything in this package, written to be read next to the papers.
+
+Nothing here is fast and nothing is clever. Every kernel, test and benchmark of this package is compared with these
+functions.
+"""
+
+from dtr_kernels.reference.dit import (
+    SCOPES,
+    attention,
+    dit_block,
+    gated_residual,
+    layer_norm,
+    masked,
+    mlp,
+    modulate,
+    routed_linear,
+    routed_mlp,
+    routed_norm,
+    routing_mask,
+)
+from dtr_kernels.reference.surgery import gram, pcgrad, pcgrad_coefficients, uncertainty_loss
+
+__all__ = [
+    "SCOPES",
+    "attention",
+    "dit_block",
+    "gated_residual",
+    "gram",
+    "layer_norm",
+    "masked",
+    "mlp",
+    "modulate",
+    "pcgrad",
+    "pcgrad_coefficients",
+    "routed_linear",
+    "routed_mlp",
+    "routed_norm",
+    "routing_mask",
+    "uncertainty_loss",
+]

@@ -1,0 +1,46 @@
+"""Gradient surgery between timestep clusters, as "Addressing Negative Transfer in Diffusion Models" describes it.
+
+Notation: grads [K, P], row k the gradient of cluster k's mean loss divided by K; order [K, K-1], row i the other
+clusters in the order in which gradient i meets them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gram(grads: Tensor) -> Tensor:
+    """The Gram matrix G [K, K], G[i, j] = <g_i, g_j>."""
+    return grads @ grads.T
+
+
+def pcgrad(grads: Tensor, order: Tensor) -> Tensor:
+    """PCGrad (Yu et al., 2020, algorithm 1), the loop: projected gradients [K, P], whose sum is the update.
+
+    Each gradient meets the original others one after the other, and loses its component along each that it conflicts
+    with.
+    """
+    projected = grads.clone()
+    for i, others in enumerate(order.tolist()):
+        for j in others:
+            product = projected[i] @ grads[j]
+            if product < 0:
+                projected[i] -= product / (grads[j] @ grads[j]) * grads[j]
+    return projected
+
+
+def pcgrad_coefficients(gram: Tensor, order: Tensor) -> Tensor:
+    """C [K, K] with projected gradients = C @ grads: the same loop on the coefficients of each projected gradient."""
+    C = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    for i, others in enumerate(order.tolist()):
+        for j in others:
+            product = C[i] @ gram[:, j]
+            if product < 0 and gram[j, j] > 0:
+                C[i, j] -= product / gram[j, j]
+    return C
+
+
+def uncertainty_loss(losses: Tensor, log_variances: Tensor) -> Tensor:
+    """Uncertainty weighting (Kendall et al., 2018): sum over k of (exp(-s_k) l_k + s_k) / 2."""
+    return 0.5 * (torch.exp(-log_variances) * losses + log_variances).sum()

@@ -1,0 +1,92 @@
+"""A batch whose samples stand cluster by cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors [B, ...] with the samples of cluster 0 first; sizes[k] samples belong to cluster k."""
+
+    tensors: tuple[Tensor, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def gathered(cls, clusters: Tensor, tensors: tuple[Tensor, ...], num_clusters: int) -> Batch:
+        """The samples of ``tensors`` sorted by cluster; within a cluster they keep their order.
+
+        Raises:
+            TypeError: if clusters is not an integer tensor, or another is no tensor.
+            ValueError: if clusters is not [B], names a cluster that does not exist, or there is no tensor or one that
+                has not B samples.
+        """
+        if not isinstance(clusters, Tensor) or clusters.dtype not in _INTEGERS:
+            given = getattr(clusters, "dtype", type(clusters).__name__)
+            raise TypeError(f"clusters must be an integer tensor, the cluster of each sample, got {given}")
+        if clusters.dim() != 1 or len(clusters) == 0:
+            raise ValueError(f"clusters must have shape [B] with at least one sample, got {list(clusters.shape)}")
+        if not tensors:
+            raise ValueError("tensors must hold what loss takes, at least one tensor of samples, got none")
+        for i, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"tensors[{i}] must be a tensor of {len(clusters)} samples, got {type(tensor).__name__}; what all "
+                    "samples share belongs into the loss function"
+                )
+            if tensor.dim() == 0 or len(tensor) != len(clusters):
+                raise ValueError(
+                    f"every tensor of the batch must have {len(clusters)} samples, one for each entry of clusters; "
+                    f"tensors[{i}] has shape {list(tensor.shape)}"
+                )
+        on_host = clusters.cpu()  # sizes are needed as numbers: from a GPU this is the one copy the host waits for
+        for b, cluster in enumerate(on_host.tolist()):
+            if not 0 <= cluster < num_clusters:
+                raise ValueError(
+                    f"clusters must be from 0 to num_clusters - 1 = {num_clusters - 1}, got {cluster} for sample {b}"
+                )
+        sizes = torch.bincount(on_host, minlength=num_clusters).tolist()
+        order = on_host.argsort(stable=True)
+        if not torch.equal(order, torch.arange(len(order))):
+            tensors = tuple(tensor[order.to(tensor.device)] for tensor in tensors)
+        return cls(tensors, tuple(sizes))
+
+    def losses(self, loss: Callable[..., Tensor]) -> list[Callable[[], Tensor] | None]:
+        """For each cluster a function that computes its mean loss; None for a cluster without samples."""
+        parts = zip(*(tensor.split(list(self.sizes)) for tensor in self.tensors), strict=True)
+        return [
+            partial(_mean_loss, loss, part, size) if size else None
+            for part, size in zip(parts, self.sizes, strict=True)
+        ]
+
+    def any_loss(self, loss: Callable[..., Tensor]) -> Callable[[], Tensor]:
+        """A function that computes the loss of one sample, of whatever cluster."""
+        return partial(_mean_loss, loss, tuple(tensor[:1] for tensor in self.tensors), 1)
+
+
+def _mean_loss(loss: Callable[..., Tensor], tensors: tuple[Tensor, ...], samples: int) -> Tensor:
+    losses = check_per_sample(loss(*tensors), samples)
+    return losses.mean(dtype=torch.promote_types(losses.dtype, torch.float32))
+
+
+def check_per_sample(losses: Tensor, samples: int) -> Tensor:
+    """losses itself, if they are one for each sample.
+
+    Raises:
+        TypeError, ValueError: naming what the loss function returned.
+    """
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"loss must return a tensor of one loss for each sample, got {type(losses).__name__}")
+    if tuple(losses.shape) != (samples,):
+        raise ValueError(
+            f"loss must return one loss for each of {samples} samples, shape [{samples}], got {list(losses.shape)}; "
+            "take the mean over all dimensions but the first"
+        )
+    return losses

@@ -1,0 +1,106 @@
+"""Where the K gradients are kept: one [K, P] tensor for each dtype, whose rows autograd writes directly."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dtr_kernels import ops
+
+# Elements; every parameter's stretch of a row starts on a 128-byte boundary in fp32, as kernels and optimizers like it.
+_ALIGNMENT = 32
+
+
+class _Stretch(NamedTuple):
+    """Where one parameter's gradient stands: in which tensor, and where in its rows."""
+
+    key: tuple[torch.dtype, Hashable]
+    offset: int
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+
+class GradientBuffer:
+    """K gradients of some parameters, side by side in memory.
+
+    Each parameter has a stretch of columns, in the dtype of its gradient and its own memory layout. The gaps between
+    the stretches stay zero and so add nothing to any product.
+
+    Args:
+        parameters: by name, on one device.
+        clusters: K.
+        slices: into how many equal slices the columns of a tensor can be cut.
+        apart: by parameter name; parameters with different values stand in different tensors.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        clusters: int,
+        *,
+        slices: int = 1,
+        apart: Mapping[str, Hashable] | None = None,
+    ) -> None:
+        self._layout = _layout(parameters)
+        lengths: dict[tuple[torch.dtype, Hashable], int] = {}
+        self._stretches: list[_Stretch] = []
+        for name, p in parameters.items():
+            key = _gradient_dtype(p), apart[name] if apart else None
+            self._stretches.append(_Stretch(key, lengths.setdefault(key, 0), p.shape, _dense_strides(p)))
+            lengths[key] += _rounded_up(p.numel(), _ALIGNMENT)
+        device = next(iter(parameters.values())).device
+        # The [K, P] tensors. Assigning a row of one to p.grad makes autograd write there.
+        self.tensors = {
+            key: torch.zeros(clusters, _rounded_up(n, _ALIGNMENT * slices), dtype=key[0], device=device)
+            for key, n in lengths.items()
+        }
+        self._rows = [self.split({key: t[k] for key, t in self.tensors.items()}) for k in range(clusters)]
+
+    def fits(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Whether the parameters are still those it was made for, of the same shapes, dtypes, device and layouts."""
+        return self._layout == _layout(parameters)
+
+    def row(self, k: int) -> list[Tensor]:
+        """Gradient k, one view for each parameter. Their version counters count what is written to each."""
+        return self._rows[k]
+
+    def zero_(self) -> None:
+        """Sets all K gradients to zero."""
+        for tensor in self.tensors.values():
+            tensor.zero_()
+
+    def gram(self) -> Tensor:
+        """The Gram matrix of the K gradients, fp64 [K, K]."""
+        return torch.stack([ops.gram(tensor) for tensor in self.tensors.values()]).sum(0)
+
+    def weighted_sum(self, weights: Tensor) -> list[Tensor]:
+        """The sum over k of weights[k] times gradient k, one new tensor for each parameter."""
+        return self.split({key: ops.weighted_sum(tensor, weights) for key, tensor in self.tensors.items()})
+
+    def split(self, flat: Mapping[tuple[torch.dtype, Hashable], Tensor]) -> list[Tensor]:
+        """The parameters' stretches of [P] tensors, each with a version counter of its own (which .data gives)."""
+        return [
+            flat[s.key].as_strided(s.shape, s.strides, flat[s.key].storage_offset() + s.offset).data
+            for s in self._stretches
+        ]
+
+
+def _rounded_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _layout(parameters: Mapping[str, Tensor]) -> list[Any]:
+    return [(name, p.shape, p.stride(), _gradient_dtype(p), p.device) for name, p in parameters.items()]
+
+
+def _gradient_dtype(p: Tensor) -> torch.dtype:
+    """The dtype that autograd wants p.grad to have: p's own, if nobody has set p.grad_dtype (from torch 2.10 on)."""
+    return getattr(p, "grad_dtype", None) or p.dtype
+
+
+def _dense_strides(p: Tensor) -> tuple[int, ...]:
+    """Strides of a gradient for p: p's own, so that optimizers walk both in one order, or contiguous ones."""
+    return torch.empty_like(p, device="meta").stride()

@@ -1,0 +1,460 @@
+"""Gradient surgery by many processes: the Gram matrix and the update of one process that had the batches of all.
+
+PCGrad of averaged gradients is not the average of PCGrads, so the K gradients are averaged first:
+
+- Replicated parameters (``Replicas``): the K gradients are reduce-scattered, so that each rank holds a slice of their
+  averages; the ranks add up the slices' Gram matrices, combine their slices, and gather the update. (K + 1) P elements
+  cross the network for each rank, where all-reduced gradients would take 2 K P.
+- Sharded parameters (``Shards``): FSDP2 has already averaged what it leaves in a shard. The ranks add up the shards'
+  Gram matrices, and the update stays sharded.
+
+Either way one rank's weights are everybody's, so that random orders and rounding cannot let the ranks drift apart.
+
+An average over ranks is weighted by samples: with n_rk samples of cluster k on rank r, the gradient of rank r's mean
+loss counts n_rk / sum over r of n_rk.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dtr_kernels import ops
+from dtr_kernels.surgery.buffer import GradientBuffer
+from dtr_kernels.surgery.engines import EngineChoice
+from dtr_kernels.surgery.parameters import device_of
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+    from dtr_kernels.surgery.gradient_surgery import Gradients
+    from dtr_kernels.surgery.per_cluster import Loss
+
+
+class OneProcess:
+    """What ``GradientSurgery`` asks of its ranks. This one has no others."""
+
+    def engine(self, name: str) -> EngineChoice:
+        """The engine of a name; ValueError if these ranks cannot use it."""
+        return EngineChoice(name)
+
+    def buffer(self, parameters: Mapping[str, Tensor], clusters: int) -> GradientBuffer:
+        """Where this rank collects its gradients."""
+        return GradientBuffer(parameters, clusters)
+
+    def failing_together(self) -> AbstractContextManager[None]:
+        """Around a rank's part of a step: an error inside becomes an error on every rank."""
+        return nullcontext()
+
+    def weighted(self, losses: Sequence[Loss], counts: Sequence[int], spare: Loss = None) -> Sequence[Loss]:
+        """The losses to differentiate, given the samples behind each of them on this rank.
+
+        ``spare`` is a loss to run where other ranks have samples of a cluster, this one has none, and all must run.
+        """
+        return losses
+
+    def together(
+        self, parameters: Mapping[str, Tensor], buffer: GradientBuffer, received: set[str]
+    ) -> tuple[Gradients, set[str]]:
+        """The gradients of all ranks' batches, and the names of the parameters that got one on any rank."""
+        return buffer, received
+
+    def agreed(self, weights: Tensor) -> Tensor:
+        """The weights that all ranks use."""
+        return weights
+
+
+def ranks(
+    parameters: Mapping[str, Tensor],
+    process_group: dist.ProcessGroup | None,
+    num_clusters: int,
+    weighting: str,
+    engine: str,
+) -> OneProcess:
+    """The ranks that share the work on these parameters, as their kind and the caller's process group tell.
+
+    Args:
+        parameters: those that require grad.
+        process_group: of the ranks that hold replicas of the parameters, or None.
+        num_clusters, weighting, engine: which the ranks must have in common, as must be the parameters.
+
+    Raises:
+        TypeError, ValueError: if the process group or a parameter is not one that can be used.
+    """
+    settings = [("num_clusters", str(num_clusters)), ("weighting", repr(weighting)), ("engine", repr(engine))]
+    if any(_is_dtensor(p) for p in parameters.values()):
+        if process_group is not None:
+            raise ValueError(
+                "process_group is for replicated parameters, but params are DTensors, whose device mesh says which "
+                "ranks work together; leave process_group out"
+            )
+        return Shards(parameters, settings)
+    if process_group is not None:
+        return Replicas(process_group, parameters, settings)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        warnings.warn(
+            f"torch.distributed runs {dist.get_world_size()} processes, but GradientSurgery got no process_group, so "
+            "that each makes updates of its own; pass process_group=torch.distributed.group.WORLD for updates from all "
+            "ranks' batches",
+            stacklevel=3,
+        )
+    return OneProcess()
+
+
+class _ManyProcesses(OneProcess):
+    """Ranks that check one another: a mismatch or an error on one becomes an error on every rank, not a hang.
+
+    Args:
+        groups: process groups that one after the other reach every rank, as the dimensions of a device mesh do.
+        parameters: that all of them have.
+        settings: names and values that must be the same on all ranks.
+    """
+
+    def __init__(
+        self, groups: Sequence[dist.ProcessGroup], parameters: Mapping[str, Tensor], settings: list[tuple[str, str]]
+    ) -> None:
+        self._groups = groups
+        self._device = device_of(parameters)
+        # On a CPU, where the backend has one, no rank waits for its GPU in order to exchange a few numbers.
+        on_cpu = all("cpu:" in dist.get_backend_config(group) for group in groups)
+        self._control_device = torch.device("cpu") if on_cpu else self._device
+        self._settings = settings
+        self._describe(parameters)
+        # Whether the ranks have met in this step, after which an error on one is no longer announced.
+        self._met = False
+
+    def _describe(self, parameters: Mapping[str, Tensor]) -> None:
+        """Notes what the ranks must have in common: the settings, and the parameters that require grad now."""
+        self._description = self._settings + [
+            (f"parameter {name!r}", f"{list(p.shape)} {p.dtype} {p.stride()} {getattr(p, 'placements', '')}".strip())
+            for name, p in parameters.items()
+        ]
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        self._met = False
+        try:
+            yield
+        except Exception as error:
+            if not self._met:
+                self._meet(error)
+            raise
+
+    def _meet(self, error: Exception | None = None) -> None:
+        """Waits for all ranks.
+
+        Raises:
+            RuntimeError: if one of the others brings an error.
+            ValueError: if they differ in what they should have in common.
+        """
+        self._met = True
+        digest = zlib.crc32(repr(self._description).encode())
+        word = torch.tensor([error is not None, digest, -digest], device=self._control_device)
+        self._all_reduce(word, dist.ReduceOp.MAX)
+        failed, largest, smallest = word.tolist()
+        if failed:
+            reports = self._gathered(None if error is None else f"{type(error).__name__}: {error}")
+            if error is None:
+                rank, report = next((rank, report) for rank, report in reports if report is not None)
+                raise RuntimeError(f"rank {rank} failed in this step of gradient surgery: {report}")
+        elif largest != -smallest:
+            (first, here), *others = self._gathered(self._description)
+            rank, there = next((rank, there) for rank, there in others if there != here)
+            a, b = next((a, b) for a, b in zip_longest(here, there) if a != b)
+            raise ValueError(
+                "GradientSurgery must be made and used alike on all ranks, but "
+                f"rank {first} has {_entry(a)}, and rank {rank} has {_entry(b)}"
+            )
+
+    def _sums(self, numbers: Sequence[int]) -> list[int]:
+        """Each number's sum over all ranks."""
+        sums = torch.tensor(numbers, device=self._control_device)
+        self._all_reduce(sums, dist.ReduceOp.SUM)
+        return sums.tolist()
+
+    def _all_reduce(self, tensor: Tensor, op: Any) -> None:
+        for group in self._groups:
+            dist.all_reduce(tensor, op, group)
+
+    def _gathered(self, thing: object) -> list[tuple[int, Any]]:
+        """Every rank with its thing."""
+        things: list[Any] = [(dist.get_rank(), thing)]
+        # Backends without a CPU side send objects by way of the current GPU.
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+            for group in self._groups:
+                parts: list[Any] = [None] * group.size()
+                dist.all_gather_object(parts, things, group)
+                things = [item for part in parts for item in part]
+        return sorted(things, key=lambda item: item[0])
+
+    def agreed(self, weights: Tensor) -> Tensor:
+        weights = weights.clone()
+        for group in self._groups:
+            dist.broadcast(weights, group=group, group_src=0)
+        return weights
+
+
+def _entry(entry: tuple[str, str] | None) -> str:
+    return "no further parameter" if entry is None else " = ".join(entry)
+
+
+class Replicas(_ManyProcesses):
+    """Ranks with a copy of the parameters each, which communicate once a step, after its last micro-batch.
+
+    A rank's gradient of a cluster, added up over the micro-batches, is weighted by the samples behind it, also added
+    up. That is exact if a rank's share of a cluster's samples is the same in all micro-batches of a step.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, parameters: Mapping[str, Tensor], settings: list[tuple[str, str]]
+    ) -> None:
+        if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+            raise TypeError(
+                "process_group must be a torch.distributed.ProcessGroup that this process belongs to, such as "
+                f"torch.distributed.group.WORLD, got {type(group).__name__}"
+            )
+        super().__init__([group], parameters, settings)
+        self._group = group
+        # Samples of each cluster in the micro-batches of this step.
+        self._counts: list[int] = []
+
+    def engine(self, name: str) -> EngineChoice:
+        if name == "low_memory":
+            raise ValueError(
+                "engine 'low_memory' does not work with process_group, because it never holds the K gradients that "
+                "the ranks must average; use 'auto', 'per_cluster' or 'one_pass', or shard the parameters (fully_shard)"
+            )
+        return EngineChoice(name)
+
+    def buffer(self, parameters: Mapping[str, Tensor], clusters: int) -> GradientBuffer:
+        self._describe(parameters)
+        return GradientBuffer(parameters, clusters, slices=self._group.size())
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        try:
+            with super().failing_together():
+                yield
+        except Exception:
+            self._counts = []
+            raise
+
+    def weighted(self, losses: Sequence[Loss], counts: Sequence[int], spare: Loss = None) -> Sequence[Loss]:
+        self._counts = [sum(pair) for pair in zip_longest(self._counts, counts, fillvalue=0)]
+        return losses
+
+    def together(
+        self, parameters: Mapping[str, Tensor], buffer: GradientBuffer, received: set[str]
+    ) -> tuple[Gradients, set[str]]:
+        self._meet()
+        counts, self._counts = self._counts, []
+        totals = self._sums([*counts, *(name in received for name in parameters)])
+        everywhere = {name for name, number in zip(parameters, totals[len(counts) :], strict=True) if number}
+        return _Averages(buffer, _shares(counts, totals[: len(counts)]), self._group), everywhere
+
+
+class _Averages:
+    """The averages over the ranks of K gradients, of which this rank holds one slice of columns.
+
+    Args:
+        buffer: this rank's gradients, which are overwritten.
+        shares: what gradient k of this rank counts in the average.
+    """
+
+    def __init__(self, buffer: GradientBuffer, shares: Sequence[float], group: dist.ProcessGroup) -> None:
+        self._buffer = buffer
+        self._group = group
+        self._slices: dict[Any, Tensor] = {}
+        for key, tensor in buffer.tensors.items():
+            slices = tensor.new_empty(len(tensor), tensor.shape[1] // group.size())
+            for row, piece, share in zip(tensor, slices, shares, strict=True):
+                # Rows are added up, and the sum is divided at the end: ranks that count alike save a pass over memory.
+                if share != 1 / group.size():
+                    row.mul_(share * group.size())
+                _reduce_scatter(piece, row, group)
+            self._slices[key] = slices
+
+    def gram(self) -> Tensor:
+        """The Gram matrix of the averages, fp64 [K, K], the same on all ranks."""
+        gram = torch.stack([ops.gram(slices) for slices in self._slices.values()]).sum(0)
+        dist.all_reduce(gram, group=self._group)
+        return gram / self._group.size() ** 2
+
+    def weighted_sum(self, weights: Tensor) -> list[Tensor]:
+        """The sum over k of weights[k] times average k, one new tensor for each parameter."""
+        update = {}
+        for key, slices in self._slices.items():
+            update[key] = slices.new_empty(slices.shape[1] * self._group.size())
+            _all_gather(update[key], ops.weighted_sum(slices, weights / self._group.size()), self._group)
+        return self._buffer.split(update)
+
+
+def _shares(counts: Sequence[int], totals: Sequence[int]) -> list[float]:
+    """What each cluster's gradient on this rank counts in the average over ranks."""
+    return [count / total if total else 0.0 for count, total in zip(counts, totals, strict=True)]
+
+
+def _reduce_scatter(out: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> None:
+    # The name from torch 2.13 on, where the older one warns.
+    run = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    run(out, tensor, group=group)
+
+
+def _all_gather(out: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> None:
+    run = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    run(out, tensor, group=group)
+
+
+class Shards(_ManyProcesses):
+    """Ranks with a shard of each parameter (FSDP2's ``fully_shard``, HSDP, tensor parallelism: DTensors).
+
+    The gradient of a DTensor is one of the whole mesh, already averaged over its data-parallel ranks, each counting the
+    same. So a rank's losses are weighted before the backward pass, and the ranks communicate in every micro-batch.
+    All ranks of a mesh must run the same passes; one without samples of a cluster runs a spare loss of weight 0.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], settings: list[tuple[str, str]]) -> None:
+        shards = _dtensors(parameters)
+        mesh = max((p.device_mesh for p in shards.values()), key=lambda mesh: mesh.size())
+        members = set(mesh.mesh.flatten().tolist())
+        for name, p in shards.items():
+            if not members.issuperset(p.device_mesh.mesh.flatten().tolist()):
+                raise ValueError(
+                    f"the device mesh of {name}, {p.device_mesh}, must be part of the largest one, {mesh}; use one "
+                    "GradientSurgery for the parameters of each mesh"
+                )
+        super().__init__(mesh.get_all_groups(), parameters, settings)
+        self._size = mesh.size()
+
+    def engine(self, name: str) -> EngineChoice:
+        if name in ("one_pass", "low_memory"):
+            raise ValueError(
+                f"engine {name!r} does not work with sharded parameters (DTensors), whose gradients are communicated "
+                "inside of the backward pass; use 'auto' or 'per_cluster'"
+            )
+        choice = EngineChoice("per_cluster" if name == "auto" else name)
+        if name == "auto":
+            choice.reason = "the only engine for sharded parameters (DTensors)"
+        return choice
+
+    def buffer(self, parameters: Mapping[str, Tensor], clusters: int) -> GradientBuffer:
+        shards = _dtensors(parameters)
+        self._describe(shards)
+        return _ShardBuffer(shards, clusters)
+
+    def weighted(self, losses: Sequence[Loss], counts: Sequence[int], spare: Loss = None) -> Sequence[Loss]:
+        self._meet()
+        to_run = [spare if loss is None else loss for loss in losses]
+        sums = self._sums([*counts, *(loss is not None for loss in to_run)])
+        totals, runners = sums[: len(counts)], sums[len(counts) :]
+        for k, number in enumerate(runners):
+            if 0 < number < self._size:
+                raise ValueError(
+                    f"losses[{k}] is None on {self._size - number} of {self._size} ranks, but with sharded parameters "
+                    "all ranks must run the same passes; pass a function that takes the loss of any sample, and "
+                    f"counts with counts[{k}] = 0, or use backward_batch"
+                )
+        return [
+            # A cluster that no rank has samples of needs no spare pass.
+            None if loss is None or (given is None and not total) else _weighted(loss, self._size * share)
+            for loss, given, total, share in zip(to_run, losses, totals, _shares(counts, totals), strict=True)
+        ]
+
+
+def _weighted(loss: Any, weight: float) -> Any:
+    """A loss of the same value with ``weight`` times the gradient, or a function like ``loss`` that returns one.
+
+    With a weight of 0 it stands for no samples: its value is NaN, and its gradient zero in any case.
+    """
+    if not isinstance(loss, Tensor):
+        return (lambda: _weighted(loss(), weight)) if callable(loss) else loss
+    if not loss.requires_grad:
+        return loss
+    if weight == 0:
+        return torch.where(torch.zeros_like(loss, dtype=torch.bool), loss, torch.nan)
+    loss = loss.view_as(loss)  # the caller's own tensor keeps its gradient
+    loss.register_hook(lambda gradient: gradient * weight)
+    return loss
+
+
+class _ShardBuffer(GradientBuffer):
+    """This rank's shards of the K gradients of some DTensors."""
+
+    def __init__(self, parameters: Mapping[str, DTensor], clusters: int) -> None:
+        # Shards that are spread over different groups of ranks have Gram matrices to be added up over those groups.
+        super().__init__(_local(parameters), clusters, apart={name: _spread(p) for name, p in parameters.items()})
+        self._parameters = list(parameters.values())
+        self._gradients = [self._as_dtensors(super(_ShardBuffer, self).row(k)) for k in range(clusters)]
+
+    def fits(self, parameters: Mapping[str, Tensor]) -> bool:
+        return all(_is_dtensor(p) for p in parameters.values()) and super().fits(_local(parameters))
+
+    def row(self, k: int) -> list[Tensor]:
+        return self._gradients[k]
+
+    def gram(self) -> Tensor:
+        sums: dict[Any, Tensor] = {}
+        for (_, groups), tensor in self.tensors.items():
+            gram = ops.gram(tensor)
+            sums[groups] = sums[groups] + gram if groups in sums else gram
+        for groups, gram in sums.items():
+            for group in groups:
+                dist.all_reduce(gram, group=group)
+        return torch.stack(list(sums.values())).sum(0)
+
+    def weighted_sum(self, weights: Tensor) -> list[Tensor]:
+        return self._as_dtensors(super().weighted_sum(weights))
+
+    def _as_dtensors(self, shards: list[Tensor]) -> list[Tensor]:
+        from torch.distributed.tensor import DTensor
+
+        return [
+            DTensor.from_local(shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+            for shard, p in zip(shards, self._parameters, strict=True)
+        ]
+
+
+def _is_dtensor(p: Tensor) -> bool:
+    return hasattr(p, "device_mesh")  # without the import of torch.distributed.tensor, which takes long
+
+
+def _dtensors(parameters: Mapping[str, Tensor]) -> dict[str, DTensor]:
+    """The parameters, all of them DTensors whose gradients are sums over shards.
+
+    Raises:
+        ValueError: naming the parameter that is not.
+    """
+    found: dict[str, Any] = {}
+    for name, p in parameters.items():
+        if not _is_dtensor(p):
+            raise ValueError(
+                f"params must be all DTensors or none, but {name} is an ordinary tensor; distribute it too "
+                "(Replicate() where each rank holds all of it), or leave it out"
+            )
+        found[name] = p
+        for placement in found[name].placements:
+            if not (placement.is_replicate() or type(placement).__name__ in ("Shard", "_StridedShard")):
+                raise ValueError(
+                    f"params must be sharded or replicated, but {name} has the placement {placement}; redistribute it"
+                )
+    return found
+
+
+def _spread(p: DTensor) -> tuple[dist.ProcessGroup, ...]:
+    """The process groups over which its shards are spread; over the others of its mesh it is replicated."""
+    groups = zip(p.device_mesh.get_all_groups(), p.placements, strict=True)
+    return tuple(group for group, placement in groups if not placement.is_replicate())
+
+
+@torch.no_grad()
+def _local(parameters: Mapping[str, Any]) -> dict[str, Tensor]:
+    """This rank's shard of each DTensor."""
+    return {name: p.to_local() for name, p in parameters.items()}

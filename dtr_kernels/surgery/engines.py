@@ -1,0 +1,111 @@
+"""Which engine computes the K gradients: the named one, or the one that takes less time on this model and device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any, TypeVar
+
+import torch
+
+ENGINES = ("auto", "per_cluster", "one_pass", "low_memory")
+# Steps on which each candidate is timed; the first of them warms up and is not counted.
+_TRIALS = 4
+
+Result = TypeVar("Result")
+
+
+class EngineChoice:
+    """The engine of one ``GradientSurgery``.
+
+    Args:
+        name: one of ``ENGINES``. With "auto" the first steps alternate between "per_cluster" and "one_pass", and
+            ``name`` then becomes that of the one with the smaller median time; or "per_cluster" as soon as "one_pass"
+            fails where "per_cluster" does not: refused, out of memory, or any other error.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {name!r}")
+        self.name = name
+        # Why the engine is this one, for people who ask.
+        self.reason = "measured in the first steps" if name == "auto" else "as asked for"
+        self._auto = name == "auto"
+        self._seconds: dict[str, list[float]] = {"per_cluster": [], "one_pass": []}
+        # The engine of the step in progress: all its micro-batches take the same.
+        self._current = name
+
+    def run(
+        self,
+        per_cluster: Callable[[], Result],
+        one_pass: Callable[[], Result],
+        start_over: Callable[[], None] | None,
+        device: torch.device,
+    ) -> Result:
+        """Calls the chosen engine, or the one whose turn it is to be timed.
+
+        Args:
+            per_cluster, one_pass: compute the gradients of a micro-batch.
+            start_over: undoes what a refused one_pass has written. None from a step's second micro-batch on, where the
+                earlier ones would be undone with it: those are not timed either.
+            device: whose work is waited for while a step is timed.
+
+        Raises:
+            Whatever per_cluster raises; and what one_pass does, if it was asked for by name, or fails in a step's later
+            micro-batch. With "auto" the next step then takes per_cluster.
+        """
+        if start_over is not None:
+            self._current = self._next()
+        engine = one_pass if self._current == "one_pass" else per_cluster
+        trial = self.name == "auto" and start_over is not None
+        try:
+            return self._timed(engine, device) if trial else engine()
+        except Exception as error:
+            if not self._auto or engine is per_cluster:
+                raise
+            reason = f"one_pass failed: {type(error).__name__}: {error}"
+            if start_over is None:
+                self.name, self.reason = "per_cluster", reason
+                raise
+        # Outside of the handler, because the error it holds keeps the failed graph in memory.
+        start_over()
+        result = per_cluster()  # an error of the caller's own comes again here, and says nothing about engines
+        self.name = self._current = "per_cluster"
+        self.reason = reason
+        return result
+
+    def _next(self) -> str:
+        if self.name != "auto":
+            return self.name
+        return min(self._seconds, key=lambda name: len(self._seconds[name]))
+
+    def _timed(self, engine: Callable[[], Result], device: torch.device) -> Result:
+        begin = _now(device)
+        result = engine()
+        self._seconds[self._current].append(_now(device) - begin)
+        if all(len(times) == _TRIALS for times in self._seconds.values()):
+            medians = {name: median(times[1:]) for name, times in self._seconds.items()}
+            # self._current stays: the step in progress keeps its engine.
+            self.name = min(medians, key=lambda name: medians[name])
+            self.reason = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in medians.items())
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """What "auto" has found, if it has."""
+        found = self._auto and self.name != "auto"
+        return {"name": self.name, "reason": self.reason} if found else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Uses what "auto" has found in the saved run, unless an engine was named here."""
+        if self._auto and state:
+            self.name, self.reason = state["name"], state["reason"]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

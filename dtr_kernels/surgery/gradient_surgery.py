@@ -1,0 +1,357 @@
+"""Gradient surgery in a training loop: the losses of K timestep clusters in, one update in ``p.grad`` out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dtr_kernels.ops._gradients import MOST_CLUSTERS
+from dtr_kernels.surgery import distributed, low_memory, one_pass, per_cluster, weightings
+from dtr_kernels.surgery.batch import Batch
+from dtr_kernels.surgery.buffer import GradientBuffer
+from dtr_kernels.surgery.parameters import device_of, named, trainable
+from dtr_kernels.surgery.per_cluster import Loss
+from dtr_kernels.surgery.weightings import GramWeighting
+
+
+class Gradients(Protocol):
+    """K gradients, however they are kept."""
+
+    def gram(self) -> Tensor:
+        """Their Gram matrix, fp64 [K, K]."""
+
+    def weighted_sum(self, weights: Tensor) -> list[Tensor]:
+        """The sum over k of weights[k] times gradient k, one tensor for each parameter."""
+
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def _all_or_nothing(
+    method: Callable[Concatenate[GradientSurgery, _Arguments], _Result],
+) -> Callable[Concatenate[GradientSurgery, _Arguments], _Result]:
+    """For a method that all ranks call: after an error on one of them nothing is left of the step on any."""
+
+    @wraps(method)
+    def attempt(self: GradientSurgery, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        try:
+            with self._ranks.failing_together():
+                return method(self, *args, **kwargs)
+        except BaseException:
+            self._received = None
+            raise
+
+    return attempt
+
+
+class GradientSurgery:
+    """Replaces ``loss.backward()``: treats the losses of K timestep clusters as K tasks (ANT, section 4).
+
+    The gradient of cluster k is that of losses[k] / K, so that weighting "sum" is an ordinary step on the mean loss.
+    The other weightings follow from the Gram matrix of these gradients.
+
+    Before you choose: in ANT's own results ``UncertaintyWeighting``, which costs next to nothing, does as well as
+    PCGrad (table 1, SNR clusters: FID on FFHQ of ADM 24.95 without any, 20.60 with PCGrad, 23.09 with Nash-MTL, 20.19
+    with uncertainty weighting; of LDM 10.56, 9.72, 10.33 and 9.73).
+
+    Args:
+        params: parameters, or (name, parameter) pairs, whose names errors then use; on one device, fp32, bf16, fp16
+            or fp64, also mixed. One that comes twice counts once. They may be frozen and unfrozen, moved and cast
+            between steps. The model's other parameters get the gradient of the mean loss, as ever.
+        num_clusters: K, 1 to 64.
+        weighting: "pcgrad"; "nash" (Nash-MTL, needs TorchJD: ``pip install 'torchjd[nash-mtl]'``); "sum"; or any
+            object that maps a Gram matrix [K, K] to weights [K], such as TorchJD's Gramian weightings. A cluster
+            without samples has a gradient of zero: PCGrad and "sum" leave it out, "nash" keeps its last weights, and
+            some others, MGDA among them, make no update at all.
+        engine: how ``backward_batch`` computes the K gradients. "per_cluster": one forward and backward pass for each
+            cluster's samples, for any model. "one_pass": one for the whole batch, with weight gradients taken cluster
+            by cluster, for models of known layers. "low_memory": one_pass without ever holding K gradients, at the
+            price of a second backward pass. "auto": per_cluster or one_pass, whichever takes less time in the first
+            steps; name one where two runs must agree to the last bit.
+        generator: draws PCGrad's orders; default PyTorch's own.
+        process_group: ranks that have a replica of the parameters and a part of the batch each. See "Many processes".
+
+    Memory: K gradients from the first step on, and the update. Hooks on parameters see each cluster's gradient.
+
+    Many processes: all ranks get the update that one process with all their batches would make, and must make the same
+    calls; their batches may differ in size, and lack clusters that others have.
+
+    - Replicated parameters: give ``process_group``, and let the loss call the model itself: DistributedDataParallel
+      around it would communicate each of the K gradients on its own (use the wrapper's ``module``). The ranks
+      communicate once a step. In an accumulated step a rank's gradient counts by the samples of all its micro-batches.
+    - Sharded parameters (DTensors: FSDP2's ``fully_shard``, tensor parallelism) know their ranks. Pass those that the
+      model has after sharding. Leave FSDP's gradient divide factor and gradient synchronisation as they are.
+
+    A difference between ranks, or an error on one, becomes an error on all. (With sharded parameters an error within
+    the passes leaves the other ranks in FSDP's collectives, until the process group's timeout.) For that the ranks
+    exchange a few numbers. The host waits for the GPU then if the process group has no CPU backend, as after
+    ``init_process_group("nccl")``; without the argument, or with "cpu:gloo,cuda:nccl", it has one.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+        ImportError: if weighting is "nash" and TorchJD is not installed.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+        num_clusters: int,
+        weighting: str | GramWeighting = "pcgrad",
+        *,
+        engine: str = "auto",
+        generator: torch.Generator | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if (
+            isinstance(num_clusters, bool)
+            or not isinstance(num_clusters, int)
+            or not 1 <= num_clusters <= MOST_CLUSTERS
+        ):
+            raise ValueError(f"num_clusters must be an integer from 1 to {MOST_CLUSTERS}, got {num_clusters!r}")
+        self._parameters = named(params)
+        parameters = trainable(self._parameters)  # refuses those that no step could use
+        self.num_clusters = num_clusters
+        self._weighting = weightings.make(weighting, num_clusters, generator)
+        self._weighting_name = weighting if isinstance(weighting, str) else type(weighting).__name__
+        self._ranks = distributed.ranks(parameters, process_group, num_clusters, self._weighting_name, engine)
+        self.engine = self._ranks.engine(engine)
+        self._buffer: GradientBuffer | None = None
+        # Names of the parameters that got a gradient in the micro-batches of this step; None between steps.
+        self._received: set[str] | None = None
+        # Of the last step, on the device, for people who watch how much the clusters conflict.
+        self.last_gram: Tensor | None = None
+        self.last_weights: Tensor | None = None
+
+    @_all_or_nothing
+    def backward(
+        self,
+        losses: Sequence[Loss] | Tensor,
+        *,
+        counts: Sequence[int] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        last: bool = True,
+    ) -> Tensor:
+        """Computes the K gradients and adds the update to ``p.grad``, as ``loss.backward()`` would.
+
+        Args:
+            losses: K mean losses, one for each cluster; None where a cluster has no samples. Better K functions that
+                each return one: they are called in turn, so that one graph lives at a time and none is walked K times.
+                (Losses of one graph keep it until the last of them, which compiled models may refuse.)
+            counts: with many processes, the number of samples behind each loss on this rank. Default: the ranks that
+                have a cluster count alike. With sharded parameters a rank without samples of a cluster that others
+                have runs the loss of any sample, with a count of 0, in place of None.
+            scaler: scales the losses; use it to step and update as ever. inf and NaN reach ``p.grad``, and it skips
+                the step.
+            last: False for all micro-batches of an accumulated step but the last: their gradients are added up,
+                cluster by cluster, and ``p.grad`` stays as it is. Divide the losses by the number of micro-batches.
+
+        Returns:
+            The losses [K] of this process, detached and unscaled; NaN where a cluster has no samples.
+
+        Raises:
+            TypeError, ValueError: if losses is not as described, or reaches none of the parameters.
+            RuntimeError: if a parameter has changed between the micro-batches of one step, or its ``grad`` is replaced
+                while a cluster's gradient is computed; or if another rank failed.
+
+        After an error, also one in a function of the caller, ``p.grad`` is as it was, and the micro-batches accumulated
+        so far are dropped.
+        """
+        if not isinstance(losses, Sequence | Tensor) or (isinstance(losses, Tensor) and losses.dim() == 0):
+            given = "one scalar" if isinstance(losses, Tensor) else type(losses).__name__
+            raise TypeError(
+                f"losses must be a sequence of {self.num_clusters} losses, one for each cluster, got {given}"
+            )
+        if len(losses) != self.num_clusters:
+            raise ValueError(f"losses must have {self.num_clusters} entries, one for each cluster, got {len(losses)}")
+        each = self._ranks.weighted(list(losses), _checked_counts(counts, losses))
+        return self._step(lambda step: self._by_cluster(step, each, scaler), scaler, last)
+
+    @_all_or_nothing
+    def backward_batch(
+        self,
+        loss: Callable[..., Tensor],
+        clusters: Tensor,
+        *tensors: Tensor,
+        scaler: torch.amp.GradScaler | None = None,
+        last: bool = True,
+    ) -> Tensor:
+        """As ``backward``, for a batch with samples of all clusters, by the engine that this object was made with.
+
+        Args:
+            loss: called with tensors like ``tensors``, of the whole batch or of one cluster's samples; returns the loss
+                of each sample.
+            clusters: int [B], the cluster of each sample, in any order. The host waits for it if it is on a GPU.
+            tensors: each [B, ...], what ``loss`` takes: noisy images, timesteps, labels, noise.
+            scaler, last: as in ``backward``.
+
+        Returns:
+            The mean loss of each cluster [K] in this process, detached and unscaled; NaN where it has no samples.
+
+        Raises:
+            As ``backward``, and one_pass.Unsupported if the model uses a parameter in a way that the engine asked for
+            does not know.
+        """
+        if not callable(loss):
+            raise TypeError(f"loss must be a function of the batch's tensors, got {type(loss).__name__}")
+        batch = Batch.gathered(clusters, tensors, self.num_clusters)
+        if self.engine.name == "low_memory":
+            if not last or self._received is not None:
+                raise ValueError("last=False needs the K gradients, which engine 'low_memory' does not keep")
+            parameters = trainable(self._parameters)
+            gradients, values, received = low_memory.stream(parameters, loss, batch, self._scaling(scaler))
+            _check_reached(received, values)
+            self._finish(parameters, gradients, received, scaler)
+            return _stacked(values, device_of(parameters))
+
+        losses = self._ranks.weighted(batch.losses(loss), batch.sizes, spare=batch.any_loss(loss))
+
+        def collect(step: _Step) -> tuple[list[Tensor | None], set[str]]:
+            return self.engine.run(
+                per_cluster=lambda: self._by_cluster(step, losses, scaler),
+                one_pass=lambda: one_pass.accumulate(step.buffer, step.parameters, loss, batch, self._scaling(scaler)),
+                start_over=step.buffer.zero_ if step.first else None,
+                device=device_of(step.parameters),
+            )
+
+        return self._step(collect, scaler, last)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs: the weighting's state and the engine found fastest; tensors, numbers and strings."""
+        return {
+            "num_clusters": self.num_clusters,
+            "weighting": self._weighting_name,
+            "weighting_state": self._weighting.state_dict() if hasattr(self._weighting, "state_dict") else {},
+            "engine": self.engine.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a ``state_dict``.
+
+        Raises:
+            ValueError: if it was saved with another number of clusters or another weighting.
+        """
+        for name, here in ("num_clusters", self.num_clusters), ("weighting", self._weighting_name):
+            if state[name] != here:
+                raise ValueError(f"state was saved with {name}={state[name]!r}, but this object has {here!r}")
+        if hasattr(self._weighting, "load_state_dict"):
+            self._weighting.load_state_dict(state["weighting_state"])
+        self.engine.load_state_dict(state["engine"])
+
+    def _step(
+        self,
+        collect: Callable[[_Step], tuple[list[Tensor | None], set[str]]],
+        scaler: torch.amp.GradScaler | None,
+        last: bool,
+    ) -> Tensor:
+        """Lets an engine write to the buffer, and after the last micro-batch makes the update of it."""
+        received, self._received = self._received, None  # an error from here on drops the step
+        parameters = trainable(self._parameters)
+        step = _Step(parameters, self._prepared_buffer(parameters, first=received is None), first=received is None)
+        values, reached = collect(step)
+        _check_reached(reached, values)
+        received = reached if received is None else received | reached
+        if last:
+            gradients, received = self._ranks.together(parameters, step.buffer, received)
+            self._finish(parameters, gradients, received, scaler)
+        else:
+            self._received = received
+        return _stacked(values, device_of(parameters))
+
+    def _prepared_buffer(self, parameters: Mapping[str, Tensor], first: bool) -> GradientBuffer:
+        """The buffer as a micro-batch finds it: zero, if it is the step's first."""
+        if self._buffer is not None and self._buffer.fits(parameters):
+            if first:
+                self._buffer.zero_()
+            return self._buffer
+        if not first:
+            raise RuntimeError(
+                "params changed between the micro-batches of one step (in shape, dtype, device, memory layout or "
+                "requires_grad); change them between steps"
+            )
+        self._buffer = None  # frees the old one before the new one is made
+        self._buffer = self._ranks.buffer(parameters, self.num_clusters)
+        return self._buffer
+
+    def _by_cluster(
+        self, step: _Step, losses: Sequence[Loss], scaler: torch.amp.GradScaler | None
+    ) -> tuple[list[Tensor | None], set[str]]:
+        return per_cluster.accumulate(step.buffer, step.parameters, losses, self._scaling(scaler))
+
+    def _scaling(self, scaler: torch.amp.GradScaler | None) -> Callable[[Tensor], Tensor]:
+        if scaler is None:
+            return lambda loss: loss / self.num_clusters
+        return lambda loss: scaler.scale(loss) / self.num_clusters
+
+    def _finish(
+        self,
+        parameters: Mapping[str, Tensor],
+        gradients: Gradients,
+        received: set[str],
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        """From K gradients to ``p.grad``."""
+        gram = gradients.gram()
+        if scaler is not None:
+            # Weightings with an absolute scale, such as Nash-MTL's bound on the norm, see unscaled gradients.
+            gram = gram / scaler.scale(torch.ones((), device=gram.device)).double().square()
+        weights = self._ranks.agreed(self._weighting(gram))
+        update = gradients.weighted_sum(weights)
+        self.last_gram, self.last_weights = gram, weights
+        for (name, p), new in zip(parameters.items(), update, strict=True):
+            if name in received:
+                _add_gradient(p, new)
+
+
+class _Step(NamedTuple):
+    """What an engine gets for one micro-batch."""
+
+    parameters: Mapping[str, Tensor]
+    buffer: GradientBuffer
+    first: bool  # of its step
+
+
+@torch.no_grad()
+def _add_gradient(p: Tensor, new: Tensor) -> None:
+    """As autograd adds it: in place, because others may hold p.grad, if its memory allows."""
+    if p.grad is None:
+        p.grad = new
+    elif p.grad.is_sparse:
+        p.grad = new + p.grad
+    else:
+        p.grad.add_(new)
+
+
+def _checked_counts(counts: Sequence[int] | None, losses: Sequence[Loss] | Tensor) -> Sequence[int]:
+    """The samples behind each loss; one each, if the caller does not say."""
+    if counts is None:
+        return [int(loss is not None) for loss in losses]
+    if len(counts) != len(losses):
+        raise ValueError(f"counts must have {len(losses)} entries, one for each cluster, got {len(counts)}")
+    for k, (count, loss) in enumerate(zip(counts, losses, strict=True)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ValueError(f"counts must be numbers of samples, integers from 0 on, got counts[{k}] = {count!r}")
+        if count and loss is None:
+            raise ValueError(f"counts[{k}] must be 0, because losses[{k}] is None, got {count}")
+    return counts
+
+
+def _check_reached(received: set[str], values: Sequence[Tensor | None]) -> None:
+    if not received and any(value is not None for value in values):
+        raise ValueError(
+            "losses reach none of the parameters in params; if the model's parameters were replaced (as by "
+            "load_state_dict(assign=True) or to_empty()), make a new GradientSurgery"
+        )
+
+
+def _stacked(values: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """The losses as one tensor, fp32 or, if one of them is, fp64."""
+    wide = any(value is not None and value.dtype == torch.float64 for value in values)
+    dtype = torch.float64 if wide else torch.float32
+    nan = torch.full((), torch.nan, dtype=dtype, device=device)
+    return torch.stack([nan if value is None else value.to(nan).reshape(()) for value in values])

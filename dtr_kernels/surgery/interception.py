@@ -1,0 +1,434 @@
+"""Puts itself between a model and its parameters, so that one backward pass gives each cluster's weight gradients.
+
+While an ``Interception`` is active it sees every call of a PyTorch function. Tensors are of three kinds:
+
+- weights: parameters, and what is computed from parameters alone (``weight.t()``, ``1 + gain``, a cast),
+- samples: the batch and what is computed from it, one or several rows for each sample,
+- constants: everything else.
+
+A function of weights and samples is computed with detached weights, by the rule for that function (``rules``), which
+also says how the weights' gradients follow from that of its output. The backward pass hands these, cluster by cluster,
+to a ``Collector``. So the graph holds no path to a parameter, and one that exists all the same is found out: it ends in
+``p.grad``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from dtr_kernels.surgery.batch import Batch, check_per_sample
+from dtr_kernels.surgery.layout import batch_dimensions, tensors_in
+from dtr_kernels.surgery.segments import Segments
+
+
+class Unsupported(NotImplementedError):
+    """The model uses a parameter in a way that has no per-cluster gradient rule here.
+
+    The message names the function, the parameter and the reason.
+    """
+
+
+class Refusal(Exception):
+    """What a rule raises: the reason alone."""
+
+
+# Adds a weight's gradients [K, *shape], taken segment by segment, to a tensor.
+Add = Callable[[Tensor, Segments], None]
+# Calls take(i, add) for the i-th weight of a function, with the gradient of its output and the saved tensors in scope.
+Gradients = Callable[..., None]
+
+
+class Collector(Protocol):
+    """What becomes of the weights' gradients in a backward pass."""
+
+    def take(self, weight: Tensor, names: tuple[str, ...], add: Add) -> Tensor | None:
+        """Receives a weight's gradients through ``add``; what it returns is what autograd gets as the gradient.
+
+        Args:
+            weight: a parameter, or a tensor computed from parameters.
+            names: of these.
+        """
+
+
+class Sink(Protocol):
+    """Where the gradients of a parameter go."""
+
+    def add(self, name: str, write: Callable[[Tensor], None]) -> None:
+        """Calls ``write`` with a tensor [K, *shape], to which it adds gradients."""
+
+
+class PerCluster:
+    """The collector of K gradients."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], sizes: Sequence[int], sink: Sink) -> None:
+        self._parameters, self._segments, self._sink = parameters, Segments(sizes), sink
+
+    def take(self, weight: Tensor, names: tuple[str, ...], add: Add) -> None:
+        if weight is self._parameters[names[0]]:
+            self._sink.add(names[0], lambda rows: add(rows, self._segments))
+            return
+        rows = weight.new_zeros(len(self._segments.sizes), *weight.shape)
+        add(rows, self._segments)
+        parameters = [self._parameters[name] for name in names]
+        gradients = {
+            k: torch.autograd.grad(weight, parameters, rows[k], retain_graph=True, materialize_grads=True)
+            for k, size in enumerate(self._segments.sizes)
+            if size
+        }
+        for i, name in enumerate(names):
+            self._sink.add(name, partial(_add_to_rows, {k: of_all[i] for k, of_all in gradients.items()}))
+
+
+def _add_to_rows(gradients: dict[int, Tensor], rows: Tensor) -> None:
+    for k, gradient in gradients.items():
+        rows[k] += gradient
+
+
+class Whole:
+    """The collector that leaves the gradient of the whole batch to autograd, as if nothing was intercepted."""
+
+    def __init__(self, samples: int) -> None:
+        self._segments = Segments([samples])
+
+    def take(self, weight: Tensor, names: tuple[str, ...], add: Add) -> Tensor:
+        rows = weight.new_zeros(1, *weight.shape)
+        add(rows, self._segments)
+        return rows[0]
+
+
+class _Mark(NamedTuple):
+    """What is known of a tensor, kept as an attribute of it."""
+
+    owner: object
+    # The parameters that a weight is computed from; none for samples.
+    names: tuple[str, ...] = ()
+    # The dimension of samples that is the batch, None if unknown.
+    batch: int | None = None
+
+
+# Calls that compute nothing. They are most of a forward pass, and this way they cost least.
+_INSPECTING = {
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "grad_fn", "layout", "is_cuda")
+} | {
+    getattr(Tensor, name)
+    for name in ("dim", "size", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous", "data_ptr")
+}
+
+# Functions that read only the shape or the dtype of tensors other than the first.
+_READING_ONE = {getattr(Tensor, name) for name in ("to", "type_as", "expand_as", "view_as", "reshape_as", "new_tensor")}
+
+Rule = Callable[..., Any]
+
+
+class Interception(TorchFunctionMode):
+    """Computes functions of weights and samples by rules, for one batch.
+
+    Args:
+        parameters: by name.
+        rules: rule(interception, function, *args, **kwargs) returns what function(*args, **kwargs) would.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], rules: Mapping[Any, Rule]) -> None:
+        super().__init__()
+        self.samples = 0
+        # Calls of the forward pass that have a parameter, or what was computed from it, among their weights.
+        self.uses: Counter[str] = Counter()
+        self._parameters, self._rules = parameters, rules
+        self._names = {id(p): (name,) for name, p in parameters.items()}
+        self._owner = object()
+        self._collector: Collector | None = None
+
+    # --- the two passes ---
+
+    def mean_losses(self, loss: Callable[..., Tensor], batch: Batch) -> list[Tensor | None]:
+        """The forward pass: each cluster's mean loss, None for a cluster without samples.
+
+        Raises:
+            Unsupported: if a parameter is used in a way that no rule knows.
+            TypeError, ValueError: if the loss is not one for each sample, or depends on no parameter.
+        """
+        self.samples = sum(batch.sizes)
+        with _nothing_compiled(), self:
+            tensors = [tensor.view_as(tensor) for tensor in batch.tensors]  # not the caller's own, to put marks on
+            for tensor in tensors:
+                self._mark(tensor, batch=0)
+            losses = check_per_sample(loss(*tensors), self.samples)
+        if not losses.requires_grad:
+            raise ValueError("the loss does not depend on any parameter that requires grad")
+        mark = self._samples_mark(losses)
+        if mark is not None and mark.batch != 0:
+            raise Unsupported(
+                "the losses could not be followed back to one sample each, as if the loss function mixed the samples of "
+                "the batch; use engine='per_cluster'"
+            )
+        dtype = torch.promote_types(losses.dtype, torch.float32)
+        return [part.mean(dtype=dtype) if len(part) else None for part in losses.split(list(batch.sizes))]
+
+    def backward(self, losses: Sequence[Tensor], collector: Collector, retain_graph: bool = False) -> None:
+        """The backward pass of the losses' sum, with the weights' gradients going to ``collector``."""
+        # Edges, because of tensors torch.autograd.backward would be intercepted itself, and nothing inside of it.
+        edges = [torch.autograd.graph.get_gradient_edge(loss) for loss in losses]
+        self._collector = collector
+        try:
+            # Active here too, because checkpointed functions are computed again; they bring their own autocast.
+            with self, torch.autocast(losses[0].device.type, enabled=False):
+                torch.autograd.backward(edges, retain_graph=retain_graph)
+        finally:
+            self._collector = None
+
+    # --- for rules ---
+
+    def is_weight(self, tensor: Any) -> bool:
+        """Whether it is a parameter or computed from parameters alone."""
+        return isinstance(tensor, Tensor) and bool(self._names_of(tensor))
+
+    def frozen(self, tensor: Any) -> Any:
+        """A weight without its history, anything else as it is."""
+        return tensor.detach() if self.is_weight(tensor) else tensor
+
+    def derived(self, tensor: Tensor, weight: Tensor) -> Tensor:
+        """Declares ``tensor`` to be computed from ``weight`` alone."""
+        self._mark(tensor, names=self._names_of(weight))
+        return tensor
+
+    def has_rows(self, tensor: Tensor) -> bool:
+        """Whether it holds samples."""
+        return self._samples_mark(tensor) is not None
+
+    def check_rows(self, *tensors: Tensor) -> None:
+        """That each tensor holds samples and its dimension 0 is the batch, or the batch and dimensions behind it.
+
+        Raises:
+            Refusal: if not.
+        """
+        for tensor in tensors:
+            mark = self._samples_mark(tensor)
+            if mark is None:
+                raise Refusal(f"its input of shape {list(tensor.shape)} must depend on the batch")
+            if mark.batch != 0 or len(tensor) % self.samples:
+                raise Refusal(
+                    f"dimension 0 of its input, of shape {list(tensor.shape)}, is not known to be the batch of "
+                    f"{self.samples} samples, or the batch flattened with dimensions behind it"
+                )
+
+    def check_no_rows(self, *tensors: Any) -> None:
+        """That no tensor holds samples: one weight serves the whole batch.
+
+        Raises:
+            Refusal: if not.
+        """
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and self.has_rows(tensor):
+                raise Refusal(f"its weight of shape {list(tensor.shape)} depends on the batch")
+
+    def tap(self, out: Tensor, weights: Sequence[Any], saved: Sequence[Tensor], gradients: Gradients) -> Tensor:
+        """``out``, a new tensor, with the weights' gradients taken where its own gradient arrives.
+
+        Args:
+            weights: may hold other things than weights, whose gradients are then not taken.
+            saved: kept for the backward pass.
+            gradients: called as gradients(take, dout, *saved).
+        """
+        return _Tap.apply(self, weights, [tensor.detach() for tensor in saved], gradients, out, *weights)
+
+    def collect(self, weights: Sequence[Any], gradients: Gradients, *tensors: Tensor) -> list[Tensor | None]:
+        """Calls gradients(take, *tensors) in a backward pass; returns what autograd gets for each of the weights.
+
+        Raises:
+            Unsupported: if it is another backward pass than that of this object.
+        """
+        collector = self._collector
+        if collector is None:
+            raise Unsupported(
+                "the loss function differentiates the model itself, and its gradients would be taken for the step's; "
+                "use engine='per_cluster'"
+            )
+        results: list[Tensor | None] = [None] * len(weights)
+
+        def take(i: int, add: Add) -> None:
+            if self.is_weight(weights[i]):
+                results[i] = collector.take(weights[i], self._names_of(weights[i]), add)
+
+        with torch._C.DisableTorchFunction():
+            gradients(take, *tensors)
+        return results
+
+    # --- interception ---
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _INSPECTING:
+            return func(*args, **kwargs)
+        tensors = list(tensors_in(args[:1] if func in _READING_ONE else (*args, *kwargs.values())))
+        names = tuple(dict.fromkeys(name for tensor in tensors for name in self._names_of(tensor)))
+        inputs = [(tensor, mark.batch) for tensor in tensors if (mark := self._samples_mark(tensor)) is not None]
+        if names and inputs:
+            if self._collector is None:
+                self.uses.update(name for tensor in tensors for name in self._names_of(tensor))
+            if torch.is_grad_enabled():
+                out = self._by_rule(func, names, args, kwargs)
+                for output in tensors_in([out]):
+                    self._mark(output, batch=0)
+                return out
+        out = func(*args, **kwargs)
+        outputs = [args[0]] if func is Tensor.__setitem__ else list(tensors_in([out]))
+        if inputs and self.samples == 1:
+            for output in outputs:  # which are all of the one cluster, however they are laid out
+                self._mark(output, batch=0 if output.dim() else None)
+        elif inputs and outputs:
+            for output, batch in zip(outputs, batch_dimensions(func, args, kwargs, inputs, outputs), strict=True):
+                self._mark(output, batch=batch)
+        elif names:
+            self._mark_derived(func, names, tensors, outputs)
+        return out
+
+    def _by_rule(self, func: Any, names: tuple[str, ...], args: Any, kwargs: Any) -> Any:
+        try:
+            if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+                raise Refusal("it is called inside of a torch.func transform or forward-mode differentiation")
+            if func not in self._rules:
+                raise Refusal("there is no rule for this function")
+            return self._rules[func](self, func, *args, **kwargs)
+        except Refusal as reason:
+            raise self._unsupported(func, names, str(reason)) from None
+
+    def _mark_derived(self, func: Any, names: tuple[str, ...], tensors: list[Tensor], outputs: list[Tensor]) -> None:
+        for output in outputs:
+            if output.requires_grad and id(output) not in self._names:
+                if any(tensor.requires_grad and not self._names_of(tensor) for tensor in tensors):
+                    raise self._unsupported(
+                        func, names, "together with another that requires grad and is not in params"
+                    )
+                self._mark(output, names=names)
+
+    def _unsupported(self, func: Any, names: tuple[str, ...], reason: str) -> Unsupported:
+        function = resolve_name(func) or getattr(func, "__name__", repr(func))
+        parameters = ", ".join(map(repr, names))
+        return Unsupported(f"{function} uses parameter {parameters}: {reason}; use engine='per_cluster'")
+
+    def _mark(self, tensor: Tensor, names: tuple[str, ...] = (), batch: int | None = None) -> None:
+        tensor._one_pass = _Mark(self._owner, names, batch)  # type: ignore[attr-defined]
+
+    def _mark_of(self, tensor: Tensor) -> _Mark | None:
+        mark = getattr(tensor, "_one_pass", None)
+        return mark if mark is not None and mark.owner is self._owner else None
+
+    def _names_of(self, tensor: Tensor) -> tuple[str, ...]:
+        """The parameters that a weight is computed from; none if it is no weight."""
+        if id(tensor) in self._names:
+            return self._names[id(tensor)]
+        mark = self._mark_of(tensor)
+        return () if mark is None else mark.names
+
+    def _samples_mark(self, tensor: Tensor) -> _Mark | None:
+        """The mark of a tensor that holds samples; None if it holds none."""
+        if id(tensor) in self._names:
+            return None
+        mark = self._mark_of(tensor)
+        if mark is None:
+            # No function call gave it, so a custom autograd.Function did. If that takes parameters, it is found out.
+            if not tensor.requires_grad or tensor.is_leaf:
+                return None
+            return _Mark(self._owner, batch=0 if tensor.dim() else None)
+        return None if mark.names else mark
+
+
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    """x as autocast would give it to a matrix multiplication."""
+    device = x.device.type
+    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def take_linear(take: Any, dout: Tensor, x: Tensor) -> None:
+    """The gradients of a linear layer's weight and bias, its weights number 0 and 1; dout [..., O], x [..., I]."""
+    dout, x = dout.flatten(0, -2), x.flatten(0, -2)
+    take(0, lambda rows, segments: segments.add_products(rows, dout, x))
+    take(1, lambda rows, segments: segments.add_sums(rows, dout))
+
+
+class _Tap(torch.autograd.Function):
+    """Identity, in place, on a layer's output; its backward pass takes the gradients of the layer's weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        interception: Interception,
+        weights: Sequence[Any],
+        saved: Sequence[Tensor],
+        gradients: Gradients,
+        out: Tensor,
+        *_: Any,
+    ) -> Tensor:
+        ctx.interception, ctx.weights, ctx.gradients = interception, weights, gradients
+        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
+        if dout is None:
+            return (None,) * (5 + len(ctx.weights))
+        saved = ctx.saved_tensors  # where checkpointing computes them again, under the interception
+        taken = ctx.interception.collect(ctx.weights, ctx.gradients, dout, *saved)
+        return None, None, None, None, dout, *taken
+
+
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Refuses compiled code, which calls its layers where nobody sees it."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    try:
+        with torch.compiler.set_stance("fail_on_recompile"):
+            yield
+    except RuntimeError as error:
+        if "fail_on_recompile" not in str(error):
+            raise
+        raise Unsupported(
+            "the loss function calls compiled code, inside of which parameters cannot be followed; pass the uncompiled "
+            "model or use engine='per_cluster'"
+        ) from error
+
+
+@contextmanager
+def gradients_set_aside(parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """``p.grad`` is None inside, and what it was before outside."""
+    before = [p.grad for p in parameters.values()]
+    for p in parameters.values():
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, grad in zip(parameters.values(), before, strict=True):
+            p.grad = grad
+
+
+def check_nothing_missed(parameters: Mapping[str, Tensor]) -> None:
+    """That no gradient reached a parameter past the interception.
+
+    Raises:
+        Unsupported: naming the parameter.
+    """
+    for name, p in parameters.items():
+        if p.grad is not None:
+            raise Unsupported(
+                f"autograd reached parameter {name!r} past the rules, for example through a custom autograd.Function "
+                "that takes it; use engine='per_cluster'"
+            )

@@ -1,0 +1,125 @@
+"""Which dimension of a tensor is the batch, followed through the functions that are applied to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Functions that permute dimensions, so that dimension 0 may be another one afterwards, of the same size even.
+_PERMUTING = {
+    getattr(owner, name)
+    for owner in (torch, Tensor)
+    for name in ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "adjoint")
+    if hasattr(owner, name)
+} | {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
+
+# Functions that keep the order of elements: what was the outermost dimension is still outermost, if merged or split.
+_RESHAPING = {
+    getattr(owner, name)
+    for owner in (torch, Tensor)
+    for name in ("reshape", "view", "flatten", "unflatten", "view_as", "reshape_as")
+    if hasattr(owner, name)
+}
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """All tensors among a function's arguments or results, also those in lists and tuples."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(value)
+
+
+def replaced(values: Any, replace: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a function's arguments with every tensor in them replaced."""
+    if isinstance(values, Tensor):
+        return replace(values)
+    if isinstance(values, tuple) and hasattr(values, "_fields"):
+        return type(values)(*(replaced(value, replace) for value in values))
+    if isinstance(values, list | tuple):
+        return type(values)(replaced(value, replace) for value in values)
+    if isinstance(values, dict):
+        return {key: replaced(value, replace) for key, value in values.items()}
+    return values
+
+
+def batch_dimensions(
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    inputs: Sequence[tuple[Tensor, int | None]],
+    outputs: Sequence[Tensor],
+) -> list[int | None]:
+    """The dimension of each output of ``func(*args, **kwargs)`` that is the batch; None where that is not known.
+
+    Args:
+        inputs: the arguments that hold samples, and which of their dimensions is the batch.
+    """
+    if any(dimension is None for _, dimension in inputs):
+        return [None] * len(outputs)
+    stays, certain = False, False
+    if all(dimension == 0 for _, dimension in inputs):
+        stays, certain = _stays_in_front(func, [tensor for tensor, _ in inputs], outputs)
+    if not certain:
+        found = _found_by_doubling(func, args, kwargs, inputs)
+        if found is not None and len(found) == len(outputs):
+            return found
+    return [0 if stays else None] * len(outputs)
+
+
+def _stays_in_front(func: Callable[..., Any], inputs: list[Tensor], outputs: Sequence[Tensor]) -> tuple[bool, bool]:
+    """Whether the batch, dimension 0 of the inputs, looks to be that of the outputs, and whether this is certain."""
+    if func in _RESHAPING:
+        return all(output.dim() for output in outputs), True
+    x = inputs[0]
+    if func in _PERMUTING:
+        stays = outputs[0].shape[:1] == x.shape[:1] and outputs[0].stride()[:1] == x.stride()[:1]
+        return stays, stays
+    lengths = {len(tensor) for tensor in inputs}
+    stays = all(output.dim() > 0 and len(output) in lengths for output in outputs)
+    # Another dimension of that length may have come to the front.
+    return stays, stays and lengths.isdisjoint(length for tensor in inputs for length in tensor.shape[1:])
+
+
+def _found_by_doubling(
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    inputs: Sequence[tuple[Tensor, int | None]],
+) -> list[int | None] | None:
+    """The same, by asking which dimension is twice as long for a batch twice as large; None if that does not work.
+
+    Nothing is computed.
+    """
+    batch = {id(tensor): dimension for tensor, dimension in inputs if dimension is not None}
+
+    def shapes(factor: int) -> list[torch.Size]:
+        def empty(tensor: Tensor) -> Tensor:
+            shape = list(tensor.shape)
+            if id(tensor) in batch:
+                shape[batch[id(tensor)]] *= factor
+            return torch.empty(shape, dtype=tensor.dtype, device="meta")
+
+        result = func(*replaced(list(args), empty), **replaced(kwargs, empty))
+        return [tensor.shape for tensor in tensors_in([result])]
+
+    try:
+        single, double = shapes(1), shapes(2)
+    except Exception:  # functions that name the size of the batch, or do not take other devices: anything goes wrong
+        return None
+    lengths = {tensor.shape[dimension] for tensor, dimension in inputs if dimension is not None}
+    return [_longer_dimension(a, b, lengths) for a, b in zip(single, double, strict=False)]
+
+
+def _longer_dimension(single: torch.Size, double: torch.Size, lengths: set[int]) -> int | None:
+    """The one dimension in which two shapes differ, if it is of one of these lengths."""
+    if len(single) != len(double):
+        return None
+    different = [i for i, (a, b) in enumerate(zip(single, double, strict=True)) if a != b]
+    if len(different) != 1 or single[different[0]] not in lengths:
+        return None
+    return different[0]

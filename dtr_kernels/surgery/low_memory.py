@@ -1,0 +1,107 @@
+"""Per-cluster gradients that are never all held: their Gram matrix first, then the update by a second backward pass.
+
+Everything that PCGrad and other Gram weightings need is G[i, j] = <g_i, g_j>, a sum over parameters. So in the first
+backward pass the K gradients of one parameter live just until their Gram matrix is taken. With the weights known, the
+update sum_k w_k g_k is the gradient of sum_k w_k l_k: an ordinary backward pass of the same graph.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dtr_kernels import ops
+from dtr_kernels.surgery.batch import Batch
+from dtr_kernels.surgery.interception import (
+    Interception,
+    PerCluster,
+    Whole,
+    check_nothing_missed,
+    gradients_set_aside,
+)
+from dtr_kernels.surgery.rules import RULES
+
+
+class StreamedGradients:
+    """K gradients of which only the Gram matrix and the graph are kept."""
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], run: Interception, gram: Tensor, losses: Sequence[Tensor | None]
+    ) -> None:
+        self._parameters, self._run, self._gram, self._losses = parameters, run, gram, losses
+
+    def gram(self) -> Tensor:
+        """The Gram matrix of the K gradients, fp64 [K, K]."""
+        return self._gram
+
+    def weighted_sum(self, weights: Tensor) -> list[Tensor]:
+        """The sum over k of weights[k] times gradient k, one new tensor for each parameter; once only, as it frees the
+        graph."""
+        losses = [w.to(loss.dtype) * loss for w, loss in zip(weights, self._losses, strict=True) if loss is not None]
+        with gradients_set_aside(self._parameters):
+            self._run.backward(losses, Whole(self._run.samples))
+            return [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters.values()]
+
+
+def stream(
+    parameters: Mapping[str, Tensor], loss: Callable[..., Tensor], batch: Batch, scaled: Callable[[Tensor], Tensor]
+) -> tuple[StreamedGradients, list[Tensor | None], set[str]]:
+    """The gradients of ``scaled(mean loss of cluster k)``, without holding them.
+
+    The K gradients of a parameter are held until all its uses in the model (several, if weights are tied) have added
+    theirs.
+
+    Args, Raises:
+        as ``one_pass.accumulate``.
+
+    Returns:
+        The gradients, the mean losses' detached values, None for clusters without samples, and the names of the
+        parameters that got a gradient.
+    """
+    run = Interception(parameters, RULES)
+    sink = _IntoGram(parameters, len(batch.sizes), run.uses)
+    with gradients_set_aside(parameters):
+        means = run.mean_losses(loss, batch)
+        losses = [None if mean is None else scaled(mean) for mean in means]
+        present = [loss for loss in losses if loss is not None]
+        run.backward(present, PerCluster(parameters, batch.sizes, sink), retain_graph=True)
+        check_nothing_missed(parameters)
+    values = [None if mean is None else mean.detach() for mean in means]
+    return StreamedGradients(parameters, run, sink.finish(), losses), values, set(sink.received)
+
+
+class _IntoGram:
+    """Adds the Gram matrix of each parameter's gradients, as soon as these are complete.
+
+    Args:
+        uses: how often each parameter was used in the forward pass.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], clusters: int, uses: Counter[str]) -> None:
+        self.received: Counter[str] = Counter()
+        self._parameters, self._clusters, self._uses = parameters, clusters, uses
+        device = next(iter(parameters.values())).device
+        self._gram = torch.zeros(clusters, clusters, dtype=torch.float64, device=device)
+        self._incomplete: dict[str, Tensor] = {}
+
+    def add(self, name: str, write: Callable[[Tensor], None]) -> None:
+        rows = self._incomplete.pop(name, None)
+        if rows is None:
+            p = self._parameters[name]
+            rows = p.new_zeros(self._clusters, *p.shape)
+        write(rows)
+        self.received[name] += 1
+        if self.received[name] == self._uses[name]:
+            self._gram += ops.gram(rows.flatten(1))
+        else:
+            self._incomplete[name] = rows
+
+    def finish(self) -> Tensor:
+        """The Gram matrix over all parameters."""
+        for rows in self._incomplete.values():  # of parameters with a use that the loss does not depend on
+            self._gram += ops.gram(rows.flatten(1))
+        self._incomplete.clear()
+        return self._gram

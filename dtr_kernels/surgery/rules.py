@@ -1,0 +1,290 @@
+"""How PyTorch's functions of weights and samples are computed, and what the gradients of their weights are.
+
+Each runs once for the whole batch, with detached weights and PyTorch's own gradient of its input. What the rules add is
+the weights' gradients, cluster by cluster:
+
+- linear, matmul: batched GEMMs, one for each stretch of equally large clusters.
+- norms with affine parameters: the normalised input is computed again, then sums over each cluster's rows.
+- embedding, indexing: one scatter into all K gradients.
+- convolutions: one backward call for each cluster.
+- elementwise functions: each row gets a view of the weight of its own, so that autograd sums over everything else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dtr_kernels.surgery.interception import Interception, Refusal, Rule, in_autocast_dtype, take_linear
+from dtr_kernels.surgery.layout import replaced, tensors_in
+from dtr_kernels.surgery.routed_rules import ROUTED_RULES
+from dtr_kernels.surgery.segments import Segments
+
+# --- matrix multiplications ------------------------------------------------------------------------------------------
+
+
+def _linear(run: Interception, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    run.check_rows(input)
+    run.check_no_rows(weight, bias)
+    if input.dim() < 2:
+        raise Refusal(f"its input has shape {list(input.shape)}, without a dimension for the batch")
+    x = in_autocast_dtype(input)
+    return run.tap(F.linear(x, run.frozen(weight), run.frozen(bias)), (weight, bias), [x], take_linear)
+
+
+def _matmul(run: Interception, func: Any, input: Tensor, other: Tensor) -> Tensor:
+    if not run.is_weight(other) or other.dim() != 2:
+        raise Refusal(f"only samples @ matrix is covered, not shapes {list(input.shape)} and {list(other.shape)}")
+    return _linear(run, func, input, run.derived(other.mT, other))
+
+
+def _addmm(
+    run: Interception, func: Any, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    if input.dim() != 1 or beta != 1 or alpha != 1:
+        raise Refusal("only bias [O] + samples @ matrix is covered")
+    return _linear(run, func, mat1, run.derived(mat2.mT, mat2), input)
+
+
+# --- convolutions ----------------------------------------------------------------------------------------------------
+
+
+def _convolution(
+    run: Interception,
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    sizes = weight.shape[2:]
+    settings = _each(stride, sizes), _padding(padding, dilation, sizes), _each(dilation, sizes), False, [0], groups
+    return _any_convolution(run, input, weight, bias, settings)
+
+
+def _transposed_convolution(
+    run: Interception,
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Tensor:
+    sizes = weight.shape[2:]
+    stride, padding, dilation, output_padding = (_each(s, sizes) for s in (stride, padding, dilation, output_padding))
+    return _any_convolution(run, input, weight, bias, (stride, padding, dilation, True, output_padding, groups))
+
+
+def _any_convolution(
+    run: Interception, input: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]
+) -> Tensor:
+    run.check_rows(input)
+    run.check_no_rows(weight, bias)
+    if input.dim() != weight.dim():
+        raise Refusal(f"its input has shape {list(input.shape)}, without a dimension for the batch")
+    x, frozen = in_autocast_dtype(input), run.frozen(weight)
+
+    def gradients(take: Any, dout: Tensor, x: Tensor) -> None:
+        like = frozen.to(dout.dtype)
+
+        def add(rows: Tensor, segments: Segments) -> None:
+            for k, _, (g, z) in segments.parts(dout, x):
+                wanted = [False, True, False]
+                rows[k] += torch.ops.aten.convolution_backward(g, z, like, None, *settings, wanted)[1]
+
+        take(0, add)
+        take(1, lambda rows, segments: segments.add_sums(rows, dout.flatten(2).sum(2, dtype=rows.dtype)))
+
+    return run.tap(torch.convolution(x, frozen, run.frozen(bias), *settings), (weight, bias), [x], gradients)
+
+
+def _each(value: Any, sizes: Sequence[int]) -> list[int]:
+    """One number for every spatial dimension."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * len(sizes) if len(values) == 1 else values
+
+
+def _padding(padding: Any, dilation: Any, sizes: Sequence[int]) -> list[int]:
+    if padding == "valid":
+        return _each(0, sizes)
+    if padding != "same":
+        return _each(padding, sizes)
+    both = [d * (size - 1) for d, size in zip(_each(dilation, sizes), sizes, strict=True)]
+    if any(total % 2 for total in both):
+        raise Refusal("padding='same' pads its two sides differently")
+    return [total // 2 for total in both]
+
+
+# --- norms -----------------------------------------------------------------------------------------------------------
+
+
+def _norm(run: Interception, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Norms with an affine weight and bias behind them."""
+    arguments = inspect.signature(func).bind(*args, **kwargs).arguments
+    if arguments.get("training"):
+        raise Refusal("the norm mixes the samples of a batch")
+    x, weight, bias = arguments.pop("input"), arguments.pop("weight", None), arguments.pop("bias", None)
+    run.check_rows(x)
+    run.check_no_rows(*arguments.values(), weight, bias)
+    # One weight for each channel, dimension 1; or of the shape of the last dimensions.
+    by_channel = func in (F.group_norm, F.batch_norm)
+
+    def gradients(take: Any, dout: Tensor, x: Tensor) -> None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+
+        def in_rows(t: Tensor) -> Tensor:
+            t = t.movedim(1, -1) if by_channel else t
+            return t.flatten(0, -2) if by_channel else t.flatten(0, -1 - len(arguments["normalized_shape"]))
+
+        def add_products(rows: Tensor, segments: Segments) -> None:
+            segments.add_sums(rows, in_rows(dout * func(x.to(wide), **arguments)))
+
+        take(0, add_products)
+        take(1, lambda rows, segments: segments.add_sums(rows, in_rows(dout)))
+
+    affine = {name: run.frozen(w) for name, w in (("weight", weight), ("bias", bias)) if w is not None}
+    return run.tap(func(x, **arguments, **affine), (weight, bias), [x], gradients)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _embedding(
+    run: Interception,
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        raise Refusal("max_norm, scale_grad_by_freq and sparse are not covered")
+    return _looked_up(run, weight, input, padding_idx)
+
+
+def _getitem(run: Interception, func: Any, input: Tensor, index: Any) -> Tensor:
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+        raise Refusal("only weight[integer tensor] and indices that do not depend on the batch are covered")
+    return _looked_up(run, input, index, None)
+
+
+def _looked_up(run: Interception, table: Tensor, index: Tensor, padding: int | None) -> Tensor:
+    """table[index], where entries at ``padding`` get no gradient."""
+    run.check_rows(index)
+    run.check_no_rows(table)
+
+    def gradients(take: Any, dout: Tensor, index: Tensor) -> None:
+        entry = index.flatten()
+        values = dout.reshape(len(entry), *table.shape[1:])
+        if padding is not None:
+            values = values.masked_fill((entry == padding % len(table))[:, None], 0)
+
+        def add(rows: Tensor, segments: Segments) -> None:
+            cluster = segments.clusters(entry.device).repeat_interleave(len(entry) // segments.samples)
+            rows.index_put_((cluster, entry), values.to(rows.dtype), accumulate=True)
+
+        take(0, add)
+
+    return run.tap(table.detach()[index], (table,), [index], gradients)
+
+
+# --- elementwise functions -------------------------------------------------------------------------------------------
+
+
+def _elementwise(run: Interception, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+    if func.__name__.endswith("_") and run.is_weight(args[0]):
+        raise Refusal("it changes a weight in place")
+    tensors = list(tensors_in((*args, *kwargs.values())))
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+    rows = [tensor for tensor in tensors if run.has_rows(tensor)]
+    run.check_rows(*rows)
+    if any(tensor.dim() != len(shape) or len(tensor) != shape[0] for tensor in rows):
+        raise Refusal(f"shapes {[list(tensor.shape) for tensor in tensors]} do not have the batch in one dimension")
+
+    def per_row(tensor: Tensor) -> Tensor:
+        return _PerRow.apply(run, tensor, shape[0], len(shape)) if run.is_weight(tensor) else tensor
+
+    out = func(*replaced(args, per_row), **replaced(kwargs, per_row))
+    # A number, which a weight without dimensions is to PyTorch, leaves the dtype of the others as it is.
+    dtypes = [tensor.dtype for tensor in tensors if tensor.dim() and tensor.is_floating_point()]
+    return out.to(reduce(torch.promote_types, dtypes)) if dtypes and out.is_floating_point() else out
+
+
+def _cat(run: Interception, func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    rows = [tensor for tensor in tensors if run.has_rows(tensor)]
+    run.check_rows(*rows)
+    if dim % rows[0].dim() == 0 or any(len(tensor) != len(rows[0]) for tensor in tensors):
+        raise Refusal("it puts weights between the samples of the batch")
+    return func([_PerRow.apply(run, t, len(t), t.dim()) if run.is_weight(t) else t for t in tensors], dim)
+
+
+class _PerRow(torch.autograd.Function):
+    """A weight as [rows, ...], each row seeing the whole of it; or, if it has as many rows itself, its own."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Interception, weight: Tensor, rows: int, dims: int) -> Tensor:
+        aligned = weight.reshape((1,) * (dims - weight.dim()) + tuple(weight.shape))
+        ctx.run, ctx.weight, ctx.own_rows = run, weight, len(aligned) == rows
+        ctx.set_materialize_grads(False)
+        return aligned.expand(rows, *aligned.shape[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
+        if dout is None:
+            return None, None, None, None
+
+        def add(gradients: Tensor, segments: Segments) -> None:
+            if ctx.own_rows:
+                for k, rows, (part,) in segments.parts(dout):
+                    gradients[k, rows] += part
+            else:
+                segments.add_sums(gradients.view(len(gradients), *dout.shape[1:]), dout)
+
+        (gradient,) = ctx.run.collect([ctx.weight], lambda take: take(0, add))
+        return None, gradient, None, None
+
+
+def _named(names: str, *owners: Any) -> list[Any]:
+    return [getattr(owner, name) for name in names.split() for owner in owners if hasattr(owner, name)]
+
+
+RULES: dict[Any, Rule] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    F.embedding: _embedding,
+    Tensor.__getitem__: _getitem,
+    **dict.fromkeys(_named("matmul __matmul__ mm", torch, Tensor), _matmul),
+    **dict.fromkeys(_named("conv1d conv2d conv3d", F), _convolution),
+    **dict.fromkeys(_named("conv_transpose1d conv_transpose2d conv_transpose3d", F), _transposed_convolution),
+    **dict.fromkeys(_named("layer_norm group_norm rms_norm batch_norm", F), _norm),
+    **dict.fromkeys(_named("cat concat concatenate", torch), _cat),
+    **dict.fromkeys(
+        _named(
+            "add sub subtract rsub mul multiply div divide true_divide pow maximum minimum where lerp addcmul addcdiv "
+            "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __pow__ __rpow__ "
+            "add_ sub_ mul_ div_ __iadd__ __isub__ __imul__ __itruediv__",
+            torch,
+            Tensor,
+        ),
+        _elementwise,
+    ),
+    **ROUTED_RULES,
+}

@@ -1,0 +1,65 @@
+"""Rows that stand cluster by cluster, and the sums that turn them into one weight gradient for each cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+
+class Segments:
+    """How the samples of a batch divide into clusters.
+
+    Tensors here have a multiple m of B rows: m rows of the first sample, m of the second, and so on.
+
+    Args:
+        sizes: samples of each cluster, in the order in which they stand in the batch; may be 0.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = tuple(sizes)
+        self.samples = sum(sizes)
+
+    def clusters(self, device: torch.device) -> Tensor:
+        """The cluster of each sample, int64 [B]."""
+        return torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes)).to(device)
+
+    def parts(self, *tensors: Tensor) -> Iterator[tuple[int, slice, list[Tensor]]]:
+        """Each cluster that has samples: its number, its rows, and these of each tensor."""
+        m, begin = len(tensors[0]) // self.samples, 0
+        for k, size in enumerate(self.sizes):
+            rows = slice(begin, begin + m * size)
+            if size:
+                yield k, rows, [tensor[rows] for tensor in tensors]
+            begin = rows.stop
+
+    def stacks(self, *tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Neighbouring clusters of one size together: their numbers, and [clusters, rows of each, ...] of each
+        tensor."""
+        m, k, begin = len(tensors[0]) // self.samples, 0, 0
+        for size, group in groupby(self.sizes):
+            count = len(list(group))
+            end = begin + m * size * count
+            if size:
+                yield slice(k, k + count), [tensor[begin:end].unflatten(0, (count, -1)) for tensor in tensors]
+            k, begin = k + count, end
+
+    def add_products(self, gradients: Tensor, dout: Tensor, x: Tensor) -> None:
+        """A linear layer's weight gradients, gradients[k] += dout_k^T x_k.
+
+        Args:
+            gradients: [K, O, I], any strides.
+            dout, x: [m B, O] and [m B, I], of one dtype.
+        """
+        for which, (g, z) in self.stacks(dout, x):
+            if gradients.dtype == g.dtype:
+                gradients[which].baddbmm_(g.mT, z)
+            else:
+                gradients[which] += torch.bmm(g.mT, z)
+
+    def add_sums(self, gradients: Tensor, x: Tensor) -> None:
+        """gradients[k] += the sum of cluster k's rows; gradients [K, ...] and x [m B, ...]."""
+        for which, (z,) in self.stacks(x):
+            gradients[which] += z.sum(1, dtype=gradients.dtype)

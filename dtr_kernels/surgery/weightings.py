@@ -1,0 +1,196 @@
+"""From the Gram matrix of K gradients to K weights: the update is the weighted sum of the gradients."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dtr_kernels import ops
+
+NAMES = ("pcgrad", "nash", "sum")
+
+
+class GramWeighting(Protocol):
+    """What ``GradientSurgery`` calls once a step; TorchJD's Gramian weightings are such objects.
+
+    ``state_dict`` and ``load_state_dict`` are saved and restored along with it where an object has them.
+    """
+
+    def __call__(self, gram: Tensor, /) -> Tensor:
+        """Weights [K], floating point, for the Gram matrix of the clusters' gradients, fp64 [K, K] and finite."""
+
+
+class PCGrad:
+    """PCGrad in random order: the weight of gradient j is the sum over i of C[i, j] (ANT, section 4)."""
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        self._generator = generator
+
+    def __call__(self, gram: Tensor) -> Tensor:
+        order = ops.random_order(len(gram), self._generator, gram.device)
+        return ops.pcgrad_coefficients(gram, order).sum(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generator's state, if it has one of its own."""
+        return {} if self._generator is None else {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues the generator from where it was saved.
+
+        Raises:
+            ValueError: if there is a saved generator and none here, or the other way round.
+        """
+        if ("generator" in state) != (self._generator is not None):
+            saved, here = ("with", "without") if "generator" in state else ("without", "with")
+            raise ValueError(
+                f"state was saved {saved} a generator, but this object was made {here} one; its orders would not go on "
+                f"where they stopped: make it {saved} generator="
+            )
+        if self._generator is not None:
+            self._generator.set_state(state["generator"].cpu())
+
+
+class Sum:
+    """Every gradient as it is: the update of an ordinary step."""
+
+    def __call__(self, gram: Tensor) -> Tensor:
+        return gram.new_ones(len(gram))
+
+
+class Nash:
+    """Nash-MTL (Navon et al., 2022) with the settings of ANT, solved by TorchJD.
+
+    The weights solve w_i (G w)_i = 1. They are solved for anew every few steps, which the host waits for, starting from
+    the last ones; in between they stay. On every step they are shrunk so that the update has at most norm 1; its
+    squared norm is w^T G w.
+
+    A matrix that has no solution (NaN, inf, or a gradient of zero, as from an empty cluster) leaves the weights as they
+    are, and the next step tries again.
+
+    Raises:
+        ImportError: if TorchJD or its solver is not installed.
+    """
+
+    every = 25
+    iterations = 20
+    max_norm = 1.0
+
+    def __init__(self, clusters: int) -> None:
+        try:
+            from torchjd.aggregation import NashMTL
+
+            # Its own schedule and clipping are off: they would lose the weights in a checkpoint and make the host wait
+            # on every step.
+            solver = NashMTL(clusters, max_norm=0.0, update_weights_every=1, optim_niter=self.iterations)
+        except ImportError as error:
+            raise ImportError(
+                f"weighting 'nash' needs the solver of TorchJD: pip install 'torchjd[nash-mtl]' ({error})"
+            ) from error
+        self._solver = solver.weighting
+        self._weights = torch.ones(clusters, dtype=torch.float64)
+        self._steps_until_solved = 0
+
+    def __call__(self, gram: Tensor) -> Tensor:
+        self._weights = self._weights.to(gram.device)
+        if self._steps_until_solved == 0:
+            solution = self._solved(gram.cpu())
+            if solution is not None:
+                self._weights, self._steps_until_solved = solution.to(gram.device), self.every
+        self._steps_until_solved = max(self._steps_until_solved - 1, 0)
+        norm = (self._weights @ gram @ self._weights).clamp_min(0).sqrt()
+        return self._weights * torch.where(norm > self.max_norm, self.max_norm / norm, 1.0)
+
+    def _solved(self, gram: Tensor) -> Tensor | None:
+        if not (gram.isfinite().all() and (gram.diagonal() > 0).all()):
+            return None
+        if len(gram) == 1:  # which TorchJD's formulation does not take
+            return gram[0].rsqrt()
+        # TorchJD wants gradients [K, P], and uses their Gram matrix alone: any square root of it will do.
+        eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+        root = eigenvectors * eigenvalues.clamp_min(0).sqrt()
+        self._solver.prvs_alpha = self._weights.cpu().numpy()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You are solving a parameterized problem that is not DPP")
+            solution = self._solver(root)
+        return solution if solution.isfinite().all() else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights, from which the next solution starts, and when it is due."""
+        return {"weights": self._weights.cpu(), "steps_until_solved": self._steps_until_solved}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues with saved weights."""
+        self._weights = state["weights"].clone()
+        self._steps_until_solved = state["steps_until_solved"]
+
+
+class External:
+    """Somebody else's weighting, checked, and never shown NaN or inf, at which solvers fail.
+
+    In place of a matrix that is not finite it gets the identity; the NaN still reach the update, through the gradients.
+    """
+
+    def __init__(self, weighting: GramWeighting) -> None:
+        self._weighting: Any = weighting
+
+    def __call__(self, gram: Tensor) -> Tensor:
+        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        weights = self._weighting(torch.where(gram.isfinite().all(), gram, identity))
+        if not isinstance(weights, Tensor) or not weights.is_floating_point():
+            given = getattr(weights, "dtype", type(weights).__name__)
+            raise TypeError(f"weighting must return a floating-point tensor of {len(gram)} weights, got {given}")
+        if tuple(weights.shape) != (len(gram),):
+            raise ValueError(f"weighting must return weights of shape [{len(gram)}], got {list(weights.shape)}")
+        return weights.detach().to(gram)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the weighting itself saves."""
+        return self._weighting.state_dict() if hasattr(self._weighting, "state_dict") else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Hands back to the weighting what it saved; warns of what a module has no place for."""
+        if isinstance(self._weighting, nn.Module):
+            # TorchJD's running averages are buffers that a new module does not have yet, and so cannot load.
+            unexpected = self._weighting.load_state_dict(state, strict=False).unexpected_keys
+            if unexpected:
+                name = type(self._weighting).__name__
+                warnings.warn(f"{name} cannot restore {', '.join(unexpected)}, and starts afresh", stacklevel=3)
+        elif hasattr(self._weighting, "load_state_dict"):
+            self._weighting.load_state_dict(state)
+
+
+def make(weighting: str | GramWeighting, clusters: int, generator: torch.Generator | None) -> GramWeighting:
+    """The weighting of a name, or the given object, checked.
+
+    Raises:
+        TypeError: if it is neither a name nor an object to call with a Gram matrix.
+        ValueError: if the name is unknown.
+        ImportError: if "nash" is asked for and TorchJD is not installed.
+    """
+    if isinstance(weighting, str):
+        if weighting == "pcgrad":
+            return PCGrad(generator)
+        if weighting == "nash":
+            return Nash(clusters)
+        if weighting == "sum":
+            return Sum()
+        raise ValueError(f"weighting must be one of {', '.join(map(repr, NAMES))} or a callable, got {weighting!r}")
+    if isinstance(weighting, type):
+        raise TypeError(
+            f"weighting must be an object, but {weighting.__name__} is a class: pass {weighting.__name__}(...)"
+        )
+    if not callable(weighting):
+        names = ", ".join(map(repr, NAMES))
+        raise TypeError(f"weighting must be one of {names} or a callable, got {type(weighting).__name__}")
+    # An aggregator is callable too and would take the Gram matrix for the gradients themselves.
+    torchjd = sys.modules.get("torchjd.aggregation")
+    if torchjd is not None and isinstance(weighting, torchjd.Aggregator):
+        raise TypeError(
+            f"weighting must map a Gram matrix to weights, but TorchJD's {type(weighting).__name__} aggregates "
+            "gradients; pass its weighting, such as UPGradWeighting() for UPGrad, or 'nash' for NashMTL"
+        )
+    return External(weighting)

@@ -1,0 +1,718 @@
+"""What test_distributed.py runs in several processes at once. Every check is called on all ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+import warnings
+from copy import deepcopy
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+import dtr_kernels as dtr
+from dtr_kernels import ops, reference
+
+K = 4
+CHECKS: dict[int, list] = {2: [], 4: []}
+
+
+def check(*world_sizes):
+    """Runs the function in groups of so many processes."""
+
+    def register(function):
+        for size in world_sizes:
+            CHECKS[size].append(function)
+        return function
+
+    return register
+
+
+def work(rank, world_size, folder, seed):
+    """One process: runs the checks in turn and writes down how each ended; after a failure ranks are out of step."""
+    torch.set_num_threads(1)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    warnings.simplefilter("ignore")
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", store, timedelta(seconds=60), rank=rank, world_size=world_size)
+    ended = {}
+    for function in CHECKS[world_size]:
+        torch.manual_seed(seed)
+        try:
+            function(rank, world_size)
+        except Exception:
+            ended[function.__name__] = traceback.format_exc()
+            break
+        ended[function.__name__] = ""
+    Path(folder, f"ended.{rank}").write_text(json.dumps(ended))
+    if not any(ended.values()):
+        dist.barrier()  # none leaves while another still listens
+    os._exit(0)  # destroying the process group would wait for ranks that may have failed
+
+
+class Net(nn.Module):
+    """Two layers, one that only samples of cluster 2 use, and one that none uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(5, 7)
+        self.head = nn.Linear(7, 3)
+        self.rare = nn.Linear(7, 3)
+        self.idle = nn.Parameter(torch.randn(11))
+
+    def forward(self, x, t):
+        h = self.first(x).tanh()
+        y = self.head(h)
+        return y + self.rare(h) * (t == 2)[:, None] if (t == 2).any() else y
+
+
+def losses_of(model, t, x, target):
+    """The loss of each sample."""
+    return (model(x, t) - target).square().mean(1)
+
+
+# The clusters of each rank's samples: the batches differ in size, and in what they lack; nobody has cluster 3.
+CLUSTERS = [[0, 2, 0, 1, 1, 0], [1, 0], [0, 1, 0, 1, 1], [1, 1, 0, 2, 2, 2, 0]]
+
+
+def batches(world_size, dtype=torch.float64, clusters=CLUSTERS):
+    """A random batch of each rank, the same on all ranks, and the whole batch: clusters, inputs and targets."""
+    parts = [
+        (torch.tensor(c), torch.randn(len(c), 5, dtype=dtype), torch.randn(len(c), 3, dtype=dtype))
+        for c in clusters[:world_size]
+    ]
+    return parts, tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+
+def true_gradients(model, whole, losses_of=losses_of):
+    """[K, P] by autograd alone: of each cluster's mean loss over the whole batch, divided by K."""
+    parameters = list(model.parameters())
+    rows = []
+    for k in range(K):
+        at = whole[0] == k
+        grads = [torch.zeros_like(p) for p in parameters]
+        if at.any():
+            loss = losses_of(model, *(tensor[at] for tensor in whole)).mean() / K
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        rows.append(torch.cat([g.double().flatten() for g in grads]))
+    return torch.stack(rows)
+
+
+def flat_update(model):
+    """What is in p.grad, whole; zero where there is nothing."""
+    parts = []
+    for p in model.parameters():
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        parts.append((grad.full_tensor() if isinstance(grad, DTensor) else grad).detach().double().flatten())
+    return torch.cat(parts)
+
+
+def assert_close(actual, expected, tolerance=1e-9):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def assert_same_everywhere(tensor):
+    copies = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(copies, tensor)
+    for copy in copies:
+        assert torch.equal(copy, tensor)
+
+
+def assert_update_of(grads, surgery, model, before=0.0, tolerance=1e-9):
+    """The Gram matrix and p.grad are those of the true gradients [K, P], with the same weights on all ranks."""
+    assert_close(surgery.last_gram, grads @ grads.T, tolerance)
+    assert_close(flat_update(model), before + surgery.last_weights @ grads, tolerance)
+    assert_same_everywhere(surgery.last_weights)
+
+
+def raised(kind, function):
+    """The message of the error that the function raises."""
+    try:
+        function()
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"no {kind.__name__}")
+
+
+def replicated(model, *args, **options):
+    return dtr.GradientSurgery(model.named_parameters(), K, *args, process_group=dist.group.WORLD, **options)
+
+
+def backward(surgery, model, part, losses_of=losses_of, **options):
+    return surgery.backward_batch(partial(losses_of, model), part[0], *part, **options)
+
+
+@check(2, 4)
+def pcgrad_of_unequal_batches(rank, world_size):
+    model = Net().double()
+    surgery = replicated(model, generator=torch.Generator().manual_seed(rank))
+    generator = torch.Generator().manual_seed(0)  # rank 0's orders are everybody's
+    for _ in range(3):
+        model.zero_grad()
+        parts, whole = batches(world_size)
+        losses = backward(surgery, model, parts[rank])
+        grads = true_gradients(model, whole)
+        assert_update_of(grads, surgery, model)
+        assert_close(flat_update(model), reference.pcgrad(grads, ops.random_order(K, generator)).sum(0))
+        assert model.idle.grad is None
+        assert model.rare.weight.grad is not None  # also where there is no sample of cluster 2
+        own = losses_of(model, *parts[rank]).detach()
+        for k in range(K):
+            mean = own[parts[rank][0] == k].mean()
+            torch.testing.assert_close(losses[k], mean, equal_nan=True)
+    assert_same_everywhere(flat_update(model))
+
+
+@check(2)
+def adds_to_an_existing_grad(rank, world_size):
+    model = Net().double()
+    parts, whole = batches(world_size)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    surgery = replicated(model)
+    backward(surgery, model, parts[rank])
+    assert_update_of(true_gradients(model, whole), surgery, model, before=1.0)
+
+
+@check(2, 4)
+def every_weighting(rank, world_size):
+    model = Net().double()
+    parts, whole = batches(world_size, clusters=[[3, *c] for c in CLUSTERS])
+    grads = true_gradients(model, whole)
+    gram = grads @ grads.T
+
+    def by_norm(gram):
+        return gram.diagonal() / gram.trace()
+
+    def by_rank(gram):  # of which rank 0's is taken
+        return gram.new_full((K,), 1.0 + rank)
+
+    for weighting, expected in ("sum", gram.new_ones(K)), (by_norm, by_norm(gram)), (by_rank, gram.new_ones(K)):
+        model.zero_grad()
+        surgery = replicated(model, weighting)
+        backward(surgery, model, parts[rank])
+        assert_update_of(grads, surgery, model)
+        assert_close(surgery.last_weights, expected)
+    try:
+        surgery = replicated(model, "nash")
+    except ImportError:
+        return
+    for _ in range(2):
+        model.zero_grad()
+        backward(surgery, model, parts[rank])
+        assert_update_of(grads, surgery, model)
+    alone = dtr.GradientSurgery(model.named_parameters(), K, "nash")
+    backward(alone, model, whole)
+    assert_close(surgery.last_weights, alone.last_weights, 1e-3)
+
+
+@check(2, 4)
+def functions_and_counts(rank, world_size):
+    model = Net().double()
+    parts, whole = batches(world_size)
+    clusters = parts[rank][0]
+
+    def cluster(k):
+        return lambda: losses_of(model, *(tensor[clusters == k] for tensor in parts[rank])).mean()
+
+    losses = [cluster(k) if k in clusters else None for k in range(K)]
+    counts = clusters.bincount(minlength=K).tolist()
+    surgery = replicated(model)
+    for given in losses, [loss and loss() for loss in losses]:
+        model.zero_grad()
+        surgery.backward(given, counts=counts)
+        assert_update_of(true_gradients(model, whole), surgery, model)
+
+    # Without counts the ranks that have a cluster count alike.
+    model.zero_grad()
+    surgery.backward(losses)
+    have = torch.tensor([[k in part[0] for k in range(K)] for part in parts]).sum(0)
+    grads = sum(true_gradients(model, part) for part in parts) / have.clamp_min(1)[:, None]
+    assert_update_of(grads, surgery, model)
+
+    for wrong, message in (
+        ([1] * (K - 1), "counts must have 4 entries"),
+        ([-1] * K, "counts must be numbers of samples"),
+        ([1] * K, "must be 0, because losses["),
+    ):
+        assert message in raised(ValueError, lambda wrong=wrong: surgery.backward(losses, counts=wrong))
+
+
+@check(2, 4)
+def accumulation(rank, world_size):
+    model = Net().double()
+    surgery = replicated(model, generator=torch.Generator().manual_seed(rank))
+    grads = 0.0
+    for last in False, False, True:
+        assert model.head.weight.grad is None
+        parts, whole = batches(world_size)  # a rank has the same share of a cluster in every micro-batch
+        backward(surgery, model, parts[rank], last=last)
+        grads = grads + true_gradients(model, whole)
+    assert_update_of(grads, surgery, model)
+    order = ops.random_order(K, torch.Generator().manual_seed(0))
+    assert_close(flat_update(model), reference.pcgrad(grads, order).sum(0))
+
+    # With other shares a rank's gradients go by the samples of all its micro-batches.
+    model.zero_grad()
+    first, _ = batches(world_size)
+    second, _ = batches(world_size, clusters=[*CLUSTERS[1:world_size], CLUSTERS[0]])
+    backward(surgery, model, first[rank], last=False)
+    backward(surgery, model, second[rank])
+    pairs = list(zip(first, second, strict=True))
+    counts = torch.stack([torch.cat([a[0], b[0]]).bincount(minlength=K) for a, b in pairs])
+    each = torch.stack([true_gradients(model, a) + true_gradients(model, b) for a, b in pairs])
+    assert_update_of(((counts / counts.sum(0).clamp_min(1))[..., None] * each).sum(0), surgery, model)
+
+
+@check(2)
+def automatic_engine(rank, world_size):
+    """Each rank chooses an engine of its own, and may."""
+
+    def losses_of(model, t, x, target):
+        return (model(x) - target).square().mean(1)
+
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    surgery = replicated(model)
+    for _ in range(9):
+        model.zero_grad()
+        parts, whole = batches(world_size)
+        backward(surgery, model, parts[rank], losses_of)
+        assert_update_of(true_gradients(model, whole, losses_of), surgery, model)
+    assert surgery.engine.name in ("per_cluster", "one_pass")
+
+
+@check(2, 4)
+def dtypes(rank, world_size):
+    """Against PyTorch's own: the mean over ranks of the gradients, all-reduced in their dtype."""
+    for dtype, epsilon in (torch.float32, 2**-24), (torch.bfloat16, 2**-8), (torch.float16, 2**-11):
+        model = Net().to(dtype)
+        parts, whole = batches(world_size, dtype, clusters=[[0, 1, 2, 3, 3, 0, 1, 2]] * world_size)
+        surgery = replicated(model, "sum", engine="per_cluster")
+        backward(surgery, model, parts[rank])
+        ours = flat_update(model)
+        model.zero_grad()
+        losses_of(model, *parts[rank]).mean().backward()
+        for p in model.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= world_size
+        plain = flat_update(model)
+        t, *wide = whole[0], whole[1].double(), whole[2].double()
+        true = true_gradients(model.double(), (t, *wide)).sum(0)
+        bound = 2 * (plain - true).abs().max() + 4 * epsilon * true.abs().max()
+        assert (ours - true).abs().max() <= bound, dtype
+
+    class Mixed(Net):
+        def forward(self, x, t):
+            h = self.first(x).tanh()
+            return self.head(h.float()).double() + self.rare(h)
+
+    model = Mixed().double()
+    model.head.float()
+    parts, whole = batches(world_size)
+    surgery = replicated(model)
+    backward(surgery, model, parts[rank])
+    assert model.head.weight.grad.dtype == torch.float32 and model.rare.weight.grad.dtype == torch.float64
+    assert_update_of(true_gradients(model, whole), surgery, model, tolerance=1e-5)
+
+
+@check(2)
+def overflow_on_one_rank(rank, world_size):
+    model = Net().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    surgery = replicated(model, "sum")
+    before = deepcopy(model.state_dict())
+    parts, whole = batches(world_size)
+    backward(surgery, model, parts[rank], scaler=scaler)
+    grads = true_gradients(model, whole)
+    assert_close(surgery.last_gram, grads @ grads.T)
+    assert_close(flat_update(model), 2.0**10 * grads.sum(0))
+
+    model.zero_grad()
+    if rank == 1:
+        parts[rank][1][0, 0] = torch.inf
+    backward(surgery, model, parts[rank], scaler=scaler)
+    assert not flat_update(model).isfinite().all()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**9
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@check(4)
+def groups_of_some_ranks(rank, world_size):
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    model = Net().double()
+    members = [rank % 2, rank % 2 + 2]
+    surgery = dtr.GradientSurgery(model.named_parameters(), K, process_group=groups[rank % 2])
+    parts, _ = batches(world_size)
+    backward(surgery, model, parts[rank])
+    grads = true_gradients(model, tuple(torch.cat([parts[r][i] for r in members]) for i in range(3)))
+    assert_close(surgery.last_gram, grads @ grads.T)
+    assert_close(flat_update(model), surgery.last_weights @ grads)
+    other = groups[1 - rank % 2]
+    message = raised(TypeError, lambda: dtr.GradientSurgery(model.parameters(), K, process_group=other))
+    assert "process_group must be a torch.distributed.ProcessGroup that this process belongs to" in message
+
+
+@check(2, 4)
+def traffic(rank, world_size):
+    """(K + 1) P elements cross the network for each rank."""
+    model = Net()
+    parts, _ = batches(world_size, torch.float32)
+    moved = []
+
+    def counting(run):
+        return lambda out, tensor, **options: (
+            moved.append(max(out.numel(), tensor.numel())),
+            run(out, tensor, **options),
+        )
+
+    names = ("reduce_scatter_single", "all_gather_single", "reduce_scatter_tensor", "all_gather_into_tensor")
+    originals = {name: getattr(dist, name) for name in names if hasattr(dist, name)}
+    for name in list(originals)[:2]:
+        setattr(dist, name, counting(originals[name]))
+    try:
+        surgery = replicated(model)
+        backward(surgery, model, parts[rank], last=False)
+        assert not moved
+        backward(surgery, model, parts[rank])
+    finally:
+        for name, run in originals.items():
+            setattr(dist, name, run)
+    P = sum(-(-p.numel() // 32) * 32 for p in model.parameters())
+    assert P * (K + 1) <= sum(moved) <= (P + 32 * world_size) * (K + 1)
+
+
+@check(2, 4)
+def mismatches(rank, world_size):
+    """One rank is different: every rank hears of it, and goes on afterwards."""
+    odd = rank == world_size - 1
+    last = world_size - 1
+    parts, whole = batches(world_size)
+
+    def step(model, num_clusters=K, weighting="pcgrad", engine="auto"):
+        surgery = dtr.GradientSurgery(
+            model.named_parameters(), num_clusters, weighting, engine=engine, process_group=dist.group.WORLD
+        )
+        return raised(ValueError, lambda: backward(surgery, model, parts[rank]))
+
+    assert f"rank 0 has num_clusters = 4, and rank {last} has num_clusters = 5" in step(Net().double(), K + odd)
+    message = step(Net().double(), weighting="sum" if odd else "pcgrad")
+    assert f"rank 0 has weighting = 'pcgrad', and rank {last} has weighting = 'sum'" in message
+    message = step(Net().double(), engine="per_cluster" if odd else "auto")
+    assert f"engine = 'auto', and rank {last} has engine = 'per_cluster'" in message
+    model = Net().double()
+    model.idle = nn.Parameter(torch.zeros(11 + odd, dtype=torch.float64))
+    message = step(model)
+    assert "parameter 'idle' = [11] torch.float64" in message and "parameter 'idle' = [12] torch.float64" in message
+    model = Net().double()
+    model.idle.data = model.idle.data.to(torch.float32 if odd else torch.float64)
+    assert "parameter 'idle' = [11] torch.float32" in step(model)
+    model = Net().double()
+    if odd:
+        model.another = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    message = step(model)
+    assert "parameter 'another'" in message or "no further parameter" in message
+
+    # In the middle of the training.
+    model = Net().double()
+    surgery = replicated(model)
+    backward(surgery, model, parts[rank])
+    model.zero_grad()
+    model.head.requires_grad_(not odd)
+    message = raised(ValueError, lambda: backward(surgery, model, parts[rank]))
+    assert "rank 0 has parameter 'head.weight'" in message
+    assert flat_update(model).abs().sum() == 0
+    model.head.requires_grad_(True)
+    backward(surgery, model, parts[rank])
+    assert_update_of(true_gradients(model, whole), surgery, model)
+
+
+@check(2, 4)
+def an_error_on_one_rank(rank, world_size):
+    odd = world_size - 1
+    model = Net().double()
+    surgery = replicated(model)
+    parts, whole = batches(world_size)
+
+    def loss(*tensors):
+        raise KeyError("of the caller")
+
+    def bad_step(**options):
+        if rank == odd:
+            return surgery.backward_batch(loss, parts[rank][0], *parts[rank], **options)
+        return backward(surgery, model, parts[rank], **options)
+
+    def bad_argument():
+        return backward(surgery, model, (parts[rank][0] + K * (rank == odd), *parts[rank][1:]))
+
+    def bad_micro_batch():
+        bad_step(last=False)
+        backward(surgery, model, parts[rank])
+
+    def bad_argument_after_a_micro_batch():
+        backward(surgery, model, parts[rank], last=False)
+        bad_argument()
+
+    for step, kind, announced in (
+        (bad_step, KeyError, "KeyError: 'of the caller'"),
+        (bad_argument, ValueError, "ValueError: clusters must be from 0"),
+        (bad_micro_batch, KeyError, "KeyError: 'of the caller'"),
+        (bad_argument_after_a_micro_batch, ValueError, "ValueError: clusters must be from 0"),
+    ):
+        message = raised(kind if rank == odd else RuntimeError, step)
+        if rank != odd:
+            assert f"rank {odd} failed in this step of gradient surgery: {announced}" in message
+        assert flat_update(model).abs().sum() == 0
+    backward(surgery, model, parts[rank])
+    assert_update_of(true_gradients(model, whole), surgery, model)
+
+
+@check(2)
+def what_replicas_refuse(rank, world_size):
+    model = Net().double()
+    assert "engine 'low_memory' does not work" in raised(ValueError, lambda: replicated(model, engine="low_memory"))
+    message = raised(TypeError, lambda: dtr.GradientSurgery(model.parameters(), K, process_group="world"))
+    assert "process_group must be" in message and "got str" in message
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dtr.GradientSurgery(model.parameters(), K)
+    assert "torch.distributed runs 2 processes" in str(caught[0].message)
+    assert Path(caught[0].filename).name == Path(__file__).name
+
+
+@check(2)
+def inside_of_a_ddp_wrapper(rank, world_size):
+    model = Net().double()
+    wrapper = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=True)
+    surgery = replicated(wrapper.module)
+    parts, whole = batches(world_size, clusters=[[0, 1, 2, 3]] * 2)
+    message = raised(RuntimeError, lambda: backward(surgery, wrapper, parts[rank]))
+    assert "was replaced" in message
+    backward(surgery, wrapper.module, parts[rank])
+    assert_update_of(true_gradients(model, whole), surgery, model)
+
+
+class ShardedNet(Net):
+    """FSDP wants the same parameters used in every pass."""
+
+    def forward(self, x, t):
+        h = self.first(x).tanh()
+        return self.head(h) + self.rare(h) * (t == 2)[:, None]
+
+
+def sharded(mesh, dtype=torch.float64, **options):
+    """A model and its unsharded copy."""
+    model = ShardedNet().to(dtype)
+    copy = deepcopy(model)
+    for layer in model.first, model.rare:
+        fully_shard(layer, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    return model, copy
+
+
+def meshes(world_size):
+    yield init_device_mesh("cpu", (world_size,))
+    if world_size == 4:
+        yield init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))  # HSDP
+
+
+@check(2, 4)
+def shards_of_unequal_batches(rank, world_size):
+    for mesh in meshes(world_size):
+        model, copy = sharded(mesh)
+        surgery = dtr.GradientSurgery(model.named_parameters(), K, generator=torch.Generator().manual_seed(rank))
+        assert (surgery.engine.name, surgery.engine.reason[:15]) == ("per_cluster", "the only engine")
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(2):
+            model.zero_grad()
+            parts, whole = batches(world_size)
+            losses = backward(surgery, model, parts[rank])
+            grads = true_gradients(copy, whole)
+            assert_update_of(grads, surgery, model)
+            assert_close(flat_update(model), reference.pcgrad(grads, ops.random_order(K, generator)).sum(0))
+            assert model.idle.grad is None
+            own = losses_of(copy, *parts[rank]).detach()
+            for k in range(K):
+                mean = own[parts[rank][0] == k].mean()  # NaN without samples
+                torch.testing.assert_close(losses[k], mean, equal_nan=True)
+        for p in model.parameters():
+            assert p.grad is None or (p.grad.placements == p.placements and p.grad.stride() == p.stride())
+        torch.optim.AdamW(model.parameters()).step()
+        backward(surgery, model, parts[rank])  # adds
+
+
+@check(2, 4)
+def shards_with_functions(rank, world_size):
+    model, copy = sharded(next(meshes(world_size)))
+    surgery = dtr.GradientSurgery(model.named_parameters(), K)
+    parts, whole = batches(world_size)
+    clusters = parts[rank][0]
+
+    def cluster(k):
+        at = clusters == k if k in clusters else slice(1)  # any sample does
+        return lambda: losses_of(model, *(tensor[at] for tensor in parts[rank])).mean()
+
+    losses = [*map(cluster, range(K - 1)), None]
+    counts = clusters.bincount(minlength=K).tolist()
+    surgery.backward(losses, counts=counts)
+    assert_update_of(true_gradients(copy, whole), surgery, model)
+
+    # Losses of one graph.
+    model.zero_grad()
+    each = losses_of(model, *parts[rank])
+    surgery.backward([each[clusters == k].sum() / max(counts[k], 1) for k in range(K)], counts=counts)
+    assert_update_of(true_gradients(copy, whole), surgery, model)
+
+    missing = [None if rank == 1 and k == 0 else loss for k, loss in enumerate(losses)]
+    message = raised(ValueError, lambda: surgery.backward(missing))
+    assert f"losses[0] is None on 1 of {world_size} ranks" in message
+
+
+@check(2, 4)
+def shards_accumulate(rank, world_size):
+    for mesh in meshes(world_size):
+        model, copy = sharded(mesh)
+        surgery = dtr.GradientSurgery(model.named_parameters(), K)
+        grads = 0.0
+        for clusters in CLUSTERS, [*CLUSTERS[1:world_size], CLUSTERS[0]]:
+            parts, whole = batches(world_size, clusters=clusters)
+            backward(surgery, model, parts[rank], last=clusters is not CLUSTERS)
+            grads = grads + true_gradients(copy, whole)
+        assert_update_of(grads, surgery, model)
+
+
+@check(2)
+def shards_of_mixed_precision(rank, world_size):
+    mesh = next(meshes(world_size))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model, _ = sharded(mesh, torch.float32, mp_policy=policy)
+    surgery = dtr.GradientSurgery(model.named_parameters(), K, "sum")
+    parts, _ = batches(world_size, torch.float32, clusters=[[0, 1, 2, 3]] * world_size)
+    backward(surgery, model, parts[rank])
+    assert model.head.weight.grad.dtype == torch.float32
+    ours = flat_update(model)
+    model.zero_grad()
+    losses_of(model, *parts[rank]).mean().backward()
+    assert_close(ours, flat_update(model), 0.02)
+
+
+@check(2)
+def shards_overflow_on_one_rank(rank, world_size):
+    model, _ = sharded(next(meshes(world_size)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    surgery = dtr.GradientSurgery(model.named_parameters(), K)
+    parts, _ = batches(world_size)
+    if rank == 1:
+        parts[rank][1][0, 0] = torch.inf
+    backward(surgery, model, parts[rank], scaler=scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**9
+    assert all(p.to_local().isfinite().all() for p in model.parameters())
+
+
+class Transformerish(nn.Module):
+    """A layer of each kind that tensor parallelism shards in its own way."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.up = nn.Linear(8, 12)
+        self.down = nn.Linear(12, 8)
+
+    def forward(self, x):
+        return self.down(self.up(self.norm(x)).tanh())
+
+
+@check(2, 4)
+def tensor_parallelism(rank, world_size):
+    """Alone on 2 ranks; under FSDP2 on 2 x 2."""
+    shape, names = ((2,), ("tp",)) if world_size == 2 else ((2, 2), ("dp", "tp"))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    tp = mesh["tp"]
+    model = Transformerish().double()
+    copy = deepcopy(model)
+    plan = {
+        "norm": SequenceParallel(),
+        "up": ColwiseParallel(input_layouts=Shard(1)),
+        "down": RowwiseParallel(output_layouts=Replicate()),
+    }
+    parallelize_module(model, tp, plan)
+    if world_size == 4:
+        fully_shard(model, mesh=mesh["dp"])
+
+    def inputs(x, y):
+        return x.chunk(2, dim=1)[tp.get_local_rank()], y
+
+    def losses_of(model, t, x, y):
+        return (model(x) - y).square().mean((1, 2))
+
+    batches = [torch.randn(2, n, 4, 8, dtype=torch.float64) for n in (5, 3)][: len(shape)]
+    clusters = [torch.tensor([0, 1, 1, 2, 0]), torch.tensor([1, 0, 0])][: len(shape)]
+    own = mesh["dp"].get_local_rank() if world_size == 4 else 0
+    surgery = dtr.GradientSurgery(model.named_parameters(), K)
+    local = inputs(*batches[own])
+    for _ in range(2):
+        model.zero_grad()
+        surgery.backward_batch(partial(losses_of, model), clusters[own], clusters[own], *local)
+        whole = (torch.cat(clusters), *torch.cat(batches, dim=1))
+        assert_update_of(true_gradients(copy, whole, losses_of), surgery, model)
+
+
+@check(2)
+def what_shards_refuse(rank, world_size):
+    mesh = next(meshes(world_size))
+    model, copy = sharded(mesh)
+
+    def message(*args, **options):
+        return raised(ValueError, lambda: dtr.GradientSurgery(*args, **options))
+
+    for engine in "one_pass", "low_memory":
+        assert f"engine '{engine}' does not work with sharded" in message(model.parameters(), K, engine=engine)
+    assert "leave process_group out" in message(model.parameters(), K, process_group=dist.group.WORLD)
+    pairs = [*model.named_parameters(), ("plain", copy.idle)]
+    assert "but plain is an ordinary tensor" in message(pairs, K)
+    partial_sum = nn.Parameter(DTensor.from_local(torch.randn(3), mesh, [Partial()]))
+    assert "but w has the placement" in message([("w", partial_sum)], K)
+    half = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))
+    whole = nn.Parameter(distribute_tensor(torch.randn(4), half, [Shard(0), Replicate()]))
+    dtr.GradientSurgery([("part", whole), ("w", model.idle)], K)  # meshes of the same ranks may differ
+
+
+@check(2, 4)
+def shards_with_an_error_on_one_rank(rank, world_size):
+    odd = world_size - 1
+    model, copy = sharded(next(meshes(world_size)))
+    parts, whole = batches(world_size)
+    surgery = dtr.GradientSurgery(model.named_parameters(), K)
+
+    def bad_argument():
+        return backward(surgery, model, (parts[rank][0] + K * (rank == odd), *parts[rank][1:]))
+
+    message = raised(ValueError if rank == odd else RuntimeError, bad_argument)
+    assert rank == odd or f"rank {odd} failed in this step of gradient surgery: ValueError: clusters" in message
+    other = dtr.GradientSurgery(model.named_parameters(), K, "sum" if rank == odd else "pcgrad")
+    message = raised(ValueError, lambda: backward(other, model, parts[rank]))
+    assert f"rank 0 has weighting = 'pcgrad', and rank {odd} has weighting = 'sum'" in message
+    backward(surgery, model, parts[rank])
+    assert_update_of(true_gradients(copy, whole), surgery, model)

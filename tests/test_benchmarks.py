@@ -1,0 +1,313 @@
+"""The benchmarks' own machinery: what is checked, counted, kept and printed. No figure of time is asserted."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the benchmarks are run from the checkout, not installed
+
+import dtr_kernels as dtr
+from benchmarks import __main__ as command_line
+from benchmarks import surgery, surgery_projection
+from benchmarks.cases import Benchmark, Case, Goal, Options, Side
+from benchmarks.measure import Rounds
+from benchmarks.memory import with_peak
+from benchmarks.models import make_dit, plain_forward
+from benchmarks.results import CaseResult, SideResult
+from benchmarks.timing import Spread, Stopwatch, ratio
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Sizes that take no time, one thread, and no compiler."""
+    threads = torch.get_num_threads()
+    monkeypatch.setitem(command_line.COPY_BYTES, "quick", 1 << 20)
+    monkeypatch.setattr(surgery_projection, "QUICK_ELEMENTS", 40_003)
+    monkeypatch.setattr(surgery_projection, "compiled", lambda function: function)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(folder: Path, *arguments: str) -> tuple[int, dict]:
+    """The exit status and the saved results of one benchmark."""
+    status = command_line.main(["run", *arguments, "--quick", "--rounds", "2", "--threads", "1", "--out", str(folder)])
+    return status, json.loads((folder / f"{arguments[0]}.json").read_text())
+
+
+def sides_of(case: dict) -> dict[str, dict]:
+    return {side["name"]: side for side in case["sides"]}
+
+
+def fake(monkeypatch, *cases: Case) -> None:
+    """A benchmark "fake" of the given cases."""
+    benchmark = Benchmark("fake", "made up", lambda options: [lambda case=case: case for case in cases])
+    monkeypatch.setitem(command_line.BENCHMARKS, "fake", benchmark)
+
+
+def good_side(name: str = "good", **more) -> Side:
+    return Side(name, lambda: None, lambda _: 0.0, bound=1e-5, **more)
+
+
+def test_the_package_runs_from_the_checkout():
+    command = [sys.executable, "-m", "benchmarks", "list"]
+    root = Path(__file__).parent.parent
+    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == list(command_line.BENCHMARKS)
+
+
+def test_projection(tmp_path, device):
+    status, results = run(tmp_path, "surgery_projection", "--dtype", "fp32", "--device", device.type)
+    assert [case["name"] for case in results["cases"]] == [
+        f"{what}, K {K}, P 0.040003M, fp32" for K in (5, 8) for what in ("projection", "parts")
+    ]
+    for case in results["cases"]:
+        for side in case["sides"]:
+            if side["name"].startswith("TorchJD") and side["status"] == "unavailable":
+                continue
+            assert side["status"] == "right" and side["error"] < 1e-5, side
+            assert len(side["seconds"]) == len(case["copy"]["seconds"]) == 2
+    assert status == 0
+    # Counted by hand, of 4 bytes: gram reads 5 x 40003; combine_ reads and writes them; weighted_sum reads them and
+    # writes 40003; pcgrad_sum is gram and weighted_sum, pcgrad_ gram and combine_.
+    bytes_moved = {name: side["bytes_moved"] for case in results["cases"][:2] for name, side in sides_of(case).items()}
+    assert bytes_moved["gram"] == 800_060
+    assert bytes_moved["combine_"] == 1_600_120
+    assert bytes_moved["weighted_sum"] == 960_072
+    assert bytes_moved["pcgrad_sum"] == bytes_moved["the loop"] == 1_760_132
+    assert bytes_moved["pcgrad_"] == 2_400_180
+    assert bytes_moved["pcgrad_coefficients"] is None
+    part = sides_of(results["cases"][1])["gram"]
+    assert part["bytes_per_second"] == pytest.approx(800_060 / part["summary"]["median"])
+    assert "| pcgrad_sum " in (tmp_path / "surgery_projection.md").read_text()
+    assert {"device", "torch", "commit", "command", "threads", "date"} <= set(results["environment"])
+
+
+def test_half_precision_counts_two_bytes(device):
+    build = surgery_projection.cases(Options(device, torch.bfloat16, quick=True))[1]
+    assert {side.name: side.bytes_moved for side in build().sides}["gram"] == 400_030
+
+
+def test_step(tmp_path, device):
+    status, results = run(tmp_path, "surgery_step", "--batch", "10", "--device", device.type)
+    (case,) = results["cases"]
+    sides = sides_of(case)
+    for name, side in sides.items():
+        if side["status"] == "unavailable":
+            assert name.startswith("TorchJD"), side
+            continue
+        assert side["status"] == "right" and side["error"] < 1e-5, side
+        assert len(side["seconds"]) == 2 and side["peak_bytes"] > 0
+    assert status == 0
+    cost = sides["GradientSurgery, functions"]["time over ordinary step"]["median"]
+    medians = [sides[name]["summary"]["median"] for name in ("GradientSurgery, functions", "ordinary step")]
+    assert cost == pytest.approx(medians[0] / medians[1])
+    assert any("pairs conflict" in note and " 0 of" not in note for note in case["notes"])
+
+
+def test_wrong_results_have_an_error_and_no_time(tmp_path, monkeypatch, capsys):
+    def breaks():
+        raise RuntimeError("it | broke\nin many lines")
+
+    def missing():
+        raise ImportError("not installed")
+
+    sides = [
+        good_side(),
+        Side("wrong", lambda: None, lambda _: 0.25, bound=1e-5),
+        Side("nan", lambda: None, lambda _: math.nan, bound=1e-5),
+        Side("infinite", lambda: None, lambda _: math.inf, bound=1e-5),
+        Side("broken", breaks, lambda _: 0.0, bound=1e-5),
+        Side("missing", missing, lambda _: 0.0, bound=1e-5),
+    ]
+    goal = Goal("speed", lambda result: result.speedup("wrong", over="good") and 1.0, at_least=1)
+    fake(monkeypatch, Case("case", sides, speedup_over="good", goals=[goal]))
+    status, results = run(tmp_path, "fake")
+    assert status == 1
+    found = sides_of(results["cases"][0])
+    assert {name: side["status"] for name, side in found.items()} == {
+        "good": "right",
+        "wrong": "wrong",
+        "nan": "wrong",
+        "infinite": "wrong",
+        "broken": "failed",
+        "missing": "unavailable",
+    }
+    assert [name for name, side in found.items() if side["seconds"]] == ["good"]
+    assert found["nan"]["error"] is None and found["infinite"]["error"] is None
+    lines = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line.startswith("|")}
+    assert "error 2.5e-01, allowed 1.0e-05" in lines["wrong"] and "x" not in lines["wrong"]
+    assert r"RuntimeError: it \| broke" in lines["broken"] and "not installed" in lines["missing"]
+    assert results["cases"][0]["goals"][0]["met"] is None
+
+
+def test_a_side_that_cannot_run_here_is_no_failure(tmp_path, monkeypatch):
+    def missing():
+        raise NotImplementedError("not here")
+
+    fake(monkeypatch, Case("case", [Side("missing", missing, lambda _: 0.0, bound=1e-5)]))
+    status, results = run(tmp_path, "fake")
+    assert status == 0 and results["cases"][0]["sides"][0]["message"] == "NotImplementedError: not here"
+
+
+def test_ctrl_c_keeps_complete_rounds(tmp_path, monkeypatch):
+    calls = 0
+
+    def interrupted_in_second_round():  # after the check and the warm-up round
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+
+    last = Side("last", interrupted_in_second_round, lambda _: 0.0, bound=1e-5)
+    fake(monkeypatch, Case("first", [good_side()]), Case("second", [good_side(), last]), Case("third", [good_side()]))
+    status, results = run(tmp_path, "fake")
+    assert status == 130 and results["interrupted"]
+    rounds = [[len(side["seconds"]) for side in case["sides"]] for case in results["cases"]]
+    assert rounds == [[2], [1, 1]]
+
+
+def test_ctrl_c_before_any_figure_keeps_the_earlier_results(tmp_path, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    fake(monkeypatch, Case("case", [good_side()]))
+    run(tmp_path, "fake")
+    fake(monkeypatch, Case("case", [Side("at once", interrupted, lambda _: 0.0, bound=1e-5)]))
+    status, results = run(tmp_path, "fake")
+    assert status == 130 and not results["interrupted"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fake_name"], "there is no benchmark fake_name"),
+        (["surgery_step", "--batch", "7"], "--batch must be a multiple of the 5 clusters, got 7"),
+        (["surgery_step", "--model", "DiT-Z"], "--model must be tiny or one of DiT-S/2"),
+        (["surgery_step", "--rounds", "0"], "must be a whole number of at least 1"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        command_line.main(["run", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_inputs_are_restored_before_every_call(tmp_path, monkeypatch):
+    value = torch.zeros(1)
+    seen = []
+    side = Side(
+        "adds", lambda: seen.append(value.add_(1).item()), lambda _: 0.0, bound=1.0, before=lambda: value.zero_()
+    )
+    fake(monkeypatch, Case("case", [side]))
+    run(tmp_path, "fake")
+    assert seen == [1.0] * 4  # the check, the warm-up, two rounds
+
+
+def test_statistics():
+    spread = Spread.of([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
+    assert (spread.median, spread.p20, spread.p80) == (3.5, 2.0, 5.0)
+    compared = ratio([10.0, 40.0, 90.0], [10.0, 20.0, 30.0])
+    assert compared.median == 2.0  # 40 / 20
+    assert (compared.p20, compared.p80) == pytest.approx((1.4, 2.6))  # of 1, 2, 3
+
+
+def test_figures_follow_from_the_rounds():
+    sides = [good_side("slow"), good_side("fast", bytes_moved=3_000_000)]
+    result = CaseResult(Case("case", sides, speedup_over="slow"), copy_bytes=8_000_000)
+    result.sides = {side.name: SideResult(side.bound, side.bytes_moved) for side in sides}
+    assert result.speedup("fast", over="slow") is None and result.share_of_copy("fast") is None
+    for slow in (4e-3, 6e-3, 8e-3):
+        result.add_round({"slow": slow, "fast": 1e-3}, copying=2e-3)
+    assert result.speedup("fast", over="slow").median == pytest.approx(6)
+    assert result.time("slow", over="fast").median == pytest.approx(6)
+    assert result.bandwidth("fast") == pytest.approx(3e9)
+    assert result.share_of_copy("fast") == pytest.approx(0.75)  # the copy moves 4 GB/s
+    assert result.bandwidth("slow") is None
+    row = next(line for line in result.markdown().splitlines() if line.startswith("| fast"))
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
+        "fast",
+        "1 (1 to 1)",
+        "6.00x (4.80 to 7.20)",
+        "3",
+        "75%",
+        "nan",
+    ]
+
+
+def test_rounds_end_with_the_time():
+    assert list(Rounds(least=3, most=10, seconds=0)) == [0, 1, 2]
+    assert list(Rounds(least=3, most=10, seconds=60)) == list(range(10))
+
+
+def test_stopwatch_sees_the_work_and_frees_its_result(device):
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+
+    def work():
+        time.sleep(0.01)
+        alive.add(result := torch.ones(1, device=device))
+        return result
+
+    assert Stopwatch(device)(work) >= 0.0099
+    assert not alive
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_peak_memory_counts_what_was_freed_again(device):
+    def forty_megabytes_then_one():
+        _freed = torch.ones(10_000_000, device=device)
+        return torch.ones(250_000, device=device)
+
+    for _ in range(2):
+        _, peak = with_peak(forty_megabytes_then_one, device)
+        assert 39e6 < peak < 60e6
+
+
+@pytest.mark.parametrize("K", [1, 2, 5])
+def test_oracle_is_the_loop_in_fp64(seed, monkeypatch, K):
+    monkeypatch.setattr(surgery, "_CHUNK", 100)
+    grads = surgery_projection.conflicting_gradients(K, 1003, torch.float32, CPU)
+    order = dtr.ops.random_order(K)
+    oracle = surgery.Oracle(grads, order)
+    projected = dtr.reference.pcgrad(grads.double(), order)
+    assert oracle.error_of_projected(projected) < 1e-12
+    assert oracle.error_of_update(projected.sum(0)) < 1e-12
+    assert oracle.error_of_sum(grads.double().sum(0)) < 1e-12
+    assert oracle.error_of_update(projected.sum(0) * 1.001) == pytest.approx(1e-3)
+    if K == 5:
+        assert oracle.conflicts == "6 of 10 pairs conflict"
+
+
+@pytest.mark.parametrize("update", ["mm_update", "bmm_update", "one_pass_update"])
+def test_plain_pytorch_is_right(seed, update):
+    grads = surgery_projection.conflicting_gradients(5, 20_001, torch.float32, CPU)
+    order = dtr.ops.random_order(5)
+    found = getattr(surgery_projection, update)(grads, order)
+    assert surgery.Oracle(grads, order).error_of_update(found) < 1e-6
+
+
+def test_torchjd_draws_the_order_that_the_oracle_is_given(seed):
+    pytest.importorskip("torchjd")
+    grads = surgery_projection.conflicting_gradients(5, 5000, torch.float32, CPU)
+    order = surgery.torchjd_order(5, seed)
+    torch.manual_seed(seed)
+    assert surgery.Oracle(grads, order).error_of_update(surgery_projection.torchjd_update(grads)) < 1e-5
+
+
+def test_plain_forward_is_the_model(seed):
+    model = make_dit("tiny", CPU, torch.float32)
+    inputs = torch.randn(3, 4, 16, 16), torch.randint(1000, (3,)), torch.randint(1000, (3,))
+    with torch.no_grad():
+        found, expected = model(*inputs), plain_forward(model, *inputs)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+    assert expected.norm() > 0

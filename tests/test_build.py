@@ -1,0 +1,281 @@
+"""The extension's build, in a folder of its own: with CUDA, without, and with compilers that are missing or fail.
+
+Everything is compiled without optimisation and for one architecture; what is built here computes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pybind11")
+if not shutil.which("g++"):
+    pytest.skip("NOT RUN: needs g++", allow_module_level=True)
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "DTR_CUDA")
+LOAD = """
+import importlib.util, json, os, sys
+sys.setdlopenflags(os.RTLD_LAZY)  # OpenMP's symbols come with PyTorch, which is not needed to ask
+spec = importlib.util.spec_from_file_location("dtr_kernels._C", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+cuda = getattr(module, "cuda", None)
+seen = {"kernels": dir(cuda), "unsupported": cuda.unsupported()} if cuda else {"kernels": []}
+print(json.dumps(module.build_config() | seen))
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of what the build reads, in a folder whose name needs quoting."""
+    folder = tmp_path_factory.mktemp("build") / "a $folder: 'quoted'"
+    folder.mkdir()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    (folder / "dtr_kernels").mkdir()
+    (folder / "dtr_kernels" / "__init__.py").write_text('__version__ = "0"\n')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def functions(project):
+    """What setup.py defines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("setuptools.setup", lambda **_: None)
+        return runpy.run_path(str(project / "setup.py"))
+
+
+@pytest.fixture
+def nvcc(functions):
+    found = functions["find_nvcc"]()
+    if not found:
+        pytest.skip("NOT RUN: needs nvcc")
+    return found
+
+
+def run_setup(project, *command, **settings):
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    environment |= {"CXXFLAGS": "-O0", "TORCH_CUDA_ARCH_LIST": "9.0", "PYTHONWARNINGS": "ignore", **settings}
+    command = [sys.executable, "setup.py", *(command or ("build_ext", "--inplace"))]
+    return subprocess.run(command, cwd=project, env=environment, text=True, capture_output=True)
+
+
+def build(project, **settings):
+    """What the build printed, and what the extension says of itself."""
+    done = run_setup(project, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (extension,) = project.glob("dtr_kernels/_C*.so")
+    return done.stdout, json.loads(output(sys.executable, "-c", LOAD, extension))
+
+
+def sentences(printed):
+    return [line for line in printed.splitlines() if line.startswith("dtr_kernels: ")]
+
+
+def compiled(printed):
+    return re.findall(r" -c (\S+) -o", printed)
+
+
+def output(*command):
+    return subprocess.run(command, text=True, capture_output=True, check=True).stdout
+
+
+def version_of(nvcc):
+    return re.search(r"V([\d.]+)", output(nvcc, "--version"))[1]
+
+
+def path_without(program, folder):
+    """The PATH, with a folder of links in place of each that holds the program."""
+    folders = []
+    for i, original in enumerate(os.environ["PATH"].split(os.pathsep)):
+        if Path(original, program).exists():
+            (folder / str(i)).mkdir()
+            for file in Path(original).iterdir():
+                if file.name != program:
+                    (folder / str(i) / file.name).symlink_to(file)
+            original = str(folder / str(i))
+        folders.append(original)
+    return os.pathsep.join(folders)
+
+
+def script(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_with_cuda(project, nvcc):
+    printed, config = build(project)
+    assert not sentences(printed)
+    assert config["cuda"] == version_of(nvcc)
+    assert config["architectures"] == ["sm_90"]
+    assert config["no_cuda_reason"] is None
+    assert {"gram_workspace", "gram", "pcgrad_coefficients", "combine", "weighted_sum"} <= set(config["kernels"])
+
+
+def test_without_a_gpu_the_extension_imports_and_says_so(project, nvcc, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    _, config = build(project)
+    assert "GPU" in config["unsupported"]
+
+
+def test_links_neither_pytorch_nor_cuda_nor_openmp_and_exports_only_its_module(project):
+    build(project)
+    (extension,) = project.glob("dtr_kernels/_C*.so")
+    needed = re.findall(r"NEEDED.*\[(.*)\]", output("readelf", "-d", extension))
+    assert "libc.so.6" in needed
+    assert not [name for name in needed if re.match("lib(torch|c10|cuda|cudart|gomp|omp|iomp)", name)]
+    symbols = subprocess.run(
+        ["nm", "-D", "--defined-only", extension], text=True, capture_output=True, check=True
+    ).stdout
+    assert re.findall(r" T (.*)", symbols) == ["PyInit__C"]
+
+
+def test_recompiles_only_what_changed(project):
+    build(project)
+    printed, _ = build(project)
+    assert not compiled(printed)
+    (project / "csrc" / "cpu" / "avx2.cpp").touch()
+    printed, _ = build(project)
+    assert compiled(printed) == ["csrc/cpu/avx2.cpp"]
+    (project / "csrc" / "cpu" / "kernels.inl").touch()
+    printed, _ = build(project)
+    assert sorted(compiled(printed)) == ["csrc/cpu/avx2.cpp", "csrc/cpu/avx512.cpp", "csrc/cpu/baseline.cpp"]
+
+
+def check_cpu_only(printed, config, reason):
+    (sentence,) = sentences(printed)
+    assert sentence == f"dtr_kernels: built without CUDA kernels: {config['no_cuda_reason']}"
+    assert reason in sentence and "install this package again" in sentence
+    assert config["cuda"] is None
+    assert config["architectures"] == []
+    assert config["kernels"] == []
+    assert config["instruction_set"]
+
+
+def test_cuda_switched_off(project):
+    check_cpu_only(*build(project, DTR_CUDA="0"), "DTR_CUDA=0 was set")
+
+
+def test_no_nvcc(project, functions, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", path_without("nvcc", tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    if found := functions["find_nvcc"]():
+        pytest.skip(f"NOT RUN: this environment has {found}")
+    check_cpu_only(*build(project), "nvcc was not found; put it on the PATH or set CUDA_HOME")
+
+
+def test_nvcc_that_fails_to_compile(project, nvcc, tmp_path):
+    """The compiler's own words are shown, and the CPU kernels are built."""
+    answers = f'case "$*" in *--version*|*--list-gpu-code*|*--dryrun*) exec "{nvcc}" "$@";; esac'
+    fake = script(tmp_path / "bin" / "nvcc", f'{answers}; echo "surgery.cu: broken"; exit 1')
+    printed, config = build(project, CUDA_HOME=str(tmp_path), MAX_JOBS="1")
+    check_cpu_only(printed, config, f"{fake} {version_of(nvcc)} failed")
+    assert "surgery.cu: broken" in printed
+
+
+def test_nvcc_that_does_not_run(functions, tmp_path, monkeypatch):
+    fake = script(tmp_path / "bin" / "nvcc", "exit 1")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert functions["find_cuda"]().missing.startswith(f"{fake} does not work")
+
+
+def test_where_nvcc_is_looked_for(functions, tmp_path, monkeypatch):
+    """CUDA_HOME before the PATH before the packages of PyPI."""
+    packaged = script(tmp_path / "site-packages" / "nvidia" / "cu13" / "bin" / "nvcc", "")
+    on_path = script(tmp_path / "bin" / "nvcc", "")
+    at_home = script(tmp_path / "home" / "bin" / "nvcc", "")
+    monkeypatch.syspath_prepend(tmp_path / "site-packages")
+    monkeypatch.setenv("PATH", str(on_path.parent))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    for expected in (at_home, on_path, packaged):
+        assert functions["find_nvcc"]() == str(expected)
+        expected.unlink()
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ("9.0", ["sm_90"]),
+        ("8.0;9.0a 10.0+PTX", ["sm_80", "sm_90a", "sm_100", "compute_100"]),
+        ("9.0;9.0+PTX", ["sm_90", "compute_90"]),
+        ("10.0f+PTX", ["sm_100f", "compute_100f"]),
+        (" ; ", []),
+    ],
+)
+def test_architectures_asked_for(functions, monkeypatch, listed, expected):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    assert functions["asked_architectures"]("nvcc", ["sm_80", "sm_90", "sm_100"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("supported", "expected"),
+    [
+        (["sm_75", "sm_80", "sm_90", "sm_110", "sm_100"], ["sm_80", "sm_90", "sm_100", "compute_100"]),
+        (["sm_70", "sm_80", "sm_90"], ["sm_80", "sm_90", "compute_90"]),
+        (["sm_70"], []),
+    ],
+)
+def test_usual_architectures(functions, supported, expected):
+    assert functions["usual_architectures"](supported) == expected
+
+
+@pytest.mark.parametrize(
+    ("listed", "why"),
+    [
+        ("9.0;Hopper", "'Hopper' is not an architecture like 8.0, 9.0a or 10.0+PTX"),
+        ("90", "'90' is not an architecture like 8.0, 9.0a or 10.0+PTX"),
+        ("9.0;1.0", "does not support 1.0, only sm_"),
+    ],
+)
+def test_bad_architectures_stop_the_build(project, nvcc, listed, why):
+    done = run_setup(project, TORCH_CUDA_ARCH_LIST=listed)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"TORCH_CUDA_ARCH_LIST={listed!r}: ")
+    assert why in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", ["0", "two", "-1"])
+def test_bad_number_of_jobs_stops_the_build(project, number):
+    done = run_setup(project, MAX_JOBS=number)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1] == f"MAX_JOBS={number!r} must be a whole number, 1 or more"
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"CXX": "no-such-compiler"}, "no C++ compiler was found; install g++ or set CXX"),
+        ({"CXXFLAGS": "-fno-such-flag"}, "g++ failed; see what it says"),
+    ],
+)
+def test_without_a_working_compiler_nothing_stale_is_left(project, settings, why):
+    stale = project / "dtr_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    stale.touch()
+    done = run_setup(project, DTR_CUDA="0", **settings)
+    assert done.returncode == 0
+    (sentence,) = sentences(done.stdout)
+    assert sentence.startswith(f"dtr_kernels: built without compiled kernels: {why}")
+    assert not stale.exists()
+
+
+def test_source_distribution_holds_every_source(project):
+    assert run_setup(project, "sdist").returncode == 0
+    (archive,) = project.glob("dist/*.tar.gz")
+    with tarfile.open(archive) as tar:
+        held = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    assert {str(path.relative_to(project)) for path in project.glob("csrc/**/*") if path.is_file()} <= held

@@ -1,0 +1,1640 @@
+"""GradientSurgery in training loops: what autograd, optimizers and scalers may do around it, and each weighting."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import facebook_dit
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import dtr_kernels as dtr
+from dtr_kernels import ops
+from dtr_kernels.surgery import engines, gradient_surgery, one_pass
+from dtr_kernels.surgery.engines import EngineChoice
+
+K = 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These tensors are small: on a busy machine threads would mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Net(nn.Module):
+    """Conflicting tasks need no more than this."""
+
+    def __init__(self, width=11):
+        super().__init__()
+        self.first = nn.Linear(5, width)
+        self.norm = nn.LayerNorm(width)
+        self.last = nn.Linear(width, 2)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x + F.silu(self.norm(x)))
+
+
+class Batches:
+    """A batch of random samples for each of K clusters, with targets that set the clusters against each other."""
+
+    def __init__(self, clusters=K, device="cpu", dtype=torch.float32, samples=4):
+        self.x = torch.randn(clusters, samples, 5, device=device, dtype=dtype)
+        self.y = torch.randn(clusters, 1, 2, device=device, dtype=dtype) * 3
+
+    def loss(self, model, k):
+        return (model(self.x[k]) - self.y[k]).square().mean()
+
+    def functions(self, model):
+        return [lambda k=k: self.loss(model, k) for k in range(len(self.x))]
+
+    def tensors(self, model):
+        return [self.loss(model, k) for k in range(len(self.x))]
+
+    def mean(self, model):
+        return torch.stack(self.tensors(model)).mean()
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def update(model):
+    return flat(p.grad for p in model.parameters())
+
+
+def cluster_gradients(model, losses):
+    """[K, P]: each loss divided by K and differentiated alone."""
+    parameters = list(model.parameters())
+    rows = []
+    for loss in losses:
+        grads = torch.autograd.grad(loss / len(losses), parameters, retain_graph=True, allow_unused=True)
+        rows.append(flat(torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)))
+    return torch.stack(rows)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def expected_pcgrad(model, batches, seed):
+    """PCGrad's update by the reference loop in fp64, in the order that a generator seeded alike draws."""
+    wide = copy.deepcopy(model).double()
+    data = copy.copy(batches)
+    data.x, data.y = batches.x.double(), batches.y.double()
+    grads = cluster_gradients(wide, data.tensors(wide))
+    return dtr.reference.pcgrad(grads, ops.random_order(len(grads), seeded(seed), grads.device)).sum(0)
+
+
+def refused(call, error, *fragments):
+    with pytest.raises(error) as caught:
+        call()
+    assert type(caught.value) is error, f"a subclass, raised elsewhere: {caught.value!r}"
+    missing = [fragment for fragment in fragments if fragment not in str(caught.value)]
+    assert not missing, f"{missing} not in {str(caught.value)!r}"
+
+
+def ordinary_step(model, batches):
+    """p.grad of the mean loss, by a copy of the model."""
+    other = copy.deepcopy(model)
+    batches.mean(other).backward()
+    return update(other)
+
+
+# --- the update ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 5, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_pcgrad_is_the_reference_on_per_cluster_gradients(clusters, dtype, device, seed):
+    model, batches = Net().to(device, dtype), Batches(clusters, device, dtype)
+    expected = expected_pcgrad(model, batches, seed)
+    # The loop in the same dtype, by plain PyTorch.
+    grads = cluster_gradients(model, batches.tensors(model))
+    plain = dtr.reference.pcgrad(grads, ops.random_order(clusters, seeded(seed), device)).sum(0)
+
+    surgery = dtr.GradientSurgery(model.named_parameters(), clusters, generator=seeded(seed))
+    losses = surgery.backward(batches.functions(model))
+
+    error, allowed = (update(model) - expected).norm(), 2 * (plain - expected).norm()
+    assert error <= allowed + 4 * torch.finfo(dtype).eps * expected.norm()
+    torch.testing.assert_close(losses, torch.stack(batches.tensors(model)).detach())
+
+
+def test_the_gradients_do_conflict(seed):
+    """Or else the tests above would compare sums."""
+    conflicts = 0
+    for _ in range(5):
+        model, batches = Net(), Batches(5)
+        surgery = dtr.GradientSurgery(model.parameters(), 5)
+        surgery.backward(batches.functions(model))
+        conflicts += int((surgery.last_gram < 0).sum())
+        assert surgery.last_weights.shape == (5,)
+    assert conflicts > 0
+
+
+def test_sum_is_an_ordinary_step(device, seed):
+    model, batches = Net().to(device), Batches(device=device)
+    expected = ordinary_step(model, batches)
+    dtr.GradientSurgery(model.parameters(), K, "sum").backward(batches.functions(model))
+    torch.testing.assert_close(update(model), expected)
+
+
+@pytest.mark.parametrize("form", ["disjoint graphs", "one graph", "one tensor", "functions", "mixed"])
+def test_forms_of_losses(form, seed):
+    model, batches = Net(), Batches()
+    expected = expected_pcgrad(model, batches, seed).float()
+    if form == "disjoint graphs":
+        losses = batches.tensors(model)
+    elif form in ("one graph", "one tensor"):
+        out = model(batches.x)
+        losses = (out - batches.y).square().mean(dim=(1, 2))
+        losses = losses if form == "one tensor" else list(losses)
+    elif form == "functions":
+        losses = batches.functions(model)
+    else:
+        losses = [batches.loss(model, 0), lambda: batches.loss(model, 1), batches.loss(model, 2)]
+    dtr.GradientSurgery(model.parameters(), K, generator=seeded(seed)).backward(losses)
+    torch.testing.assert_close(update(model), expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("form", ["disjoint graphs", "one graph", "two and one"])
+def test_graphs_of_tensors_are_freed(form, autocast, seed):
+    """Although the caller keeps the losses: or else the graphs of one step would live on in the next."""
+    model, batches = Net(), Batches()
+    alive = []
+    model.norm.register_forward_hook(lambda module, args, out: alive.append(weakref.ref(out.untyped_storage())))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        if form == "disjoint graphs":
+            losses = batches.tensors(model)
+        elif form == "one graph":
+            losses = list((model(batches.x) - batches.y).square().mean((1, 2)))
+        else:
+            losses = [*(model(batches.x[:2]) - batches.y[:2]).square().mean((1, 2)), batches.loss(model, 2)]
+            losses.insert(1, losses.pop())
+    assert all(storage() is not None for storage in alive)
+    dtr.GradientSurgery(model.parameters(), K).backward(losses)
+    assert all(storage() is None for storage in alive)
+
+
+def test_graphs_of_functions_live_one_at_a_time(seed):
+    model, batches = Net(), Batches()
+    surgery = dtr.GradientSurgery(model.parameters(), K)
+    kept = []
+
+    def loss(k):
+        value = batches.loss(model, k)
+        kept.append(value)
+        return value
+
+    surgery.backward([lambda k=k: loss(k) for k in range(K)])
+    for value in kept:
+        with pytest.raises(RuntimeError, match="second time"):
+            value.backward()
+
+
+@pytest.mark.parametrize("weighting", ["pcgrad", "sum"])
+def test_empty_cluster(weighting, seed):
+    """A cluster without samples changes nothing, and its loss is reported as NaN."""
+    model, batches = Net(), Batches(K - 1)
+    grads = cluster_gradients(model, batches.tensors(model)) * (K - 1) / K
+    surgery = dtr.GradientSurgery(model.parameters(), K, weighting)
+    losses = surgery.backward([batches.functions(model)[0], None, batches.functions(model)[1]])
+    # Two gradients meet each other in one order only.
+    only = torch.tensor([[1], [0]])
+    expected = grads.sum(0) if weighting == "sum" else dtr.reference.pcgrad(grads, only).sum(0)
+    torch.testing.assert_close(update(model), expected)
+    assert losses.isnan().tolist() == [False, True, False]
+    assert surgery.last_gram[1].tolist() == [0] * K
+
+
+def test_all_clusters_empty():
+    model = Net()
+    assert dtr.GradientSurgery(model.parameters(), K).backward([None] * K).isnan().all()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("weighting", ["pcgrad", "sum"])
+def test_zero_gradient(weighting, seed):
+    model, batches = Net(), Batches()
+    surgery = dtr.GradientSurgery(model.parameters(), K, weighting)
+    surgery.backward([lambda k=k: 0 * batches.loss(model, k) for k in range(K)])
+    assert (update(model) == 0).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("weighting", ["pcgrad", "nash", "sum", "external"])
+def test_nan_and_inf_reach_the_update(bad, weighting, seed):
+    if weighting == "nash":
+        pytest.importorskip("torchjd")
+    model, batches = Net(), Batches()
+    chosen = (lambda gram: gram.new_tensor([1.0, 0.0, 2.0])) if weighting == "external" else weighting
+    surgery = dtr.GradientSurgery(model.parameters(), K, chosen)
+    functions = batches.functions(model)
+    functions[1] = lambda: batches.loss(model, 1) * bad
+    surgery.backward(functions)
+    for name, p in model.named_parameters():
+        assert not p.grad.isfinite().any(), name
+
+
+# --- precisions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("around", ["function", "call"])
+def test_autocast(around, device, seed):
+    """Under autocast the update is as near to fp64 as an ordinary step is."""
+    model, batches = Net(64).to(device), Batches(device=device, samples=16)
+    cast = torch.autocast(device.type, torch.bfloat16)
+    wide = copy.deepcopy(model).double()
+    data = copy.copy(batches)
+    data.x, data.y = batches.x.double(), batches.y.double()
+    expected = ordinary_step(wide, data)
+    with cast:
+        loss = batches.mean(model)
+    loss.backward()
+    allowed = (update(model) - expected).norm()
+    model.zero_grad()
+
+    surgery = dtr.GradientSurgery(model.parameters(), K, "sum")
+    if around == "call":
+        with cast:
+            surgery.backward(batches.functions(model))
+    else:
+
+        def function(k):
+            with cast:
+                return batches.loss(model, k)
+
+        surgery.backward([lambda k=k: function(k) for k in range(K)])
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    assert (update(model) - expected).norm() <= 2 * allowed + 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("weighting", ["pcgrad", "nash"])
+def test_scaler(weighting, device, seed):
+    """Scaling changes neither the parameters after the step nor what the weighting sees."""
+    if weighting == "nash":
+        pytest.importorskip("torchjd")
+    model, batches = Net().to(device), Batches(device=device)
+    start = copy.deepcopy(model)
+    ends, grams = [], []
+    for scaled in (False, True):
+        model.load_state_dict(start.state_dict())
+        surgery = dtr.GradientSurgery(model.parameters(), K, weighting, generator=seeded(seed))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler(device.type, enabled=scaled, init_scale=2.0**12)
+        for _ in range(2):
+            optimizer.zero_grad()
+            losses = surgery.backward(batches.functions(model), scaler=scaler)
+            scaler.step(optimizer)
+            scaler.update()
+        ends.append(flat(model.parameters()))
+        grams.append(surgery.last_gram)
+    torch.testing.assert_close(ends[0], ends[1])
+    torch.testing.assert_close(grams[0], grams[1])
+    assert losses.max() < 1000, "losses are returned unscaled"
+
+
+def test_scaler_skips_a_step_with_inf(device, seed):
+    model, batches = Net().to(device), Batches(device=device)
+    before = flat(model.parameters())
+    surgery = dtr.GradientSurgery(model.parameters(), K)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10)
+    functions = batches.functions(model)
+    functions[2] = lambda: batches.loss(model, 2) * 1e38
+    surgery.backward(functions, scaler=scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**9
+    assert torch.equal(flat(model.parameters()), before)
+
+    optimizer.zero_grad()
+    surgery.backward(batches.functions(model), scaler=scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**9
+    assert not torch.equal(flat(model.parameters()), before)
+
+
+@pytest.mark.parametrize("weighting", ["pcgrad", "sum"])
+def test_mixed_dtypes(weighting, device, seed):
+    """bf16 weights and fp32 norms: one Gram matrix of both, each update in its parameter's dtype."""
+    model, batches = Net().to(device), Batches(device=device)
+    model.first.bfloat16()
+    model.last.bfloat16()
+    model.norm.register_forward_pre_hook(lambda module, args: args[0].float())
+    model.norm.register_forward_hook(lambda module, args, out: out.bfloat16())
+    batches.x = batches.x.bfloat16()
+    surgery = dtr.GradientSurgery(model.parameters(), K, weighting, generator=seeded(seed))
+    surgery.backward(batches.functions(model))
+    assert [p.grad.dtype for p in model.parameters()] == [p.dtype for p in model.parameters()]
+    grads = cluster_gradients(model, batches.tensors(model)).double()  # fp32 holds what bf16 does
+    torch.testing.assert_close(surgery.last_gram, grads @ grads.T, rtol=1e-5, atol=1e-7)
+    order = ops.random_order(K, seeded(seed), device)
+    expected = grads.sum(0) if weighting == "sum" else dtr.reference.pcgrad(grads, order).sum(0)
+    # Rounded once to bf16 at the end.
+    torch.testing.assert_close(update(model).double(), expected, rtol=2**-8, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this PyTorch has no grad_dtype")
+def test_gradients_wider_than_parameters(seed):
+    model, batches = Net().bfloat16(), Batches(dtype=torch.bfloat16)
+    for p in model.parameters():
+        p.grad_dtype = torch.float32
+    expected = ordinary_step_in_place(model, batches)
+    dtr.GradientSurgery(model.parameters(), K, "sum").backward(batches.functions(model))
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    torch.testing.assert_close(update(model), expected, rtol=2**-7, atol=2**-7)
+
+
+def ordinary_step_in_place(model, batches):
+    """As ordinary_step, for models whose copies would lose something."""
+    model.zero_grad()
+    batches.mean(model).backward()
+    expected = update(model)
+    model.zero_grad()
+    return expected
+
+
+# --- what autograd may do meanwhile ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant, seed):
+    model, batches = Net(), Batches()
+    expected = expected_pcgrad(model, batches, seed).float()
+
+    def checkpointed(x):
+        hidden = checkpoint(model.first, x.requires_grad_(), use_reentrant=reentrant)
+        return checkpoint(lambda h: model.last(h + F.silu(model.norm(h))), hidden, use_reentrant=reentrant)
+
+    functions = [lambda k=k: batches.loss(checkpointed, k) for k in range(K)]
+    dtr.GradientSurgery(model.parameters(), K, generator=seeded(seed)).backward(functions)
+    torch.testing.assert_close(update(model), expected)
+
+
+@pytest.mark.parametrize("weighting", ["pcgrad", "sum"])
+def test_accumulation_equals_the_full_batch(weighting, device, seed):
+    model, batches = Net().to(device), Batches(device=device, samples=6)
+    dtr.GradientSurgery(model.parameters(), K, weighting, generator=seeded(seed)).backward(batches.functions(model))
+    expected = update(model)
+    model.zero_grad()
+    surgery = dtr.GradientSurgery(model.parameters(), K, weighting, generator=seeded(seed))
+    for step in range(2):  # the second must not see what the first left behind
+        surgery._weighting = dtr.GradientSurgery(model.parameters(), K, weighting, generator=seeded(seed))._weighting
+        for part in range(3):
+            micro = copy.copy(batches)
+            micro.x = batches.x[:, 2 * part : 2 * part + 2]
+            functions = [lambda k=k, micro=micro: micro.loss(model, k) / 3 for k in range(K)]
+            surgery.backward(functions, last=part == 2)
+            if part < 2:
+                assert all(p.grad is None for p in model.parameters())
+        torch.testing.assert_close(update(model), expected, msg=lambda text, step=step: f"step {step}: {text}")
+        model.zero_grad()
+
+
+def test_cluster_empty_in_one_micro_batch(seed):
+    model, batches = Net(), Batches()
+    functions = batches.functions(model)
+    surgery = dtr.GradientSurgery(model.parameters(), K, "sum")
+    assert surgery.backward([functions[0], None, None], last=False).isnan().tolist() == [False, True, True]
+    surgery.backward([None, functions[1], functions[2]])
+    torch.testing.assert_close(update(model), ordinary_step(model, batches))
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compiled_model(backend, seed):
+    model, batches = Net(), Batches()
+    expected = expected_pcgrad(model, batches, seed).float()
+    compiled = torch.compile(model, backend=backend)
+    for losses in (batches.functions(compiled), batches.tensors(compiled)):
+        model.zero_grad()
+        surgery = dtr.GradientSurgery(compiled.parameters(), K, generator=seeded(seed))
+        surgery.backward(losses)
+        torch.testing.assert_close(update(model), expected)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_autograd(seed):
+    """Which writes to p.grad by code of its own."""
+    model, batches = Net(), Batches()
+    expected = expected_pcgrad(model, batches, seed).float()
+    surgery = dtr.GradientSurgery(model.parameters(), K, generator=seeded(seed))
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        surgery.backward(batches.functions(model))
+    torch.testing.assert_close(update(model), expected)
+
+
+def test_hooks_see_each_clusters_gradient(seed):
+    model, batches = Net(), Batches()
+    grads = cluster_gradients(model, batches.tensors(model))
+    seen = []
+    model.first.weight.register_hook(lambda grad: seen.append(grad.clone()))
+    model.last.bias.register_hook(lambda grad: 2 * grad)
+    dtr.GradientSurgery(model.parameters(), K, "sum").backward(batches.functions(model))
+    for gradient, hooked in zip(grads, seen, strict=True):
+        torch.testing.assert_close(hooked.reshape(-1), gradient[: hooked.numel()])
+    torch.testing.assert_close(model.last.bias.grad, 2 * grads.sum(0)[-2:])
+
+
+def test_hooks_that_replace_grad_are_refused(seed):
+    """Such as an optimizer that steps in the backward pass, and would take a cluster's gradient for the update."""
+    model, batches = Net(), Batches()
+
+    def step_and_free(p):
+        p.grad = None
+
+    handle = model.last.weight.register_post_accumulate_grad_hook(step_and_free)
+    surgery = dtr.GradientSurgery(model.named_parameters(), K, "sum")
+    refused(lambda: surgery.backward(batches.functions(model)), RuntimeError, "last.weight", "replaced", "hooks")
+    assert all(p.grad is None for p in model.parameters())
+    handle.remove()
+    surgery.backward(batches.functions(model))
+    torch.testing.assert_close(update(model), ordinary_step(model, batches))
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_an_exception_leaves_grad_as_it_was(last, seed):
+    model, batches = Net(), Batches()
+    expected = ordinary_step(model, batches)
+    surgery = dtr.GradientSurgery(model.parameters(), K, "sum")
+    surgery.backward(batches.functions(model), last=last)
+    before = [(p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+
+    def fails():
+        batches.loss(model, 1).backward()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        surgery.backward([batches.functions(model)[0], fails, fails])
+    for p, (grad, value) in zip(model.parameters(), before, strict=True):
+        assert p.grad is grad
+        assert grad is None or torch.equal(grad, value)
+    # The next step has nothing of the failed one, nor of the micro-batch before it.
+    model.zero_grad()
+    surgery.backward(batches.functions(model))
+    torch.testing.assert_close(update(model), expected)
+
+
+def test_an_exception_in_the_weighting(seed):
+    model, batches = Net(), Batches()
+
+    def fails(gram):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        dtr.GradientSurgery(model.parameters(), K, fails).backward(batches.functions(model))
+    assert all(p.grad is None for p in model.parameters())
+
+
+# --- parameters ------------------------------------------------------------------------------------------------------
+
+
+def test_parameters_without_gradient(seed):
+    """Neither autograd nor surgery gives them one, and so no optimizer decays them."""
+    model, batches = Net(), Batches()
+    model.unused = nn.Linear(3, 3)
+    model.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    before = model.unused.weight.detach().clone()
+    surgery = dtr.GradientSurgery(model.parameters(), K)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    for _ in range(2):
+        surgery.backward(batches.functions(model))
+        assert model.unused.weight.grad is None
+        assert model.unused.bias.grad is None
+        assert model.frozen.grad is None
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(model.unused.weight, before)
+
+
+def test_parameter_of_some_clusters(seed):
+    model = Net()
+    model.extra = nn.ParameterList(nn.Parameter(torch.randn(2)) for _ in range(2))
+    batches = Batches()
+    functions = batches.functions(model)
+    functions[0] = lambda: (model(batches.x[0]) + model.extra[0] - batches.y[0]).square().mean()
+    functions[2] = lambda: (model(batches.x[2]) * model.extra[1] + model.extra[0] - batches.y[2]).square().mean()
+    grads = cluster_gradients(model, [function() for function in functions])
+    dtr.GradientSurgery(model.parameters(), K, generator=seeded(seed)).backward(functions)
+    expected = dtr.reference.pcgrad(grads.double(), ops.random_order(K, seeded(seed))).sum(0).float()
+    torch.testing.assert_close(update(model), expected)
+
+
+def test_frozen_and_unfrozen_between_steps(seed):
+    model, batches = Net(), Batches()
+    model.norm.requires_grad_(False)
+    surgery = dtr.GradientSurgery(model.parameters(), K, "sum")
+    for frozen, thawed in [(model.norm, model.last), (model.first, model.norm), (model.last, model.first)]:
+        thawed.requires_grad_(True)
+        frozen.requires_grad_(False)
+        expected = copy.deepcopy(model)
+        batches.mean(expected).backward()
+        surgery.backward(batches.functions(model))
+        for (name, p), like in zip(model.named_parameters(), expected.parameters(), strict=True):
+            assert (p.grad is None) == (like.grad is None), name
+            if p.grad is not None:
+                torch.testing.assert_close(p.grad, like.grad)
+        model.zero_grad()
+
+
+def test_changes_within_a_step_are_refused(seed):
+    model, batches = Net(), Batches()
+    surgery = dtr.GradientSurgery(model.parameters(), K, "sum")
+    surgery.backward(batches.functions(model), last=False)
+    model.norm.requires_grad_(False)
+    refused(lambda: surgery.backward(batches.functions(model)), RuntimeError, "params changed", "between steps")
+    model.norm.requires_grad_(True)
+    surgery.backward(batches.functions(model))
+    torch.testing.assert_close(update(model), ordinary_step(model, batches))
+
+
+def test_cast_and_resized_between_steps(seed):
+    model, batches = Net(), Batches()
+    surgery = dtr.GradientSurgery(model.parameters(), K, "sum")
+    surgery.backward(batches.functions(model))
+    for change in [lambda: model.double(), lambda: model.first.weight.data.t_(), lambda: model.bfloat16()]:
+        change()
+        if model.first.weight.shape[0] == 5:
+            model.first.forward = lambda x: F.linear(x, model.first.weight.T, model.first.bias)
+        batches.x, batches.y = batches.x.to(model.last.weight.dtype), batches.y.to(model.last.weight.dtype)
+        expected = ordinary_step_in_place(model, batches)
+        surgery.backward(batches.functions(model))
+        assert all(p.grad.dtype == p.dtype and p.grad.shape == p.shape for p in model.parameters())
+        allowed = 8 * torch.finfo(model.last.weight.dtype).eps * max(surgery.last_gram.diagonal().sqrt())
+        assert (update(model) - expected).norm() <= allowed
+        model.zero_grad()
+
+
+@pytest.mark.gpu
+def test_moved_between_steps(seed):
+    model, batches = Net(), Batches()
+    surgery = dtr.GradientSurgery(model.parameters(), K, "sum")
+    surgery.backward(batches.functions(model))
+    model.zero_grad()
+    model.cuda()
+    batches.x, batches.y = batches.x.cuda(), batches.y.cuda()
+    expected = ordinary_step(model, batches)
+    surgery.backward(batches.functions(model))
+    torch.testing.assert_close(update(model), expected)
+
+
+def test_replaced_parameters_are_noticed(seed):
+    model, batches = Net(), Batches()
+    surgery = dtr.GradientSurgery(model.parameters(), K)
+    model.load_state_dict(Net().state_dict(), assign=True)
+    refused(lambda: surgery.backward(batches.functions(model)), ValueError, "params", "assign=True")
+
+
+def test_tied_parameters(seed):
+    model = nn.Sequential(nn.Linear(5, 5), nn.SiLU(), nn.Linear(5, 5), nn.Linear(5, 2))
+    model[2].weight = model[0].weight
+    batches = Batches()
+    grads = cluster_gradients(model, batches.tensors(model))
+    twice = [*model[0].named_parameters("0"), *model[2].named_parameters("2"), *model[3].named_parameters("3")]
+    assert len({name for name, _ in twice}) == 6
+    dtr.GradientSurgery(twice, K, generator=seeded(seed)).backward(batches.functions(model))
+    expected = dtr.reference.pcgrad(grads.double(), ops.random_order(K, seeded(seed))).sum(0).float()
+    torch.testing.assert_close(update(model), expected)
+
+
+def test_other_parameters_get_the_ordinary_gradient(seed):
+    """Surgery on part of a model."""
+    model, batches = Net(), Batches()
+    other = copy.deepcopy(model)
+    batches.mean(other).backward()
+    dtr.GradientSurgery(model.first.parameters(), K).backward(batches.functions(model))
+    torch.testing.assert_close(model.last.weight.grad, other.last.weight.grad)
+
+
+def test_memory_formats(device, seed):
+    """A gradient has the strides of its parameter, as optimizers like it."""
+    conv = nn.Conv2d(6, 4, 3).to(device, memory_format=torch.channels_last)
+    transposed = nn.Parameter(torch.randn(4, 7, device=device).T)
+    x = torch.randn(K, 2, 6, 5, 5, device=device)
+
+    def functions():
+        return [lambda k=k: (conv(x[k]).mean((0, 2, 3)) @ transposed.T).square().mean() for k in range(K)]
+
+    parameters = [*conv.parameters(), transposed]
+    expected = torch.autograd.grad(torch.stack([f() for f in functions()]).mean(), parameters)
+    dtr.GradientSurgery(parameters, K, "sum").backward(functions())
+    for p, grad in zip(parameters, expected, strict=True):
+        assert p.grad.stride() == p.stride()
+        torch.testing.assert_close(p.grad, grad)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["none", "sparse grad before"])
+def test_sparse_embedding_gradients(before, seed):
+    """They become dense, as where autograd adds a sparse gradient to a dense one."""
+    table = nn.Embedding(9, 4, sparse=True)
+    index = torch.randint(9, (K, 3))
+    functions = [lambda k=k: table(index[k]).square().sum() for k in range(K)]
+    expected = torch.zeros(9, 4)
+    if before:
+        table(torch.tensor([1, 8])).sum().backward()
+        assert table.weight.grad.is_sparse
+        expected[[1, 8]] = 1
+    for k in range(K):
+        expected.index_add_(0, index[k], 2 * table.weight.detach()[index[k]] / K)
+    dtr.GradientSurgery(table.parameters(), K, "sum").backward(functions)
+    assert not table.weight.grad.is_sparse
+    torch.testing.assert_close(table.weight.grad, expected)
+
+
+def test_empty_and_scalar_parameters(seed):
+    scale, nothing = nn.Parameter(torch.randn(())), nn.Parameter(torch.empty(0, 3))
+    x = torch.randn(K)
+    functions = [lambda k=k: (scale * x[k]).square() + nothing.sum() for k in range(K)]
+    dtr.GradientSurgery([scale, nothing], K, "sum").backward(functions)
+    torch.testing.assert_close(scale.grad, 2 * scale.detach() * x.square().mean())
+    assert nothing.grad.shape == (0, 3)
+
+
+# --- p.grad ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(set_to_none, seed):
+    """With set_to_none p.grad is a new tensor on every step; without, it stays the same, as autograd would have it."""
+    model, batches = Net(), Batches()
+    surgery = dtr.GradientSurgery(model.parameters(), K, "sum")
+    surgery.backward(batches.functions(model))
+    held = [p.grad for p in model.parameters()]
+    values = [grad.clone() for grad in held]
+    model.zero_grad(set_to_none=set_to_none)
+    batches.x *= 2
+    surgery.backward(batches.functions(model))
+    torch.testing.assert_close(update(model), ordinary_step(model, batches))
+    for p, grad, value in zip(model.parameters(), held, values, strict=True):
+        if set_to_none:
+            assert torch.equal(grad, value)
+            assert grad.data_ptr() != p.grad.data_ptr()
+        else:
+            assert p.grad is grad
+
+
+def test_added_to_what_grad_holds(seed):
+    model, batches = Net(), Batches()
+    ordinary = ordinary_step(model, batches)
+    batches.mean(model).backward()
+    dtr.GradientSurgery(model.parameters(), K, generator=seeded(seed)).backward(batches.functions(model))
+    torch.testing.assert_close(update(model), ordinary + expected_pcgrad(model, batches, seed).float())
+
+
+@pytest.mark.parametrize("kind", [{"fused": True}, {"foreach": True}, {"fused": False, "foreach": False}], ids=str)
+def test_optimizers_and_clipping(kind, device, seed):
+    """Three steps as with gradients of autograd's own."""
+    model, batches = Net().to(device), Batches(device=device)
+    like = copy.deepcopy(model)
+    surgery = dtr.GradientSurgery(model.parameters(), K, "sum")
+    optimizers = [torch.optim.AdamW(net.parameters(), lr=1e-2, **kind) for net in (model, like)]
+    for _ in range(3):
+        surgery.backward(batches.functions(model))
+        batches.mean(like).backward()
+        norms = [nn.utils.clip_grad_norm_(net.parameters(), 0.5) for net in (model, like)]
+        torch.testing.assert_close(*norms)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(flat(model.parameters()), flat(like.parameters()), rtol=1e-3, atol=1e-5)
+
+
+def test_model_can_be_copied_and_saved(seed):
+    """An EMA copy, and a checkpoint made between backward and step."""
+    model, batches = Net(), Batches()
+    surgery = dtr.GradientSurgery(model.parameters(), K)
+    surgery.backward(batches.functions(model))
+    ema = copy.deepcopy(model)
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert not torch.equal(flat(ema.parameters()), flat(model.parameters()))
+    assert all(p.is_leaf and p.grad is None for p in ema.parameters())
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    assert file.tell() < 20_000
+
+
+class Allocations(TorchDispatchMode):
+    """Sizes in bytes of the storages that operators make."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.sizes[storage.data_ptr()] = storage.nbytes()
+        return out
+
+
+def test_autograd_writes_to_the_buffer(seed):
+    """During the pass p.grad is the row itself, and nothing as large as the K gradients is made twice."""
+    model, batches = Net(301), Batches()
+    surgery = dtr.GradientSurgery(model.parameters(), K)
+    surgery.backward(batches.functions(model))
+    (buffer,) = surgery._buffer.tensors.values()
+    begin, row = buffer.data_ptr(), buffer.stride(0) * buffer.element_size()
+    places = []
+
+    def watched(k):
+        places.append([p.grad.data_ptr() for p in model.parameters()])
+        return batches.loss(model, k)
+
+    with Allocations() as made:
+        surgery.backward([lambda k=k: watched(k) for k in range(K)])
+    assert next(iter(surgery._buffer.tensors.values())) is buffer
+    for k, addresses in enumerate(places):
+        assert all(begin + k * row <= address < begin + (k + 1) * row for address in addresses)
+    others = {address: size for address, size in made.sizes.items() if address != begin}
+    assert max(others.values()) <= row, "one gradient, the update, is the largest"
+    assert row <= 4 * (sum(p.numel() for p in model.parameters()) + 32 * 6)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+class Mixed:
+    """A batch with samples of all clusters in any order; loss gives one value for each."""
+
+    def __init__(self, sizes=(4, 1, 3), device="cpu"):
+        clusters = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        self.clusters = clusters[torch.randperm(len(clusters))].to(device)
+        self.x = torch.randn(len(clusters), 5, device=device)
+        self.y = torch.randn(len(clusters), 2, device=device)
+
+    def loss(self, model):
+        return lambda x, y: (model(x) - y).square().mean(1)
+
+    def tensors(self, model):
+        """The mean losses of the clusters that have samples."""
+        losses = self.loss(model)(self.x, self.y)
+        return [losses[self.clusters == k].mean() for k in range(K) if (self.clusters == k).any()]
+
+
+@pytest.mark.parametrize("sizes", [(4, 1, 3), (2, 0, 3), (0, 0, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_backward_batch(sizes, dtype, device, seed):
+    model, batch = Net().to(device), Mixed(sizes, device)
+    present = [k for k in range(K) if sizes[k]]
+    expected = torch.full((K,), math.nan, device=device)
+    expected[present] = torch.stack(batch.tensors(model)).detach()
+    grads = cluster_gradients(model, batch.tensors(model)) * len(present) / K
+
+    surgery = dtr.GradientSurgery(model.parameters(), K, engine="per_cluster")
+    losses = surgery.backward_batch(batch.loss(model), batch.clusters.to(dtype), batch.x, batch.y)
+    torch.testing.assert_close(losses, expected, equal_nan=True)
+    torch.testing.assert_close(surgery.last_gram[present][:, present].float(), grads @ grads.T)
+    torch.testing.assert_close(update(model), surgery.last_weights[present].float() @ grads)
+
+
+def test_batches_of_loss_functions_that_depend_on_order(seed):
+    """Each cluster's samples come to the loss function in the order that they have in the batch."""
+    model, batch = Net(), Mixed((2, 2, 3))
+    seen = []
+
+    def loss(index, x):
+        seen.append(index.tolist())
+        return model(x).mean(1)
+
+    dtr.GradientSurgery(model.parameters(), K, engine="per_cluster").backward_batch(
+        loss, batch.clusters, torch.arange(7), batch.x
+    )
+    assert seen == [(batch.clusters == k).nonzero()[:, 0].tolist() for k in range(K)]
+
+
+ENGINES = pytest.mark.parametrize("engine", ["per_cluster", "auto"])
+
+
+@ENGINES
+def test_dit_learns(engine, seed):
+    """A routed DiT, its batches drawn from clusters of timesteps."""
+    model = dtr.nn.DiT(
+        4, 2, 2, hidden_size=32, depth=2, num_heads=2, num_classes=3, learn_sigma=False,
+        routing=dtr.DenoisingTaskRouting(30),
+    )  # fmt: skip
+    learns(model, torch.randn(1, 2, 4, 4), engine)
+
+
+@ENGINES
+def test_swapped_dit_learns(engine, seed):
+    model = dtr.swap_blocks(facebook_dit(reentrant=False), dtr.DenoisingTaskRouting(30))
+    learns(model, torch.randn(1, 3, 4, 4), engine, target=lambda x: F.pixel_unshuffle(x, 2))
+
+
+def learns(model, image, engine, target=lambda x: x):
+    """A few steps towards one image reduce the loss."""
+    surgery = dtr.GradientSurgery(model.named_parameters(), K, engine=engine)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    clean, t, y = image.expand(12, -1, -1, -1), torch.randint(30, (12,)), torch.randint(3, (12,))
+    noise = torch.randn_like(clean) * (t / 30)[:, None, None, None]
+
+    def loss(x, t, y, clean):
+        return (model(x, t, y) - target(clean)).square().mean((1, 2, 3))
+
+    history = []
+    for _ in range(12):
+        history.append(surgery.backward_batch(loss, t // 10, clean + noise, t, y, clean).nanmean())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert history[-1] < 0.9 * history[0]
+    assert surgery.engine.name != "auto"
+
+
+# --- weightings ------------------------------------------------------------------------------------------------------
+
+
+def random_gram(clusters=K):
+    grads = torch.randn(clusters, 20, dtype=torch.float64)
+    return grads @ grads.T
+
+
+@pytest.fixture
+def nash():
+    pytest.importorskip("torchjd")
+    pytest.importorskip("ecos")
+    from dtr_kernels.surgery.weightings import Nash
+
+    return Nash
+
+
+def calls_of_the_solver(weighting, monkeypatch):
+    """A list that grows with each."""
+    calls, solve = [], weighting._solver.forward
+    monkeypatch.setattr(weighting._solver, "forward", lambda root: calls.append(root) or solve(root))
+    return calls
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 5, 8])
+def test_nash_solves_the_bargaining_problem(nash, clusters, seed):
+    """w_i (G w)_i is the same for all i, and the update has norm 1 at most, whatever the gradients' scale."""
+    weighting = nash(clusters)
+    gram = random_gram(clusters)
+    gram += gram.diagonal().mean() * torch.eye(clusters)  # far from singular: 20 iterations suffice
+    weights = weighting(gram)
+    shares = weights * (gram @ weights)
+    torch.testing.assert_close(shares, shares.mean().expand(clusters), rtol=0.05, atol=0)
+    assert weights @ gram @ weights <= 1 + 1e-9
+
+
+@pytest.mark.filterwarnings("ignore:You are solving a parameterized problem that is not DPP")
+def test_nash_is_torchjds(nash, seed):
+    """The same steps as TorchJD's aggregator makes of gradients, with its own schedule and clipping."""
+    from torchjd.aggregation import NashMTL
+
+    weighting, aggregator = nash(K), NashMTL(K, max_norm=1.0, update_weights_every=25, optim_niter=20)
+    for _ in range(27):
+        grads = torch.randn(K, 20, dtype=torch.float64)
+        torch.testing.assert_close(weighting(grads @ grads.T) @ grads, aggregator(grads), rtol=1e-4, atol=1e-6)
+
+
+def test_nash_solves_every_25_steps(nash, monkeypatch, seed):
+    weighting = nash(K)
+    solves = calls_of_the_solver(weighting, monkeypatch)
+    counts = []
+    for _ in range(52):
+        gram = random_gram()
+        weights = weighting(gram)
+        assert weights @ gram @ weights <= 1 + 1e-9, "clipped on every step"
+        counts.append(len(solves))
+    assert counts == [1] * 25 + [2] * 25 + [3] * 2
+
+
+def test_nash_leaves_small_updates_alone(nash, seed):
+    weighting = nash(K)
+    gram = random_gram()
+    unclipped = weighting._solved(gram)
+    small = gram * (0.25 / (unclipped @ gram @ unclipped))
+    weighting(gram)
+    torch.testing.assert_close(weighting(small), unclipped)
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "empty cluster"])
+@pytest.mark.parametrize("after", [0, 1])
+def test_nash_keeps_its_weights_where_there_is_no_solution(nash, bad, after, monkeypatch, seed):
+    weighting = nash(K)
+    solves = calls_of_the_solver(weighting, monkeypatch)
+    for _ in range(25 * after):
+        weighting(random_gram())
+    before = weighting._weights.clone()
+    gram = random_gram()
+    gram[1] = gram[:, 1] = {"nan": math.nan, "inf": math.inf, "empty cluster": 0}[bad]
+    for _ in range(2):
+        weights = weighting(gram)
+        assert torch.equal(weighting._weights, before)
+        if bad == "empty cluster":
+            assert weights.isfinite().all()
+            assert weights @ gram @ weights <= 1 + 1e-9
+    assert len(solves) == after
+    weighting(random_gram())
+    assert len(solves) == after + 1, "the next step that can, solves"
+    assert not torch.equal(weighting._weights, before)
+
+
+@pytest.mark.parametrize("saved_after", [3, 25, 26])
+def test_nash_resumes_exactly(nash, saved_after, seed):
+    grams = [random_gram() for _ in range(60)]
+    through = nash(K)
+    expected = [through(gram) for gram in grams]
+    first, resumed = nash(K), nash(K)
+    for gram in grams[:saved_after]:
+        first(gram)
+    resumed(random_gram())  # whatever it did before
+    resumed.load_state_dict(through_a_file(first.state_dict()))
+    for gram, weights in zip(grams[saved_after:], expected[saved_after:], strict=True):
+        assert torch.equal(resumed(gram), weights)
+
+
+@pytest.mark.gpu
+def test_nash_waits_for_the_device_only_to_solve(nash, seed):
+    weighting = nash(K)
+    gram = random_gram().cuda()
+    weighting(gram)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(24):
+            weighting(gram)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("missing", ["torchjd.aggregation", "ecos"])
+def test_nash_without_torchjd(missing, monkeypatch):
+    pytest.importorskip("torchjd")
+    if missing == "ecos":
+        monkeypatch.setattr("torchjd._mixins.find_spec", lambda name: None if name == "ecos" else object())
+    else:
+        monkeypatch.setitem(sys.modules, missing, None)
+    refused(lambda: dtr.GradientSurgery(Net().parameters(), K, "nash"), ImportError, "pip install 'torchjd[nash-mtl]'")
+
+
+def test_torchjd_is_not_imported():
+    code = "import sys, dtr_kernels; assert not {'torchjd', 'cvxpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+GRAMIAN_WEIGHTINGS = [
+    "AlignedMTLWeighting",
+    "CAGradWeighting",
+    "DualProjWeighting",
+    "FairGradWeighting",
+    "GradVacWeighting",
+    "IMTLGWeighting",
+    "KrumWeighting",
+    "MeanWeighting",
+    "MGDAWeighting",
+    "PCDWeighting",
+    "PCGradWeighting",
+    "RandomWeighting",
+    "SumWeighting",
+    "UPGradWeighting",
+]
+
+
+def torchjd_weighting(name):
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    if not hasattr(aggregation, name):
+        pytest.skip(f"this TorchJD has no {name}")
+    arguments = {
+        "CAGradWeighting": {"c": 0.5},
+        "FairGradWeighting": {"alpha": 1.0},
+        "KrumWeighting": {"n_byzantine": 0},
+    }
+    try:
+        return getattr(aggregation, name)(**arguments.get(name, {}))
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", GRAMIAN_WEIGHTINGS)
+def test_torchjd_weightings(name, seed):
+    """The update is what the weighting makes of the Gram matrix; overflows do not trip its solver; its state is kept
+    where TorchJD can restore it."""
+    model, batches = Net(), Batches()
+    weighting = torchjd_weighting(name)
+    grads = cluster_gradients(model, batches.tensors(model))
+    surgery = dtr.GradientSurgery(model.parameters(), K, weighting)
+    surgery.backward(batches.functions(model))
+    torch.testing.assert_close(update(model), surgery.last_weights.float() @ grads)
+    if name == "MeanWeighting":
+        torch.testing.assert_close(update(model), grads.mean(0))
+
+    model.zero_grad()
+    surgery.backward([lambda k=k: batches.loss(model, k) * math.inf for k in range(K)])
+    assert not update(model).isfinite().any()
+
+    other = dtr.GradientSurgery(model.parameters(), K, torchjd_weighting(name))
+    if name in ("GradVacWeighting", "PCDWeighting"):
+        with pytest.warns(UserWarning, match=f"{name} cannot restore"):
+            other.load_state_dict(through_a_file(surgery.state_dict()))
+    else:
+        other.load_state_dict(through_a_file(surgery.state_dict()))
+
+
+def test_torchjds_pcgrad_is_this_one(seed):
+    """On two clusters there is one order."""
+    model, batches = Net(), Batches(2)
+    updates = []
+    for weighting in (torchjd_weighting("PCGradWeighting"), "pcgrad"):
+        model.zero_grad()
+        dtr.GradientSurgery(model.parameters(), 2, weighting).backward(batches.functions(model))
+        updates.append(update(model))
+    torch.testing.assert_close(*updates)
+
+
+class Counting:
+    """A weighting with a state of its own."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def __call__(self, gram):
+        self.steps += 1
+        return gram.new_full((len(gram),), float(self.steps))
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_weightings_get_fp64_and_return_what_they_like(dtype, seed):
+    model, batches = Net(), Batches()
+
+    def weighting(gram):
+        assert gram.dtype == torch.float64
+        return torch.tensor([1.0, 2.0, 0.5], dtype=dtype, requires_grad=True)
+
+    dtr.GradientSurgery(model.parameters(), K, weighting).backward(batches.functions(model))
+    grads = cluster_gradients(model, batches.tensors(model))
+    torch.testing.assert_close(update(model), torch.tensor([1.0, 2.0, 0.5]) @ grads)
+    assert not any(p.grad.requires_grad for p in model.parameters())
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_pcgrad_resumes_bit_for_bit(seed):
+    batches = Batches(8)
+
+    def run(surgery, model, steps):
+        for _ in range(steps):
+            surgery.backward(batches.functions(model))
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= 0.1 * p.grad
+            model.zero_grad()
+
+    model = Net()
+    surgery = dtr.GradientSurgery(model.parameters(), 8, generator=seeded(seed))
+    run(surgery, model, 3)
+    saved, weights = through_a_file(surgery.state_dict()), copy.deepcopy(model.state_dict())
+    run(surgery, model, 3)
+    other = Net()
+    other.load_state_dict(weights)
+    resumed = dtr.GradientSurgery(other.parameters(), 8, generator=seeded(seed + 1))
+    resumed.load_state_dict(saved)
+    run(resumed, other, 3)
+    assert torch.equal(flat(model.parameters()), flat(other.parameters()))
+
+
+def test_states_of_other_objects_are_kept(seed):
+    model, batches = Net(), Batches()
+    surgery = dtr.GradientSurgery(model.parameters(), K, Counting())
+    surgery.backward(batches.functions(model))
+    resumed = dtr.GradientSurgery(model.parameters(), K, Counting())
+    resumed.load_state_dict(through_a_file(surgery.state_dict()))
+    resumed.backward(batches.functions(model))
+    assert resumed.last_weights.tolist() == [2.0] * K
+
+
+@pytest.mark.parametrize(
+    "saved, here, fragments",
+    [
+        ({"num_clusters": 3}, {"num_clusters": 4}, ["num_clusters=3", "has 4"]),
+        ({"weighting": "sum"}, {"weighting": "pcgrad"}, ["weighting='sum'", "has 'pcgrad'"]),
+        ({"weighting": Counting()}, {"weighting": "sum"}, ["weighting='Counting'", "has 'sum'"]),
+        ({"generator": seeded(0)}, {}, ["with a generator", "without one"]),
+        ({}, {"generator": seeded(0)}, ["without a generator", "with one"]),
+    ],
+    ids=["K", "name", "object", "generator", "no generator"],
+)
+def test_states_that_do_not_fit(saved, here, fragments):
+    save, load = (
+        dtr.GradientSurgery(Net().parameters(), **{"num_clusters": K, **arguments}) for arguments in (saved, here)
+    )
+    refused(lambda: load.load_state_dict(save.state_dict()), ValueError, *fragments)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def used_up():
+    parameters = Net().parameters()
+    list(parameters)
+    return parameters
+
+
+BAD_PARAMETERS = {
+    "none": (lambda: [], ValueError, ["params", "at least one", "got none"]),
+    "used up": (used_up, ValueError, ["params", "got none", "list(...)"]),
+    "all frozen": (lambda: Net().requires_grad_(False).parameters(), ValueError, ["params", "requires grad"]),
+    "module": (Net, TypeError, ["params", "named_parameters()", "Net"]),
+    "tensor": (lambda: nn.Parameter(torch.ones(3)), TypeError, ["params", "Parameter"]),
+    "names": (lambda: dict(Net().named_parameters()), TypeError, ["params[0]", "str"]),
+    "triples": (lambda: [("a", "b", torch.ones(1))], TypeError, ["params[0]", "pair", "tuple"]),
+    "not a leaf": (lambda: [("w", 2 * nn.Parameter(torch.ones(3)))], ValueError, ["w ", "result of a computation"]),
+    "complex": (
+        lambda: [nn.Parameter(torch.ones(3, dtype=torch.complex64))],
+        TypeError,
+        ["params[0]", "fp32", "complex64"],
+    ),
+    "devices": (
+        lambda: [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, device="meta"))],
+        ValueError,
+        ["params", "one device", "cpu, meta"],
+    ),
+    "same name": (
+        lambda: [("w", nn.Parameter(torch.ones(3))), ("w", nn.Parameter(torch.ones(3)))],
+        ValueError,
+        ["params", "two", "'w'"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PARAMETERS)
+def test_bad_parameters(case):
+    params, error, fragments = BAD_PARAMETERS[case]
+    refused(lambda: dtr.GradientSurgery(params(), K), error, *fragments)
+
+
+@pytest.mark.parametrize("clusters", [0, -1, 65, "5", 2.0, True, None])
+def test_bad_num_clusters(clusters):
+    refused(
+        lambda: dtr.GradientSurgery(Net().parameters(), clusters),
+        ValueError, "num_clusters", "1 to 64", f"got {clusters!r}",
+    )  # fmt: skip
+
+
+def aggregator():
+    return pytest.importorskip("torchjd.aggregation").UPGrad()
+
+
+@pytest.mark.parametrize(
+    "weighting, error, fragments",
+    [
+        (lambda: "mgda", ValueError, ["weighting", "'pcgrad', 'nash', 'sum'", "got 'mgda'"]),
+        (lambda: 3, TypeError, ["weighting", "callable", "int"]),
+        (lambda: None, TypeError, ["weighting", "callable", "NoneType"]),
+        (lambda: Counting, TypeError, ["weighting", "class", "Counting(...)"]),
+        (aggregator, TypeError, ["weighting", "UPGrad aggregates", "UPGradWeighting()"]),
+    ],
+    ids=["name", "number", "none", "class", "aggregator"],
+)
+def test_bad_weighting(weighting, error, fragments):
+    refused(lambda: dtr.GradientSurgery(Net().parameters(), K, weighting()), error, *fragments)
+
+
+@pytest.mark.parametrize(
+    "weights, error, fragments",
+    [
+        (torch.ones(K - 1), ValueError, ["weighting", "shape [3]", "got [2]"]),
+        (torch.ones(K, 1), ValueError, ["weighting", "shape [3]", "got [3, 1]"]),
+        (torch.ones(K, dtype=torch.int64), TypeError, ["weighting", "floating", "int64"]),
+        ([1.0] * K, TypeError, ["weighting", "floating", "list"]),
+    ],
+    ids=["short", "column", "integers", "list"],
+)
+def test_bad_weights(weights, error, fragments, seed):
+    model, batches = Net(), Batches()
+    surgery = dtr.GradientSurgery(model.parameters(), K, lambda gram: weights)
+    refused(lambda: surgery.backward(batches.functions(model)), error, *fragments)
+    assert all(p.grad is None for p in model.parameters())
+
+
+BAD_LOSSES = {
+    "too few": (lambda model: [model.loss] * 2, ValueError, ["losses", "3 entries", "got 2"]),
+    "too many": (lambda model: torch.ones(4), ValueError, ["losses", "3 entries", "got 4"]),
+    "scalar": (lambda model: model.loss(), TypeError, ["losses", "one scalar"]),
+    "generator": (lambda model: (model.loss for _ in range(3)), TypeError, ["losses", "sequence", "generator"]),
+    "function": (lambda model: model.loss, TypeError, ["losses", "sequence", "function"]),
+    "numbers": (lambda model: [model.loss, model.loss, 1.0], TypeError, ["losses[2]", "float"]),
+    "no scalar": (
+        lambda model: [model.loss, torch.ones(2, requires_grad=True), None],
+        ValueError,
+        ["losses[1]", "shape [2]", "mean"],
+    ),
+    "complex": (
+        lambda model: [model.loss(), model.loss, model.loss() * 1j],
+        ValueError,
+        ["losses[2]", "complex64"],
+    ),
+    "no grad": (lambda model: [model.loss().detach(), None, None], ValueError, ["losses[0]", "requires grad"]),
+    "function of no scalar": (
+        lambda model: [model.loss, lambda: model.first.weight, None],
+        ValueError,
+        ["losses[1]()", "shape [11, 5]", "mean"],
+    ),
+    "function of no grad": (
+        lambda model: [lambda: model.loss().detach(), None, None],
+        ValueError,
+        ["losses[0]()", "requires grad"],
+    ),
+    "function of a tuple": (lambda model: [lambda: (1, 2), None, None], TypeError, ["losses[0]()", "tuple"]),
+    "elsewhere": (
+        lambda model: [(2 * nn.Parameter(torch.ones(()))) for _ in range(3)],
+        ValueError,
+        ["losses", "none of the parameters"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LOSSES)
+def test_bad_losses(case, seed):
+    make, error, fragments = BAD_LOSSES[case]
+    model, batches = Net(), Batches()
+    model.loss = lambda: batches.loss(model, 0)
+    surgery = dtr.GradientSurgery(model.parameters(), K)
+    refused(lambda: surgery.backward(make(model)), error, *fragments)
+    assert all(p.grad is None for p in model.parameters())
+
+
+BAD_BATCHES = {
+    "loss": ({"loss": 3}, TypeError, ["loss ", "function", "int"]),
+    "clusters too high": ({"clusters": torch.tensor([0, 3, 1])}, ValueError, ["clusters", "0 to", "got 3", "sample 1"]),
+    "clusters negative": ({"clusters": torch.tensor([0, 1, -1])}, ValueError, ["clusters", "got -1", "sample 2"]),
+    "clusters float": ({"clusters": torch.zeros(3)}, TypeError, ["clusters", "integer", "float32"]),
+    "clusters bool": ({"clusters": torch.zeros(3, dtype=torch.bool)}, TypeError, ["clusters", "integer", "bool"]),
+    "clusters complex": ({"clusters": torch.zeros(3) * 1j}, TypeError, ["clusters", "integer", "complex64"]),
+    "clusters list": ({"clusters": [0, 1, 2]}, TypeError, ["clusters", "integer", "list"]),
+    "clusters of two dimensions": (
+        {"clusters": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, ["clusters", "[B]", "[3, 1]"],
+    ),
+    "clusters empty": (
+        {"clusters": torch.zeros(0, dtype=torch.int64), "tensors": [torch.ones(0, 5)]},
+        ValueError,
+        ["clusters", "at least one", "[0]"],
+    ),
+    "no tensors": ({"tensors": []}, ValueError, ["tensors", "at least one"]),
+    "short tensor": ({"tensors": [torch.ones(3, 5), torch.ones(2)]}, ValueError, ["tensors[1]", "3 samples", "[2]"]),
+    "scalar tensor": ({"tensors": [torch.ones(3, 5), torch.ones(())]}, ValueError, ["tensors[1]", "[]"]),
+    "number": ({"tensors": [torch.ones(3, 5), 1.0]}, TypeError, ["tensors[1]", "float"]),
+    "loss of one value": ({"loss": lambda x: x.mean()}, ValueError, ["loss ", "shape [1]", "got []"]),
+    "loss of a matrix": ({"loss": lambda x: x}, ValueError, ["loss ", "each of 1 samples", "got [1, 5]"]),
+    "loss of no tensor": ({"loss": lambda x: 1.0}, TypeError, ["loss ", "float"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_BATCHES)
+def test_bad_batches(case, seed):
+    arguments, error, fragments = BAD_BATCHES[case]
+    model = Net()
+    arguments = {"loss": model, "clusters": torch.tensor([0, 1, 2]), "tensors": [torch.ones(3, 5)], **arguments}
+    surgery = dtr.GradientSurgery(model.parameters(), K, engine="per_cluster")
+    refused(
+        lambda: surgery.backward_batch(arguments["loss"], arguments["clusters"], *arguments["tensors"]),
+        error, *fragments,
+    )  # fmt: skip
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_low_memory_does_not_accumulate(seed):
+    model, batches, batch = Net(), Batches(), Mixed()
+    surgery = dtr.GradientSurgery(model.parameters(), K, engine="low_memory")
+    arguments = batch.loss(model), batch.clusters, batch.x, batch.y
+    refused(lambda: surgery.backward_batch(*arguments, last=False), ValueError, "last=False", "low_memory")
+    surgery.backward(batches.functions(model), last=False)
+    refused(lambda: surgery.backward_batch(*arguments), ValueError, "last=False", "low_memory")
+
+
+# --- engines ---------------------------------------------------------------------------------------------------------
+
+
+class FakeEngines:
+    """Two engines that take given times by a clock of their own and note who was called."""
+
+    def __init__(self, monkeypatch, seconds=(1.0, 1.0), refuses=()):
+        self.calls, self.clock_was_read, self.undone = [], 0, 0
+        self.seconds, self.refuses, self.now = (
+            dict(zip(("per_cluster", "one_pass"), seconds, strict=True)),
+            refuses,
+            0.0,
+        )
+        monkeypatch.setattr(engines.time, "perf_counter", self.clock)
+
+    def clock(self):
+        self.clock_was_read += 1
+        return self.now
+
+    def engine(self, name):
+        self.calls.append(name)
+        self.now += self.seconds[name]
+        if name == "one_pass" and self.calls.count(name) in self.refuses:
+            raise one_pass.Unsupported("no rule for this")
+        return name
+
+    def undo(self):
+        self.undone += 1
+
+    def step(self, choice, micro_batches=1):
+        """Returns the engine that each micro-batch's gradients came from."""
+        return [
+            choice.run(
+                lambda: self.engine("per_cluster"),
+                lambda: self.engine("one_pass"),
+                self.undo if i == 0 else None,
+                torch.device("cpu"),
+            )
+            for i in range(micro_batches)
+        ]
+
+
+@pytest.mark.parametrize("seconds, faster", [((1.0, 2.0), "per_cluster"), ((2.0, 1.0), "one_pass")])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_auto_takes_the_faster_engine(seconds, faster, micro_batches, monkeypatch):
+    choice, fake = EngineChoice("auto"), FakeEngines(monkeypatch, seconds)
+    for _ in range(4):
+        for name in ("per_cluster", "one_pass"):
+            assert choice.name == "auto"
+            assert fake.step(choice, micro_batches) == [name] * micro_batches
+    assert choice.name == faster
+    assert "per_cluster" in choice.reason
+    assert "one_pass" in choice.reason
+    reads = fake.clock_was_read
+    assert fake.step(choice, micro_batches) == [faster] * micro_batches
+    assert fake.clock_was_read == reads, "a choice that is made is not timed"
+
+
+def test_auto_does_not_count_the_first_time(monkeypatch):
+    """In which things are compiled and allocated."""
+    choice, fake = EngineChoice("auto"), FakeEngines(monkeypatch, (2.0, 100.0))
+    fake.step(choice)
+    fake.step(choice)
+    fake.seconds["one_pass"] = 1.0
+    for _ in range(6):
+        fake.step(choice)
+    assert choice.name == "one_pass"
+
+
+@pytest.mark.parametrize("name", ["per_cluster", "one_pass"])
+def test_named_engines_are_never_timed(name, monkeypatch):
+    choice, fake = EngineChoice(name), FakeEngines(monkeypatch)
+    for _ in range(10):
+        assert fake.step(choice, 2) == [name] * 2
+    assert fake.clock_was_read == 0
+    assert choice.reason == "as asked for"
+
+
+@pytest.mark.parametrize("refused_at", [1, 3, 6])
+def test_auto_falls_back_where_one_pass_is_refused(refused_at, monkeypatch):
+    """At the first trial, a later one, and after it has been chosen."""
+    choice, fake = EngineChoice("auto"), FakeEngines(monkeypatch, (2.0, 1.0), refuses=[refused_at])
+    while fake.calls.count("one_pass") < refused_at:
+        (name,) = fake.step(choice)
+    assert name == "per_cluster"
+    assert fake.undone == 1
+    assert choice.name == "per_cluster"
+    assert "no rule for this" in choice.reason
+    assert fake.step(choice) == ["per_cluster"]
+
+
+def test_one_pass_refused_within_a_step(monkeypatch):
+    """What the earlier micro-batches have left can be neither undone nor kept: an error, and the next step goes."""
+    choice, fake = EngineChoice("auto"), FakeEngines(monkeypatch, refuses=[2])
+    fake.step(choice)
+    with pytest.raises(one_pass.Unsupported):
+        fake.step(choice, 2)
+    assert fake.undone == 0
+    assert fake.step(choice, 2) == ["per_cluster"] * 2
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyError("surprise")], ids=repr)
+def test_auto_falls_back_where_one_pass_fails(error, monkeypatch):
+    choice, fake = EngineChoice("auto"), FakeEngines(monkeypatch)
+    fake.step(choice)
+
+    def fails():
+        raise error
+
+    device = torch.device("cpu")
+    assert choice.run(lambda: fake.engine("per_cluster"), fails, fake.undo, device) == "per_cluster"
+    assert choice.name == "per_cluster"
+    assert type(error).__name__ in choice.reason
+    with pytest.raises(type(error)):
+        choice.run(fails, fails, fake.undo, device)
+
+
+def test_errors_of_the_callers_own_decide_nothing(monkeypatch):
+    choice, fake = EngineChoice("auto"), FakeEngines(monkeypatch)
+    fake.step(choice)
+
+    def fails():
+        raise ZeroDivisionError
+
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            choice.run(fails, fails, fake.undo, torch.device("cpu"))
+    assert choice.name == "auto"
+    assert fake.step(choice) == ["one_pass"]
+
+
+def test_a_failed_one_pass_gives_its_memory_back_first(monkeypatch):
+    """Before per_cluster takes some, that is: the error's traceback holds the graph."""
+    choice, fake = EngineChoice("auto"), FakeEngines(monkeypatch)
+    fake.step(choice)
+    graph = []
+
+    def one_pass_fails():
+        tensor = torch.ones(3)
+        graph.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError
+
+    def per_cluster():
+        return graph[0]() is None
+
+    assert choice.run(per_cluster, one_pass_fails, fake.undo, torch.device("cpu"))
+
+
+def test_named_one_pass_is_not_replaced(monkeypatch):
+    choice, fake = EngineChoice("one_pass"), FakeEngines(monkeypatch, refuses=[1])
+    with pytest.raises(one_pass.Unsupported):
+        fake.step(choice)
+
+
+def test_engine_choice_is_saved(monkeypatch):
+    choice, fake = EngineChoice("auto"), FakeEngines(monkeypatch, (2.0, 1.0))
+    for _ in range(8):
+        fake.step(choice)
+    resumed, named = EngineChoice("auto"), EngineChoice("per_cluster")
+    for other in (resumed, named):
+        other.load_state_dict(through_a_file(choice.state_dict()))
+    assert (resumed.name, resumed.reason) == ("one_pass", choice.reason)
+    assert named.name == "per_cluster"
+    saved, loaded = (dtr.GradientSurgery(Net().parameters(), K) for _ in range(2))
+    saved.engine.load_state_dict(choice.state_dict())
+    loaded.load_state_dict(through_a_file(saved.state_dict()))
+    assert loaded.engine.name == "one_pass"
+    # A name that somebody has asked for is no finding, and does not bind another run.
+    resumed = EngineChoice("auto")
+    resumed.load_state_dict(EngineChoice("low_memory").state_dict())
+    assert resumed.name == "auto"
+
+
+def test_unknown_engine():
+    refused(
+        lambda: dtr.GradientSurgery(Net().parameters(), K, engine="two_pass"),
+        ValueError, "engine", "'auto', 'per_cluster', 'one_pass', 'low_memory'", "'two_pass'",
+    )  # fmt: skip
+
+
+def test_a_refused_one_pass_leaves_nothing_behind(monkeypatch, seed):
+    """Through GradientSurgery: it writes half of its gradients, refuses, and per_cluster starts over."""
+    model, batch = Net(), Mixed()
+
+    def half(buffer, parameters, loss, data, scaled):
+        for tensor in buffer.tensors.values():
+            tensor.fill_(7)
+        raise one_pass.Unsupported("no rule for this")
+
+    monkeypatch.setattr(gradient_surgery.one_pass, "accumulate", half)
+    surgery = dtr.GradientSurgery(model.parameters(), K, "sum")
+    expected = cluster_gradients(model, batch.tensors(model)).sum(0)
+    for _ in range(2):
+        for _ in range(2):
+            surgery.backward_batch(batch.loss(model), batch.clusters, batch.x, batch.y, last=False)
+        surgery.backward_batch(batch.loss(model), batch.clusters, batch.x, batch.y)
+        torch.testing.assert_close(update(model), 3 * expected)
+        model.zero_grad()
+    assert surgery.engine.name == "per_cluster"
+
+
+# --- uncertainty weighting -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("form", ["tensor", "list"])
+def test_uncertainty_is_the_reference(dtype, form, device, seed):
+    weighting = dtr.UncertaintyWeighting(5).to(device)
+    with torch.no_grad():
+        weighting.log_variances.normal_()
+    losses = torch.rand(5, device=device, dtype=dtype, requires_grad=True)
+    s = weighting.log_variances.detach().double().requires_grad_()
+    wide = losses.detach().double().requires_grad_()
+    expected = dtr.reference.uncertainty_loss(wide, s)
+    expected.backward()
+    loss = weighting(losses if form == "tensor" else list(losses))
+    loss.backward()
+    assert loss.dtype == dtype
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses.grad.double(), wide.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weighting.log_variances.grad.double(), s.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_uncertainty_starts_from_half_the_sum():
+    weighting = dtr.UncertaintyWeighting(3)
+    assert weighting.log_variances.tolist() == [0, 0, 0]
+    assert weighting(torch.tensor([1.0, 2.0, 3.0])).item() == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_uncertainty_of_narrow_losses(dtype, device, seed):
+    """Computed in fp32, also where the module has been cast with the model."""
+    losses = (10 * torch.rand(5, device=device)).to(dtype)
+    for weighting in (dtr.UncertaintyWeighting(5).to(device), dtr.UncertaintyWeighting(5).to(device, dtype)):
+        with torch.no_grad():
+            weighting.log_variances.copy_(torch.randn(5))
+        expected = dtr.reference.uncertainty_loss(losses.double(), weighting.log_variances.detach().double())
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = weighting(list(losses))
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    mixed = [loss if k % 2 else loss.float() for k, loss in enumerate(losses)]
+    torch.testing.assert_close(weighting(mixed).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_uncertainty_without_some_clusters(seed):
+    """None is left out, and its s_k gets no gradient; NaN is NaN."""
+    weighting = dtr.UncertaintyWeighting(4)
+    with torch.no_grad():
+        weighting.log_variances.normal_()
+    losses = torch.rand(4)
+    loss = weighting([losses[0], None, losses[2], None])
+    present = [0, 2]
+    torch.testing.assert_close(loss, dtr.reference.uncertainty_loss(losses[present], weighting.log_variances[present]))
+    loss.backward()
+    assert (weighting.log_variances.grad != 0).tolist() == [True, False, True, False]
+    assert weighting([losses[0], losses[1], torch.tensor(math.nan), None]).isnan()
+
+
+def test_uncertainty_trains_with_the_model(seed):
+    model, batches = Net(), Batches()
+    weighting = dtr.UncertaintyWeighting(K)
+    optimizer = torch.optim.AdamW([{"params": model.parameters()}, weighting.param_group()], lr=1e-3, weight_decay=0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 0.025]
+    assert optimizer.param_groups[1]["weight_decay"] == 0
+    for _ in range(5):
+        weighting(batches.tensors(model)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    # A loss above its variance raises the variance.
+    losses = torch.stack(batches.tensors(model)).detach()
+    assert torch.equal(weighting.log_variances > 0, losses > 1)
+    restored = dtr.UncertaintyWeighting(K)
+    restored.load_state_dict(through_a_file(weighting.state_dict()))
+    assert torch.equal(restored.log_variances, weighting.log_variances)
+
+
+@pytest.mark.parametrize(
+    "losses, error, fragments",
+    [
+        (torch.ones(2), ValueError, ["losses", "3 entries", "got 2"]),
+        (torch.ones(()), TypeError, ["losses", "one scalar"]),
+        (torch.ones(3, 2), ValueError, ["losses[0]", "shape [2]"]),
+        ([torch.ones(())] * 4, ValueError, ["losses", "got 4"]),
+        ([None] * 3, ValueError, ["losses", "None for every cluster"]),
+        ([torch.ones(()), 1.0, None], TypeError, ["losses[1]", "float"]),
+        (3.0, TypeError, ["losses", "float"]),
+    ],
+    ids=["short", "scalar", "matrix", "long", "nothing", "number", "no sequence"],
+)
+def test_bad_losses_of_uncertainty(losses, error, fragments):
+    refused(lambda: dtr.UncertaintyWeighting(3)(losses), error, *fragments)
+
+
+@pytest.mark.parametrize("clusters", [0, -2, "3", 2.0, True])
+def test_bad_num_clusters_of_uncertainty(clusters):
+    refused(lambda: dtr.UncertaintyWeighting(clusters), ValueError, "num_clusters", "positive", f"got {clusters!r}")

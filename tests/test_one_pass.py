@@ -1,0 +1,396 @@
+"""The engines that take all K gradients from one pass, against the one that computes each from its own samples."""
+
+from __future__ import annotations
+
+import copy
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import dtr_kernels as dtr
+from dtr_kernels.surgery import low_memory, one_pass, per_cluster
+from dtr_kernels.surgery.batch import Batch
+from dtr_kernels.surgery.buffer import GradientBuffer
+
+SIZES = [(2, 2, 2), (3, 0, 1, 2), (6,), (0, 1, 0, 1, 0)]
+by_sizes = pytest.mark.parametrize("sizes", SIZES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These tensors are so small that threads only cost."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(5, 7), nn.ReLU(inplace=True), nn.Linear(7, 7, bias=False), nn.Tanh())
+        self.out = nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.out(self.layers(x) + self.layers[1:](self.layers[0](x)))  # every layer twice
+
+
+class ConvNet(nn.Module):
+    """Images and labels, through every kind of layer that has a rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.grouped = nn.Conv2d(8, 8, (3, 1), padding="same", groups=2, bias=False)
+        self.labels = nn.Embedding(10, 8, padding_idx=3)
+        self.group_norm = nn.GroupNorm(2, 8)
+        self.batch_norm = nn.BatchNorm2d(8).eval()
+        self.up = nn.ConvTranspose2d(8, 4, 3, stride=2, output_padding=1, groups=2)
+        self.flat = nn.Conv1d(4, 6, 2, dilation=2)
+        self.norm = nn.LayerNorm((6, 5))
+        self.rms = nn.RMSNorm(5)
+        self.narrow = nn.LayerNorm(5, bias=False)
+
+    def forward(self, x, y):
+        x = F.relu(self.stem(x), inplace=True)
+        x = self.batch_norm(self.group_norm(self.grouped(x) + self.labels(y)[:, :, None, None]))
+        x = self.flat(self.up(x).mean(2)[:, :, :7])
+        return self.narrow(self.rms(self.norm(x)))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.batch_norm.eval()
+        return self
+
+
+class Tricks(nn.Module):
+    """Parameters that are not simply a layer's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(1, 4, 6))
+        self.flat_position = nn.Parameter(torch.randn(4, 6))
+        self.token = nn.Parameter(torch.randn(1, 1, 6))
+        self.missing = nn.Parameter(torch.randn(6))
+        self.gain = nn.Parameter(torch.randn(()))
+        self.scale = nn.Parameter(torch.randn(6))
+        self.matrix = nn.Parameter(torch.randn(6, 6))
+        self.table = nn.Parameter(torch.randn(10, 6))
+        self.direction = nn.Parameter(torch.randn(6, 6))
+        self.low, self.high = nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.randn(2, 6))
+        self.bias = nn.Parameter(torch.randn(6))
+
+    def forward(self, x, y):
+        x = x + self.position
+        x = torch.where((y > 4)[:, None, None], x, self.missing)
+        x += self.flat_position[:, :6] * 0.5
+        x = (1 + self.scale) * x / (self.gain**2 + 1)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1)
+        x = x @ self.matrix.t() + x.flatten(0, 1).mm(self.matrix).view_as(x)
+        x = F.linear(x, F.normalize(self.direction, dim=1), self.bias)
+        x = x + F.linear(torch.tanh(x), self.low @ self.high)
+        x = x[..., :4] @ self.matrix[:, 1:5].mT + x
+        x = torch.addmm(self.bias, x.reshape(-1, 6), self.matrix).view_as(x)
+        x = x + self.table[y][:, None] + self.table[torch.arange(5)]
+        return x.mul_(self.gain).addcmul(x, self.bias.detach() + self.scale)
+
+
+def double(model):
+    return copy.deepcopy(model).double()
+
+
+def images(samples, channels=3, size=7):
+    return torch.randn(samples, channels, size, size), torch.randint(10, (samples,))
+
+
+def square_loss(model):
+    def loss(*tensors):
+        return model(*tensors).square().flatten(1).mean(1)
+
+    return loss
+
+
+def dit(**settings):
+    model = dtr.nn.DiT(
+        input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=10, class_dropout_prob=0, **settings
+    )
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.15)
+    return model
+
+
+def dit_batch(samples, channels=4):
+    return torch.randn(samples, channels, 8, 8), torch.randint(50, (samples,)), torch.randint(10, (samples,))
+
+
+def wide_position_dit():
+    """In the manner of timm: a position embedding that is learned."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dit = models.facebook_dit(qk_norm=True)
+            self.pos_embed = nn.Parameter(torch.randn(1, 16, models.DIM))
+            embed = self.dit.x_embedder
+            embed.register_forward_hook(lambda *args: args[2] + self.pos_embed.mT.unflatten(2, (4, 4)))
+
+        def forward(self, *args):
+            return self.dit(*args)
+
+    return Model()
+
+
+# --- comparison ------------------------------------------------------------------------------------------------------
+
+
+def trainable(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def by(engine, model, tensors, sizes, loss=square_loss, scale=1.0, buffer=None):
+    """The gradients [K] lists by parameter, values and names that an engine gives."""
+    parameters = trainable(model)
+    buffer = buffer or GradientBuffer(parameters, len(sizes))
+    batch = Batch(tuple(tensors), sizes)
+
+    def scaled(value):
+        return value * scale / len(sizes)
+
+    if engine is per_cluster:
+        values, names = per_cluster.accumulate(buffer, parameters, batch.losses(loss(model)), scaled)
+    else:
+        values, names = one_pass.accumulate(buffer, parameters, loss(model), batch, scaled)
+    rows = [dict(zip(parameters, buffer.row(k), strict=True)) for k in range(len(sizes))]
+    return rows, values, names
+
+
+def as_double(tensors):
+    return [t.double() if t.is_floating_point() else t for t in tensors]
+
+
+def check_close(ours, plain, exact, dtype):
+    """At most twice the error of the engine that passes the clusters one by one, plus a few roundings."""
+    eps = torch.finfo(dtype).eps
+    for row, plain_row, exact_row in zip(ours, plain, exact, strict=True):
+        largest = max(truth.abs().max() for truth in exact_row.values())  # some gradients are sums that cancel to zero
+        for name, truth in exact_row.items():
+            bound = 2 * (plain_row[name] - truth).abs().max() + 30 * eps * largest
+            error = (row[name] - truth).abs().max()
+            assert error <= bound, f"{name}: {error:.2e} > {bound:.2e}"
+
+
+def check_equal_to_per_cluster(model, tensors, sizes, loss=square_loss, dtype=torch.float32):
+    exact, *_ = by(per_cluster, double(model), as_double(tensors), sizes, loss)
+    plain, values, names = by(per_cluster, model, tensors, sizes, loss)
+    ours, our_values, our_names = by(one_pass, model, tensors, sizes, loss)
+    assert our_names == names
+    for value, our_value in zip(values, our_values, strict=True):
+        assert (value is None) == (our_value is None)
+        if value is not None:
+            torch.testing.assert_close(our_value, value)
+    check_close(ours, plain, exact, dtype)
+    wide, *_ = by(one_pass, double(model), as_double(tensors), sizes, loss)
+    check_close(wide, exact, exact, torch.float64)
+
+
+# --- the same gradients ----------------------------------------------------------------------------------------------
+
+
+@by_sizes
+def test_mlp(seed, sizes):
+    check_equal_to_per_cluster(Mlp(), [torch.randn(sum(sizes), 5)], sizes)
+
+
+@by_sizes
+def test_layers(seed, sizes):
+    model = ConvNet()
+    model.batch_norm.running_mean.normal_()
+    for p in model.parameters():
+        nn.init.normal_(p)
+    check_equal_to_per_cluster(model, images(sum(sizes)), sizes)
+
+
+@by_sizes
+def test_parameters_in_other_places(seed, sizes):
+    tensors = torch.randn(sum(sizes), 4, 6), torch.randint(10, (sum(sizes),))
+    check_equal_to_per_cluster(Tricks(), tensors, sizes)
+
+
+@by_sizes
+@pytest.mark.parametrize("scope", [None, "block", "branch"])
+def test_dit(seed, sizes, scope):
+    routing = {} if scope is None else {"routing": dtr.DenoisingTaskRouting(num_timesteps=50), "scope": scope}
+    check_equal_to_per_cluster(dit(**routing), dit_batch(sum(sizes)), sizes)
+
+
+def test_dit_with_random_routing(seed):
+    model = dit(routing=dtr.RandomRouting(num_timesteps=50, beta=0.8, seed=seed))
+    check_equal_to_per_cluster(model, dit_batch(6), SIZES[1])
+
+
+@pytest.mark.parametrize("make", [models.facebook_dit, models.public_dtr, wide_position_dit])
+def test_public_models(seed, make):
+    check_equal_to_per_cluster(make(), dit_batch(6, channels=3), SIZES[1])
+
+
+@pytest.mark.parametrize("make", [models.facebook_dit, models.public_dtr])
+def test_swapped_blocks(seed, make):
+    check_equal_to_per_cluster(dtr.swap_blocks(make()), dit_batch(6, channels=3), SIZES[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_parameters(seed, dtype):
+    """Each engine against fp64 on the same rounded parameters."""
+    for model, tensors in (
+        (Mlp(), [torch.randn(6, 5)]),
+        (ConvNet(), images(6)),
+        (Tricks(), (torch.randn(6, 4, 6) / 4, torch.randint(10, (6,)))),
+        (dit(routing=dtr.DenoisingTaskRouting(num_timesteps=50)), dit_batch(6)),
+    ):
+        tensors = [t.to(dtype) if t.is_floating_point() else t for t in tensors]
+        check_equal_to_per_cluster(model.to(dtype), tensors, SIZES[1], dtype=dtype)
+
+
+def autocast_loss(model):
+    def loss(*tensors):
+        with torch.autocast("cpu", torch.bfloat16, enabled=next(model.parameters()).dtype == torch.float32):
+            return square_loss(model)(*tensors).to(tensors[0].dtype)
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    "make, batch", [(ConvNet, images), (dit, dit_batch), (Mlp, lambda samples: [torch.randn(samples, 5)])]
+)
+def test_autocast(seed, make, batch):
+    model = make()
+    check_equal_to_per_cluster(model, batch(6), SIZES[1], autocast_loss, dtype=torch.bfloat16)
+    routed = dit(routing=dtr.DenoisingTaskRouting(num_timesteps=50))
+    check_equal_to_per_cluster(routed, dit_batch(6), SIZES[1], autocast_loss, dtype=torch.bfloat16)
+
+
+def test_backward_inside_of_autocast_rounds_no_gradient_down(seed):
+    """The buffer is fp32, and sums into it are too, even if the caller left autocast on."""
+    model, x = Mlp(), torch.randn(6, 5)
+    outside, *_ = by(one_pass, model, [x], SIZES[1])
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        rows, *_ = by(
+            one_pass, model, [x], SIZES[1], lambda model: torch.autocast("cpu", enabled=False)(square_loss(model))
+        )
+    for row, expected in zip(rows, outside, strict=True):
+        for name in expected:
+            assert torch.equal(row[name], expected[name])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("swapped", [True, False])
+def test_checkpointing(seed, reentrant, swapped):
+    model = models.facebook_dit(reentrant=reentrant)
+    check_equal_to_per_cluster(dtr.swap_blocks(model) if swapped else model, dit_batch(6, channels=3), SIZES[1])
+
+
+def test_checkpointed_function_of_derived_weights(seed):
+    model = Tricks()
+
+    def loss(model):
+        return lambda x, y: checkpoint(model, x, y, use_reentrant=False).square().mean((1, 2))
+
+    check_equal_to_per_cluster(model, (torch.randn(6, 4, 6), torch.randint(10, (6,))), SIZES[1], loss)
+
+
+def test_micro_batches_add_up(seed):
+    model, sizes = ConvNet(), SIZES[1]
+    first, second = images(6), images(6)
+    expected, *_ = by(per_cluster, model, first, sizes)
+    expected = copy.deepcopy(expected)
+    for row, other in zip(expected, by(per_cluster, model, second, sizes)[0], strict=True):
+        for name in row:
+            row[name] += other[name]
+    buffer = GradientBuffer(trainable(model), len(sizes))
+    by(one_pass, model, first, sizes, buffer=buffer)
+    rows, *_ = by(one_pass, model, second, sizes, buffer=buffer)
+    for row, other in zip(rows, expected, strict=True):
+        torch.testing.assert_close(row, other)
+
+
+def test_frozen_and_unused_parameters(seed):
+    model = ConvNet()
+    model.unused = nn.Linear(2, 2)
+    model.stem.weight.requires_grad_(False)
+    model.group_norm.bias.requires_grad_(False)
+    tensors = images(6)
+    check_equal_to_per_cluster(model, tensors, SIZES[1])
+    _, _, names = by(one_pass, model, tensors, SIZES[1])
+    assert names == {name for name in trainable(model) if not name.startswith("unused")}
+
+
+def test_parameters_that_are_not_asked_for_get_their_ordinary_gradient(seed):
+    model, x = Mlp(), torch.randn(6, 5)
+    square_loss(model)(x).reshape(3, 2).mean(1).sum().backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    asked = {"out.weight": model.out.weight}
+    buffer = GradientBuffer(asked, 3)
+    one_pass.accumulate(buffer, asked, square_loss(model), Batch((x,), (2, 2, 2)), lambda value: value)
+    torch.testing.assert_close(sum(buffer.row(k)[0] for k in range(3)), expected.pop("out.weight"))
+    for name, grad in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, grad)
+    assert model.out.weight.grad is None
+
+
+def test_infinity_arrives(seed):
+    model, x = Mlp(), torch.randn(6, 5)
+    x[5, 0] = torch.inf
+    rows, *_ = by(one_pass, model, [x], (3, 0, 1, 2), scale=2.0)
+    assert not rows[3]["layers.0.weight"].isfinite().all()
+    assert rows[0]["layers.0.weight"].isfinite().all()
+
+
+def test_one_forward_pass_and_one_backward_pass(seed):
+    model = dit()
+    calls = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda module, *_: calls.append(module))
+    model.final_layer.register_full_backward_hook(lambda module, *_: calls.append("backward"))
+    by(one_pass, model, dit_batch(6), (2, 2, 2))
+    assert len(calls) == len(set(calls)) and calls.count("backward") == 1
+    once = len(calls)
+    by(per_cluster, model, dit_batch(6), (2, 2, 2))
+    assert len(calls) == 4 * once
+
+
+def test_nothing_of_the_callers_is_changed(seed):
+    model, (x, y) = ConvNet(), images(6)
+    x.requires_grad_()
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    before = {name: (p.grad, p.grad.clone(), p._version) for name, p in model.named_parameters()}
+
+    def broken(x, y):
+        raise KeyError("of the caller")
+
+    def check():
+        for name, p in model.named_parameters():
+            grad, value, version = before[name]
+            assert p.grad is grad and torch.equal(grad, value) and p._version == version
+            assert not vars(p).keys() - {"_one_pass"} and "_one_pass" not in vars(p)
+        assert "_one_pass" not in vars(x) and "_one_pass" not in vars(y)
+
+    by(one_pass, model, (x, y), SIZES[1])
+    check()
+    for engine in one_pass.accumulate, low_memory.stream:
+        arguments = [trainable(model), broken, Batch((x, y), SIZES[1]), lambda value: value]
+        if engine is one_pass.accumulate:
+            arguments.insert(0, GradientBuffer(trainable(model), 4))
+        with pytest.raises(KeyError, match="of the caller"):
+            engine(*arguments)
+        check()
