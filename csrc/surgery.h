@@ -20,8 +20,9 @@ struct Gradients {
 };
 
 // The CPU kernels of one instruction set. Matrices are row-major fp64.
-//   gram:         out[i, j] = <g_i, g_j>
-//   combine:      g_i <- sum_j coefficients[i, j] g_j, in place
+//   gram:         out[i, j] = <g_i, g_j>, the same bits for any number of threads. Single products are fp32: elements
+//                 beyond 1e19 give inf, and below 1e-23 they vanish.
+//   combine:      g_i <- sum_j coefficients[i, j] g_j, in place, in fp32
 //   weighted_sum: out[s] = sum_k weights[k] * segment s of g_k, in the gradients' dtype
 struct SurgeryKernels {
     void (*gram)(const Gradients&, double* out);
@@ -35,7 +36,8 @@ extern const SurgeryKernels avx2_surgery;
 extern const SurgeryKernels avx512_surgery;
 #endif
 
-// order [K, K-1] (int64): row i holds the other clusters in the order in which gradient i meets them.
+// order [K, K-1] (int64): row i holds the other clusters in the order in which gradient i meets them. Where it does not hold
+// each of them once, row i of the coefficients is NaN.
 void pcgrad_coefficients(int64_t K, const double* gram, const int64_t* order, double* coefficients);
 
 // The CUDA kernels: the same on device pointers (the matrices and `order` too), queued on a stream, without host

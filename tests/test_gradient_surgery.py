@@ -892,14 +892,14 @@ def calls_of_the_solver(weighting, monkeypatch):
 
 @pytest.mark.parametrize("clusters", [1, 2, 5, 8])
 def test_nash_solves_the_bargaining_problem(nash, clusters, seed):
-    """w_i (G w)_i is the same for all i, and the update has norm 1 at most, whatever the gradients' scale."""
+    """w_i (G w)_i = 1 for all i; these weights then give an update of norm sqrt(K), and are shrunk to norm 1."""
     weighting = nash(clusters)
     gram = random_gram(clusters)
     gram += gram.diagonal().mean() * torch.eye(clusters)  # far from singular: 20 iterations suffice
     weights = weighting(gram)
-    shares = weights * (gram @ weights)
-    torch.testing.assert_close(shares, shares.mean().expand(clusters), rtol=0.05, atol=0)
-    assert weights @ gram @ weights <= 1 + 1e-9
+    solution = weighting._weights
+    torch.testing.assert_close(solution * (gram @ solution), torch.ones_like(solution), rtol=0.05, atol=0)
+    torch.testing.assert_close(weights, solution / (solution @ gram @ solution).sqrt())
 
 
 @pytest.mark.filterwarnings("ignore:You are solving a parameterized problem that is not DPP")
@@ -1092,10 +1092,12 @@ def test_weightings_get_fp64_and_return_what_they_like(dtype, seed):
         assert gram.dtype == torch.float64
         return torch.tensor([1.0, 2.0, 0.5], dtype=dtype, requires_grad=True)
 
-    dtr.GradientSurgery(model.parameters(), K, weighting).backward(batches.functions(model))
+    surgery = dtr.GradientSurgery(model.parameters(), K, weighting)
+    surgery.backward(batches.functions(model))
     grads = cluster_gradients(model, batches.tensors(model))
     torch.testing.assert_close(update(model), torch.tensor([1.0, 2.0, 0.5]) @ grads)
-    assert not any(p.grad.requires_grad for p in model.parameters())
+    assert not any(tensor.requires_grad for tensor in [surgery.last_weights, *(p.grad for p in model.parameters())])
+    assert surgery.last_weights.dtype == torch.float64
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -1439,6 +1441,7 @@ def test_one_pass_refused_within_a_step(monkeypatch):
     with pytest.raises(one_pass.Unsupported):
         fake.step(choice, 2)
     assert fake.undone == 0
+    assert choice.name == "per_cluster"
     assert fake.step(choice, 2) == ["per_cluster"] * 2
 
 

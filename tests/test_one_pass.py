@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import models
 import pytest
@@ -106,8 +107,11 @@ def double(model):
     return copy.deepcopy(model).double()
 
 
-def images(samples, channels=3, size=7):
-    return torch.randn(samples, channels, size, size), torch.randint(10, (samples,))
+def images(samples):
+    """The first label is the padding index."""
+    labels = torch.randint(10, (samples,))
+    labels[0] = 3
+    return torch.randn(samples, 3, 7, 7), labels
 
 
 def square_loss(model):
@@ -394,3 +398,267 @@ def test_nothing_of_the_callers_is_changed(seed):
         with pytest.raises(KeyError, match="of the caller"):
             engine(*arguments)
         check()
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+class Holder(nn.Module):
+    """A layer and a parameter, used as ``forward`` says."""
+
+    def __init__(self, forward, *layers):
+        super().__init__()
+        self.use = forward
+        self.layer = nn.Linear(4, 4)
+        self.p = nn.Parameter(torch.randn(4, 4))
+        self.more = nn.ModuleList(layers)
+
+    def forward(self, x):
+        return self.use(self, x)
+
+
+class Hidden(torch.autograd.Function):
+    """x @ p where no function call shows it."""
+
+    @staticmethod
+    def forward(ctx, x, p):
+        ctx.save_for_backward(x, p)
+        return x @ p
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, p = ctx.saved_tensors
+        return dout @ p.mT, x.flatten(0, -2).mT @ dout.flatten(0, -2)
+
+
+def sequence_first(m, x):
+    return m.layer(x.transpose(0, 1)).transpose(0, 1)
+
+
+def sequence_first_flattened(m, x):
+    return m.layer(x.permute(1, 0, 2).reshape(-1, 4)).reshape(x.shape[1], x.shape[0], 4).permute(1, 0, 2)
+
+
+def batch_twice(m, x):
+    return m.layer(torch.cat([x, x]))[: len(x)]
+
+
+def samples_one_by_one(m, x):
+    return torch.stack([m.layer(sample) for sample in x])
+
+
+def weight_of_the_batch(m, x):
+    return F.linear(x, m.p * x.mean((0, 1)))
+
+
+def own_gradient(m, x):
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(m.layer(x).square().sum(), x, create_graph=True)[0]
+
+
+def changed_in_place(m, x):
+    return (m.p * 2).mul_(x)
+
+
+REFUSED = {
+    "einsum": (Holder(lambda m, x: torch.einsum("bnc,cd->bnd", x, m.p)), "einsum.*'p'.*no rule"),
+    "attention": (
+        Holder(lambda m, x: m.more[0](x, x, x)[0], nn.MultiheadAttention(4, 2, batch_first=True)),
+        "multi_head_attention_forward.*in_proj_weight.*no rule",
+    ),
+    "matrix on the left": (Holder(lambda m, x: m.p @ x), "matmul.*'p'.*samples @ matrix"),
+    "sequence first": (Holder(sequence_first), "linear.*'layer.weight'.*dimension 0"),
+    "sequence first, flattened": (Holder(sequence_first_flattened), "linear.*'layer.weight'.*dimension 0"),
+    "batch twice": (Holder(batch_twice), "linear.*'layer.weight'.*dimension 0"),
+    "samples one by one": (Holder(samples_one_by_one), "linear.*'layer.weight'.*dimension 0"),
+    "sum over the batch": (Holder(lambda m, x: x + m.layer(x.mean(0))), "linear.*'layer.weight'.*dimension 0"),
+    "weight of the batch": (Holder(weight_of_the_batch), "'p'.*dimension 0"),
+    "batch norm": (Holder(lambda m, x: m.more[0](x), nn.BatchNorm1d(6)), "batch_norm.*'more.0.weight'.*mixes"),
+    "max_norm": (Holder(lambda m, x: m.more[0](x.long()), nn.Embedding(9, 4, max_norm=1)), "embedding.*max_norm"),
+    "changed in place": (Holder(changed_in_place), "mul_.*'p'.*in place"),
+    "own gradient": (Holder(own_gradient), "differentiates the model itself"),
+    "torch.func": (Holder(lambda m, x: torch.func.jvp(m.layer, (x,), (x,))[1]), "'layer.weight'.*torch.func"),
+    "loss of all samples": (Holder(lambda m, x: m.layer(x) / x.std()), "mixed the samples"),
+    "unknown function": (Holder(lambda m, x: F.bilinear(x, x, m.p[None])), "bilinear.*'p'.*no rule"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusal(seed, name):
+    model, message = REFUSED[name]
+    parameters = trainable(model)
+    x = torch.randint(9, (6, 6, 4)).float()  # as many tokens as samples
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    buffer = GradientBuffer(parameters, 3)
+    batch = Batch((x,), (2, 2, 2))
+    with pytest.raises(one_pass.Unsupported, match=message):
+        one_pass.accumulate(buffer, parameters, square_loss(model), batch, lambda value: value)
+    with pytest.raises(one_pass.Unsupported, match=message):
+        low_memory.stream(parameters, square_loss(model), batch, lambda value: value)
+    assert not any(row.any() for k in range(3) for row in buffer.row(k))
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+
+
+def test_refusal_of_what_no_function_shows(seed):
+    model = Holder(lambda m, x: Hidden.apply(m.layer(x), m.p))
+    model.p.grad = torch.ones(4, 4)
+    with pytest.raises(one_pass.Unsupported, match="'p' past the rules"):
+        by(one_pass, model, [torch.randn(6, 2, 4)], (2, 2, 2))
+    assert torch.equal(model.p.grad, torch.ones(4, 4))
+
+
+def test_custom_functions_of_samples_alone(seed):
+    model = Holder(lambda m, x: m.layer(Hidden.apply(m.layer(x), torch.eye(4, dtype=x.dtype))))
+    check_equal_to_per_cluster(model, [torch.randn(6, 2, 4)], SIZES[1])
+
+
+def test_refusal_of_a_mixture_with_other_parameters(seed):
+    model = Holder(lambda m, x: F.linear(x, m.p + m.layer.weight))
+    with pytest.raises(one_pass.Unsupported, match=r"'p'.*not in params"):
+        one_pass.accumulate(
+            GradientBuffer({"p": model.p}, 3),
+            {"p": model.p},
+            square_loss(model),
+            Batch((torch.randn(6, 2, 4),), (2, 2, 2)),
+            lambda value: value,
+        )
+
+
+def test_refusal_of_compiled_code(seed):
+    model = Mlp()
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(6, 5)
+    parameters = trainable(model)
+    for _ in range(2):  # before it has compiled anything, and after
+        with pytest.raises(one_pass.Unsupported, match="compiled code"):
+            by(one_pass, model, [x], (2, 2, 2), lambda _: square_loss(compiled))
+        compiled(x)
+    check_equal_to_per_cluster(model, [x], (2, 2, 2))
+    assert all(p.grad is None for p in parameters.values())
+
+
+def test_a_loss_that_is_none(seed):
+    model, x = Mlp(), torch.randn(6, 5)
+    with pytest.raises(ValueError, match="one loss for each of 6 samples"):
+        by(one_pass, model, [x], (2, 2, 2), lambda model: lambda x: model(x))
+    with pytest.raises(ValueError, match="does not depend on any parameter"):
+        by(one_pass, model, [x], (2, 2, 2), lambda model: lambda x: x.mean(1))
+
+
+# --- low memory ------------------------------------------------------------------------------------------------------
+
+
+def check_low_memory(model, tensors, sizes, loss=square_loss, scale=1.0):
+    """Gram matrix and update against those of the whole buffer."""
+    parameters = trainable(model)
+    buffer = GradientBuffer(parameters, len(sizes))
+    _, values, names = by(per_cluster, model, tensors, sizes, loss, scale, buffer)
+    batch = Batch(tuple(tensors), sizes)
+    streamed, our_values, our_names = low_memory.stream(
+        parameters, loss(model), batch, lambda value: value * scale / len(sizes)
+    )
+    assert our_names == names
+    assert [v is None for v in our_values] == [v is None for v in values]
+    gram = buffer.gram()
+    torch.testing.assert_close(streamed.gram(), gram, rtol=1e-5, atol=1e-5 * gram.abs().max().item())
+    assert streamed.gram().dtype == torch.float64
+    weights = torch.rand(len(sizes), dtype=torch.float64)
+    for (name, p), new, expected in zip(
+        parameters.items(), streamed.weighted_sum(weights), buffer.weighted_sum(weights), strict=True
+    ):
+        assert new.shape == p.shape and p.grad is None
+        torch.testing.assert_close(new, expected, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, name=name: name + m)
+
+
+@by_sizes
+def test_low_memory(seed, sizes):
+    samples = sum(sizes)
+    check_low_memory(Mlp(), [torch.randn(samples, 5)], sizes)
+    check_low_memory(ConvNet(), images(samples), sizes)
+    check_low_memory(dit(routing=dtr.DenoisingTaskRouting(num_timesteps=50)), dit_batch(samples), sizes, scale=8.0)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_low_memory_checkpointed(seed, reentrant):
+    check_low_memory(models.facebook_dit(reentrant=reentrant), dit_batch(6, channels=3), SIZES[1])
+
+
+def test_low_memory_of_tied_and_derived_weights(seed):
+    model = Tricks().double()
+    for p in model.parameters():
+        p.data /= 2
+    check_low_memory(model, (torch.randn(6, 4, 6).double(), torch.randint(10, (6,))), SIZES[1])
+
+
+def test_low_memory_of_a_use_without_effect(seed):
+    model = Holder(lambda m, x: (m.layer(x), m.layer(x + 1))[0])
+    check_low_memory(model, [torch.randn(6, 2, 4)], SIZES[1])
+
+
+@pytest.fixture
+def most_held(monkeypatch):
+    """The largest number of elements held as K gradients at one time, so far."""
+    alive, most = [], [0]
+    add = low_memory._IntoGram.add
+
+    def watched_add(self, name, write):
+        def watched_write(rows):
+            alive.append(weakref.ref(rows))
+            most[0] = max(most[0], sum(rows().numel() for rows in set(alive) if rows() is not None))
+            write(rows)
+
+        add(self, name, watched_write)
+
+    monkeypatch.setattr(low_memory._IntoGram, "add", watched_add)
+    return most
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_low_memory_never_holds_more_than_one_parameters_gradients(seed, most_held, reentrant):
+    for model, channels in (models.facebook_dit(reentrant=reentrant), 3), (dit(), 4):
+        tensors = dit_batch(6, channels)
+        low_memory.stream(trainable(model), square_loss(model), Batch(tensors, (2, 2, 2)), lambda value: value)
+        assert most_held[0] == 3 * max(p.numel() for p in trainable(model).values())
+        most_held[0] = 0
+
+
+def test_low_memory_holds_tied_weights_until_their_last_use(seed, most_held):
+    layers = [nn.Linear(4, 4) for _ in range(5)]
+    model = Holder(lambda m, x: nn.Sequential(*m.more, *m.more)(x), *layers)
+    x = torch.randn(6, 4)
+    low_memory.stream(trainable(model), square_loss(model), Batch((x,), (2, 2, 2)), lambda value: value)
+    assert most_held[0] == 3 * 5 * (16 + 4)
+
+
+# --- through GradientSurgery -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["one_pass", "low_memory"])
+def test_gradient_surgery(seed, engine):
+    """The batch in any order, PCGrad's random order, and a scaler."""
+    model = dit(routing=dtr.DenoisingTaskRouting(num_timesteps=50))
+    tensors = dit_batch(9)
+    clusters = torch.randint(4, (9,))
+    updates = []
+    for name in "per_cluster", engine:
+        generator = torch.Generator().manual_seed(seed)
+        surgery = dtr.GradientSurgery(model.named_parameters(), 4, engine=name, generator=generator)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        values = surgery.backward_batch(square_loss(model), clusters, *tensors, scaler=scaler)
+        updates.append({name: p.grad for name, p in trainable(model).items()} | {"values": values})
+        model.zero_grad()
+    for name, expected in updates[0].items():
+        torch.testing.assert_close(updates[1][name], expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reentrant", [None, True, False])
+@pytest.mark.parametrize("swapped", [True, False])
+def test_on_a_gpu(seed, reentrant, swapped):
+    """Where autograd has threads of its own, into which the interception must follow."""
+    model = models.facebook_dit(reentrant=reentrant).cuda()
+    model = dtr.swap_blocks(model, dtr.DenoisingTaskRouting(num_timesteps=50)) if swapped else model
+    tensors = [t.cuda() for t in dit_batch(6, channels=3)]
+    check_equal_to_per_cluster(model, tensors, SIZES[1])
+    check_low_memory(model, tensors, SIZES[1])

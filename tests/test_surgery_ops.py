@@ -911,7 +911,7 @@ def test_grad_modes(seed, path, device, mode):
     assert not any(t.requires_grad for t in results)
 
 
-def test_parameters_gradients_of_any_kind_without_grad_mode(seed, path, device):
+def test_gradients_that_require_grad_under_no_grad(seed, path, device):
     grads = gradients(3, 70, torch.float32, device).requires_grad_()
     with torch.no_grad():
         expected = reference.pcgrad(grads.double(), ORDER)

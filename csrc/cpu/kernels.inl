@@ -31,11 +31,11 @@ const T* vector_at(const Rows& rows, int64_t row) {
     return static_cast<const T*>(rows.data) + row * rows.stride;
 }
 
-// Conversions of fp16 in bulk: left to itself GCC 12 converts one number at a time.
+// Conversions of fp16 in bulk: left to itself GCC 12 converts one number at a time. (clang ignores the target pragmas.)
 template <class T>
 void from_f16(const _Float16* __restrict p, int64_t n, T* __restrict out) {
     int64_t i = 0;
-#if DTR_VECTOR_BYTES >= 32
+#if DTR_VECTOR_BYTES >= 32 && !defined(__clang__)
     if constexpr (std::is_same_v<T, float>)
         for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
 #endif
@@ -45,7 +45,7 @@ void from_f16(const _Float16* __restrict p, int64_t n, T* __restrict out) {
 template <class T>
 void to_f16(const T* __restrict row, int64_t n, _Float16* __restrict p) {
     int64_t i = 0;
-#if DTR_VECTOR_BYTES >= 32
+#if DTR_VECTOR_BYTES >= 32 && !defined(__clang__)
     if constexpr (std::is_same_v<T, float>)
         for (; i + 8 <= n; i += 8)
             _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i), _mm256_cvtps_ph(_mm256_loadu_ps(row + i), _MM_FROUND_TO_NEAREST_INT));

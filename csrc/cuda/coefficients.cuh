@@ -8,8 +8,8 @@ namespace dtr::cuda {
 
 constexpr int kMeetings = 8;  // whose rows of G are loaded together, since a step alone would wait for memory
 
-// Block i, one warp, makes row i of C: the projected gradient g_i' = sum_j C[i, j] g_j meets the others in turn, and its
-// products with all of them, (C G)[i, :], are kept up to date. Lane l holds columns l and l + 32.
+// Block i, one warp, makes row i of C: the projected gradient g_i' = sum_j C[i, j] g_j meets the others in turn, and
+// its products with all of them, (C G)[i, :], are kept up to date. Lane l holds columns l and l + 32.
 __global__ void __launch_bounds__(32)
     coefficients_kernel(int K, const double* gram, const int64_t* order, double* coefficients) {
     const int i = blockIdx.x, lane = threadIdx.x;

@@ -10,8 +10,8 @@ namespace dtr::cuda {
 
 constexpr int kCombineThreads = 128;
 
-// Calls f(N as a type, segment, column) for the thread's columns: N neighbours at a time; one at a time where the rows are
-// not aligned or the segment ends.
+// Calls f(N as a type, segment, column) for the thread's columns: N neighbours at a time; one at a time where the rows
+// are not aligned or the segment ends.
 template <int N, class F>
 __device__ void for_each_column(const Table& table, F f) {
     table.for_each_chunk([&](int64_t, int segment, int64_t begin, int64_t end) {

@@ -1,6 +1,6 @@
 // The Gram matrix. Every chunk of columns leaves K (K + 1) / 2 partial sums in the workspace, [pair, chunk]; a second
-// kernel adds them. Chunks depend on the sizes alone and every sum has a fixed order, so that the bits depend neither on
-// the device nor on the rows' alignment.
+// kernel adds them. Chunks depend on the sizes alone and every sum has a fixed order, so that the bits depend neither
+// on the device nor on the rows' alignment.
 #pragma once
 #include <cuda_pipeline.h>
 

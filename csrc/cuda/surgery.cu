@@ -1,10 +1,12 @@
-// Gradient surgery on CUDA devices: what surgery.h declares. Kernels are chosen and launched here; nothing is kept between
-// calls, allocated or waited for, so that every call can be captured into a CUDA graph.
+// Gradient surgery on CUDA devices: what surgery.h declares. Kernels are chosen and launched here; nothing is kept
+// between calls, allocated or waited for, so that every call can be captured into a CUDA graph.
 
 #include "../surgery.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <numeric>
+#include <type_traits>
 
 #include "coefficients.cuh"
 #include "combine.cuh"
@@ -80,7 +82,8 @@ GramKernel gram_kernel_for(int64_t K) {
 
 template <class T>
 CombineKernel weighted_sum_kernel_for(int64_t K) {
-    return with_few(K, [](auto few) { return weighted_sum_kernel<T, decltype(few)::value>; }, CombineKernel{weighted_sum_kernel<T, 8>});
+    return with_few(K, [](auto few) { return weighted_sum_kernel<T, decltype(few)::value>; },
+                    CombineKernel{weighted_sum_kernel<T, 8>});
 }
 
 struct Combine {
@@ -143,7 +146,8 @@ const char* gram(const Gradients& g, double* out, double* workspace, void* strea
     return launch(sum_partials_kernel, pairs_of(K), kGramThreads, stream, K, sums, partials.chunks, out);
 }
 
-const char* pcgrad_coefficients(int64_t K, const double* gram, const int64_t* order, double* coefficients, void* stream) {
+const char* pcgrad_coefficients(int64_t K, const double* gram, const int64_t* order, double* coefficients,
+                                void* stream) {
     return launch(coefficients_kernel, K, 32, stream, static_cast<int>(K), gram, order, coefficients);
 }
 
@@ -173,8 +177,8 @@ const char* unsupported() {
     if (error == cudaErrorInsufficientDriver && cudaDriverGetVersion(&driver) == cudaSuccess && driver > 0) {
         message(error);
         std::snprintf(why, sizeof why,
-                      "the NVIDIA driver supports CUDA up to %d.%d, but the extension was built with CUDA %d.%d; update the "
-                      "driver, or install this package again with an older nvcc",
+                      "the NVIDIA driver supports CUDA up to %d.%d, but the extension was built with CUDA %d.%d; update "
+                      "the driver, or install this package again with an older nvcc",
                       driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
         return why;
     }
@@ -186,8 +190,8 @@ const char* unsupported() {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     if (error == cudaSuccess && major < 8) {
         std::snprintf(why, sizeof why,
-                      "the device's compute capability is %d.%d, and the kernels of gradient surgery need 8.0 (Ampere) or "
-                      "higher",
+                      "the device's compute capability is %d.%d, and the kernels of gradient surgery need 8.0 (Ampere) "
+                      "or higher",
                       major, minor);
         return why;
     }
@@ -199,7 +203,8 @@ const char* unsupported() {
         error == cudaErrorUnsupportedPtxVersion)
         std::snprintf(why, sizeof why,
                       "the extension holds no code for the device's compute capability %d.%d; set "
-                      "TORCH_CUDA_ARCH_LIST=%d.%d and install this package again (pip install --force-reinstall --no-deps)",
+                      "TORCH_CUDA_ARCH_LIST=%d.%d and install this package again (pip install --force-reinstall "
+                      "--no-deps)",
                       major, minor, major, minor);
     else
         std::snprintf(why, sizeof why, "the CUDA runtime reports: %s", what);

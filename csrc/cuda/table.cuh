@@ -12,7 +12,7 @@ namespace dtr::cuda {
 // Some of the segments, cut into chunks of columns, each the work of one block at a time. Many segments, or many
 // gradients, take several tables and so several launches.
 struct Table {
-    // Kernel arguments end at 4096 bytes on every driver that runs the kernels.
+    // Every driver takes 4096 bytes of arguments.
     static constexpr int kSegments = 64;
     static constexpr int kRows = 352;
 

@@ -8,6 +8,7 @@ one applies C; the loop over the gradients themselves would make K (K - 1) passe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def random_order(clusters: int, generator: torch.Generator | None = None, device
         and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
     ):
         source = device
-    keys = torch.rand(clusters, clusters, generator=generator, device=source)
+    keys = torch.rand(clusters, clusters, generator=generator, device=source, dtype=torch.float32)
     order = keys.fill_diagonal_(2).argsort(dim=1)[:, :-1].contiguous()  # 2 is above every key: i itself comes last
     return _moved(order, device)
 
@@ -140,6 +141,12 @@ def pcgrad_(
     _combine(tensors, _coefficients(_gram(tensors, clusters), order))
 
 
+@overload
+def pcgrad_sum(grads: Tensor, order: Tensor | None = ..., generator: torch.Generator | None = ...) -> Tensor: ...
+@overload
+def pcgrad_sum(
+    grads: Sequence[Sequence[Tensor]], order: Tensor | None = ..., generator: torch.Generator | None = ...
+) -> list[Tensor]: ...
 def pcgrad_sum(
     grads: Tensor | Sequence[Sequence[Tensor]],
     order: Tensor | None = None,

@@ -65,7 +65,7 @@ class EngineChoice:
         try:
             return self._timed(engine, device) if trial else engine()
         except Exception as error:
-            if not self._auto or engine is per_cluster:
+            if not self._auto or self._current == "per_cluster":
                 raise
             reason = f"one_pass failed: {type(error).__name__}: {error}"
             if start_over is None:

@@ -85,6 +85,7 @@ class GradientSurgery:
     - Replicated parameters: give ``process_group``, and let the loss call the model itself: DistributedDataParallel
       around it would communicate each of the K gradients on its own (use the wrapper's ``module``). The ranks
       communicate once a step. In an accumulated step a rank's gradient counts by the samples of all its micro-batches.
+      Parameters of the model that are not in params keep gradients of this rank's batch alone.
     - Sharded parameters (DTensors: FSDP2's ``fully_shard``, tensor parallelism) know their ranks. Pass those that the
       model has after sharding. Leave FSDP's gradient divide factor and gradient synchronisation as they are.
 

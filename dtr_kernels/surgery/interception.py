@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -282,7 +282,9 @@ class Interception(TorchFunctionMode):
                 for output in tensors_in([out]):
                     self._mark(output, batch=0)
                 return out
-        out = func(*args, **kwargs)
+        # Checkpointing would compute weights again at every use; what their own graph holds is no larger than they are.
+        with torch.autograd.graph.saved_tensors_hooks(_same, _same) if names and not inputs else nullcontext():
+            out = func(*args, **kwargs)
         outputs = [args[0]] if func is Tensor.__setitem__ else list(tensors_in([out]))
         if inputs and self.samples == 1:
             for output in outputs:  # which are all of the one cluster, however they are laid out
@@ -343,6 +345,10 @@ class Interception(TorchFunctionMode):
                 return None
             return _Mark(self._owner, batch=0 if tensor.dim() else None)
         return None if mark.names else mark
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def in_autocast_dtype(x: Tensor) -> Tensor:

@@ -79,8 +79,8 @@ def _stays_in_front(func: Callable[..., Any], inputs: list[Tensor], outputs: Seq
     if func in _PERMUTING:
         stays = outputs[0].shape[:1] == x.shape[:1] and outputs[0].stride()[:1] == x.stride()[:1]
         return stays, stays
-    lengths = {len(tensor) for tensor in inputs}
-    stays = all(output.dim() > 0 and len(output) in lengths for output in outputs)
+    lengths = {tensor.shape[0] for tensor in inputs}
+    stays = all(output.dim() > 0 and output.shape[0] in lengths for output in outputs)
     # Another dimension of that length may have come to the front.
     return stays, stays and lengths.isdisjoint(length for tensor in inputs for length in tensor.shape[1:])
 

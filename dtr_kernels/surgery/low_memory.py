@@ -95,13 +95,13 @@ class _IntoGram:
         write(rows)
         self.received[name] += 1
         if self.received[name] == self._uses[name]:
-            self._gram += ops.gram(rows.flatten(1))
+            self._gram += ops.gram(rows.reshape(len(rows), -1))
         else:
             self._incomplete[name] = rows
 
     def finish(self) -> Tensor:
         """The Gram matrix over all parameters."""
         for rows in self._incomplete.values():  # of parameters with a use that the loss does not depend on
-            self._gram += ops.gram(rows.flatten(1))
+            self._gram += ops.gram(rows.reshape(len(rows), -1))
         self._incomplete.clear()
         return self._gram

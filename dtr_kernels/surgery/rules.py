@@ -96,20 +96,19 @@ def _any_convolution(
     run.check_no_rows(weight, bias)
     if input.dim() != weight.dim():
         raise Refusal(f"its input has shape {list(input.shape)}, without a dimension for the batch")
-    x, frozen = in_autocast_dtype(input), run.frozen(weight)
+    x, frozen = in_autocast_dtype(input), in_autocast_dtype(run.frozen(weight))
+    frozen_bias = None if bias is None else in_autocast_dtype(run.frozen(bias))
 
     def gradients(take: Any, dout: Tensor, x: Tensor) -> None:
-        like = frozen.to(dout.dtype)
-
         def add(rows: Tensor, segments: Segments) -> None:
             for k, _, (g, z) in segments.parts(dout, x):
                 wanted = [False, True, False]
-                rows[k] += torch.ops.aten.convolution_backward(g, z, like, None, *settings, wanted)[1]
+                rows[k] += torch.ops.aten.convolution_backward(g, z, frozen, None, *settings, wanted)[1]
 
         take(0, add)
         take(1, lambda rows, segments: segments.add_sums(rows, dout.flatten(2).sum(2, dtype=rows.dtype)))
 
-    return run.tap(torch.convolution(x, frozen, run.frozen(bias), *settings), (weight, bias), [x], gradients)
+    return run.tap(torch.convolution(x, frozen, frozen_bias, *settings), (weight, bias), [x], gradients)
 
 
 def _each(value: Any, sizes: Sequence[int]) -> list[int]:
@@ -151,7 +150,8 @@ def _norm(run: Interception, func: Any, *args: Any, **kwargs: Any) -> Tensor:
             return t.flatten(0, -2) if by_channel else t.flatten(0, -1 - len(arguments["normalized_shape"]))
 
         def add_products(rows: Tensor, segments: Segments) -> None:
-            segments.add_sums(rows, in_rows(dout * func(x.to(wide), **arguments)))
+            normalised = func(x.to(wide), **replaced(dict(arguments), lambda statistic: statistic.to(wide)))
+            segments.add_sums(rows, in_rows(dout * normalised))
 
         take(0, add_products)
         take(1, lambda rows, segments: segments.add_sums(rows, in_rows(dout)))

@@ -1,9 +1,9 @@
-// CUDA's runtime as far as the kernels use it, on a CPU: every CUDA thread is a fiber, and fibers change at barriers and
-// shuffles, in a fixed order. A launch runs to its end before it returns. It returns an error, with a sentence, where
-// threads wait for others that never come, or meet at different places in the source.
+// CUDA's runtime as far as the kernels use it, on a CPU: every CUDA thread is a fiber, and fibers change at barriers
+// and shuffles, in a fixed order. A launch runs to its end before it returns. It returns an error, with a sentence,
+// where threads wait for others that never come, or meet at different places in the source.
 //
-// What the hardware leaves open is chosen to do harm: shared memory starts as NaN in every block, and asynchronous copies
-// happen as late as allowed, or, with backward = true, as early, the threads then running in the opposite order.
+// What the hardware leaves open is chosen to do harm: shared memory starts as NaN in every block, and asynchronous
+// copies happen as late as allowed, or, with backward = true, as early, the threads then running in the opposite order.
 #pragma once
 #include <link.h>
 #include <setjmp.h>
@@ -228,7 +228,8 @@ inline double __longlong_as_double(long long bits) {
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
     return shim::launch(*config, [=] { kernel(arguments...); });
 }
 

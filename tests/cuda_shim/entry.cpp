@@ -25,7 +25,8 @@ int64_t gram_workspace(int type, int64_t K, int64_t segments, void** data, const
     return dtr::cuda::gram_workspace({Type(type), K, segments, data, sizes});
 }
 
-const char* gram(int type, int64_t K, int64_t segments, void** data, const int64_t* sizes, double* out, double* workspace) {
+const char* gram(int type, int64_t K, int64_t segments, void** data, const int64_t* sizes, double* out,
+                 double* workspace) {
     return dtr::cuda::gram({Type(type), K, segments, data, sizes}, out, workspace, nullptr);
 }
 
@@ -33,12 +34,13 @@ const char* pcgrad_coefficients(int64_t K, const double* gram, const int64_t* or
     return dtr::cuda::pcgrad_coefficients(K, gram, order, coefficients, nullptr);
 }
 
-const char* combine(int type, int64_t K, int64_t segments, void** data, const int64_t* sizes, const double* coefficients) {
+const char* combine(int type, int64_t K, int64_t segments, void** data, const int64_t* sizes,
+                    const double* coefficients) {
     return dtr::cuda::combine({Type(type), K, segments, data, sizes}, coefficients, nullptr);
 }
 
-const char* weighted_sum(int type, int64_t K, int64_t segments, void** data, const int64_t* sizes, const double* weights,
-                         void** out) {
+const char* weighted_sum(int type, int64_t K, int64_t segments, void** data, const int64_t* sizes,
+                         const double* weights, void** out) {
     return dtr::cuda::weighted_sum({Type(type), K, segments, data, sizes}, weights, out, nullptr);
 }
 }
