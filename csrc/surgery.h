@@ -40,6 +40,9 @@ extern const SurgeryKernels avx512_surgery;
 // each of them once, row i of the coefficients is NaN.
 void pcgrad_coefficients(int64_t K, const double* gram, const int64_t* order, double* coefficients);
 
+// For fresh memory of many megabytes: in pages of 4 KiB its first writing costs more than what is computed.
+void prefer_huge_pages(void* data, int64_t bytes);
+
 // The CUDA kernels: the same on device pointers (the matrices and `order` too), queued on a stream, without host
 // synchronisation. `data`, `sizes` and `out` themselves are host arrays, free again when a function returns.
 // Each returns null, or what went wrong.

@@ -388,7 +388,7 @@ def test_unsupported_says_why(cuda, device, sentence):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_the_shim_finds_mistakes(cuda, mistake, sentence, backward):
     if mistake == "no_wait_for_copy" and backward:
-        pytest.skip("copies are done at once")
+        sentence = None  # copies are done at once
     answer = cuda.library.run_mistake(mistake.encode(), backward)
     assert answer is None if sentence is None else sentence in answer.decode()
 

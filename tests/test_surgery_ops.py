@@ -545,8 +545,9 @@ def test_a_generator_gives_the_order(seed, path, device):
 @pytest.mark.parametrize("dtype", COMPILED_DTYPES, ids=str)
 @pytest.mark.parametrize("K, P", [(5, 70_001), (8, 20_000), (33, 9000)])
 def test_the_same_bits_every_time(seed, path, device, threads, K, P, dtype):
-    """The kernels add in an order that knows nothing of threads."""
-    grads, order = gradients(K, P, dtype, device), ops.random_order(K)
+    """The kernels add in an order that knows nothing of threads: columns of every magnitude, whose sums are rounded."""
+    columns = 10 ** (6 * torch.rand(P, dtype=torch.float64) - 3)
+    grads, order = (conflicting(K, P) * columns).to(device, dtype), ops.random_order(K)
 
     def results(count):
         threads(count)

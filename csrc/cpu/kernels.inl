@@ -31,25 +31,38 @@ const T* vector_at(const Rows& rows, int64_t row) {
     return static_cast<const T*>(rows.data) + row * rows.stride;
 }
 
-// Conversions of fp16 in bulk: left to itself GCC 12 converts one number at a time. (clang ignores the target pragmas.)
+// Conversions of kHalves fp16 numbers: left to itself GCC 12 converts one at a time. (clang ignores the target pragmas.)
+#if DTR_VECTOR_BYTES == 64 && !defined(__clang__)
+constexpr int64_t kHalves = 16;
+inline void widen(const void* p, float* out) { _mm512_storeu_ps(out, _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)))); }
+inline void narrow(const float* p, void* out) {
+    _mm256_storeu_si256(static_cast<__m256i*>(out), _mm512_cvtps_ph(_mm512_loadu_ps(p), _MM_FROUND_TO_NEAREST_INT));
+}
+#elif DTR_VECTOR_BYTES == 32 && !defined(__clang__)
+constexpr int64_t kHalves = 8;
+inline void widen(const void* p, float* out) { _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)))); }
+inline void narrow(const float* p, void* out) {
+    _mm_storeu_si128(static_cast<__m128i*>(out), _mm256_cvtps_ph(_mm256_loadu_ps(p), _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+constexpr int64_t kHalves = 1;
+inline void widen(const _Float16* p, float* out) { *out = *p; }
+inline void narrow(const float* p, _Float16* out) { *out = static_cast<_Float16>(*p); }
+#endif
+
 template <class T>
 void from_f16(const _Float16* __restrict p, int64_t n, T* __restrict out) {
     int64_t i = 0;
-#if DTR_VECTOR_BYTES >= 32 && !defined(__clang__)
     if constexpr (std::is_same_v<T, float>)
-        for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
-#endif
+        for (; i + kHalves <= n; i += kHalves) widen(p + i, out + i);
     for (; i < n; ++i) out[i] = static_cast<float>(p[i]);
 }
 
 template <class T>
 void to_f16(const T* __restrict row, int64_t n, _Float16* __restrict p) {
     int64_t i = 0;
-#if DTR_VECTOR_BYTES >= 32 && !defined(__clang__)
     if constexpr (std::is_same_v<T, float>)
-        for (; i + 8 <= n; i += 8)
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i), _mm256_cvtps_ph(_mm256_loadu_ps(row + i), _MM_FROUND_TO_NEAREST_INT));
-#endif
+        for (; i + kHalves <= n; i += kHalves) narrow(row + i, p + i);
     for (; i < n; ++i) p[i] = static_cast<_Float16>(static_cast<float>(row[i]));
 }
 

@@ -1,4 +1,6 @@
-// PCGrad on coefficients. The CUDA kernel in csrc/cuda/surgery.cu takes the same steps in the same order.
+// What the CPU kernels of gradient surgery need once, for every instruction set.
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <limits>
 #include <vector>
@@ -21,6 +23,7 @@ bool is_permutation_of_others(int64_t K, int64_t i, const int64_t* order) {
 
 }  // namespace
 
+// The CUDA kernel in csrc/cuda/coefficients.cuh takes the same steps in the same order.
 void pcgrad_coefficients(int64_t K, const double* gram, const int64_t* order, double* coefficients) {
     std::vector<double> products(K);
     double* v = products.data();  // (C G)[i, :]
@@ -44,6 +47,14 @@ void pcgrad_coefficients(int64_t K, const double* gram, const int64_t* order, do
             }
         }
     }
+}
+
+void prefer_huge_pages(void* data, int64_t bytes) {
+    constexpr uintptr_t kHugePage = 2 << 20;
+    const auto begin = reinterpret_cast<uintptr_t>(data);
+    const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = (begin + bytes) / kHugePage * kHugePage;
+    // A hint: where the system refuses it, small pages serve.
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
 }  // namespace dtr

@@ -293,7 +293,10 @@ void combine_to(const Gradients& g, int64_t N, const double* matrix, void* const
 
 void combine(const Gradients& g, const double* coefficients) { combine_to(g, g.K, coefficients, g.data); }
 
-void weighted_sum(const Gradients& g, const double* weights, void* const* out) { combine_to(g, 1, weights, out); }
+void weighted_sum(const Gradients& g, const double* weights, void* const* out) {
+    for (int64_t s = 0; s < g.segments; ++s) prefer_huge_pages(out[s], g.sizes[s] * size_of(g.type));
+    combine_to(g, 1, weights, out);
+}
 
 }  // namespace
 

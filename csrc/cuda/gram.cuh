@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kGramThreads) gram_kernel(const __grid_constan
 
 // ---- K > 8: tiles of columns pass through shared memory.
 //
-// With T = ceil(K / 4), a thread owns the 4 x 4 pairs of rows (a + T r, b + T s), a <= b < T. As there are fewer of
+// With T4 = ceil(K / 4), a thread owns the 4 x 4 pairs of rows (a + T4 r, b + T4 s), a <= b < T4. As there are fewer of
 // these than threads, several sets of threads share out the columns of a tile. A row of a tile is an odd number of
 // 16-byte vectors, so that threads that read the same vector of consecutive rows hit different banks.
 
