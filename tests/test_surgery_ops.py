@@ -17,6 +17,7 @@ from torch.library import opcheck
 
 from dtr_kernels import ops, reference
 from dtr_kernels.ops import _gradients
+from dtr_kernels.verify import check_surgery
 
 OPS = torch.ops.dtr_kernels
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -940,6 +941,18 @@ def test_autocast_changes_nothing(seed, path, device, dtype):
     with torch.autocast(device.type, dtype=dtype):
         results = step(again, order)
     assert all(torch.equal(a, b) for a, b in zip((*results, again), (*expected, grads), strict=True))
+
+
+@pytest.mark.parametrize("dtype", COMPILED_DTYPES, ids=str)
+def test_verify_notices_a_wrong_kernel(seed, path, device, dtype, monkeypatch):
+    """``python -m dtr_kernels verify``, one row of its table."""
+    assert all(c.passed for c in check_surgery(5, (70, 1, 0, 30), device, dtype))
+    right = ops.gram
+    monkeypatch.setattr(ops, "gram", lambda grads: right(grads) * (1 + 1e-4))
+    assert [c.name for c in check_surgery(5, (70, 1, 0, 30), device, dtype) if not c.passed] == [
+        "gram",
+        "gram of lists",
+    ]
 
 
 @pytest.mark.gpu
