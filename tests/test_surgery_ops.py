@@ -779,6 +779,15 @@ def test_bad_orders(order, error, fragments):
         untouched(call, grads, error, ["order", *fragments])
 
 
+def test_bad_orders_that_the_host_cannot_see(seed, path, device):
+    """On a GPU, values are seen by the kernel alone: a row that is no permutation must not read anything else."""
+    order = ops.random_order(4, device=device)
+    order[1, 0], order[2, 1], order[3, 0] = 99, 2, order[3, 1]
+    grads = gradients(4, 70, torch.float64, device)
+    out = torch.ops.dtr_kernels.pcgrad_coefficients(grads @ grads.T, order)
+    assert out[0].isfinite().all() and out[1:].isnan().all()
+
+
 BAD_GRAMS = {
     "nothing": (None, TypeError, ["floating-point tensor", "NoneType"]),
     "integers": (torch.eye(3).long(), TypeError, ["floating-point tensor", "int64"]),

@@ -40,14 +40,17 @@ def _coefficients(gram: Tensor, order: Tensor) -> Tensor:
 
 def _plain_coefficients(gram: Tensor, order: Tensor) -> Tensor:
     """All K rows of C at once, one step of the order after the other."""
+    clusters = torch.arange(len(gram), device=gram.device)
+    others = clusters[:-1] + (clusters[:-1] >= clusters[:, None])  # row i: all but i, in ascending order
+    valid = (order.sort(dim=1).values == others).all(dim=1, keepdim=True)
     C = torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
     products = gram.clone()  # (C G)[i, :], kept up to date
-    for j in order.unbind(1):
+    for j in order.where(valid, others).unbind(1):
         product, norm = products.gather(1, j[:, None]), gram.diagonal()[j][:, None]
         step = torch.where((product < 0) & (norm > 0), product / norm, 0.0)
         C.scatter_add_(1, j[:, None], -step)
         products -= step * gram[j]
-    return C
+    return C.masked_fill(~valid, torch.nan)
 
 
 @_coefficients.register_fake
