@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections import Counter
 
 import models
 import pytest
@@ -16,7 +17,9 @@ import dtr_kernels as dtr
 from dtr_kernels.surgery import low_memory, one_pass, per_cluster
 from dtr_kernels.surgery.batch import Batch
 from dtr_kernels.surgery.buffer import GradientBuffer
+from dtr_kernels.surgery.interception import Interception
 from dtr_kernels.surgery.segments import Segments
+from dtr_kernels.surgery.separation import Separation
 
 SIZES = [(2, 2, 1, 1), (3, 0, 1, 2), (6,), (0, 1, 0, 1, 0)]
 by_sizes = pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -59,6 +62,8 @@ class ConvNet(nn.Module):
         self.norm = nn.LayerNorm((6, 5))
         self.rms = nn.RMSNorm(5)
         self.narrow = nn.LayerNorm(5, bias=False)
+        for p in self.parameters():
+            nn.init.normal_(p)  # no norm of nearly nothing, which makes errors large
 
     def forward(self, x, y):
         x = F.relu(self.stem(x), inplace=True)
@@ -172,7 +177,7 @@ def by(engine, model, tensors, sizes, loss=square_loss, scale=1.0, buffer=None):
     if engine is per_cluster:
         values, names = per_cluster.accumulate(buffer, parameters, batch.losses(loss(model)), scaled)
     else:
-        values, names = one_pass.accumulate(buffer, parameters, loss(model), batch, scaled)
+        values, names = one_pass.accumulate(buffer, parameters, loss(model), batch, scaled, Separation())
     rows = [dict(zip(parameters, buffer.row(k), strict=True)) for k in range(len(sizes))]
     return rows, values, names
 
@@ -218,8 +223,6 @@ def test_mlp(seed, sizes):
 def test_layers(seed, sizes):
     model = ConvNet()
     model.batch_norm.running_mean.normal_()
-    for p in model.parameters():
-        nn.init.normal_(p)
     check_equal_to_per_cluster(model, images(sum(sizes)), sizes)
 
 
@@ -344,7 +347,7 @@ def test_parameters_that_are_not_asked_for_get_their_ordinary_gradient(seed):
     model.zero_grad()
     asked = {"out.weight": model.out.weight}
     buffer = GradientBuffer(asked, 3)
-    one_pass.accumulate(buffer, asked, square_loss(model), Batch((x,), (2, 2, 2)), lambda value: value)
+    one_pass.accumulate(buffer, asked, square_loss(model), Batch((x,), (2, 2, 2)), lambda value: value, Separation())
     torch.testing.assert_close(sum(buffer.row(k)[0] for k in range(3)), expected.pop("out.weight"))
     for name, grad in expected.items():
         torch.testing.assert_close(model.get_parameter(name).grad, grad)
@@ -380,11 +383,15 @@ def test_one_forward_pass_and_one_backward_pass(seed):
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda module, *_: calls.append(module))
     model.final_layer.register_full_backward_hook(lambda module, *_: calls.append("backward"))
-    by(one_pass, model, dit_batch(6), (2, 2, 2))
-    assert len(calls) == len(set(calls)) and calls.count("backward") == 1
-    once = len(calls)
-    by(per_cluster, model, dit_batch(6), (2, 2, 2))
-    assert len(calls) == 4 * once
+    counts = {}
+    for engine in "one_pass", "per_cluster":
+        surgery = dtr.GradientSurgery(model.parameters(), 3, engine=engine)
+        for _ in range(2):  # the first batch of a shape is also checked for mixed samples
+            calls.clear()
+            surgery.backward_batch(square_loss(model), torch.arange(6) % 3, *dit_batch(6))
+        counts[engine] = Counter(calls)
+    assert set(counts["one_pass"].values()) == {1} and counts["one_pass"]["backward"] == 1
+    assert counts["per_cluster"] == Counter(dict.fromkeys(counts["one_pass"], 3))
 
 
 def test_nothing_of_the_callers_is_changed(seed):
@@ -407,7 +414,7 @@ def test_nothing_of_the_callers_is_changed(seed):
     by(one_pass, model, (x, y), SIZES[1])
     check()
     for engine in one_pass.accumulate, low_memory.stream:
-        arguments = [trainable(model), broken, Batch((x, y), SIZES[1]), lambda value: value]
+        arguments = [trainable(model), broken, Batch((x, y), SIZES[1]), lambda value: value, Separation()]
         if engine is one_pass.accumulate:
             arguments.insert(0, GradientBuffer(trainable(model), 4))
         with pytest.raises(KeyError, match="of the caller"):
@@ -508,9 +515,9 @@ def test_refusal(seed, name):
     buffer = GradientBuffer(parameters, 3)
     batch = Batch((x,), (2, 2, 2))
     with pytest.raises(one_pass.Unsupported, match=message):
-        one_pass.accumulate(buffer, parameters, square_loss(model), batch, lambda value: value)
+        one_pass.accumulate(buffer, parameters, square_loss(model), batch, lambda value: value, Separation())
     with pytest.raises(one_pass.Unsupported, match=message):
-        low_memory.stream(parameters, square_loss(model), batch, lambda value: value)
+        low_memory.stream(parameters, square_loss(model), batch, lambda value: value, Separation())
     assert not any(row.any() for k in range(3) for row in buffer.row(k))
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
 
@@ -537,7 +544,84 @@ def test_refusal_of_a_mixture_with_other_parameters(seed):
             square_loss(model),
             Batch((torch.randn(6, 2, 4),), (2, 2, 2)),
             lambda value: value,
+            Separation(),
         )
+
+
+MIXING = {
+    "flip and back": lambda m, x: m.layer(x.flip(0)).flip(0),
+    "an order and back": lambda m, x: m.layer(x[torch.arange(6).roll(2)])[torch.arange(6).roll(-2)],
+    "softmax over the batch": lambda m, x: m.layer(x).softmax(0),
+    "cumulative sum": lambda m, x: m.layer(x).cumsum(0),
+    "mixup": lambda m, x: m.layer(x + 0.5 * x.flip(0)) * m.layer(x).flip(0),
+    "batch statistics": lambda m, x: F.batch_norm(m.layer(x), None, None, training=True),
+    "all pairs": lambda m, x: torch.cdist(m.layer(x), m.layer(x)),
+}
+
+
+@pytest.mark.parametrize("engine", ["one_pass", "low_memory"])
+@pytest.mark.parametrize("forward", MIXING.values(), ids=MIXING)
+def test_refusal_of_mixed_samples(seed, forward, engine):
+    """What keeps the length of dimension 0 is found out by what it leaves in the gradients of other clusters."""
+    model, x = Holder(forward), torch.randn(6, 4)
+    surgery = dtr.GradientSurgery(model.named_parameters(), 3, engine=engine)
+    for _ in range(2):
+        with pytest.raises(one_pass.Unsupported, match=r"other clusters|mixed the samples|batch"):
+            surgery.backward_batch(square_loss(model), torch.tensor([0, 0, 1, 1, 2, 2]), x)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_separation_is_checked_once_for_each_shape(seed, monkeypatch):
+    passes = []
+    backward = Interception.backward
+    monkeypatch.setattr(
+        Interception, "backward", lambda self, *args, **kwargs: [passes.append(1), backward(self, *args, **kwargs)]
+    )
+    model = Mlp()
+    surgery = dtr.GradientSurgery(model.parameters(), 2, engine="one_pass")
+    counts = []
+    for samples in (6, 6, 8, 6):
+        passes.clear()
+        surgery.backward_batch(square_loss(model), torch.arange(samples) % 2, torch.randn(samples, 5))
+        counts.append(len(passes))
+    assert counts == [3, 1, 3, 1]
+
+
+@pytest.mark.parametrize("engine", ["per_cluster", "one_pass", "low_memory"])
+def test_other_parameters_get_the_gradient_of_the_mean_loss(seed, engine):
+    model, x = Mlp(), torch.randn(6, 5)
+    others = [model.layers[0].weight, model.layers[0].bias]
+    surgery = dtr.GradientSurgery([model.layers[2].weight, *model.out.parameters()], 3, engine=engine)
+    expected = torch.autograd.grad(square_loss(model)(x).mean(), others)
+    for step in (1, 2):  # added to what is there
+        surgery.backward_batch(square_loss(model), torch.arange(6) % 3, x)
+        for p, gradient in zip(others, expected, strict=True):
+            torch.testing.assert_close(p.grad, step * gradient)
+
+
+@pytest.mark.parametrize("engine", ["one_pass", "auto"])
+def test_other_parameters_after_a_failure_of_one_pass(seed, engine):
+    """It fails in its backward pass; nothing of it may be left, and the fallback adds its own."""
+    model, x = Holder(lambda m, x: Hidden.apply(m.layer(x), m.p)), torch.randn(6, 4)
+    surgery = dtr.GradientSurgery([("p", model.p)], 3, engine=engine)
+    for step in (1, 2):
+        model.zero_grad()
+        if engine == "one_pass":
+            with pytest.raises(one_pass.Unsupported):
+                surgery.backward_batch(square_loss(model), torch.arange(6) % 3, x)
+            assert model.layer.weight.grad is None
+        else:
+            surgery.backward_batch(square_loss(model), torch.arange(6) % 3, x)
+            (expected,) = torch.autograd.grad(square_loss(model)(x).mean(), model.layer.weight)
+            torch.testing.assert_close(model.layer.weight.grad, expected, msg=f"step {step}")
+
+
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_refusal_of_hooks_on_parameters(seed, hook):
+    model = Mlp()
+    getattr(model.out.weight, hook)(lambda _: None)
+    with pytest.raises(one_pass.Unsupported, match=r"out\.weight.*hook"):
+        by(one_pass, model, [torch.randn(6, 5)], (2, 2, 2))
 
 
 def test_refusal_of_compiled_code(seed):
@@ -571,7 +655,7 @@ def check_low_memory(model, tensors, sizes, loss=square_loss, scale=1.0, error=1
     _, values, names = by(per_cluster, model, tensors, sizes, loss, scale, buffer)
     batch = Batch(tuple(tensors), sizes)
     streamed, our_values, our_names = low_memory.stream(
-        parameters, loss(model), batch, lambda value: value * scale / len(sizes)
+        parameters, loss(model), batch, lambda value: value * scale / len(sizes), Separation()
     )
     assert our_names == names
     assert [v is None for v in our_values] == [v is None for v in values]
@@ -639,7 +723,9 @@ def most_held(monkeypatch):
 def test_low_memory_never_holds_more_than_one_parameters_gradients(seed, most_held, reentrant):
     for model, channels in (models.facebook_dit(reentrant=reentrant), 3), (dit(), 4):
         tensors = dit_batch(6, channels)
-        low_memory.stream(trainable(model), square_loss(model), Batch(tensors, (2, 2, 2)), lambda value: value)
+        low_memory.stream(
+            trainable(model), square_loss(model), Batch(tensors, (2, 2, 2)), lambda value: value, Separation()
+        )
         assert most_held[0] == 3 * max(p.numel() for p in trainable(model).values())
         most_held[0] = 0
 
@@ -648,7 +734,7 @@ def test_low_memory_holds_tied_weights_until_their_last_use(seed, most_held):
     layers = [nn.Linear(4, 4) for _ in range(5)]
     model = Holder(lambda m, x: nn.Sequential(*m.more, *m.more)(x), *layers)
     x = torch.randn(6, 4)
-    low_memory.stream(trainable(model), square_loss(model), Batch((x,), (2, 2, 2)), lambda value: value)
+    low_memory.stream(trainable(model), square_loss(model), Batch((x,), (2, 2, 2)), lambda value: value, Separation())
     assert most_held[0] == 3 * 5 * (16 + 4)
 
 

@@ -46,6 +46,8 @@ class Batch:
                     f"every tensor of the batch must have {len(clusters)} samples, one for each entry of clusters; "
                     f"tensors[{i}] has shape {list(tensor.shape)}"
                 )
+            if tensor.requires_grad:
+                raise ValueError(f"tensors[{i}] requires grad, but only parameters get one; pass it detached")
         on_host = clusters.cpu()  # sizes are needed as numbers: from a GPU this is the one copy the host waits for
         for b, cluster in enumerate(on_host.tolist()):
             if not 0 <= cluster < num_clusters:
@@ -55,7 +57,8 @@ class Batch:
         sizes = torch.bincount(on_host, minlength=num_clusters).tolist()
         order = on_host.argsort(stable=True)
         if not torch.equal(order, torch.arange(len(order))):
-            tensors = tuple(tensor[order.to(tensor.device)] for tensor in tensors)
+            orders = {device: _without_waiting(order, device) for device in {tensor.device for tensor in tensors}}
+            tensors = tuple(tensor[orders[tensor.device]] for tensor in tensors)
         return cls(tensors, tuple(sizes))
 
     def losses(self, loss: Callable[..., Tensor]) -> list[Callable[[], Tensor] | None]:
@@ -69,6 +72,10 @@ class Batch:
     def any_loss(self, loss: Callable[..., Tensor]) -> Callable[[], Tensor]:
         """A function that computes the loss of one sample, of whatever cluster."""
         return partial(_mean_loss, loss, tuple(tensor[:1] for tensor in self.tensors), 1)
+
+
+def _without_waiting(order: Tensor, device: torch.device) -> Tensor:
+    return order.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else order.to(device)
 
 
 def _mean_loss(loss: Callable[..., Tensor], tensors: tuple[Tensor, ...], samples: int) -> Tensor:

@@ -16,6 +16,7 @@ from dtr_kernels.surgery.batch import Batch
 from dtr_kernels.surgery.buffer import GradientBuffer
 from dtr_kernels.surgery.parameters import device_of, named, trainable
 from dtr_kernels.surgery.per_cluster import Loss
+from dtr_kernels.surgery.separation import Separation
 from dtr_kernels.surgery.weightings import GramWeighting
 
 
@@ -71,13 +72,15 @@ class GradientSurgery:
             some others, MGDA among them, make no update at all.
         engine: how ``backward_batch`` computes the K gradients. "per_cluster": one forward and backward pass for each
             cluster's samples, for any model. "one_pass": one for the whole batch, with weight gradients taken cluster
-            by cluster, for models of known layers. "low_memory": one_pass without ever holding K gradients, at the
+            by cluster, for models of known layers that treat each sample by itself (the first batch of each shape is
+            checked for that). "low_memory": one_pass without ever holding K gradients, at the
             price of a second backward pass. "auto": per_cluster or one_pass, whichever takes less time in the first
             steps; name one where two runs must agree to the last bit.
         generator: draws PCGrad's orders; default PyTorch's own.
         process_group: ranks that have a replica of the parameters and a part of the batch each. See "Many processes".
 
-    Memory: K gradients from the first step on, and the update. Hooks on parameters see each cluster's gradient.
+    Memory: K gradients from the first step on, and the update. Hooks on parameters see each cluster's gradient; the
+    engines of one pass refuse them.
 
     Many processes: all ranks get the update that one process with all their batches would make, and must make the same
     calls; their batches may differ in size, and lack clusters that others have.
@@ -122,6 +125,7 @@ class GradientSurgery:
         self._weighting_name = weighting if isinstance(weighting, str) else type(weighting).__name__
         self._ranks = distributed.ranks(parameters, process_group, num_clusters, self._weighting_name, engine)
         self.engine = self._ranks.engine(engine)
+        self._separation = Separation()
         self._buffer: GradientBuffer | None = None
         # Names of the parameters that got a gradient in the micro-batches of this step; None between steps.
         self._received: set[str] | None = None
@@ -205,7 +209,9 @@ class GradientSurgery:
             if not last or self._received is not None:
                 raise ValueError("last=False needs the K gradients, which engine 'low_memory' does not keep")
             parameters = trainable(self._parameters)
-            gradients, values, received = low_memory.stream(parameters, loss, batch, self._scaling(scaler))
+            gradients, values, received = low_memory.stream(
+                parameters, loss, batch, self._scaling(scaler), self._separation
+            )
             _check_reached(received, values)
             self._finish(parameters, gradients, received, scaler)
             return _stacked(values, device_of(parameters))
@@ -215,7 +221,9 @@ class GradientSurgery:
         def collect(step: _Step) -> tuple[list[Tensor | None], set[str]]:
             return self.engine.run(
                 per_cluster=lambda: self._by_cluster(step, losses, scaler),
-                one_pass=lambda: one_pass.accumulate(step.buffer, step.parameters, loss, batch, self._scaling(scaler)),
+                one_pass=lambda: one_pass.accumulate(
+                    step.buffer, step.parameters, loss, batch, self._scaling(scaler), self._separation
+                ),
                 start_over=step.buffer.zero_ if step.first else None,
                 device=device_of(step.parameters),
             )

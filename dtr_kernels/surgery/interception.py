@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -160,6 +160,11 @@ class Interception(TorchFunctionMode):
             TypeError, ValueError: if the loss is not one for each sample, or depends on no parameter.
         """
         self.samples = sum(batch.sizes)
+        for name, p in self._parameters.items():
+            if p._backward_hooks or p._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
+                raise Unsupported(
+                    f"parameter {name!r} has a hook, which would see no gradient; use engine='per_cluster'"
+                )
         with _nothing_compiled(), self:
             tensors = [tensor.view_as(tensor) for tensor in batch.tensors]  # not the caller's own, to put marks on
             for tensor in tensors:
@@ -170,8 +175,8 @@ class Interception(TorchFunctionMode):
         mark = self._samples_mark(losses)
         if mark is not None and mark.batch != 0:
             raise Unsupported(
-                "the losses could not be followed back to one sample each, as if the loss function mixed the samples of "
-                "the batch; use engine='per_cluster'"
+                "the losses could not be followed back to one sample each, as if the loss function mixed the samples "
+                "of the batch; use engine='per_cluster'"
             )
         dtype = torch.promote_types(losses.dtype, torch.float32)
         return [part.mean(dtype=dtype) if len(part) else None for part in losses.split(list(batch.sizes))]
@@ -414,16 +419,46 @@ def _nothing_compiled() -> Iterator[None]:
 
 
 @contextmanager
-def gradients_set_aside(parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """``p.grad`` is None inside, and what it was before outside."""
-    before = [p.grad for p in parameters.values()]
-    for p in parameters.values():
-        p.grad = None
+def gradients_set_aside(leaves: Collection[Tensor]) -> Iterator[None]:
+    """``leaf.grad`` is None inside, and what it was before outside."""
+    before = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
     try:
         yield
     finally:
-        for p, grad in zip(parameters.values(), before, strict=True):
-            p.grad = grad
+        for leaf, grad in zip(leaves, before, strict=True):
+            leaf.grad = grad
+
+
+@contextmanager
+def gradients_added_if_all_goes_well(leaves: Collection[Tensor]) -> Iterator[None]:
+    """A backward pass inside adds to ``leaf.grad``, as ever; after an error it is as before."""
+    with gradients_set_aside(leaves):
+        yield
+        new = [leaf.grad for leaf in leaves]
+    for leaf, grad in zip(leaves, new, strict=True):
+        if leaf.grad is None:
+            leaf.grad = grad
+        elif grad is not None:
+            leaf.grad += grad
+
+
+def other_leaves(losses: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> list[Tensor]:
+    """What the losses' backward pass would add gradients to, apart from the parameters."""
+    ours = {id(p) for p in parameters.values()}
+    leaves: dict[int, Tensor] = {}
+    nodes = [loss.grad_fn for loss in losses]
+    seen = set(nodes)
+    while nodes:
+        for node, _ in nodes.pop().next_functions:  # type: ignore[union-attr]
+            if node is not None and node not in seen:
+                seen.add(node)
+                nodes.append(node)
+                leaf = getattr(node, "variable", None)
+                if leaf is not None and id(leaf) not in ours:
+                    leaves[id(leaf)] = leaf
+    return list(leaves.values())
 
 
 def check_nothing_missed(parameters: Mapping[str, Tensor]) -> None:

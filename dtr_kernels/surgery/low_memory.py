@@ -20,9 +20,12 @@ from dtr_kernels.surgery.interception import (
     PerCluster,
     Whole,
     check_nothing_missed,
+    gradients_added_if_all_goes_well,
     gradients_set_aside,
+    other_leaves,
 )
 from dtr_kernels.surgery.rules import RULES
+from dtr_kernels.surgery.separation import Separation
 
 
 class StreamedGradients:
@@ -41,13 +44,18 @@ class StreamedGradients:
         """The sum over k of weights[k] times gradient k, one new tensor for each parameter; once only, as it frees the
         graph."""
         losses = [w.to(loss.dtype) * loss for w, loss in zip(weights, self._losses, strict=True) if loss is not None]
-        with gradients_set_aside(self._parameters):
+        others = other_leaves(losses, self._parameters)  # which have got theirs in the first pass
+        with gradients_set_aside([*self._parameters.values(), *others]):
             self._run.backward(losses, Whole(self._run.samples))
             return [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters.values()]
 
 
 def stream(
-    parameters: Mapping[str, Tensor], loss: Callable[..., Tensor], batch: Batch, scaled: Callable[[Tensor], Tensor]
+    parameters: Mapping[str, Tensor],
+    loss: Callable[..., Tensor],
+    batch: Batch,
+    scaled: Callable[[Tensor], Tensor],
+    separation: Separation,
 ) -> tuple[StreamedGradients, list[Tensor | None], set[str]]:
     """The gradients of ``scaled(mean loss of cluster k)``, without holding them.
 
@@ -63,12 +71,14 @@ def stream(
     """
     run = Interception(parameters, RULES)
     sink = _IntoGram(parameters, len(batch.sizes), run.uses)
-    with gradients_set_aside(parameters):
+    with gradients_set_aside(parameters.values()):
         means = run.mean_losses(loss, batch)
+        separation.check(run, parameters, means, batch)
         losses = [None if mean is None else scaled(mean) for mean in means]
         present = [loss for loss in losses if loss is not None]
-        run.backward(present, PerCluster(parameters, batch.sizes, sink), retain_graph=True)
-        check_nothing_missed(parameters)
+        with gradients_added_if_all_goes_well(other_leaves(present, parameters)):
+            run.backward(present, PerCluster(parameters, batch.sizes, sink), retain_graph=True)
+            check_nothing_missed(parameters)
     values = [None if mean is None else mean.detach() for mean in means]
     return StreamedGradients(parameters, run, sink.finish(), losses), values, set(sink.received)
 

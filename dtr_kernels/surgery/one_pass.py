@@ -21,9 +21,12 @@ from dtr_kernels.surgery.interception import (
     PerCluster,
     Unsupported,
     check_nothing_missed,
+    gradients_added_if_all_goes_well,
     gradients_set_aside,
+    other_leaves,
 )
 from dtr_kernels.surgery.rules import RULES
+from dtr_kernels.surgery.separation import Separation
 
 __all__ = ["Unsupported", "accumulate"]
 
@@ -34,6 +37,7 @@ def accumulate(
     loss: Callable[..., Tensor],
     batch: Batch,
     scaled: Callable[[Tensor], Tensor],
+    separation: Separation,
 ) -> tuple[list[Tensor | None], set[str]]:
     """Adds the gradient of ``scaled(mean loss of cluster k)`` to row k of the buffer, for every k.
 
@@ -43,6 +47,7 @@ def accumulate(
         loss: called with tensors like the batch's, under autocast or not; returns the loss of each sample.
         batch: sorted by cluster.
         scaled: gives the scalar whose gradient is wanted.
+        separation: checks the model with the first batch of a shape.
 
     Returns:
         The mean losses' detached values, None for clusters without samples, and the names of the parameters that got a
@@ -55,10 +60,13 @@ def accumulate(
     """
     run = Interception(parameters, RULES)
     sink = _IntoBuffer(buffer, parameters, len(batch.sizes))
-    with gradients_set_aside(parameters):
+    with gradients_set_aside(parameters.values()):
         means = run.mean_losses(loss, batch)
-        run.backward([scaled(mean) for mean in means if mean is not None], PerCluster(parameters, batch.sizes, sink))
-        check_nothing_missed(parameters)
+        separation.check(run, parameters, means, batch)
+        losses = [scaled(mean) for mean in means if mean is not None]
+        with gradients_added_if_all_goes_well(other_leaves(losses, parameters)):
+            run.backward(losses, PerCluster(parameters, batch.sizes, sink))
+            check_nothing_missed(parameters)
     return [None if mean is None else mean.detach() for mean in means], sink.received
 
 

@@ -21,10 +21,15 @@ class Segments:
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = tuple(sizes)
         self.samples = sum(sizes)
+        self._clusters: dict[torch.device, Tensor] = {}
 
     def clusters(self, device: torch.device) -> Tensor:
         """The cluster of each sample, int64 [B]."""
-        return torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes)).to(device)
+        if device not in self._clusters:  # once for each batch: the host waits for the copy to a GPU
+            self._clusters[device] = (
+                torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes)).to(device)
+            )
+        return self._clusters[device]
 
     def parts(self, *tensors: Tensor) -> Iterator[tuple[int, slice, list[Tensor]]]:
         """Each cluster that has samples: its number, its rows, and these of each tensor."""

@@ -1,0 +1,66 @@
+"""Whether a cluster's loss depends on its own samples alone, which the engines of one pass rely on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dtr_kernels.surgery.batch import Batch
+from dtr_kernels.surgery.interception import Interception, PerCluster, Unsupported, gradients_set_aside, other_leaves
+
+
+class Separation:
+    """Finds models that mix, or put in another order, the samples of a batch.
+
+    A layer's rows are given to clusters by where they stand. So the loss of one cluster alone must leave the gradients
+    of all others at exactly zero. That takes a backward pass for each cluster, and is done once for each shape of
+    batch.
+    """
+
+    def __init__(self) -> None:
+        self._found: set[tuple[torch.Size, ...]] = set()
+
+    def check(
+        self, run: Interception, parameters: Mapping[str, Tensor], losses: Sequence[Tensor | None], batch: Batch
+    ) -> None:
+        """Checks the losses of a forward pass, one for each cluster, and keeps their graph.
+
+        Raises:
+            Unsupported: naming a parameter whose gradient is that of another cluster's samples.
+        """
+        shapes = tuple(tensor.shape for tensor in batch.tensors)
+        present = {k: loss for k, loss in enumerate(losses) if loss is not None}
+        if shapes in self._found or len(present) < 2:
+            return
+        finite = True
+        for k, loss in present.items():
+            sink = _Elsewhere(parameters, k, len(losses))
+            with gradients_set_aside(other_leaves([loss], parameters)):
+                run.backward([loss], PerCluster(parameters, batch.sizes, sink), retain_graph=True)
+            finite &= sink.finite
+        if finite:
+            self._found.add(shapes)
+
+
+class _Elsewhere:
+    """Looks for gradients of other clusters than k."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], k: int, clusters: int) -> None:
+        self.finite = True  # 0 times inf says nothing
+        self._parameters, self._k, self._clusters = parameters, k, clusters
+
+    def add(self, name: str, write: Callable[[Tensor], None]) -> None:
+        p = self._parameters[name]
+        rows = p.new_zeros(self._clusters, *p.shape)
+        write(rows)
+        if not rows.isfinite().all():
+            self.finite = False
+            return
+        rows[self._k] = 0
+        if rows.any():
+            raise Unsupported(
+                f"the loss of cluster {self._k} reaches parameter {name!r} through rows of other clusters: the loss "
+                "function mixes the samples of the batch or puts them in another order; use engine='per_cluster'"
+            )
