@@ -81,7 +81,7 @@ def combine_(grads: Tensor | Sequence[Sequence[Tensor]], coefficients: Tensor) -
 
     Args:
         grads: as in ``gram``; no two tensors may share memory.
-        coefficients: [K, K], on the gradients' device; used as fp64.
+        coefficients: [K, K], on the gradients' device.
 
     Raises:
         TypeError, ValueError: before anything is written, if an argument is not as described.
@@ -99,7 +99,7 @@ def weighted_sum(grads: Tensor | Sequence[Sequence[Tensor]], weights: Tensor) ->
 
     Args:
         grads: as in ``gram``.
-        weights: [K], on the gradients' device; used as fp64.
+        weights: [K], on the gradients' device.
 
     Returns:
         [P] for a [K, P] tensor, else one tensor for each parameter; in the gradients' dtype.

@@ -49,7 +49,8 @@ def gram(grads: Tensor | Sequence[Sequence[Tensor]]) -> Tensor:
             fp16 or fp64, on one device. Rows may be any distance apart.
 
     Returns:
-        fp64 [K, K], on the gradients' device. NaN and inf in a gradient reach its row and column.
+        fp64 [K, K], on the gradients' device. NaN and inf in a gradient reach its row and column. The kernels multiply
+        in fp32: elements above about 1e19 give inf, and those below about 1e-23 count as zero.
 
     Raises:
         TypeError, ValueError: if the gradients are not as described.
