@@ -34,8 +34,8 @@ lint: $(READY)
 verify: $(READY)  ## kernels against the oracle on this machine
 	$(RUN) -m dtr_kernels verify
 
-# On a machine that has CUDA PyTorch, Triton and pytest and can install nothing: runs from the checkout as it is.
-gpu:
+# On a machine that has CUDA PyTorch, Triton, pytest and nvcc and can install nothing: builds in the checkout.
+gpu: .built
 	$(PYTHON) -m dtr_kernels info
 	$(PYTHON) -m dtr_kernels verify --device cuda
 	$(PYTHON) -m pytest -q -m gpu tests
