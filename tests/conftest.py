@@ -42,6 +42,15 @@ def kernels_at_every_size(monkeypatch):
     monkeypatch.setattr("dtr_kernels.ops._launch.LEAST_ELEMENTS_ON_CPU", 0)
 
 
+@pytest.fixture
+def one_thread():
+    """For files of tests on small tensors, where threads would mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """The device a test runs on; with TRITON_INTERPRET=1 the CPU stands in for a GPU."""

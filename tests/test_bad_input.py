@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from refusals import refused
 
 import dtr_kernels as dtr
 from dtr_kernels import ops
@@ -17,15 +18,6 @@ from dtr_kernels.ops._launch import kernel_path
 B, N, C, H, T = 2, 3, 32, 48, 20
 ROUTING = dtr.DenoisingTaskRouting(T)
 RANDOM = dtr.RandomRouting(T)
-
-
-def refused(call, error, fragments):
-    """``call`` raises just ``error``, and the message holds all of ``fragments``."""
-    with pytest.raises(error) as caught:
-        call()
-    assert type(caught.value) is error, f"a subclass, raised elsewhere: {caught.value!r}"
-    missing = [fragment for fragment in fragments if fragment not in str(caught.value)]
-    assert not missing, f"{missing} not in {str(caught.value)!r}"
 
 
 def starts(*values, dtype=torch.int32, device="cpu"):

@@ -25,13 +25,7 @@ from dtr_kernels.surgery.engines import EngineChoice
 K = 3
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These tensors are small: on a busy machine threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusals import refused
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
@@ -34,13 +35,7 @@ SIZES = [
 SLACK = 16
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    """One thread: the loops of the oracle are thousands of tiny ops. A test that wants more calls the fixture."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=["plain", "compiled"])
@@ -545,13 +540,13 @@ def test_a_generator_gives_the_order(seed, path, device):
 
 @pytest.mark.parametrize("dtype", COMPILED_DTYPES, ids=str)
 @pytest.mark.parametrize("K, P", [(5, 70_001), (8, 20_000), (33, 9000)])
-def test_the_same_bits_every_time(seed, path, device, threads, K, P, dtype):
+def test_the_same_bits_every_time(seed, path, device, K, P, dtype):
     """The kernels add in an order that knows nothing of threads: columns of every magnitude, whose sums are rounded."""
     columns = 10 ** (6 * torch.rand(P, dtype=torch.float64) - 3)
     grads, order = (conflicting(K, P) * columns).to(device, dtype), ops.random_order(K)
 
     def results(count):
-        threads(count)
+        torch.set_num_threads(count)
         projected = grads.clone()
         ops.pcgrad_(projected, order)
         return ops.gram(grads), projected, ops.pcgrad_sum(grads, order)
@@ -628,15 +623,6 @@ TAKES_GRADIENTS = {
     "combine_": lambda grads: ops.combine_(grads, torch.eye(3)),
     "weighted_sum": lambda grads: ops.weighted_sum(grads, torch.ones(3)),
 }
-
-
-def refused(call, error, fragments):
-    """``call`` raises just ``error``, and the message holds all of ``fragments``."""
-    with pytest.raises(error) as caught:
-        call()
-    assert type(caught.value) is error, f"a subclass, raised elsewhere: {caught.value!r}"
-    missing = [fragment for fragment in fragments if fragment not in str(caught.value)]
-    assert not missing, f"{missing} not in {str(caught.value)!r}"
 
 
 def tensors_in(grads):

@@ -73,9 +73,9 @@ class GradientSurgery:
         engine: how ``backward_batch`` computes the K gradients. "per_cluster": one forward and backward pass for each
             cluster's samples, for any model. "one_pass": one for the whole batch, with weight gradients taken cluster
             by cluster, for models of known layers that treat each sample by itself (the first batch of each shape is
-            checked for that). "low_memory": one_pass without ever holding K gradients, at the
-            price of a second backward pass. "auto": per_cluster or one_pass, whichever takes less time in the first
-            steps; name one where two runs must agree to the last bit.
+            checked for that). "low_memory": one_pass without ever holding K gradients, at the price of a second
+            backward pass. "auto": per_cluster or one_pass, whichever takes less time in the first steps; name one where
+            two runs must agree to the last bit.
         generator: draws PCGrad's orders; default PyTorch's own.
         process_group: ranks that have a replica of the parameters and a part of the batch each. See "Many processes".
 
