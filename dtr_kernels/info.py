@@ -13,6 +13,8 @@ import dtr_kernels
 from dtr_kernels.ops import _cpu
 from dtr_kernels.ops._gradients import why_plain
 from dtr_kernels.ops._launch import LEAST_ELEMENTS_ON_CPU, kernel_path
+from dtr_kernels.ops._tiles import configuration
+from dtr_kernels.ops._tuned import user_file
 
 __all__ = ["collect", "show"]
 
@@ -29,7 +31,8 @@ _WHAT_RUNS = {
 
 
 def collect() -> dict[str, Any]:
-    """Versions, devices, the extension's build, and for each device and dtype which implementation of the ops runs."""
+    """Versions, devices, which tiles the kernels of each GPU use, the extension's build, and for each device and dtype
+    which implementation of the ops runs."""
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
 
     def table(path: Callable[[torch.device, torch.dtype], str]) -> dict[str, dict[str, str]]:
@@ -45,6 +48,7 @@ def collect() -> dict[str, Any]:
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
+        "tiles": [_tiles(i) for i in range(torch.cuda.device_count())],
         "extension": _cpu.unavailable or _cpu.kernels.build_config(),
         "paths": {"routed_blocks": table(_routing_path), "gradient_surgery": table(_surgery_path)},
     }
@@ -53,6 +57,19 @@ def collect() -> dict[str, Any]:
 def _gpu(index: int) -> str:
     major, minor = torch.cuda.get_device_capability(index)
     return f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
+
+
+def _tiles(index: int) -> str:
+    """Where the tiles of a GPU's Triton kernels are from. A file that cannot be used makes a warning."""
+    gpu = torch.cuda.get_device_name(index)
+    major, minor = torch.cuda.get_device_capability(index)
+    tuned = configuration(gpu, 10 * major + minor)
+    sources = [f"tuned on this machine ({user_file(gpu)})"] if tuned.user else []
+    if tuned.packaged:
+        latest = max((entry.measurement for entry in tuned.packaged), key=lambda measurement: measurement.date)
+        commit = f", {latest.commit[:12]}" if latest.commit else ""
+        sources.append(f"tuned for {gpu} (packaged, {latest.date}{commit})")
+    return "; else ".join(sources) or f"defaults: not tuned for {gpu}; run python -m benchmarks tune from a checkout"
 
 
 def _routing_path(device: torch.device, dtype: torch.dtype) -> str:
@@ -73,9 +90,11 @@ def _surgery_path(device: torch.device, dtype: torch.dtype) -> str:
 def show() -> None:
     """Prints ``collect()`` for people."""
     facts = collect()
-    paths, extension = facts.pop("paths"), facts.pop("extension")
+    paths, extension, tiles = facts.pop("paths"), facts.pop("extension"), facts.pop("tiles")
     for name, value in facts.items():
         print(f"{name:12} {', '.join(value) or 'none' if isinstance(value, list) else value}")
+    for index, source in enumerate(tiles):
+        print(f"{'tiles':12} cuda:{index}: {source}")
     if isinstance(extension, str):
         print(f"{'extension':12} {extension}")
     else:

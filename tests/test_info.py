@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dtr_kernels import info
-from dtr_kernels.ops import _cpu
+from dtr_kernels.ops import _cpu, _tiles, _tuned
+from dtr_kernels.ops._tuned import GemmTile, Measurement, Tuned
 
 WITHOUT_CUDA = {
     "compiler": "1.2",
@@ -58,6 +59,72 @@ def test_surgery_says_why_pytorch_ops_run(monkeypatch, capsys):
     assert "fp64" in facts["paths"]["gradient_surgery"]["cpu"]["float64"]
     info.show()
     assert "extension    the extension was lost" in capsys.readouterr().out
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A GPU that there seems to be; its files are in a folder for the test."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(_tuned, "PACKAGED", tmp_path / "packaged")
+    monkeypatch.setenv("DTR_KERNELS_CACHE", str(tmp_path / "cache"))
+    _tiles.configuration.cache_clear()
+    yield "NVIDIA H200"
+    _tiles.configuration.cache_clear()
+
+
+def tuned(capability=90, commit="0123456789abcdef", date="2026-11-01"):
+    measurement = Measurement("NVIDIA H200", capability, "2.13.0", "3.7.1", commit, date, "tune", "0")
+    return Tuned("forward", "bfloat16", 1152, 128, GemmTile(64, 64, 32, 4, 3), 1e-5, 2e-5, measurement)
+
+
+@pytest.mark.parametrize(
+    "packaged, user, says",
+    [
+        ([], [], "defaults: not tuned for NVIDIA H200; run python -m benchmarks tune from a checkout"),
+        (
+            [tuned(capability=80)],
+            [],
+            "defaults: not tuned for NVIDIA H200; run python -m benchmarks tune from a checkout",
+        ),
+        ([tuned()], [], "tuned for NVIDIA H200 (packaged, 2026-11-01, 0123456789ab)"),
+        ([tuned(commit=None)], [], "tuned for NVIDIA H200 (packaged, 2026-11-01)"),
+        ([], [tuned()], "tuned on this machine ({user})"),
+        (
+            [tuned()],
+            [tuned()],
+            "tuned on this machine ({user}); else tuned for NVIDIA H200 (packaged, 2026-11-01, 0123456789ab)",
+        ),
+    ],
+)
+def test_says_where_a_gpus_tiles_are_from(gpu, packaged, user, says):
+    for path, entries in ((_tuned.packaged_file(gpu), packaged), (_tuned.user_file(gpu), user)):
+        if entries:
+            _tuned.write(path, entries)
+    assert info._tiles(0) == says.format(user=_tuned.user_file(gpu))
+
+
+def test_a_broken_file_makes_a_warning_and_is_not_called_tuned(gpu):
+    _tuned.write(_tuned.user_file(gpu), [tuned()])
+    _tuned.user_file(gpu).write_text("{}")
+    with pytest.warns(RuntimeWarning, match="nvidia-h200.json"):
+        assert info._tiles(0).startswith("defaults: ")
+
+
+def test_shows_the_tiles_of_each_gpu_and_nothing_without_one(monkeypatch, capsys):
+    facts = info.collect()
+    monkeypatch.setattr(info, "collect", lambda: facts | {"tiles": ["as tuned", "defaults"]})
+    info.show()
+    shown = capsys.readouterr().out
+    assert "tiles        cuda:0: as tuned\n" in shown and "tiles        cuda:1: defaults\n" in shown
+    monkeypatch.setattr(info, "collect", lambda: facts | {"tiles": []})
+    info.show()
+    assert "tiles" not in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_says_where_the_tiles_of_a_gpu_are_from():
+    assert len(info.collect()["tiles"]) == torch.cuda.device_count()
 
 
 @pytest.mark.gpu

@@ -1,47 +1,212 @@
-"""Tile shapes of every Triton kernel, in one place.
+"""Which tile every Triton kernel runs with, in one place.
 
-Defaults that compile without register spills on sm_80, sm_90 and sm_100 (a test compiles each of them for all three).
+A tile that was tuned for the GPU, in a file of the user's cache or of the package, goes before the default. Nothing is
+ever timed here: ``python -m benchmarks tune`` does that once.
+
+The defaults compile without register spills on sm_80, sm_90 and sm_100 (a test compiles each of them for all three).
 None has been timed on a GPU yet.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
-import triton
 from torch import Tensor
 
+from dtr_kernels.ops._tuned import (
+    KINDS,
+    GemmTile,
+    RowTile,
+    SumTile,
+    Tile,
+    Tuned,
+    merged,
+    packaged,
+    packaged_file,
+    power_of_two,
+    problem_of,
+    read,
+    rows_class,
+    user_file,
+)
 
-class GemmTile(NamedTuple):
-    """Rows, columns and contraction depth of one program's tile, with its warps and pipeline stages."""
+__all__ = [
+    "Configuration",
+    "GemmTile",
+    "RowTile",
+    "SumTile",
+    "Tile",
+    "Tuned",
+    "capability",
+    "configuration",
+    "default_tile",
+    "forced",
+    "packaged",
+    "power_of_two",
+    "tile_for",
+]
 
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-
-
-class RowTile(NamedTuple):
-    """Tokens per step and padded channels of a row kernel, with its warps."""
-
-    rows: int
-    block: int
-    warps: int
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n (and at least 16, the smallest side of a matrix instruction)."""
-    return max(16, triton.next_power_of_2(n))
+GemmOp = Literal["forward", "forward_gelu", "input_gradient", "gelu_input_gradient", "weight_gradient"]
+RowOp = Literal[
+    "norm_forward",
+    "norm_forward_update",
+    "norm_backward",
+    "norm_backward_update",
+    "residual_forward",
+    "residual_backward",
+]
+# Rows of channels that a row kernel holds at a time.
+_TENSORS = {
+    "norm_forward": 2,
+    "norm_forward_update": 3,
+    "norm_backward": 4,
+    "norm_backward_update": 6,
+    "residual_forward": 2,
+    "residual_backward": 2,
+}
+_forced: dict[str, Tile] = {}
 
 
 def capability(x: Tensor) -> int:
     """Compute capability of x's device as 80, 90, 100, ...; 90 in Triton's interpreter."""
-    if x.device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(x.device)
+    return 90 if x.device.type != "cuda" else _capability(x.get_device())
+
+
+@cache
+def _capability(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+# --- what a launcher asks --------------------------------------------------------------------------------------------
+
+
+@overload
+def tile_for(op: GemmOp, x: Tensor, rows: int, channels: int, arch: int) -> GemmTile: ...
+@overload
+def tile_for(op: RowOp, x: Tensor, rows: int, channels: int) -> RowTile: ...
+@overload
+def tile_for(op: Literal["token_sums"], x: Tensor, rows: int, channels: int) -> SumTile: ...
+def tile_for(op: str, x: Tensor, rows: int, channels: int, arch: int = 0) -> Any:
+    """The tile that a kernel runs with.
+
+    Args:
+        op: what the kernel computes, of ``KINDS``.
+        x: an operand, for its device and dtype.
+        rows: tokens that share a window.
+        channels: C of the residual stream; of "token_sums", columns of the gradient.
+        arch: compute capability, as ``capability`` returns it, where the op is a GEMM.
+    """
+    if op in _forced:
+        return _checked(op, _forced[op], rows, channels)
+    return _tile(op, x.get_device(), x.dtype, rows, channels, arch)
+
+
+@contextmanager
+def forced(op: str, tile: Tile) -> Iterator[None]:
+    """Inside, ``op`` runs with ``tile`` whatever is configured, in every thread: to time and to compile tiles.
+
+    Raises:
+        ValueError: if there is no such op; and in the launcher, if the kernel cannot run with the tile.
+    """
+    if op not in KINDS:
+        raise ValueError(f"op must be one of {', '.join(KINDS)}, got {op!r}")
+    before = dict(_forced)
+    _forced[op] = tile
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def _checked(op: str, tile: Tile, rows: int, channels: int) -> Tile:
+    problem = problem_of(op, tile, rows_class(rows), channels)
+    if problem:
+        raise ValueError(f"{op} of {rows} rows and {channels} channels: {problem}")
+    return tile
+
+
+@lru_cache(maxsize=4096)  # of batches of many shapes, those that were used last
+def _tile(op: str, device: int, dtype: torch.dtype, rows: int, channels: int, arch: int) -> Tile:
+    tuned = None
+    if device >= 0:  # Triton's interpreter runs on a CPU, whose number is -1
+        entries = configuration(torch.cuda.get_device_name(device), _capability(device)).entries
+        tuned = _nearest(entries, op, str(dtype).removeprefix("torch."), rows_class(rows), channels)
+    return default_tile(op, dtype, rows, channels, arch) if tuned is None else tuned.tile
+
+
+# --- tuned tiles -----------------------------------------------------------------------------------------------------
+
+
+class Configuration(NamedTuple):
+    """What is tuned for a GPU: entries of the user's file and of the package's; either may be empty."""
+
+    user: tuple[Tuned, ...]
+    packaged: tuple[Tuned, ...]
+
+    @property
+    def entries(self) -> list[Tuned]:
+        """Those that are used: the user's stand in for the package's of the same key."""
+        return merged(self.packaged, self.user)
+
+
+@cache
+def configuration(gpu: str, arch: int) -> Configuration:
+    """What is tuned for a GPU, read from its files once.
+
+    Entries that were measured with another compute capability than ``arch`` are left out. A file that cannot be used
+    is left out with a warning.
+    """
+    return Configuration(*(_usable(path, arch) for path in (user_file(gpu), packaged_file(gpu))))
+
+
+def _usable(path: Path, arch: int) -> tuple[Tuned, ...]:
+    try:
+        return tuple(entry for entry in read(path) if entry.measurement.capability == arch)
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError) as error:
+        what = error.strerror if isinstance(error, OSError) else error
+        warnings.warn(
+            f"{path}: {what}. Its tuned tiles are not used; delete the file, or replace it with "
+            "python -m benchmarks tune from a checkout",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return ()
+
+
+def _nearest(entries: list[Tuned], op: str, dtype: str, rows: int, channels: int) -> Tuned | None:
+    """The entry of the nearest width, in proportion. A row kernel takes none whose registers would hold other rows."""
+    alike = [
+        entry
+        for entry in entries
+        if (entry.op, entry.dtype, entry.rows) == (op, dtype, rows)
+        and problem_of(op, entry.tile, rows, channels) is None
+    ]
+    return min(alike, key=lambda entry: abs(math.log(entry.channels / channels)), default=None)
+
+
+# --- defaults --------------------------------------------------------------------------------------------------------
+
+
+def default_tile(op: str, dtype: torch.dtype, rows: int, channels: int, arch: int) -> Tile:
+    """The tile of a GPU that nobody has tuned; the arguments are those of ``tile_for``."""
+    if op == "weight_gradient":
+        return weight_gradient_tile(dtype, rows, arch)
+    if op == "token_sums":
+        return SumTile(min(256, power_of_two(channels)), warps=4)
+    if op in _TENSORS:
+        return row_tile(channels, _TENSORS[op])
+    return gemm_tile(dtype, rows, arch, slope=op == "gelu_input_gradient")
 
 
 def _has_large_tiles(arch: int) -> bool:
@@ -58,7 +223,7 @@ def gemm_tile(dtype: torch.dtype, rows: int, arch: int, slope: bool = False) -> 
         arch: compute capability, as ``capability`` returns it.
         slope: whether the epilogue computes GELU's derivative, which needs the registers of half a tile.
     """
-    m = min(128, power_of_two(rows))
+    m = rows_class(rows)
     if dtype == torch.float32:  # fused multiply-adds, or tf32 where PyTorch is allowed it
         return GemmTile(min(m, 64), 64, 16, 8 if m >= 64 else 4, 2)
     if m < 128:

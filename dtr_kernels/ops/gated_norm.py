@@ -36,7 +36,7 @@ from dtr_kernels.ops._launch import (
     row_stride,
     rows_contiguous,
 )
-from dtr_kernels.ops._tiles import row_tile
+from dtr_kernels.ops._tiles import tile_for
 
 
 class NormOutput(NamedTuple):
@@ -284,7 +284,7 @@ def gated_norm_forward(
         shape = _cpu.shape(B, N, C, start, width)
         _cpu.kernels.norm_forward(shape, eps, keep_branch, _cpu.dtype_code(x.dtype), *map(_cpu.rows, tensors))
         return output
-    tile = row_tile(C, tensors=2 if branch is None else 3)
+    tile = tile_for("norm_forward" if branch is None else "norm_forward_update", x, N, C)
     launch(
         _forward_kernel,
         B * triton.cdiv(N, tile.rows),
@@ -355,7 +355,7 @@ def gated_norm_backward(
         shape = _cpu.shape(B, N, C, start, width, TOKENS_PER_SUM)
         _cpu.kernels.norm_backward(shape, keep_branch, x_is_stream, *map(_cpu.rows, tensors))
     elif B * N > 0:
-        tile = row_tile(C, tensors=4 if branch is None else 6)
+        tile = tile_for("norm_backward" if branch is None else "norm_backward_update", x, N, C)
         launch(
             _backward_kernel,
             B * chunks_of(N),

@@ -26,7 +26,7 @@ from dtr_kernels.ops._launch import (
     modulation,
 )
 from dtr_kernels.ops._registration import op
-from dtr_kernels.ops._tiles import row_tile
+from dtr_kernels.ops._tiles import tile_for
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ def gated_residual_forward(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
         shape = _cpu.shape(B, N, C, None, C)
         _cpu.kernels.residual_forward(shape, *map(_cpu.rows, (x, branch, out, gate)))
         return out
-    tile = row_tile(C, tensors=2)
+    tile = tile_for("residual_forward", x, N, C)
     launch(
         _forward_kernel,
         B * triton.cdiv(N, tile.rows),
@@ -119,7 +119,7 @@ def gated_residual_backward(dout: Tensor, branch: Tensor, gate: Tensor) -> tuple
         shape = _cpu.shape(B, N, C, None, C, TOKENS_PER_SUM)
         _cpu.kernels.residual_backward(shape, *map(_cpu.rows, (dout, branch, dbranch, vector, sums)))
     elif B * N > 0:
-        tile = row_tile(C, tensors=2)
+        tile = tile_for("residual_backward", dout, N, C)
         launch(
             _backward_kernel,
             B * chunks_of(N),

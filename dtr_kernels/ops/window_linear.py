@@ -42,7 +42,7 @@ from dtr_kernels.ops._launch import (
     matmul_accumulated,
     row_stride,
 )
-from dtr_kernels.ops._tiles import capability, gemm_tile, power_of_two, weight_gradient_tile
+from dtr_kernels.ops._tiles import capability, tile_for
 from dtr_kernels.ops.gelu import gelu, gelu_and_slope, gelu_backward, gelu_forward
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -438,7 +438,7 @@ def _launch_forward(
     act = torch.empty(B, N, O, device=u.device, dtype=u.dtype) if gelu else None
     if start is None:  # all tokens share the weight: one long sample
         B, N, u = 1, B * N, u.reshape(1, B * N, K)
-    tile = gemm_tile(u.dtype, N, capability(u))
+    tile = tile_for("forward_gelu" if gelu else "forward", u, N, weight.shape[1], capability(u))
     if B * N > 0:
         launch(
             _forward_kernel,
@@ -545,7 +545,10 @@ def _launch_input_gradient(
 ) -> tuple[Tensor, Tensor]:
     B, N, O = g.shape
     act = torch.empty_like(du) if pre is not None else du
-    tile = gemm_tile(g.dtype, N, capability(g), slope=pre is not None)
+    if pre is None:
+        tile = tile_for("input_gradient", g, N, weight.shape[1], capability(g))
+    else:
+        tile = tile_for("gelu_input_gradient", g, N, weight.shape[0], capability(g))
     if B * N > 0:
         launch(
             _input_gradient_kernel,
@@ -578,7 +581,7 @@ def _launch_weight_gradient(g: Tensor, u: Tensor, start: Tensor, channels: int) 
     dweight = torch.empty(O, channels, device=g.device, dtype=torch.float32)
     if B * N == 0:
         return dweight.zero_()
-    tile = weight_gradient_tile(g.dtype, N, capability(g))
+    tile = tile_for("weight_gradient", g, N, channels, capability(g))
     launch(
         _weight_gradient_kernel,
         triton.cdiv(O, tile.m) * triton.cdiv(channels, tile.n),
@@ -606,6 +609,7 @@ def _launch_token_sums(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor,
     inactive = torch.empty(B, N, device=g.device, dtype=torch.float32)
     parts = torch.empty(2, B, chunks_of(N), O, device=g.device, dtype=torch.float32)
     if B * N > 0:
+        tile = tile_for("token_sums", g, N, O)
         launch(
             _token_sums_kernel,
             B * chunks_of(N),
@@ -618,8 +622,8 @@ def _launch_token_sums(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor,
             N,
             O,
             TOKENS=TOKENS_PER_SUM,
-            BLOCK=min(256, power_of_two(O)),
-            num_warps=4,
+            BLOCK=tile.block,
+            num_warps=tile.warps,
         )
     dp, dq = parts.sum(2)
     return inactive, dp, dq

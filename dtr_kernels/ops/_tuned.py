@@ -1,0 +1,264 @@
+"""Tiles that were timed on a GPU, and the JSON files that keep them: one for each GPU, in the package or in the user's
+cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+
+from dtr_kernels.ops._launch import TOKENS_PER_SUM
+
+FORMAT = 1
+PACKAGED = Path(__file__).parent.parent / "tuned"
+# Tokens beyond which more of them make no other tile better: the most rows that a GEMM's tile has.
+MOST_ROWS = 128
+
+
+class GemmTile(NamedTuple):
+    """Rows, columns and contraction depth of one program's tile, with its warps and pipeline stages."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+class RowTile(NamedTuple):
+    """Tokens per step and padded channels of a row kernel, with its warps."""
+
+    rows: int
+    block: int
+    warps: int
+
+
+class SumTile(NamedTuple):
+    """Channels per step of the kernel that sums over tokens, with its warps."""
+
+    block: int
+    warps: int
+
+
+Tile = GemmTile | RowTile | SumTile
+
+#: The ops whose kernels have a choice, and what kind of tile it is. "update" is the residual update before a norm.
+KINDS: dict[str, type[Tile]] = {
+    "forward": GemmTile,
+    "forward_gelu": GemmTile,
+    "input_gradient": GemmTile,
+    "gelu_input_gradient": GemmTile,
+    "weight_gradient": GemmTile,
+    "token_sums": SumTile,
+    "norm_forward": RowTile,
+    "norm_forward_update": RowTile,
+    "norm_backward": RowTile,
+    "norm_backward_update": RowTile,
+    "residual_forward": RowTile,
+    "residual_backward": RowTile,
+}
+_DTYPES = ("float32", "bfloat16", "float16")
+# A side of a matrix instruction at least, of a tensor descriptor's box at most.
+_SIDE = 16, 256
+_LIMITS = {
+    "m": _SIDE,
+    "n": _SIDE,
+    "k": _SIDE,
+    "stages": (1, 8),
+    "rows": (1, TOKENS_PER_SUM),
+    "block": (16, 1 << 16),
+    "warps": (1, 32),
+}
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n (and at least 16, the smallest side of a matrix instruction)."""
+    return max(16, triton.next_power_of_2(n))
+
+
+def rows_class(tokens: int) -> int:
+    """Tokens that share a window, as entries are looked up: 16, 32, 64 or 128."""
+    return min(MOST_ROWS, power_of_two(tokens))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Where, when and with what tiles were timed.
+
+    Attributes:
+        gpu: as ``torch.cuda.get_device_name`` says.
+        capability: 80, 90, 100, ...
+        torch, triton: versions. commit: None outside of a git checkout. date: in ISO format. command: to repeat it.
+        sources: a fingerprint of the kernels' source.
+    """
+
+    gpu: str
+    capability: int
+    torch: str
+    triton: str
+    commit: str | None
+    date: str
+    command: str
+    sources: str
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            kind = int if name == "capability" else str
+            if not isinstance(value, kind) and not (name == "commit" and value is None):
+                raise ValueError(f"{name} of a measurement must be of type {kind.__name__}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The fastest tile that was found for an op.
+
+    Attributes:
+        op: of ``KINDS``. dtype: of its operands: "float32", "bfloat16" or "float16".
+        channels: of the residual stream; for "token_sums" of the gradient that it reads.
+        rows: tokens that share a window, as ``rows_class`` gives them.
+        tile: of the op's kind.
+        seconds, default_seconds: of a call with this tile, and with the one that is used without tuning.
+        measurement: where and with what.
+
+    Raises:
+        ValueError: if no kernel could run with it.
+    """
+
+    op: str
+    dtype: str
+    channels: int
+    rows: int
+    tile: Tile
+    seconds: float
+    default_seconds: float
+    measurement: Measurement
+
+    def __post_init__(self) -> None:
+        problem = self._problem()
+        if problem:
+            raise ValueError(f"the entry {self.op!r}, {self.dtype!r}, {self.channels!r} channels: {problem}")
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        """What tells entries of one file apart."""
+        return self.op, self.dtype, self.channels, self.rows
+
+    def _problem(self) -> str | None:
+        if self.op not in KINDS:
+            return f"op must be one of {', '.join(KINDS)}"
+        if self.dtype not in _DTYPES:
+            return f"dtype must be one of {', '.join(_DTYPES)}"
+        if not _is_integer(self.channels) or self.channels < 1:
+            return "channels must be a whole number of at least 1"
+        if not _is_integer(self.rows) or self.rows != rows_class(self.rows):
+            return f"rows must be 16, 32, 64 or {MOST_ROWS}, got {self.rows!r}"
+        if not all(isinstance(seconds, float) and seconds > 0 for seconds in (self.seconds, self.default_seconds)):
+            return "seconds and default_seconds must be positive"
+        return problem_of(self.op, self.tile, self.rows, self.channels)
+
+
+def problem_of(op: str, tile: Tile, rows: int, channels: int) -> str | None:
+    """Why a kernel cannot run with a tile, for windows of ``rows`` tokens and ``channels`` channels; None if it can."""
+    if type(tile) is not KINDS[op]:
+        return f"its tile must be a {KINDS[op].__name__}, got {tile}"
+    for name, value in tile._asdict().items():
+        least, most = _LIMITS[name]
+        if not _is_integer(value) or not least <= value <= most or (name != "stages" and value & (value - 1)):
+            what = "whole number" if name == "stages" else "power of two"
+            return f"{name} of its tile must be a {what} between {least} and {most}, got {value!r}"
+    if isinstance(tile, GemmTile):
+        side, extent = ("k", tile.k) if op == "weight_gradient" else ("m", tile.m)
+        return f"{side} of its tile, {extent}, is more than its {rows} rows" if extent > rows else None
+    if isinstance(tile, RowTile) and tile.block != power_of_two(channels):
+        return f"block of its tile must be {power_of_two(channels)}, which holds the row, got {tile.block}"
+    return None
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def slug(gpu: str) -> str:
+    """A GPU's name as a file's: "NVIDIA H200" is "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
+def packaged_file(gpu: str) -> Path:
+    """Where the package keeps the tiles of a GPU; there need not be such a file."""
+    return PACKAGED / f"{slug(gpu)}.json"
+
+
+def user_file(gpu: str) -> Path:
+    """Where the user's cache keeps them: in $DTR_KERNELS_CACHE, $XDG_CACHE_HOME/dtr_kernels or
+    ~/.cache/dtr_kernels."""
+    own, shared = os.environ.get("DTR_KERNELS_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    # A home that is unknown, as in some containers, stays "~", where no file is found.
+    folder = Path(own) if own else Path(shared or os.path.expanduser("~/.cache")) / "dtr_kernels"
+    return folder / "tuned" / f"{slug(gpu)}.json"
+
+
+def packaged() -> list[Tuned]:
+    """Every entry of every file in the package."""
+    return [entry for path in sorted(PACKAGED.glob("*.json")) for entry in read(path)]
+
+
+def read(path: Path) -> list[Tuned]:
+    """The entries of a file.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it holds anything else, is of another version of the format, or has an entry that no kernel
+            could run with. The message completes "file: ".
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["format"] != FORMAT:
+            raise ValueError(f"its format is version {stored['format']!r}, and this dtr_kernels reads {FORMAT}")
+        measurements = [Measurement(**facts) for facts in stored["measurements"]]
+        return [_entry(facts, measurements) for facts in stored["entries"]]
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"it does not hold tuned tiles ({type(error).__name__}: {error})") from error
+
+
+def write(path: Path, entries: Iterable[Tuned]) -> None:
+    """Writes a file of entries, of which no two may have the same key. A reader never finds half of one."""
+    entries = sorted(entries, key=lambda entry: entry.key)
+    measurements = list(dict.fromkeys(entry.measurement for entry in entries))
+    lines = {
+        "measurements": [dataclasses.asdict(measurement) for measurement in measurements],
+        "entries": [
+            vars(entry) | {"tile": entry.tile._asdict(), "measurement": measurements.index(entry.measurement)}
+            for entry in entries
+        ],
+    }
+    # A line for each, so that a change of one is a change of one line.
+    parts = [f' "{name}": [\n  ' + ",\n  ".join(map(json.dumps, facts)) + "\n ]" for name, facts in lines.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text("{\n" + f' "format": {FORMAT},\n' + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def merged(*lists: Iterable[Tuned]) -> list[Tuned]:
+    """The entries of all lists; of those with the same key the last."""
+    return list({entry.key: entry for entries in lists for entry in entries}.values())
+
+
+def _entry(facts: dict[str, Any], measurements: list[Measurement]) -> Tuned:
+    if facts["op"] not in KINDS:
+        raise ValueError(f"there is no op {facts['op']!r} to tune; there are {', '.join(KINDS)}")
+    tile = KINDS[facts["op"]](**facts["tile"])
+    return Tuned(**facts | {"tile": tile, "measurement": measurements[facts["measurement"]]})

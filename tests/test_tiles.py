@@ -1,0 +1,364 @@
+"""Which tile a kernel runs with: the defaults, the files that go before them, and forced ones."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import environment
+from dtr_kernels.ops import _tiles, _tuned
+from dtr_kernels.ops._tiles import GemmTile, RowTile, SumTile, forced, tile_for
+from dtr_kernels.ops._tuned import KINDS, Measurement, Tuned
+
+window_linear = importlib.import_module("dtr_kernels.ops.window_linear")
+bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+GPU = "NVIDIA H200"
+MEASUREMENT = Measurement(
+    GPU, 90, "2.13.0", "3.7.1", "a" * 40, "2026-11-01T00:00:00+00:00", "python -m benchmarks", "0"
+)
+SPECIAL = GemmTile(64, 64, 32, 4, 5)  # no default
+
+
+def entry(op="forward", dtype="bfloat16", channels=1152, rows=128, tile=SPECIAL, measurement=MEASUREMENT):
+    return Tuned(op, dtype, channels, rows, tile, 1e-5, 2e-5, measurement)
+
+
+def ask(op="forward", dtype=bf16, rows=256, channels=1152):
+    """What a launcher on an H200 is told."""
+    return tile_for(op, SimpleNamespace(get_device=lambda: 0, dtype=dtype), rows, channels, 90)
+
+
+def forget():
+    for function in (_tiles.configuration, _tiles._tile, _tiles._capability):
+        function.cache_clear()
+
+
+@pytest.fixture
+def files(monkeypatch, tmp_path):
+    """Paths of the user's and of the package's file of a GPU that there seems to be. Neither exists."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_tuned, "PACKAGED", tmp_path / "packaged")
+    monkeypatch.setenv("DTR_KERNELS_CACHE", str(tmp_path / "cache"))
+    forget()
+    yield SimpleNamespace(user=_tuned.user_file(GPU), packaged=_tuned.packaged_file(GPU))
+    forget()
+
+
+# --- defaults --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "op, dtype, rows, channels, arch, tile",
+    [
+        ("forward", bf16, 256, 1152, 90, GemmTile(128, 256, 64, 8, 3)),
+        ("forward", bf16, 256, 1152, 80, GemmTile(64, 128, 32, 8, 3)),
+        ("forward", fp32, 256, 384, 90, GemmTile(64, 64, 16, 8, 2)),
+        ("forward_gelu", fp16, 16, 384, 100, GemmTile(16, 128, 64, 4, 3)),
+        ("input_gradient", fp32, 20, 384, 80, GemmTile(32, 64, 16, 4, 2)),
+        ("gelu_input_gradient", bf16, 8192, 1152, 90, GemmTile(128, 128, 64, 8, 4)),
+        ("gelu_input_gradient", bf16, 8192, 1152, 120, GemmTile(64, 128, 32, 8, 3)),
+        ("weight_gradient", bf16, 256, 1152, 90, GemmTile(128, 256, 64, 8, 4)),
+        ("weight_gradient", bf16, 20, 1152, 90, GemmTile(128, 256, 32, 8, 4)),
+        ("weight_gradient", fp16, 256, 1152, 80, GemmTile(128, 128, 32, 8, 3)),
+        ("weight_gradient", fp32, 256, 384, 100, GemmTile(64, 64, 16, 8, 2)),
+        ("token_sums", bf16, 256, 3456, 90, SumTile(256, 4)),
+        ("token_sums", bf16, 256, 100, 90, SumTile(128, 4)),
+        ("norm_forward", bf16, 256, 384, 90, RowTile(4, 512, 4)),
+        ("norm_forward_update", bf16, 256, 1152, 90, RowTile(2, 2048, 16)),
+        ("norm_backward", fp32, 256, 40, 80, RowTile(4, 64, 1)),
+        ("norm_backward_update", bf16, 256, 1152, 90, RowTile(1, 2048, 16)),
+        ("residual_forward", bf16, 256, 1152, 90, RowTile(4, 2048, 16)),
+        ("residual_backward", fp32, 64, 1024, 80, RowTile(4, 1024, 8)),
+    ],
+)
+def test_defaults(op, dtype, rows, channels, arch, tile):
+    """Written down, so that no change of a default goes unnoticed: it makes every result stale."""
+    assert _tiles.default_tile(op, dtype, rows, channels, arch) == tile
+
+
+def test_every_default_could_be_an_entry(seed):
+    random.seed(seed)
+    for op in KINDS:
+        for dtype in (bf16, fp16, fp32):
+            for arch in (75, 80, 89, 90, 100, 120):
+                rows, channels = random.choice([1, 16, 17, 100, 128, 5000]), random.randint(1, 5000)
+                tile = _tiles.default_tile(op, dtype, rows, channels, arch)
+                assert _tuned.problem_of(op, tile, _tuned.rows_class(rows), channels) is None, (op, rows, channels)
+
+
+def test_without_a_gpu_no_file_is_read(files, monkeypatch):
+    """In Triton's interpreter, where a CPU stands in for a GPU, and where kernels are compiled for another machine."""
+    monkeypatch.setattr(_tiles, "read", lambda path: pytest.fail(f"{path} was read"))
+    assert tile_for("forward", torch.empty(1, dtype=bf16), 256, 1152, 80) == GemmTile(64, 128, 32, 8, 3)
+    assert tile_for("forward", torch.empty(1, dtype=bf16, device="meta"), 256, 1152, 90) == GemmTile(128, 256, 64, 8, 3)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_users_entry_goes_before_the_packages_and_both_before_the_default(files):
+    default = _tiles.default_tile("forward", bf16, 256, 1152, 90)
+    assert ask() == default
+    _tuned.write(files.packaged, [entry(tile=GemmTile(128, 64, 32, 4, 3)), entry(channels=384, tile=default)])
+    forget()
+    assert ask() == GemmTile(128, 64, 32, 4, 3)
+    _tuned.write(files.user, [entry(tile=SPECIAL)])
+    forget()
+    assert ask() == SPECIAL
+    assert ask(channels=384) == default  # which only the package has; the user's is of another width
+
+
+def test_the_nearest_width_in_proportion(files):
+    narrow, wide = GemmTile(64, 64, 32, 4, 3), GemmTile(64, 128, 32, 4, 3)
+    _tuned.write(files.user, [entry(channels=384, tile=narrow), entry(channels=1152, tile=wide)])
+    asked = {channels: ask(channels=channels) for channels in (1, 384, 660, 670, 1152, 9000)}
+    assert asked == {1: narrow, 384: narrow, 660: narrow, 670: wide, 1152: wide, 9000: wide}
+
+
+def test_rows_dtype_and_op_must_be_the_same(files):
+    _tuned.write(files.user, [entry(rows=64, tile=SPECIAL)])
+    assert [ask(rows=rows) == SPECIAL for rows in (32, 33, 64, 65, 256)] == [False, True, True, False, False]
+    assert ask(rows=64, dtype=fp16) != SPECIAL
+    assert ask("input_gradient", rows=64) != SPECIAL
+
+
+def test_a_row_kernel_takes_no_tile_for_longer_or_shorter_rows(files):
+    """Its registers hold whole rows: what fits twice as many channels would spill, or leave half of them idle."""
+    tile = RowTile(1, 2048, 8)
+    _tuned.write(files.user, [entry("norm_forward", channels=1152, tile=tile)])
+    assert ask("norm_forward", channels=1152) == ask("norm_forward", channels=1025) == tile
+    assert ask("norm_forward", channels=1024) == RowTile(4, 1024, 8)
+
+
+def test_what_was_measured_with_another_capability_is_ignored(files):
+    _tuned.write(files.user, [entry(measurement=replace(MEASUREMENT, capability=100))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ask() != SPECIAL
+
+
+def broken(change):
+    """The text of a file with one entry that ``change`` was applied to."""
+
+    def text(path):
+        _tuned.write(path, [entry()])
+        stored = json.loads(path.read_text())
+        change(stored)
+        return json.dumps(stored).encode()
+
+    return text
+
+
+def change_entry(**fields):
+    return broken(lambda stored: stored["entries"][0].update(fields))
+
+
+def change_tile(**sides):
+    return broken(lambda stored: stored["entries"][0]["tile"].update(sides))
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (lambda path: b"", "does not hold tuned tiles"),
+        (lambda path: b"\xff\xfe", "does not hold tuned tiles"),
+        (lambda path: b"[" * 100_000, "does not hold tuned tiles"),
+        (lambda path: b"[1, 2]", "does not hold tuned tiles"),
+        (lambda path: b'{"format": 1, "entries": []}', "measurements"),
+        (broken(lambda stored: stored.update(format=2)), "format is version 2, and this dtr_kernels reads 1"),
+        (broken(lambda stored: stored["measurements"][0].update(date=7)), "date"),
+        (broken(lambda stored: stored["measurements"].clear()), "IndexError"),
+        (change_entry(op="backward"), "no op 'backward'"),
+        (change_entry(op="norm_forward"), "does not hold tuned tiles"),  # with the tile of a GEMM
+        (change_entry(dtype="float64"), "dtype"),
+        (change_entry(channels=0), "channels"),
+        (change_entry(rows=48), "rows"),
+        (change_entry(rows=32), "more than its 32 rows"),
+        (change_entry(op="weight_gradient", rows=16), "k of its tile, 32, is more than its 16 rows"),
+        (change_entry(seconds=-1.0), "seconds"),
+        (change_entry(surplus=1), "surplus"),
+        (change_tile(n=96), "n of its tile must be a power of two"),
+        (change_tile(k=8), "k of its tile must be a power of two between 16 and 256, got 8"),
+        (change_tile(m="64"), "m of its tile"),
+        (change_tile(warps=64), "warps"),
+        (change_tile(stages=0), "stages of its tile must be a whole number between 1 and 8"),
+        (
+            change_entry(op="norm_forward", tile={"rows": 1, "block": 1024, "warps": 8}),
+            "block of its tile must be 2048",
+        ),
+        (change_entry(op="norm_forward", tile={"rows": 64, "block": 2048, "warps": 8}), "rows of its tile"),
+        (None, "directory"),
+    ],
+)
+def test_a_file_that_cannot_be_used_makes_one_warning(files, text, reason):
+    files.user.parent.mkdir(parents=True)
+    _tuned.write(files.packaged, [entry(tile=GemmTile(128, 64, 32, 4, 3))])
+    if text is None:
+        files.user.mkdir()
+    else:
+        files.user.write_bytes(text(files.user))
+    with pytest.warns(RuntimeWarning) as caught:
+        assert ask() == GemmTile(128, 64, 32, 4, 3)
+        assert ask("weight_gradient") == GemmTile(128, 256, 64, 8, 4)
+    (warning,) = caught
+    message = str(warning.message)
+    assert str(files.user) in message and "python -m benchmarks tune" in message
+    assert reason.lower() in message.lower()
+
+
+def test_files_are_read_once_and_not_before_the_first_launch(files):
+    code = "import dtr_kernels.ops._tiles as t; print(t.configuration.cache_info().misses, t._tile.cache_info().misses)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "0"]
+    _tuned.write(files.user, [entry()])
+    assert ask() == SPECIAL
+    files.user.unlink()
+    assert ask() == ask(rows=300) == SPECIAL
+
+
+def test_a_file_is_read_as_it_was_written(files):
+    later = replace(MEASUREMENT, date="2027-01-01", commit=None)
+    entries = [
+        entry(),
+        entry(channels=384, measurement=later),
+        entry("norm_backward", "float32", 1152, 16, RowTile(1, 2048, 16), later),
+        entry("token_sums", "float16", 3456, 64, SumTile(512, 8)),
+    ]
+    _tuned.write(files.user, entries)
+    assert sorted(_tuned.read(files.user), key=str) == sorted(entries, key=str)
+    assert len(json.loads(files.user.read_text())["measurements"]) == 2
+
+
+def test_an_interrupted_write_leaves_the_file_as_it_was(files, monkeypatch):
+    _tuned.write(files.user, [entry()])
+    before = files.user.read_bytes()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        _tuned.write(files.user, [entry(channels=384)])
+    assert files.user.read_bytes() == before
+    assert list(files.user.parent.iterdir()) == [files.user]
+
+
+def test_where_the_users_file_is(monkeypatch, tmp_path):
+    name = Path("tuned/nvidia-h200.json")
+    monkeypatch.delenv("DTR_KERNELS_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _tuned.user_file(GPU) == tmp_path / ".cache" / "dtr_kernels" / name
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert _tuned.user_file(GPU) == tmp_path / "xdg" / "dtr_kernels" / name
+    monkeypatch.setenv("DTR_KERNELS_CACHE", str(tmp_path / "own"))
+    assert _tuned.user_file(GPU) == tmp_path / "own" / name
+
+
+@pytest.mark.parametrize(
+    "gpu, slug", [(GPU, "nvidia-h200"), ("NVIDIA A100-SXM4-80GB", "nvidia-a100-sxm4-80gb"), ("Tesla T4 ", "tesla-t4")]
+)
+def test_files_are_named_as_folders_of_results_are(monkeypatch, gpu, slug):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu)
+    assert _tuned.slug(gpu) == environment.folder_name(torch.device("cuda")) == slug
+
+
+def test_packaged_files_can_be_read_and_have_their_gpus_name():
+    for path in _tuned.PACKAGED.glob("*.json"):
+        for tuned in _tuned.read(path):
+            assert path == _tuned.packaged_file(tuned.measurement.gpu)
+
+
+def test_packaged_gives_the_entries_of_all_files(files):
+    assert _tiles.packaged() == []
+    other = entry(measurement=replace(MEASUREMENT, gpu="NVIDIA B200", capability=100))
+    _tuned.write(files.packaged, [entry()])
+    _tuned.write(_tuned.packaged_file("NVIDIA B200"), [other])
+    assert _tiles.packaged() == [other, entry()]
+
+
+# --- forced tiles ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The options of every launch of a GEMM, which is not made."""
+    options = []
+    monkeypatch.setattr(window_linear, "kernel_path", lambda x: "triton")
+    monkeypatch.setattr(window_linear, "launch", lambda kernel, programs, *args, **given: options.append(given))
+    return options
+
+
+def weight_gradient(dtype=bf16, tokens=256):
+    g, u = torch.zeros(2, tokens, 96, dtype=dtype), torch.zeros(2, tokens, 48, dtype=dtype)
+    window_linear._launch_weight_gradient(g, u, torch.zeros(2, dtype=torch.int32), 64)
+
+
+def test_a_forced_tile_reaches_the_launch(launched):
+    tile = GemmTile(64, 32, 16, 2, 5)
+    weight_gradient()
+    with forced("weight_gradient", tile), forced("forward", SPECIAL):
+        weight_gradient()
+    weight_gradient()
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    default = GemmTile(128, 256, 64, 8, 4)
+    assert [tuple(options[name] for name in names) for options in launched] == [default, tile, default]
+
+
+def test_forcing_ends_with_its_block_whatever_happens_there(files):
+    default = ask()
+    with pytest.raises(ZeroDivisionError), forced("forward", SPECIAL):
+        with forced("forward", default):
+            assert ask() == default
+        assert ask() == SPECIAL
+        raise ZeroDivisionError
+    assert ask() == default
+
+
+@pytest.mark.parametrize(
+    "tile, tokens, reason",
+    [
+        (GemmTile(64, 64, 64, 4, 3), 20, "k of its tile, 64, is more than its 32 rows"),
+        (GemmTile(64, 48, 16, 4, 3), 20, "n of its tile must be a power of two"),
+        (RowTile(1, 64, 4), 20, "must be a GemmTile"),
+    ],
+)
+def test_a_tile_that_no_kernel_can_run_with_is_refused(launched, tile, tokens, reason):
+    with forced("weight_gradient", tile), pytest.raises(ValueError, match=reason):
+        weight_gradient(tokens=tokens)
+    assert not launched
+
+
+def test_only_what_has_a_tile_can_be_forced():
+    with pytest.raises(ValueError, match=r"op must be one of forward, .*, got 'backward'"), forced("backward", SPECIAL):
+        pass
+
+
+def test_torch_compile_traces_no_lookup(monkeypatch):
+    """Inside a compiled function an op is one node of the graph, and asks for its tile when it runs."""
+    residual = importlib.import_module("dtr_kernels.ops.gated_residual")
+    asked, graphs = [], []
+    monkeypatch.setattr(residual, "kernel_path", lambda x: "triton")
+    monkeypatch.setattr(residual, "launch", lambda *args, **options: None)
+    monkeypatch.setattr(residual, "tile_for", lambda *args: asked.append(args[0]) or tile_for(*args))
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        assert not asked
+        return graph.forward
+
+    x = torch.zeros(2, 16, 32)
+    torch.compile(residual._op, backend=backend, fullgraph=True)(x, x.clone(), torch.zeros(2, 32))
+    assert graphs == [["dtr_kernels.gated_residual.default"]]
+    assert asked == ["residual_forward"]
