@@ -129,14 +129,7 @@ def sample(model: dtr.nn.DiT, labels: Tensor, steps: int = 50, guidance: float =
 
 def plain_forward(model: dtr.nn.DiT, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """The model in plain PyTorch, where routing multiplies by masks."""
-    c = model.t_embedder(t) + model.y_embedder(y)
-    tokens = model.x_embedder(x) + model.pos_embed
-    mask = ROUTING.window(t, model.hidden_size).mask()
-    for block in model.blocks:
-        tokens = dtr.reference.dit_block(block, tokens, c, mask, block.scope)
-    final = model.final_layer
-    shift, scale = final.adaLN_modulation(c).chunk(2, dim=1)
-    return model.unpatchify(final.linear(dtr.reference.modulate(dtr.reference.layer_norm(tokens), shift, scale)))
+    return dtr.reference.dit(model, x, t, y, ROUTING.window(t, model.hidden_size).mask())
 
 
 FORWARDS: dict[str, Callable[..., Tensor]] = {"plain": plain_forward, "fused": dtr.nn.DiT.__call__}

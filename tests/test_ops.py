@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.memory import saved_bytes
 from dtr_kernels import DenoisingTaskRouting, ops, reference
 from dtr_kernels.ops.gelu import gelu_backward
 from dtr_kernels.routing import ChannelWindow
@@ -395,19 +396,7 @@ def test_bytes_saved_for_backward(device):
     mask = window.mask()
 
     def saved(run):
-        parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
-        storages = {}
-
-        def keep(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                storages[storage.data_ptr()] = storage  # kept alive, so that no address is used twice
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            out = run()
-        assert out.requires_grad
-        return sum(storage.nbytes() for storage in storages.values())
+        return saved_bytes(run, block.parameters())
 
     fused = saved(lambda: block(x, c, window))
     plain = saved(lambda: reference.dit_block(block, x, c, mask, "block"))

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtr_kernels import ops, reference
-from dtr_kernels.ops._checks import check_block
+from dtr_kernels.ops._checks import check_block, check_window
+from dtr_kernels.ops._launch import chosen_path
 from dtr_kernels.routing import ChannelWindow
 
 __all__ = ["RoutedDiTBlock", "Stream", "advance", "check_scope"]
@@ -60,6 +61,10 @@ def advance(block: Any, stream: Stream, c: Tensor, window: ChannelWindow | None,
         window: active channels of each sample; None runs the unrouted block.
         scope: "block" or "branch".
     """
+    if chosen_path(stream.x) == "plain":  # then the whole block is, with fewer passes than its ops have one by one
+        window = check_window(stream.x, window)
+        mask = None if window is None else window.mask()
+        return Stream(reference.dit_block(block, stream.sum(), c, mask, scope))
     s1, k1, g1, s2, k2, g2 = block.adaLN_modulation(c).chunk(6, dim=1)
     attn, mlp = block.attn, block.mlp
     x, qkv = ops.routed_linear(

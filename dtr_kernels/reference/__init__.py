@@ -7,6 +7,7 @@ functions.
 from dtr_kernels.reference.dit import (
     SCOPES,
     attention,
+    dit,
     dit_block,
     gated_residual,
     layer_norm,
@@ -23,6 +24,7 @@ from dtr_kernels.reference.surgery import gram, pcgrad, pcgrad_coefficients, unc
 __all__ = [
     "SCOPES",
     "attention",
+    "dit",
     "dit_block",
     "gated_residual",
     "gram",

@@ -152,3 +152,23 @@ def dit_block(block: Any, x: Tensor, c: Tensor, mask: Tensor | None = None, scop
     routed = routed + g1[:, None] * attend(routed)
     routed = routed + g2[:, None] * transform(routed)
     return routed if mask is None else routed + x * (1 - mask[:, None].to(x.dtype))
+
+
+def dit(model: Any, x: Tensor, t: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+    """A whole DiT under a routing mask.
+
+    Args:
+        model: an ``nn.DiT``, whose parameters and embeddings are used; a block's ``scope`` says what the mask routes.
+        x: noisy input [B, in_channels, H, W]. t: timesteps [B]. y: labels [B].
+        mask: [B, C], 1 where active; None is the unrouted model.
+
+    Returns:
+        [B, out_channels, H, W].
+    """
+    c = model.t_embedder(t) + model.y_embedder(y)
+    tokens = model.x_embedder(x) + model.pos_embed
+    for block in model.blocks:
+        tokens = dit_block(block, tokens, c, mask, block.scope)
+    final = model.final_layer
+    shift, scale = final.adaLN_modulation(c).chunk(2, dim=1)
+    return model.unpatchify(final.linear(modulate(layer_norm(tokens, final.norm_final.eps), shift, scale)))
