@@ -1,4 +1,4 @@
-"""Command line: ``python -m benchmarks list`` and ``python -m benchmarks run [names...]``."""
+"""Command line: ``python -m benchmarks list | run | report | static | tune``."""
 
 from __future__ import annotations
 
@@ -7,110 +7,150 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import environment, surgery_projection, surgery_step
-from benchmarks.cases import DTYPES, Benchmark, Case, Options
-from benchmarks.measure import Rounds, measure
-from benchmarks.results import CaseResult, Run
-from benchmarks.timing import Copy
+from benchmarks import environment, report, sources, static, tune
+from benchmarks.cases import AUTOCAST, DTYPES, PASSES, WINDOWS, Benchmark, Case, Options
+from benchmarks.measure import Bench, Rounds
+from benchmarks.results import Run
+from benchmarks.suite import BENCHMARKS
+from benchmarks.tables import case_table
+from dtr_kernels import reference
 
-BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark for benchmark in (surgery_projection.BENCHMARK, surgery_step.BENCHMARK)
-}
-# Bytes that the measured copy moves; a quick run does not wait for more.
-COPY_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30, "quick": 1 << 28}
 _RESULTS = Path(__file__).parent / "results"
 _QUICK_RESULTS = Path("out/benchmarks")
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0; 1 if a side was wrong or broke; 130 after Ctrl-C."""
-    parser = _parser()
+    parser, commands = _parsers()
     arguments = parser.parse_args(command_line)
-    if arguments.command == "list":
-        for benchmark in BENCHMARKS.values():
-            print(f"{benchmark.name:24} {benchmark.summary}")
-        return 0
+    try:
+        return arguments.function(arguments)
+    except ValueError as error:
+        commands[arguments.command].error(str(error))
+
+
+def list_benchmarks(_: argparse.Namespace) -> int:
+    """Prints the benchmarks' names and what they are."""
+    for benchmark in BENCHMARKS.values():
+        print(f"{benchmark.name:20} {benchmark.summary}")
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs benchmarks. Raises ValueError, before anything is measured, if the arguments do not fit one of them."""
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
     if unknown:
-        parser.error(f"there is no benchmark {unknown[0]}; there are {', '.join(BENCHMARKS)}")
+        raise ValueError(f"there is no benchmark {unknown[0]}; there are {', '.join(BENCHMARKS)}")
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: PyTorch finds no CUDA device here; use --device cpu")
+        raise ValueError("argument --device: PyTorch finds no CUDA device here; use --device cpu")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    dtype = DTYPES[arguments.dtype] if arguments.dtype else None
-    options = Options(device, dtype, arguments.quick, arguments.model, arguments.batch)
-    results = _QUICK_RESULTS if arguments.quick else _RESULTS
-    folder = arguments.out or results / environment.folder_name(device)
-    benchmarks = [BENCHMARKS[name] for name in arguments.names or BENCHMARKS]
-    try:
-        builders = [benchmark.cases(options) for benchmark in benchmarks]
-    except ValueError as error:
-        parser.error(str(error))
-    fixed = arguments.rounds or (3 if options.quick else None)
-    rounds = Rounds(fixed, fixed, 0) if fixed else Rounds(least=5, most=50, seconds=60)
+    options = Options(
+        device,
+        arguments.quick,
+        precisions=arguments.dtype,
+        models=arguments.model,
+        batches=arguments.batch,
+        scopes=arguments.scope,
+        betas=arguments.beta,
+        windows=arguments.window,
+        passes=getattr(arguments, "pass"),
+    )
+    names = arguments.names or [name for name, known in BENCHMARKS.items() if device.type in known.devices]
+    builders = {name: BENCHMARKS[name].cases(options) for name in names}
+    rounds = Rounds(3, 3, 0) if options.quick else Rounds(least=5, most=50, seconds=arguments.seconds)
+    if arguments.rounds:
+        rounds = Rounds(arguments.rounds, arguments.rounds, 0)
+    folder = arguments.out or (_QUICK_RESULTS if options.quick else _RESULTS) / environment.folder_name(device)
+    bench = Bench(device, options.quick)
     status = 0
-    for benchmark, build in zip(benchmarks, builders, strict=True):
-        run = run_benchmark(benchmark, build, options, rounds, folder)
-        if run.interrupted:
+    for name, build in builders.items():
+        finished = run_benchmark(BENCHMARKS[name], build, bench, rounds, folder, environment.describe(device))
+        if finished.interrupted:
             return 130
-        status |= run.failed
+        status |= finished.failed
     return status
 
 
 def run_benchmark(
-    benchmark: Benchmark, builders: Sequence[Callable[[], Case]], options: Options, rounds: Rounds, folder: Path
+    benchmark: Benchmark,
+    builders: Sequence[Callable[[], Case]],
+    bench: Bench,
+    rounds: Rounds,
+    folder: Path,
+    where: dict[str, object],
 ) -> Run:
     """Measures cases, prints their tables and saves them as they come."""
-    run = Run(benchmark.name, benchmark.summary, environment.describe(options.device))
-    copy = Copy(options.device, COPY_BYTES["quick" if options.quick else options.device.type])
+    run = Run(benchmark.name, benchmark.summary, sources.fingerprint(benchmark.sources), where)
     try:
         for build in builders:
             case = build()
-            run.cases.append(result := CaseResult(case, copy.bytes_moved))
-            measure(case, result, rounds, options.device, copy)
+            run.cases.append(result := bench.result_of(case))
+            bench.measure(case, result, rounds)
             del case  # its tensors make room for the next case's
-            print(result.markdown(), flush=True)
+            print(case_table(result), flush=True)
             run.save(folder)
     except KeyboardInterrupt:
         run.interrupted = True
         if run.cases:
-            print(run.cases[-1].markdown())
+            print(case_table(run.cases[-1]))
         print("interrupted", file=sys.stderr)
     # What an interrupt left without a figure does not replace what an earlier run measured.
-    if not run.interrupted or any(case.copy_seconds for case in run.cases):
+    if not run.interrupted or any(case.copy.seconds for case in run.cases):
         run.save(folder)
         print(f"{benchmark.name}: results are in {folder}")
     return run
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure the library on this machine.")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    commands = {
+        "list": ("what can be measured", lambda _: None, list_benchmarks),
+        "run": ("check, time and compare; Ctrl-C keeps what was measured", _add_run_arguments, run),
+        "report": ("tables and pictures of stored results", report.add_arguments, report.main),
+        "static": ("what compilers say of every kernel; needs no GPU", static.add_arguments, static.main),
+        "tune": ("find the fastest tiles for this machine's GPU", tune.add_arguments, tune.main),
+    }
+    made = {}
+    for name, (what, add_arguments, function) in commands.items():
+        made[name] = subparsers.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        add_arguments(made[name])
+        made[name].set_defaults(function=function)
+    return parser, made
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     def positive(text: str) -> int:
         if not text.isdecimal() or int(text) < 1:
             raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
         return int(text)
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure the library on this machine.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="what can be measured")
-    run = commands.add_parser("run", help="check, time and compare; Ctrl-C keeps what was measured")
-    run.add_argument("names", nargs="*", help="benchmarks; default: all")
-    run.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
-    run.add_argument("--dtype", choices=list(DTYPES), help="of gradients and models; default: the benchmark's own")
-    run.add_argument("--quick", action="store_true", help="small sizes and few rounds, to see that everything works")
-    run.add_argument("--rounds", type=positive, help="how often every side is timed; default: 5 or for a minute")
-    run.add_argument("--threads", type=positive, help="CPU threads; default: PyTorch's choice")
-    run.add_argument("--model", help="for training steps: tiny, DiT-S/2, ...")
-    run.add_argument("--batch", type=positive, help="for training steps: samples in a batch")
-    run.add_argument(
+    precisions = [*DTYPES, AUTOCAST]
+    several: dict[str, Any] = {"nargs": "+", "default": ()}
+    parser.add_argument("names", nargs="*", help="benchmarks; default: all")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds, to see that everything works")
+    parser.add_argument("--model", **several, metavar="NAME", help="tiny, DiT-S/2, ... (several for a grid, as below)")
+    parser.add_argument("--batch", **several, type=positive, metavar="B", help="samples in a batch")
+    parser.add_argument("--dtype", **several, choices=precisions, help="of parameters, gradients and activations")
+    parser.add_argument("--scope", **several, choices=reference.SCOPES, help="of the routing")
+    parser.add_argument("--beta", **several, type=float, metavar="RATIO", help="active channels over all channels")
+    parser.add_argument("--window", **several, choices=WINDOWS, help="one per sample, or one that the batch shares")
+    parser.add_argument("--pass", **several, choices=PASSES, help="of a block or a model")
+    parser.add_argument("--rounds", type=positive, help="how often every side is timed; default: 5, then --seconds")
+    parser.add_argument("--seconds", type=positive, default=60, help="rounds go on for as long a case; default: 60")
+    parser.add_argument("--threads", type=positive, help="CPU threads; default: PyTorch's choice")
+    parser.add_argument(
         "--out",
         type=Path,
         help="folder for the results; default: the device's in benchmarks/results, or in out/benchmarks with --quick",
     )
-    return parser
 
 
 if __name__ == "__main__":

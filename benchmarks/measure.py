@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.cases import Case, Side
-from benchmarks.memory import with_peak
+from benchmarks.cases import Case, Side, do_nothing
+from benchmarks.memory import saved_bytes, with_peak
 from benchmarks.results import CaseResult, SideResult
-from benchmarks.timing import Copy, Stopwatch
+from benchmarks.timing import Copy, MatrixProduct, Stopwatch, Timer
 
 # Bars redraw often for a person and leave few lines in a log.
-_BAR: dict[str, Any] = {"leave": False, "mininterval": 0.2 if sys.stderr.isatty() else 15.0}
+BAR: dict[str, Any] = {"leave": False, "mininterval": 0.2 if sys.stderr.isatty() else 15.0}
+
+# Bytes that the copy moves, and the size of the matrices that are multiplied; a quick run does not wait for more.
+COPY_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30, "quick": 1 << 28}
+MATRIX_SIZE = {"cpu": 2048, "cuda": 8192, "quick": 512}
 
 
 @dataclass(frozen=True)
@@ -37,52 +43,86 @@ class Rounds:
             yield number
 
 
-def measure(case: Case, result: CaseResult, rounds: Rounds, device: torch.device, copy: Copy) -> None:
-    """Adds to ``result`` side by side and round by round, so that an interrupt leaves all that was complete."""
-    right: list[Side] = []
-    progress = tqdm(case.sides, f"checking {case.name}", **_BAR)
-    for side in progress:
-        progress.set_postfix_str(side.name)
-        result.sides[side.name] = checked = _checked(side, device, case.memory)
-        if checked.status == "right":
-            right.append(side)
-    if not right:
-        return
-    stopwatch = Stopwatch(device)
-    gc.collect()
-    _round(right, stopwatch, copy)  # warm-up, as the check was
-    for number in tqdm(rounds, f"timing {case.name}", total=rounds.most, **_BAR):
-        first = number % len(right)  # so that no side always follows the same other
-        result.add_round(*_round(right[first:] + right[:first], stopwatch, copy))
+class Bench:
+    """A device with a stopwatch and its ceilings, which are measured beside every case."""
 
+    def __init__(self, device: torch.device, quick: bool = False) -> None:
+        self._device = device
+        self._size = "quick" if quick else device.type
+        self._stopwatch = Stopwatch(device)
+        self._copy = Copy(device, COPY_BYTES[self._size])
+        self._products: dict[torch.dtype, MatrixProduct] = {}
 
-def _round(sides: list[Side], stopwatch: Stopwatch, copy: Copy) -> tuple[dict[str, float], float]:
-    """The seconds of one call of every side, and of the copy."""
-    seconds = {}
-    for side in sides:
-        side.before()
-        seconds[side.name] = stopwatch(side.call)
-    return seconds, stopwatch(copy)
+    def result_of(self, case: Case) -> CaseResult:
+        """A result without figures, for ``measure``."""
+        product = self._product(case.matrix_dtype)
+        return CaseResult.of(case, self._copy.amount, None if product is None else product.amount)
 
+    def measure(self, case: Case, result: CaseResult, rounds: Rounds) -> None:
+        """Adds to ``result`` side by side and round by round, so that an interrupt leaves all that was complete."""
+        timers: dict[str, Timer] = {}
+        befores = {side.name: side.before for side in case.sides}
+        progress = tqdm(case.sides, f"checking {case.name}", **BAR)
+        for side in progress:
+            progress.set_postfix_str(side.name)
+            result.sides[side.name] = checked = SideResult(side.bound, side.work)
+            with _kept_in(checked):
+                self._check(side, checked, case.memory)
+                if checked.status == "right":
+                    # A graph would replay on what the call left, so a side that prepares its inputs is called.
+                    timer = self._stopwatch.timer((side.call, *side.rotation), graph=side.before is do_nothing)
+                    timers[side.name], checked.graph = timer, timer.graph
+        if not timers:
+            return
+        product = self._product(case.matrix_dtype)
+        ceilings = [self._stopwatch.timer([self._copy])] + ([self._stopwatch.timer([product])] if product else [])
 
-def _checked(side: Side, device: torch.device, memory: bool) -> SideResult:
-    """Calls a side once; what goes wrong becomes part of the result."""
-    checked = SideResult(side.bound, side.bytes_moved)
-    try:
+        def one_round(order: list[str]) -> tuple[dict[str, float], list[float]]:
+            seconds = {}
+            for name in order:
+                befores[name]()
+                seconds[name] = timers[name]()
+            return seconds, [ceiling() for ceiling in ceilings]
+
+        names = list(timers)
+        gc.collect()
+        one_round(names)  # warm-up, as the check was
+        for number in tqdm(rounds, f"timing {case.name}", total=rounds.most, **BAR):
+            first = number % len(names)  # so that no side always follows the same other
+            seconds, ceiling_seconds = one_round(names[first:] + names[:first])
+            result.add_round(seconds, *ceiling_seconds)
+
+    def _product(self, dtype: torch.dtype | None) -> MatrixProduct | None:
+        if dtype is None:
+            return None
+        if dtype not in self._products:
+            self._products[dtype] = MatrixProduct(self._device, dtype, MATRIX_SIZE[self._size])
+        return self._products[dtype]
+
+    def _check(self, side: Side, checked: SideResult, memory: bool) -> None:
+        """Calls a side once and compares."""
         side.before()
         if memory:
-            output, checked.peak_bytes = with_peak(side.call, device)
+            output, checked.peak_bytes = with_peak(side.call, self._device)
         else:
             output = side.call()
-        checked.error = side.error(output)
+        error = side.error(output)
+        checked.error = error if math.isfinite(error) else None
+        if not error <= side.bound:  # which NaN is not
+            checked.status, checked.message = "wrong", f"error {error:.1e}, allowed {side.bound:.1e}"
+        elif side.forward is not None:
+            checked.saved_bytes = saved_bytes(side.forward, side.parameters)
+
+
+@contextmanager
+def _kept_in(checked: SideResult) -> Iterator[None]:
+    """What goes wrong inside becomes part of the side's result."""
+    try:
+        yield
     except (ImportError, NotImplementedError) as error:
         checked.status, checked.message = "unavailable", _one_line(error)
     except Exception as error:
         checked.status, checked.message = "failed", _one_line(error)
-    else:
-        if not checked.error <= side.bound:  # which NaN is not
-            checked.status, checked.message = "wrong", f"error {checked.error:.1e}, allowed {side.bound:.1e}"
-    return checked
 
 
 def _one_line(error: Exception) -> str:

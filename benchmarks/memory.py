@@ -1,15 +1,16 @@
-"""Peak memory of a call."""
+"""Peak memory of a call, and what autograd keeps for the backward pass."""
 
 from __future__ import annotations
 
 import ctypes
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -35,6 +36,22 @@ def with_peak(call: Callable[[], Result], device: torch.device) -> tuple[Result,
         return call(), None
     result = call()
     return result, _resident("VmHWM") - before
+
+
+def saved_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd keeps for the backward pass of ``forward``: every storage once, without the parameters."""
+    own = {p.untyped_storage().data_ptr() for p in parameters}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage  # kept alive, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def _resident(field: str) -> int:

@@ -1,21 +1,19 @@
-"""What was measured, as numbers, as JSON and as tables."""
+"""What was measured: figures that follow from it, and how it is stored as JSON."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.cases import Case, Goal
+from benchmarks.counts import NOT_COUNTED, Work
 from benchmarks.timing import Spread, ratio
 
 Status = Literal["right", "wrong", "unavailable", "failed"]
-# From the names of a side and of the one that it is compared with.
-Comparison = Callable[[str, str], Spread | None]
 
 
 @dataclass
@@ -23,131 +21,188 @@ class SideResult:
     """What became of one side. Without ``seconds``, ``message`` says why."""
 
     bound: float
-    bytes_moved: int | None
+    work: Work = NOT_COUNTED
     status: Status = "right"
     message: str | None = None
-    error: float = math.nan
+    error: float | None = None
     peak_bytes: int | None = None
+    saved_bytes: int | None = None
+    graph: bool = False
     seconds: list[float] = field(default_factory=list)
 
+    @property
+    def spread(self) -> Spread:
+        """Of the seconds, of which there is at least one."""
+        return Spread.of(self.seconds)
 
+
+@dataclass
+class Ceiling:
+    """A physical limit, measured in the rounds of a case: a copy's bytes, or a matrix product's FLOPs."""
+
+    amount: int
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float | None:
+        """The amount per second; None before the first round."""
+        return self.amount / Spread.of(self.seconds).median if self.seconds else None
+
+
+@dataclass
 class CaseResult:
-    """The figures of one case; the sides' ``seconds`` and ``copy_seconds`` have one entry for each complete round."""
+    """The figures of one case; ``seconds`` of sides and ceilings have one entry for each complete round.
 
-    def __init__(self, case: Case, copy_bytes: int) -> None:
-        self.name = case.name
-        self.notes = list(case.notes)
-        self.sides: dict[str, SideResult] = {}
-        self.copy_seconds: list[float] = []
-        self._copy_bytes = copy_bytes
-        self._speedup_over, self._time_over, self._goals = case.speedup_over, case.time_over, case.goals
+    ``copy`` counts bytes read and bytes written; ``matrix`` is None where no side has FLOPs to count.
+    """
 
-    def add_round(self, seconds: dict[str, float], copying: float) -> None:
-        """Seconds of one call of every side that is timed, and of the copy."""
+    name: str
+    copy: Ceiling
+    matrix: Ceiling | None = None
+    cell: dict[str, str | int | float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    goals: list[Goal] = field(default_factory=list)
+    speedup_over: str | None = None
+    time_over: str | None = None
+    sides: dict[str, SideResult] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, case: Case, copy_bytes: int, matrix_flops: int | None = None) -> CaseResult:
+        """The still empty result of a case."""
+        matrix = None if matrix_flops is None else Ceiling(matrix_flops)
+        return cls(
+            case.name,
+            Ceiling(copy_bytes),
+            matrix,
+            dict(case.cell),
+            list(case.notes),
+            list(case.goals),
+            case.speedup_over,
+            case.time_over,
+        )
+
+    def add_round(self, seconds: dict[str, float], copying: float, multiplying: float | None = None) -> None:
+        """Seconds of one call of every side that is timed, of the copy and of the matrix product."""
         for name, value in seconds.items():
             self.sides[name].seconds.append(value)
-        self.copy_seconds.append(copying)
+        self.copy.seconds.append(copying)
+        if self.matrix is not None and multiplying is not None:
+            self.matrix.seconds.append(multiplying)
 
-    def error(self, side: str) -> float | None:
-        """The error of a side; None if it is not a number, or the side did not run to the end."""
-        error = self.sides[side].error if side in self.sides else math.nan
-        return error if math.isfinite(error) else None
+    def timed(self, *sides: str | None) -> bool:
+        """Whether there are figures for all of these sides."""
+        return all(side in self.sides and self.sides[side].seconds for side in sides)
 
     def speedup(self, side: str, over: str) -> Spread | None:
         """How many times as fast ``side`` is as ``over``."""
-        return ratio(self._seconds(over), self._seconds(side)) if self._timed(side, over) else None
+        return ratio(self.sides[over].seconds, self.sides[side].seconds) if self.timed(side, over) else None
 
     def time(self, side: str, over: str) -> Spread | None:
         """How many times as long ``side`` takes as ``over``."""
         return self.speedup(over, side)
 
     def bandwidth(self, side: str) -> float | None:
-        """Bytes that the side's work must move, per second."""
-        moved = self.sides[side].bytes_moved if self._timed(side) else None
-        return None if moved is None else moved / Spread.of(self._seconds(side)).median
+        """Bytes per second that the side's function needs; None where they were not counted."""
+        return self._per_second(side, self.sides[side].work.bytes) if side in self.sides else None
 
-    def copy_bandwidth(self) -> float | None:
-        """Bytes per second of a plain copy in the same rounds, read and written ones counted."""
-        return self._copy_bytes / Spread.of(self.copy_seconds).median if self.copy_seconds else None
+    def flop_rate(self, side: str) -> float | None:
+        """FLOPs per second that the side's function needs; None where they were not counted."""
+        return self._per_second(side, self.sides[side].work.flops) if side in self.sides else None
 
     def share_of_copy(self, side: str) -> float | None:
         """The side's bandwidth over that of the copy."""
-        bandwidth, ceiling = self.bandwidth(side), self.copy_bandwidth()
-        return None if bandwidth is None or ceiling is None else bandwidth / ceiling
+        return _quotient(self.bandwidth(side), self.copy.rate)
 
-    def goals(self) -> list[tuple[Goal, float | None]]:
-        """The case's goals and what was measured for them."""
-        return [(goal, goal.measured(self)) for goal in self._goals]
+    def floor_seconds(self, side: str) -> float | None:
+        """max(FLOPs / matrix rate, bytes / copy bandwidth): no implementation is much faster."""
+        if not self.timed(side):
+            return None
+        work = self.sides[side].work
+        matrix_rate = None if self.matrix is None else self.matrix.rate
+        times = [_quotient(work.bytes, self.copy.rate), _quotient(work.flops, matrix_rate)]
+        return max((time for time in times if time), default=None)
+
+    def share_of_floor(self, side: str) -> float | None:
+        """The floor over the time that was taken: 1 is perfect."""
+        floor = self.floor_seconds(side)
+        return None if floor is None else floor / self.sides[side].spread.median
+
+    def value(self, goal: Goal) -> float | None:
+        """What was measured for a goal; None where a side that it needs has no figure."""
+        side, over = goal.side, goal.over
+        if side not in self.sides or (over is not None and over not in self.sides):
+            return None
+        if goal.quantity in ("speed-up", "time"):
+            assert over is not None
+            spread = self.speedup(side, over) if goal.quantity == "speed-up" else self.time(side, over)
+            return None if spread is None else spread.median
+        figure = {
+            "error": lambda name: self.sides[name].error,
+            "share of copy": self.share_of_copy,
+            "share of floor": self.share_of_floor,
+            "FLOP rate": self.flop_rate,
+            "bytes saved": lambda name: self.sides[name].saved_bytes,
+            "peak": lambda name: self.sides[name].peak_bytes,
+        }[goal.quantity]
+        return figure(side) if over is None else _quotient(figure(side), figure(over))
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, in bytes, seconds and bytes per second."""
+        """Everything, in bytes, seconds and FLOPs; what follows from it stands beside it, for readers of the file."""
         return {
             "name": self.name,
+            "cell": self.cell,
             "notes": self.notes,
-            "copy": {
-                "bytes": self._copy_bytes,
-                "seconds": self.copy_seconds,
-                "bytes_per_second": self.copy_bandwidth(),
-            },
+            "speedup_over": self.speedup_over,
+            "time_over": self.time_over,
+            "goals": [self._goal_as_json(goal) for goal in self.goals],
+            "copy": asdict(self.copy) | {"rate": self.copy.rate},
+            "matrix": None if self.matrix is None else asdict(self.matrix) | {"rate": self.matrix.rate},
             "sides": [self._side_as_json(name) for name in self.sides],
-            "goals": [
-                {"text": goal.text, "wanted": goal.wanted, "measured": value, "met": goal.met(value)}
-                for goal, value in self.goals()
-            ],
         }
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> CaseResult:
+        """The inverse of ``as_json``."""
+
+        def ceiling(facts: dict[str, Any]) -> Ceiling:
+            return Ceiling(facts["amount"], facts["seconds"])
+
+        kept = {key: stored[key] for key in ("name", "cell", "notes", "speedup_over", "time_over")}
+        result = cls(copy=ceiling(stored["copy"]), matrix=stored["matrix"] and ceiling(stored["matrix"]), **kept)
+        for facts in stored["goals"]:
+            limits = {"at_least": -math.inf, "at_most": math.inf} | {
+                key: facts[key] for key in ("at_least", "at_most") if facts[key] is not None
+            }
+            result.goals.append(Goal(facts["quantity"], facts["side"], facts["over"], **limits))
+        for facts in stored["sides"]:
+            known = {key: value for key, value in facts.items() if key in SideResult.__dataclass_fields__}
+            result.sides[facts["name"]] = SideResult(**known | {"work": Work(**facts["work"])})
+        return result
+
+    def _goal_as_json(self, goal: Goal) -> dict[str, Any]:
+        value = self.value(goal)
+        limits = {key: _finite(getattr(goal, key)) for key in ("at_least", "at_most")}
+        facts = {"quantity": goal.quantity, "side": goal.side, "over": goal.over}
+        return facts | limits | {"measured": value, "met": goal.met(value)}
 
     def _side_as_json(self, name: str) -> dict[str, Any]:
-        return {
-            "name": name,
-            **asdict(self.sides[name]),
-            "error": self.error(name),
-            "summary": asdict(Spread.of(self._seconds(name))) if self._timed(name) else None,
-            "bytes_per_second": self.bandwidth(name),
-            "share_of_copy": self.share_of_copy(name),
-            **{
-                f"{kind} over {over}": asdict(spread) if (spread := measured(name, over)) else None
-                for kind, over, measured in self._comparisons()
-            },
-        }
+        side = self.sides[name]
+        follows: dict[str, Any] = {}
+        if side.seconds:
+            follows = {
+                "summary": asdict(side.spread),
+                "bytes_per_second": self.bandwidth(name),
+                "flops_per_second": self.flop_rate(name),
+                "share_of_copy": self.share_of_copy(name),
+                "share_of_floor": self.share_of_floor(name),
+            }
+            for kind, over in (("speed-up", self.speedup_over), ("time", self.time_over)):
+                if over is not None and (spread := (self.speedup if kind == "speed-up" else self.time)(name, over)):
+                    follows[f"{kind} over {over}"] = asdict(spread)
+        return {"name": name, **asdict(side), **follows}
 
-    def _comparisons(self) -> list[tuple[str, str, Comparison]]:
-        asked_for = [("speed-up", self._speedup_over, self.speedup), ("time", self._time_over, self.time)]
-        return [(kind, over, measured) for kind, over, measured in asked_for if over is not None]
-
-    def markdown(self) -> str:
-        """A table of the sides, and a list of the goals and notes."""
-        columns = self._columns()
-        rows = [["", *columns]]
-        for name, side in self.sides.items():
-            if side.seconds:
-                rows.append([name, *(cell(name) for cell in columns.values())])
-            else:
-                rows.append([name, side.message or "not timed", *[""] * (len(columns) - 1)])
-        lines = [f"### {self.name}", "", *_table(rows), ""]
-        lines += [_goal_line(goal, value) for goal, value in self.goals()]
-        if self.copy_seconds:
-            lines.append(f"- a copy in the same rounds: {_number(self.copy_bandwidth(), 1e-9)} GB/s, read and written")
-        lines += [f"- {note}" for note in self.notes]
-        return "\n".join(lines).rstrip() + "\n"
-
-    def _columns(self) -> dict[str, Callable[[str], str]]:
-        """For each column's title a function from the name of a side to its cell."""
-        columns = {"ms (p20 to p80)": lambda name: _milliseconds(self._seconds(name))}
-        for kind, over, measured in self._comparisons():
-            columns[f"{kind} over {over}"] = partial(_times, measured, over)
-        if any(side.bytes_moved for side in self.sides.values()):
-            columns["GB/s"] = lambda name: _number(self.bandwidth(name), 1e-9)
-            columns["of copy"] = lambda name: _percent(self.share_of_copy(name))
-        columns["error"] = lambda name: f"{self.sides[name].error:.1e}"
-        if any(side.peak_bytes is not None for side in self.sides.values()):
-            columns["peak MB"] = lambda name: _number(self.sides[name].peak_bytes, 1e-6)
-        return columns
-
-    def _timed(self, *sides: str) -> bool:
-        return all(side in self.sides and self.sides[side].seconds for side in sides)
-
-    def _seconds(self, side: str) -> list[float]:
-        return self.sides[side].seconds
+    def _per_second(self, side: str, amount: int) -> float | None:
+        return amount / self.sides[side].spread.median if amount and self.timed(side) else None
 
 
 @dataclass
@@ -156,6 +211,7 @@ class Run:
 
     benchmark: str
     summary: str
+    sources: str
     environment: dict[str, Any]
     cases: list[CaseResult] = field(default_factory=list)
     interrupted: bool = False
@@ -166,50 +222,52 @@ class Run:
         return any(side.status in ("wrong", "failed") for case in self.cases for side in case.sides.values())
 
     def save(self, folder: Path) -> None:
-        """Writes <benchmark>.json and <benchmark>.md."""
+        """Writes <benchmark>.json."""
         folder.mkdir(parents=True, exist_ok=True)
-        facts = {"benchmark": self.benchmark, "interrupted": self.interrupted, "environment": self.environment}
-        text = json.dumps(facts | {"cases": [case.as_json() for case in self.cases]}, indent=2, allow_nan=False)
+        facts = {key: getattr(self, key) for key in ("benchmark", "summary", "sources", "interrupted", "environment")}
+        text = json.dumps(facts | {"cases": [case.as_json() for case in self.cases]}, indent=1, allow_nan=False)
         (folder / f"{self.benchmark}.json").write_text(text + "\n")
-        (folder / f"{self.benchmark}.md").write_text(self.markdown())
 
-    def markdown(self) -> str:
-        """All cases' tables, and below them the environment."""
-        facts = [f"- {name}: {value}" for name, value in self.environment.items()]
-        cut = ["", "Interrupted: cases are missing or have fewer rounds."] if self.interrupted else []
-        head = [f"## {self.benchmark}", "", self.summary, *cut, ""]
-        return "\n".join([*head, *(case.markdown() for case in self.cases), "### Measured with", "", *facts]) + "\n"
+    @classmethod
+    def load(cls, path: Path) -> Run:
+        """Reads what ``save`` has written.
 
-
-def _goal_line(goal: Goal, value: float | None) -> str:
-    met = {None: "not measured", True: "met", False: "NOT met"}[goal.met(value)]
-    return f"- goal {met}: {goal.text} {goal.wanted}" + ("" if value is None else f", measured {value:.3g}")
-
-
-def _milliseconds(seconds: Sequence[float]) -> str:
-    spread = Spread.of(seconds)
-    median, p20, p80 = (_number(value, 1e3) for value in (spread.median, spread.p20, spread.p80))
-    return f"{median} ({p20} to {p80})"
+        Raises:
+            ValueError: if the file is not that.
+        """
+        try:
+            stored = json.loads(path.read_text())
+            kept = {key: stored[key] for key in ("benchmark", "summary", "sources", "interrupted", "environment")}
+            return cls(cases=[CaseResult.from_json(case) for case in stored["cases"]], **kept)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} does not hold results of this version of the benchmarks ({error!r}); measure again with "
+                f"python -m benchmarks run {path.stem} --out {path.parent}, or delete the file"
+            ) from error
 
 
-def _times(measured: Comparison, over: str, name: str) -> str:
-    spread = measured(name, over)
-    return "" if spread is None else f"{spread.median:.2f}x ({spread.p20:.2f} to {spread.p80:.2f})"
+def load_all(folder: Path) -> list[Run]:
+    """The results in a folder, by name.
+
+    Raises:
+        ValueError: if there are none, or a file holds something else.
+    """
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise ValueError(
+            f"there are no results (*.json) in {folder}; python -m benchmarks run --out {folder} makes some"
+        )
+    return [Run.load(path) for path in paths]
 
 
-def _number(value: float | None, scale: float) -> str:
-    if value is None:
-        return ""
-    return f"{value * scale:.4g}" if abs(value * scale) < 1e4 else f"{value * scale:.0f}"
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.0%}"
+def _quotient(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table whose columns line up as plain text too."""
-    rows = [[text.replace("|", "\\|") for text in row] for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
+def goals_of(runs: Sequence[Run]) -> list[tuple[Run, CaseResult, Goal, float | None]]:
+    """Every goal of every case, and what was measured for it."""
+    return [(run, case, goal, case.value(goal)) for run in runs for case in run.cases for goal in case.goals]

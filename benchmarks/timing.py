@@ -1,7 +1,8 @@
-"""Clocks, the copy bandwidth that results are held against, and what is reported of repeated measurements."""
+"""Clocks, the ceilings that results are held against, and what is reported of repeated measurements."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Calls of buffers of their own that one graph holds at most: enough for times of a few microseconds.
+_MOST_COPIES = 64
+
+
+class Timer:
+    """The seconds of one call: a function without arguments.
+
+    Attributes:
+        graph: whether a CUDA graph is replayed, without the time that the host takes to launch kernels.
+    """
+
+    def __init__(self, seconds: Callable[[], float], graph: bool) -> None:
+        self._seconds = seconds
+        self.graph = graph
+
+    def __call__(self) -> float:
+        return self._seconds()
+
 
 class Stopwatch:
-    """Measures the seconds that a call takes on a device.
+    """Measures calls on a device.
 
     On a GPU between two device events, with nothing of the call's inputs left in the L2 cache. On a CPU by the wall
     clock; there inputs that fit into a cache may be found in it.
@@ -23,12 +42,29 @@ class Stopwatch:
         if device.type == "cuda":
             cache = torch.cuda.get_device_properties(device).L2_cache_size
             self._in_the_way = torch.empty(2 * cache, dtype=torch.uint8, device=device)
+            # One for all graphs: they are replayed one after the other and nobody reads what they leave.
+            self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, call: Callable[[], Any]) -> float:
-        if self._device.type == "cpu":
-            start = time.perf_counter()
-            _result = call()  # freed when this function returns, after the clock is read
-            return time.perf_counter() - start
+    def timer(self, calls: Sequence[Callable[[], Any]], graph: bool = True) -> Timer:
+        """A timer of ``calls``, which do the same work on buffers of their own.
+
+        Args:
+            calls: at least one. On a GPU all of them are recorded into one graph and the time is divided by their
+                number; on a CPU, or where they cannot be recorded, the next one is called each time.
+            graph: whether to try to record them.
+        """
+        if graph and self._device.type == "cuda" and (recorded := self._record(calls)):
+            return Timer(lambda: self._between_events(recorded.replay) / len(calls), graph=True)
+        rotated = itertools.cycle(calls)
+        clock = self._by_wall_clock if self._device.type == "cpu" else self._between_events
+        return Timer(lambda: clock(next(rotated)), graph=False)
+
+    def _by_wall_clock(self, call: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        _result = call()  # freed when this function returns, after the clock is read
+        return time.perf_counter() - start
+
+    def _between_events(self, call: Callable[[], Any]) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(self._device)
         self._in_the_way.zero_()
@@ -38,6 +74,34 @@ class Stopwatch:
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
 
+    def _record(self, calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph | None:
+        """The calls as a graph; None where one of them waits for the device or draws on the host."""
+        side_stream = torch.cuda.Stream(self._device)
+        side_stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side_stream):
+            for _ in range(2):  # lazy initialisation is no part of a graph
+                for call in calls:
+                    call()
+        torch.cuda.current_stream(self._device).wait_stream(side_stream)
+        torch.cuda.synchronize(self._device)
+        recorded = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(recorded, pool=self._pool):
+                for call in calls:
+                    call()
+        except RuntimeError:
+            torch.cuda.synchronize(self._device)
+            return None
+        return recorded
+
+
+def copies(device: torch.device, bytes_per_call: int) -> int:
+    """How many sets of buffers a rotation needs so that no call finds its own in the L2 cache; 1 on a CPU."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(_MOST_COPIES, 1 + 2 * cache // max(bytes_per_call, 1))
+
 
 class Copy:
     """A copy of a tensor far larger than any cache: the machine's bandwidth, counting bytes read and bytes written."""
@@ -45,10 +109,22 @@ class Copy:
     def __init__(self, device: torch.device, bytes_moved: int) -> None:
         self._source = torch.ones(bytes_moved // 8, device=device)
         self._target = torch.zeros_like(self._source)
-        self.bytes_moved = 2 * self._source.nbytes
+        self.amount = 2 * self._source.nbytes
 
     def __call__(self) -> Tensor:
         return self._target.copy_(self._source)
+
+
+class MatrixProduct:
+    """A large product of random square matrices by the library that PyTorch calls: the machine's matrix rate."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, size: int) -> None:
+        # Of random numbers: products of zeros take less power, so GPUs run them at higher clocks.
+        self._a, self._b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        self.amount = 2 * size**3
+
+    def __call__(self) -> Tensor:
+        return self._a @ self._b
 
 
 @dataclass(frozen=True)

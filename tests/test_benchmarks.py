@@ -1,4 +1,7 @@
-"""The benchmarks' own machinery: what is checked, counted, kept and printed. No figure of time is asserted."""
+"""The benchmarks' own machinery: what is checked, counted and kept; and the benchmarks of gradient surgery.
+
+No figure of time is asserted.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,17 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the benchmarks are run from the checkout, not installed
-
 import dtr_kernels as dtr
 from benchmarks import __main__ as command_line
-from benchmarks import surgery, surgery_projection
+from benchmarks import measure, sources
 from benchmarks.cases import Benchmark, Case, Goal, Options, Side
+from benchmarks.counts import Work
 from benchmarks.measure import Rounds
-from benchmarks.memory import with_peak
-from benchmarks.models import make_dit, plain_forward
-from benchmarks.results import CaseResult, SideResult
-from benchmarks.timing import Spread, Stopwatch, ratio
+from benchmarks.memory import saved_bytes, with_peak
+from benchmarks.results import CaseResult, Run, SideResult, load_all
+from benchmarks.suite import _surgery, surgery_projection
+from benchmarks.suite._models import make_dit
+from benchmarks.timing import MatrixProduct, Spread, Stopwatch, copies, ratio
 
 CPU = torch.device("cpu")
 
@@ -32,7 +35,8 @@ CPU = torch.device("cpu")
 def small(monkeypatch):
     """Sizes that take no time, one thread, and no compiler."""
     threads = torch.get_num_threads()
-    monkeypatch.setitem(command_line.COPY_BYTES, "quick", 1 << 20)
+    monkeypatch.setitem(measure.COPY_BYTES, "quick", 1 << 20)
+    monkeypatch.setitem(measure.MATRIX_SIZE, "quick", 64)
     monkeypatch.setattr(surgery_projection, "QUICK_ELEMENTS", 40_003)
     monkeypatch.setattr(surgery_projection, "compiled", lambda function: function)
     yield
@@ -51,7 +55,7 @@ def sides_of(case: dict) -> dict[str, dict]:
 
 def fake(monkeypatch, *cases: Case) -> None:
     """A benchmark "fake" of the given cases."""
-    benchmark = Benchmark("fake", "made up", lambda options: [lambda case=case: case for case in cases])
+    benchmark = Benchmark("fake", "made up", lambda options: [lambda case=case: case for case in cases], ["README.md"])
     monkeypatch.setitem(command_line.BENCHMARKS, "fake", benchmark)
 
 
@@ -80,22 +84,25 @@ def test_projection(tmp_path, device):
     assert status == 0
     # Counted by hand, of 4 bytes: gram reads 5 x 40003; combine_ reads and writes them; weighted_sum reads them and
     # writes 40003; pcgrad_sum is gram and weighted_sum, pcgrad_ gram and combine_.
-    bytes_moved = {name: side["bytes_moved"] for case in results["cases"][:2] for name, side in sides_of(case).items()}
+    bytes_moved = {
+        name: side["work"]["bytes"] for case in results["cases"][:2] for name, side in sides_of(case).items()
+    }
     assert bytes_moved["gram"] == 800_060
     assert bytes_moved["combine_"] == 1_600_120
     assert bytes_moved["weighted_sum"] == 960_072
     assert bytes_moved["pcgrad_sum"] == bytes_moved["the loop"] == 1_760_132
     assert bytes_moved["pcgrad_"] == 2_400_180
-    assert bytes_moved["pcgrad_coefficients"] is None
-    part = sides_of(results["cases"][1])["gram"]
+    assert bytes_moved["pcgrad_coefficients"] == 0
+    part, copy_rate = sides_of(results["cases"][1])["gram"], results["cases"][1]["copy"]["rate"]
     assert part["bytes_per_second"] == pytest.approx(800_060 / part["summary"]["median"])
-    assert "| pcgrad_sum " in (tmp_path / "surgery_projection.md").read_text()
+    share = pytest.approx(part["bytes_per_second"] / copy_rate)
+    assert part["share_of_floor"] == share and part["share_of_copy"] == share
     assert {"device", "torch", "commit", "command", "threads", "date"} <= set(results["environment"])
 
 
 def test_half_precision_counts_two_bytes(device):
-    build = surgery_projection.cases(Options(device, torch.bfloat16, quick=True))[1]
-    assert {side.name: side.bytes_moved for side in build().sides}["gram"] == 400_030
+    build = surgery_projection.cases(Options(device, quick=True, precisions=["bf16"]))[1]
+    assert {side.name: side.work.bytes for side in build().sides}["gram"] == 400_030
 
 
 def test_step(tmp_path, device):
@@ -130,7 +137,7 @@ def test_wrong_results_have_an_error_and_no_time(tmp_path, monkeypatch, capsys):
         Side("broken", breaks, lambda _: 0.0, bound=1e-5),
         Side("missing", missing, lambda _: 0.0, bound=1e-5),
     ]
-    goal = Goal("speed", lambda result: result.speedup("wrong", over="good") and 1.0, at_least=1)
+    goal = Goal("speed-up", "wrong", over="good", at_least=1)
     fake(monkeypatch, Case("case", sides, speedup_over="good", goals=[goal]))
     status, results = run(tmp_path, "fake")
     assert status == 1
@@ -195,6 +202,10 @@ def test_ctrl_c_before_any_figure_keeps_the_earlier_results(tmp_path, monkeypatc
         (["surgery_step", "--batch", "7"], "--batch must be a multiple of the 5 clusters, got 7"),
         (["surgery_step", "--model", "DiT-Z"], "--model must be tiny or one of DiT-S/2"),
         (["surgery_step", "--rounds", "0"], "must be a whole number of at least 1"),
+        (
+            ["surgery_step", "--dtype", "autocast"],
+            "--dtype must be one of fp32, bf16, fp16 for gradients, got autocast",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit(arguments, message, capsys):
@@ -222,27 +233,131 @@ def test_statistics():
     assert (compared.p20, compared.p80) == pytest.approx((1.4, 2.6))  # of 1, 2, 3
 
 
-def test_figures_follow_from_the_rounds():
-    sides = [good_side("slow"), good_side("fast", bytes_moved=3_000_000)]
-    result = CaseResult(Case("case", sides, speedup_over="slow"), copy_bytes=8_000_000)
-    result.sides = {side.name: SideResult(side.bound, side.bytes_moved) for side in sides}
-    assert result.speedup("fast", over="slow") is None and result.share_of_copy("fast") is None
+def results_of_rounds(*sides: Side, **case) -> CaseResult:
+    """Three rounds in which the first side takes 4, 6 and 8 ms and the others 1 ms; the copy moves 4 GB/s, and the
+    matrix product does 5 GFLOP/s."""
+    result = CaseResult.of(Case("case", sides, **case), copy_bytes=8_000_000, matrix_flops=20_000_000)
+    result.sides = {side.name: SideResult(side.bound, side.work, error=1e-7) for side in sides}
     for slow in (4e-3, 6e-3, 8e-3):
-        result.add_round({"slow": slow, "fast": 1e-3}, copying=2e-3)
-    assert result.speedup("fast", over="slow").median == pytest.approx(6)
-    assert result.time("slow", over="fast").median == pytest.approx(6)
-    assert result.bandwidth("fast") == pytest.approx(3e9)
-    assert result.share_of_copy("fast") == pytest.approx(0.75)  # the copy moves 4 GB/s
-    assert result.bandwidth("slow") is None
-    row = next(line for line in result.markdown().splitlines() if line.startswith("| fast"))
-    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
-        "fast",
-        "1 (1 to 1)",
-        "6.00x (4.80 to 7.20)",
-        "3",
-        "75%",
-        "nan",
-    ]
+        result.add_round({side.name: 1e-3 if i else slow for i, side in enumerate(sides)}, 2e-3, 4e-3)
+    return result
+
+
+def test_figures_follow_from_the_rounds():
+    empty = CaseResult.of(Case("case", []), copy_bytes=1)
+    assert empty.speedup("a", over="b") is empty.share_of_copy("a") is empty.floor_seconds("a") is None
+    result = results_of_rounds(
+        good_side("slow"),
+        good_side("copies", work=Work(0, 3_000_000)),
+        good_side("multiplies", work=Work(4_000_000, 1)),
+    )
+    assert result.speedup("copies", over="slow").median == pytest.approx(6)
+    assert result.time("slow", over="copies").median == pytest.approx(6)
+    assert result.bandwidth("copies") == pytest.approx(3e9)
+    assert result.share_of_copy("copies") == result.share_of_floor("copies") == pytest.approx(0.75)
+    assert result.floor_seconds("multiplies") == pytest.approx(0.8e-3)  # 4 MFLOP at 5 GFLOP/s
+    assert result.flop_rate("multiplies") == pytest.approx(4e9)
+    assert result.bandwidth("slow") is result.flop_rate("slow") is result.floor_seconds("slow") is None
+
+
+def test_goals_are_measured():
+    sides = [good_side("slow", work=Work(10, 1000)), good_side("fast", work=Work(5, 3_000_000))]
+    result = results_of_rounds(*sides)
+    result.sides["slow"].saved_bytes, result.sides["fast"].saved_bytes = 200, 110
+    assert result.value(Goal("speed-up", "fast", over="slow")) == pytest.approx(6)
+    assert result.value(Goal("time", "fast", over="slow")) == pytest.approx(1 / 6)
+    assert result.value(Goal("FLOP rate", "fast", over="slow")) == pytest.approx(3)
+    assert result.value(Goal("share of copy", "fast")) == pytest.approx(0.75)
+    assert result.value(Goal("bytes saved", "fast", over="slow")) == pytest.approx(0.55)
+    assert result.value(Goal("error", "fast")) == 1e-7
+    assert result.value(Goal("peak", "fast")) is None
+    assert result.value(Goal("speed-up", "fast", over="missing")) is None
+    goal = Goal("bytes saved", "fast", over="slow", at_most=0.57)
+    assert goal.text == "bytes saved of fast over slow at most 0.57"
+    assert (goal.met(0.55), goal.met(0.58), goal.met(None)) == (True, False, None)
+
+
+def test_results_survive_their_file(tmp_path):
+    sides = [good_side("slow"), good_side("fast", work=Work(5, 3_000_000))]
+    goals = [Goal("speed-up", "fast", over="slow", at_least=2), Goal("error", "fast", at_most=1e-5)]
+    result = results_of_rounds(*sides, goals=goals, cell={"batch": 3}, notes=["a note"], speedup_over="slow")
+    result.sides["broken"] = SideResult(1e-5, status="failed", message="why")
+    run = Run("fake", "made up", "0123", {"device": "none"}, [result], interrupted=True)
+    run.save(tmp_path)
+    assert load_all(tmp_path) == [run]
+    stored = json.loads((tmp_path / "fake.json").read_text())["cases"][0]
+    assert stored["goals"][0]["met"] and stored["sides"][1]["speed-up over slow"]["median"] == pytest.approx(6)
+
+
+def test_files_that_hold_no_results(tmp_path):
+    with pytest.raises(ValueError, match="there are no results"):
+        load_all(tmp_path)
+    for text in ("", "[]", "{}", '{"benchmark": "x", "summary": "", "environment": {}, "cases": [{"name": "old"}]}'):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(ValueError, match=r"x\.json does not hold results of this version"):
+            load_all(tmp_path)
+
+
+def test_fingerprints_follow_what_the_code_says(tmp_path):
+    def of(python: str, cuda: str) -> str:
+        (tmp_path / "a.py").write_text(python)
+        (tmp_path / "b.cu").write_text(cuda)
+        (tmp_path / "other.txt").write_text(python)
+        return sources.fingerprint(["*.py", "b.*", "nothing/*"], tmp_path)
+
+    python = 'def f(x):\n    """Doc."""\n    return x + 1  # why\n'
+    cuda = "int f(int x) { return x + 1; }  // why\n"
+    first = of(python, cuda)
+    assert of('def f(x):\n    """Another\n    docstring."""\n\n    return (\n        x\n    ) + 1\n', cuda) != first
+    assert of('def f(x):\n\n    """Another\n    docstring."""\n\n    return x  +  1\n', cuda) == first
+    assert of(python, "/* a\n b */ int f(int x)\n{ return x + 1; }") == first
+    assert of(python.replace("1", "2"), cuda) != first
+    assert of(python, cuda.replace("1", "2")) != first
+    assert of("if x:\n    y()\nz()\n", cuda) != of("if x:\n    y()\n    z()\n", cuda)
+    assert of('f("""x""")\n', cuda) != of('f("""y""")\n', cuda)
+
+
+@pytest.mark.parametrize("patterns", [sources.BLOCKS, sources.SURGERY, sources.ENGINES])
+def test_every_source_that_results_depend_on_exists(patterns):
+    for pattern in patterns:
+        if "tuned" not in pattern:  # one file for each GPU that was tuned for
+            assert list(sources.ROOT.glob(pattern)), pattern
+    assert len(sources.fingerprint(patterns)) == 16
+
+
+def test_rotation_and_ceilings(device):
+    called = []
+    timer = Stopwatch(device).timer([lambda: called.append(0), lambda: called.append(1)], graph=False)
+    for _ in range(3):
+        assert timer() >= 0
+    assert called == [0, 1, 0] and not timer.graph
+    product = MatrixProduct(device, torch.bfloat16, 32)
+    assert product.amount == 65536 and product().dtype == torch.bfloat16
+    assert copies(CPU, 1) == 1
+
+
+@pytest.mark.gpu
+def test_graphs_are_replayed_and_refused():
+    device = torch.device("cuda")
+    x, y = torch.zeros(1000, device=device), torch.zeros(1000, device=device)
+    timer = Stopwatch(device).timer([lambda: x.add_(1), lambda: y.add_(1)])
+    assert timer.graph
+    before = x.sum().item()
+    assert timer() > 0
+    assert x.sum().item() == before + 1000 and torch.equal(x, y)
+    assert not Stopwatch(device).timer([lambda: x.sum().item()]).graph
+    assert copies(device, 1 << 40) == 1 and copies(device, 1 << 20) > 1
+
+
+def test_saved_bytes_count_every_storage_once():
+    x, weight = torch.randn(10, 7, requires_grad=True), torch.randn(7, 7, requires_grad=True)
+
+    def forward():
+        z = x @ weight  # saves x and the weight
+        return (z * z).sin()  # z, and z * z
+
+    assert saved_bytes(forward, [weight]) == 3 * 70 * 4
+    assert saved_bytes(forward) == 3 * 70 * 4 + 49 * 4
 
 
 def test_rounds_end_with_the_time():
@@ -258,7 +373,7 @@ def test_stopwatch_sees_the_work_and_frees_its_result(device):
         alive.add(result := torch.ones(1, device=device))
         return result
 
-    assert Stopwatch(device)(work) >= 0.0099
+    assert Stopwatch(device).timer([work], graph=False)() >= 0.0099
     assert not alive
 
 
@@ -275,10 +390,10 @@ def test_peak_memory_counts_what_was_freed_again(device):
 
 @pytest.mark.parametrize("K", [1, 2, 5])
 def test_oracle_is_the_loop_in_fp64(seed, monkeypatch, K):
-    monkeypatch.setattr(surgery, "_CHUNK", 100)
+    monkeypatch.setattr(_surgery, "_CHUNK", 100)
     grads = surgery_projection.conflicting_gradients(K, 1003, torch.float32, CPU)
     order = dtr.ops.random_order(K)
-    oracle = surgery.Oracle(grads, order)
+    oracle = _surgery.Oracle(grads, order)
     projected = dtr.reference.pcgrad(grads.double(), order)
     assert oracle.error_of_projected(projected) < 1e-12
     assert oracle.error_of_update(projected.sum(0)) < 1e-12
@@ -293,21 +408,21 @@ def test_plain_pytorch_is_right(seed, update):
     grads = surgery_projection.conflicting_gradients(5, 20_001, torch.float32, CPU)
     order = dtr.ops.random_order(5)
     found = getattr(surgery_projection, update)(grads, order)
-    assert surgery.Oracle(grads, order).error_of_update(found) < 1e-6
+    assert _surgery.Oracle(grads, order).error_of_update(found) < 1e-6
 
 
 def test_torchjd_draws_the_order_that_the_oracle_is_given(seed):
     pytest.importorskip("torchjd")
     grads = surgery_projection.conflicting_gradients(5, 5000, torch.float32, CPU)
-    order = surgery.torchjd_order(5, seed)
+    order = _surgery.torchjd_order(5, seed)
     torch.manual_seed(seed)
-    assert surgery.Oracle(grads, order).error_of_update(surgery_projection.torchjd_update(grads)) < 1e-5
+    assert _surgery.Oracle(grads, order).error_of_update(surgery_projection.torchjd_update(grads)) < 1e-5
 
 
-def test_plain_forward_is_the_model(seed):
+def test_reference_dit_is_the_model(seed):
     model = make_dit("tiny", CPU, torch.float32)
     inputs = torch.randn(3, 4, 16, 16), torch.randint(1000, (3,)), torch.randint(1000, (3,))
     with torch.no_grad():
-        found, expected = model(*inputs), plain_forward(model, *inputs)
+        found, expected = model(*inputs), dtr.reference.dit(model, *inputs)
     assert (found - expected).norm() < 1e-5 * expected.norm()
     assert expected.norm() > 0

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from benchmarks.cases import DTYPES, Options
 from dtr_kernels import reference
 from dtr_kernels.ops._gradients import why_plain
 
@@ -58,6 +59,13 @@ class Oracle:
             exact = coefficients @ chunk.double()
             wrong, norm = wrong + (part.double() - exact).square().sum(), norm + exact.square().sum()
         return (wrong / norm).sqrt().item()
+
+
+def check_precisions(options: Options) -> None:
+    """Raises ValueError unless gradients of one dtype are asked for."""
+    for precision in options.precisions:
+        if precision not in DTYPES:
+            raise ValueError(f"--dtype must be one of {', '.join(DTYPES)} for gradients, got {precision}")
 
 
 def what_runs(device: torch.device, dtype: torch.dtype) -> str:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 import dtr_kernels as dtr
-from benchmarks.cases import Benchmark, Case, Goal, Options, Side, do_nothing, dtype_name
-from benchmarks.results import CaseResult
-from benchmarks.surgery import OTHERS, OURS, Oracle, relative_error, torchjd_order, what_runs
+from benchmarks import sources
+from benchmarks.cases import DTYPES, Benchmark, Case, Goal, Options, Side, do_nothing, dtype_name
+from benchmarks.counts import Work
+from benchmarks.suite._surgery import OTHERS, OURS, Oracle, check_precisions, relative_error, torchjd_order, what_runs
 
 SEED = 0
 ELEMENTS, QUICK_ELEMENTS = 33_000_000, 2_000_000  # DiT-S/2 has 33 million parameters
@@ -23,10 +24,10 @@ SHARE = {"cpu": 0.7, "cuda": 0.9}
 def cases(options: Options) -> list[Callable[[], Case]]:
     """For each dtype and K: the whole projection, and its parts."""
     P = QUICK_ELEMENTS if options.quick else ELEMENTS
-    dtypes = [options.dtype] if options.dtype else [torch.float32, torch.bfloat16]
+    check_precisions(options)
     return [
-        partial(build, K, P, dtype, options.device)
-        for dtype in dtypes
+        partial(build, K, P, DTYPES[precision], options.device)
+        for precision in options.precisions or ("fp32", "bf16")
         for K in (5, 8)  # the clusters of ANT and of DTR
         for build in (projection, parts)
     ]
@@ -39,7 +40,7 @@ def projection(K: int, P: int, dtype: torch.dtype, device: torch.device) -> Case
     host_order = torchjd_order(K, SEED)  # on the CPU, where the loop and our ops take it; and on the device
     order = host_order.to(device)
     oracle = Oracle(grads, order)
-    update_bytes = (2 * K + 1) * P * dtype.itemsize  # two reads of all gradients, one write of the update
+    update = Work(bytes=(2 * K + 1) * P * dtype.itemsize)  # two reads of all gradients, one write of the update
 
     def side(
         name: str,
@@ -47,7 +48,7 @@ def projection(K: int, P: int, dtype: torch.dtype, device: torch.device) -> Case
         bounds: dict[torch.dtype, float],
         before: Callable[[], object] = do_nothing,
     ) -> Side:
-        return Side(name, call, oracle.error_of_update, bounds[dtype], before, update_bytes)
+        return Side(name, call, oracle.error_of_update, bounds[dtype], before, update)
 
     def in_place() -> Tensor:
         dtr.ops.pcgrad_(own, order=host_order)
@@ -68,20 +69,16 @@ def projection(K: int, P: int, dtype: torch.dtype, device: torch.device) -> Case
             oracle.error_of_projected,
             OURS[dtype],
             before=lambda: own.copy_(grads),
-            bytes_moved=3 * K * P * dtype.itemsize,
+            work=Work(bytes=3 * K * P * dtype.itemsize),
         ),
     ]
 
-    def speedup(over: str, result: CaseResult) -> float | None:
-        spread = result.speedup("pcgrad_sum", over)
-        return None if spread is None else spread.median
-
     goals = [
-        Goal("speed-up of pcgrad_sum over the loop", partial(speedup, LOOP), at_least=8),
-        Goal("error of pcgrad_sum", lambda result: result.error("pcgrad_sum"), at_most=OURS[dtype]),
+        Goal("speed-up", "pcgrad_sum", over=LOOP, at_least=8),
+        Goal("error", "pcgrad_sum", at_most=OURS[dtype]),
     ]
     if K == 5:
-        goals.append(Goal("speed-up of pcgrad_sum over torch.mm", partial(speedup, MM), at_least=2.5))
+        goals.append(Goal("speed-up", "pcgrad_sum", over=MM, at_least=2.5))
     notes = [
         oracle.conflicts,
         what_runs(device, dtype),
@@ -89,58 +86,42 @@ def projection(K: int, P: int, dtype: torch.dtype, device: torch.device) -> Case
         "changes little, since a matrix product stays one library call",
         "pcgrad_ returns all K projected gradients (K P more reads and writes), the others their sum",
     ]
-    return Case(_title("projection", K, P, dtype), sides, speedup_over=LOOP, goals=goals, notes=notes)
+    return _case("projection", K, P, dtype, sides, goals, notes, speedup_over=LOOP)
 
 
 def parts(K: int, P: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """The ops that the projection is made of."""
+    """The ops that the projection is made of, and PyTorch's for the same."""
     grads = conflicting_gradients(K, P, dtype, device)
     own = torch.empty_like(grads)
     order = torchjd_order(K, SEED)
     oracle = Oracle(grads, order)
     gram, coefficients = oracle.gram, oracle.coefficients
     weights = coefficients.sum(0)
+    narrow = coefficients.to(dtype)
 
     def combined() -> Tensor:
         dtr.ops.combine_(own, coefficients)
         return own
 
     row = P * dtype.itemsize
-    # The Gram matrix is fp64 whatever the gradients are, and their products are exact enough in fp32.
-    gram_bound = OURS[torch.float32]
+    gram_work, sum_work, combine_work = (Work(bytes=rows * row) for rows in (K, K + 1, 2 * K))
+    gram_error = relative_error(gram)
+    coefficients_error = relative_error(coefficients)
+    of_update, of_projected = oracle.error_of_update, oracle.error_of_projected
+    others, ours = OTHERS[dtype], OURS[dtype]
     sides = [
-        Side("gram", lambda: dtr.ops.gram(grads), relative_error(gram), gram_bound, bytes_moved=K * row),
-        Side(
-            "pcgrad_coefficients",
-            lambda: dtr.ops.pcgrad_coefficients(gram, order),
-            relative_error(coefficients),
-            bound=1e-9,
-        ),
-        Side(
-            "combine_",
-            combined,
-            oracle.error_of_projected,
-            OURS[dtype],
-            before=lambda: own.copy_(grads),
-            bytes_moved=2 * K * row,
-        ),
-        Side(
-            "weighted_sum",
-            lambda: dtr.ops.weighted_sum(grads, weights),
-            oracle.error_of_update,
-            OURS[dtype],
-            bytes_moved=(K + 1) * row,
-        ),
+        # The Gram matrix is fp64 whatever the gradients are, and their products are exact enough in fp32.
+        Side("gram", lambda: dtr.ops.gram(grads), gram_error, OURS[torch.float32], work=gram_work),
+        Side("torch.mm for it", lambda: grads @ grads.T, gram_error, others, work=gram_work),
+        Side("pcgrad_coefficients", lambda: dtr.ops.pcgrad_coefficients(gram, order), coefficients_error, 1e-9),
+        Side("reference for it", lambda: dtr.reference.pcgrad_coefficients(gram, order), coefficients_error, 1e-9),
+        Side("combine_", combined, of_projected, ours, before=lambda: own.copy_(grads), work=combine_work),
+        Side("torch.mm for it, not in place", lambda: narrow @ grads, of_projected, others, work=combine_work),
+        Side("weighted_sum", lambda: dtr.ops.weighted_sum(grads, weights), of_update, ours, work=sum_work),
+        Side("torch.mv for it", lambda: narrow.sum(0) @ grads, of_update, others, work=sum_work),
     ]
-
-    def share(name: str, result: CaseResult) -> float | None:
-        return result.share_of_copy(name)
-
-    goals = [
-        Goal(f"{name}, share of copy bandwidth", partial(share, name), at_least=SHARE[device.type])
-        for name in ("gram", "combine_", "weighted_sum")
-    ]
-    return Case(_title("parts", K, P, dtype), sides, goals=goals, notes=[what_runs(device, dtype)])
+    goals = [Goal("share of copy", name, at_least=SHARE[device.type]) for name in ("gram", "combine_", "weighted_sum")]
+    return _case("parts", K, P, dtype, sides, goals, [what_runs(device, dtype)])
 
 
 def conflicting_gradients(K: int, P: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -209,12 +190,25 @@ def torchjd_weighted(grads: Tensor) -> Tensor:
     return dtr.ops.weighted_sum(grads, PCGradWeighting()(dtr.ops.gram(grads)))
 
 
-def _title(what: str, K: int, P: int, dtype: torch.dtype) -> str:
-    return f"{what}, K {K}, P {P / 1e6:g}M, {dtype_name(dtype)}"
+def _case(
+    what: str,
+    K: int,
+    P: int,
+    dtype: torch.dtype,
+    sides: Sequence[Side],
+    goals: Sequence[Goal],
+    notes: Sequence[str],
+    speedup_over: str | None = None,
+) -> Case:
+    precision = dtype_name(dtype)
+    name = f"{what}, K {K}, P {P / 1e6:g}M, {precision}"
+    cell: dict[str, str | int | float] = {"what": what, "clusters": K, "parameters": P, "precision": precision}
+    return Case(name, sides, cell, speedup_over=speedup_over, goals=goals, notes=notes)
 
 
 BENCHMARK = Benchmark(
     "surgery_projection",
     "PCGrad from the gradients [K, P] to the update [P]: the public loop, plain PyTorch, TorchJD, dtr_kernels.",
     cases,
+    sources.SURGERY,
 )

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import dtr_kernels as dtr
-from benchmarks.cases import Benchmark, Case, Goal, Options, Side, dtype_name
-from benchmarks.models import TINY, make_dit, plain_forward
-from benchmarks.results import CaseResult
-from benchmarks.surgery import OTHERS, Oracle, torchjd_order, what_runs
+from benchmarks import sources
+from benchmarks.cases import DTYPES, Benchmark, Case, Goal, Options, Side, dtype_name
+from benchmarks.suite._models import TINY, check_model, make_dit
+from benchmarks.suite._surgery import OTHERS, Oracle, check_precisions, torchjd_order, what_runs
 
 K, TIMESTEPS = 5, 1000
 SEED = 0
@@ -23,14 +23,21 @@ BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
 def cases(options: Options) -> list[Callable[[], Case]]:
-    """One case: a model and a batch."""
-    model = options.model or (TINY if options.quick else "DiT-S/2")
-    if model != TINY and model not in dtr.nn.DiT_models:
-        raise ValueError(f"--model must be {TINY} or one of {', '.join(dtr.nn.DiT_models)}, got {model}")
-    batch = options.batch or 4 * K
-    if batch % K:
-        raise ValueError(f"--batch must be a multiple of the {K} clusters, got {batch}")
-    return [partial(step, model, batch, options.dtype or torch.float32, options.device)]
+    """For each model, batch and dtype a case."""
+    check_precisions(options)
+    models = options.models or (TINY if options.quick else "DiT-S/2",)
+    batches = options.batches or (4 * K,)
+    for model in models:
+        check_model(model)
+    for batch in batches:
+        if batch % K:
+            raise ValueError(f"--batch must be a multiple of the {K} clusters, got {batch}")
+    return [
+        partial(step, model, batch, DTYPES[precision], options.device)
+        for model in models
+        for batch in batches
+        for precision in options.precisions or ("fp32",)
+    ]
 
 
 def step(model: str, batch: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -75,12 +82,8 @@ def step(model: str, batch: int, dtype: torch.dtype, device: torch.device) -> Ca
         ),
     ]
 
-    def cost(name: str, result: CaseResult) -> float | None:
-        spread = result.time(name, over=ordinary)
-        return None if spread is None else spread.median
-
     goals = [
-        Goal(f"time of {name} over that of an {ordinary}", partial(cost, name), at_most=1.15)
+        Goal("time", name, over=ordinary, at_most=1.15)
         for name in ("GradientSurgery, functions", "GradientSurgery, per_cluster", "GradientSurgery, one_pass")
     ]
     notes = [
@@ -93,9 +96,17 @@ def step(model: str, batch: int, dtype: torch.dtype, device: torch.device) -> Ca
         "sees only parameters that modules use in their own calls, so its DiT runs in plain PyTorch",
         "peak MB: above the level before the first step, of model and batch; what a step leaves behind is included",
     ]
+    precision = dtype_name(dtype)
     size = f"{model} ({gradients.shape[1] / 1e6:.1f}M parameters), batch {batch}"
-    name = f"training step, {size}, K {K}, {dtype_name(dtype)}"
-    return Case(name, sides, time_over=ordinary, goals=goals, memory=True, notes=notes)
+    return Case(
+        f"training step, {size}, K {K}, {precision}",
+        sides,
+        {"model": model, "batch": batch, "clusters": K, "precision": precision},
+        time_over=ordinary,
+        goals=goals,
+        memory=True,
+        notes=notes,
+    )
 
 
 class Training:
@@ -186,7 +197,7 @@ class Autogram:
 
         engine = self._engine  # its hooks must be there before the forward pass
         *inputs, target = self._batch
-        losses = squared_error(plain_forward(self._model, *inputs), target)
+        losses = squared_error(dtr.reference.dit(self._model, *inputs), target)
         gram = self._clusters @ engine.compute_gramian(losses) @ self._clusters.T
         losses.backward(self._clusters.T @ PCGradWeighting()(gram))
 
@@ -213,4 +224,5 @@ BENCHMARK = Benchmark(
     "A training step of a DiT with PCGrad between 5 timestep clusters: an ordinary step, GradientSurgery, the public "
     "code's way, TorchJD.",
     cases,
+    (*sources.ENGINES, *sources.BLOCKS),
 )

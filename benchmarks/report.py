@@ -1,0 +1,461 @@
+"""Reports of stored results: their tables and pictures, comparisons, and all figures of the docs and the README."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+from benchmarks import plots, sources
+from benchmarks.results import CaseResult, Run, SideResult, load_all
+from benchmarks.suite import BENCHMARKS
+from benchmarks.suite.block import COMPILED, FUSED, MASKED, UNROUTED
+from benchmarks.tables import (
+    caveats,
+    commit_of,
+    goals_table,
+    label,
+    marked,
+    milliseconds,
+    overview,
+    run_markdown,
+    table,
+    times,
+)
+
+# The results of each device, "cpu" first, by the name of its folder.
+Results = Mapping[str, Sequence[Run]]
+
+RESULTS = Path("benchmarks/results")
+STATIC = RESULTS / "static/static.md"
+DOCS = Path("docs/benchmarks.md")
+PICTURES = Path("docs/benchmarks")
+README = Path("README.md")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command line of ``report`` takes."""
+    parser.add_argument(
+        "folders",
+        nargs="*",
+        type=Path,
+        metavar="DIR",
+        help="folders of results; default: all in benchmarks/results, for the docs and the README",
+    )
+    parser.add_argument("--against", type=Path, metavar="DIR", help="other results, to compare those of each DIR with")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the report goes; default: into the DIR itself")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if docs or README would change")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Reports and returns the exit status: 1 if ``--check`` finds text that would change.
+
+    Raises:
+        ValueError: if the arguments do not fit together, a folder has no results or the README an unknown marker.
+    """
+    if arguments.folders and arguments.check:
+        raise ValueError("--check is about the docs and the README, which come from benchmarks/results: give it no DIR")
+    if not arguments.folders and (arguments.against or arguments.out):
+        raise ValueError("--against and --out are for the report of a DIR, which is missing")
+    if not arguments.folders:
+        return report_of_checkout(sources.ROOT, arguments.check)
+    for folder in arguments.folders:
+        apart = arguments.out is not None and len(arguments.folders) > 1
+        target = arguments.out / folder.name if apart else arguments.out or folder
+        if arguments.against is None:
+            report_of_folder(folder, target)
+        else:
+            text = compare(load_all(folder), load_all(arguments.against), str(folder), str(arguments.against))
+            _write(target / "comparison.md", text)
+            print(text)
+    return 0
+
+
+def report_of_folder(folder: Path, target: Path) -> None:
+    """Prints the tables of all results in a folder, and writes them with pictures to ``target``."""
+    runs = load_all(folder)
+    pictures = {target / f"{run.benchmark}.png": run for run in runs if plots.drawable(run)}
+    drawn = _draw(pictures)
+    parts = ["# Goals", goals_table((run, is_stale(run)) for run in runs)]
+    for run in runs:
+        picture = [_picture(f"{run.benchmark}.png", run)] if drawn and plots.drawable(run) else []
+        parts += [f"# {marked(run, is_stale(run))}", overview(run), *picture, run_markdown(run, is_stale(run))]
+    text = "\n\n".join(part.rstrip() for part in parts) + "\n"
+    _write(target / "report.md", text)
+    print(text)
+
+
+def report_of_checkout(root: Path, check: bool) -> int:
+    """Writes all text that comes from the committed results, and the pictures; with ``check`` only compares the text.
+
+    Returns:
+        1 if ``check`` finds text that would change, else 0.
+    """
+    results = committed_results(root)
+    texts = generated_texts(root, results)
+    changed = [path for path, text in texts.items() if not path.is_file() or path.read_text() != text]
+    if check:
+        for path in changed:
+            print(f"{path.relative_to(root)} does not say what the results do; run python -m benchmarks report")
+        return int(bool(changed))
+    for path in changed:
+        _write(path, texts[path])
+        print(f"wrote {path.relative_to(root)}")
+    drawable = [(device, run) for device, runs in results.items() for run in runs if plots.drawable(run)]
+    _draw({root / PICTURES / f"{device}-{run.benchmark}.png": run for device, run in drawable})
+    return 0
+
+
+def committed_results(root: Path) -> dict[str, list[Run]]:
+    """The results of each device's folder in a checkout; what compilers said of kernels is no device's."""
+    folders = [folder for folder in (root / RESULTS).glob("*") if folder.is_dir() and folder != (root / STATIC).parent]
+    with_results = [folder for folder in folders if any(folder.glob("*.json"))]
+    return {folder.name: load_all(folder) for folder in sorted(with_results, key=lambda f: (f.name != "cpu", f.name))}
+
+
+def generated_texts(root: Path, results: Results) -> dict[Path, str]:
+    """All text of a checkout that is generated from results, by the path where it belongs."""
+    texts = {
+        root / RESULTS / device / f"{run.benchmark}.md": run_markdown(run, is_stale(run))
+        for device, runs in results.items()
+        for run in runs
+    }
+    texts[root / DOCS] = docs_page(results, static=(root / STATIC).is_file())
+    texts[root / README] = with_blocks((root / README).read_text(), results)
+    return texts
+
+
+def is_stale(run: Run) -> bool:
+    """Whether the source that a run depends on is another by now, or nothing is left that would measure it again."""
+    known = BENCHMARKS.get(run.benchmark)
+    return known is None or run.sources != _fingerprint(tuple(known.sources))
+
+
+_fingerprint = functools.cache(sources.fingerprint)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def _draw(pictures: Mapping[Path, Run]) -> bool:
+    """Draws runs; False where that cannot be done here, which is said."""
+    try:
+        for path, run in pictures.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            plots.draw(run, is_stale(run), path)
+    except ImportError as error:
+        print(f"no pictures were drawn: {error}; pip install matplotlib")
+        return False
+    return True
+
+
+def _picture(path: str, run: Run) -> str:
+    return f"![Figures of {run.benchmark}]({path})"
+
+
+def compare(now: Sequence[Run], then: Sequence[Run], now_name: str, then_name: str) -> str:
+    """How long each side takes in two sets of results, as Markdown.
+
+    A side is called faster or slower where the ranges from p20 to p80 of its two times do not meet.
+    """
+    before = {run.benchmark: run for run in then}
+    parts = [f"# {now_name} (now) against {then_name} (then)"]
+    for run in now:
+        if run.benchmark in before:
+            parts += _compare_runs(run, before.pop(run.benchmark))
+        else:
+            parts += [f"## {run.benchmark}", "Only now."]
+    for name in before:
+        parts += [f"## {name}", "Only then."]
+    return "\n\n".join(parts) + "\n"
+
+
+# What makes times incomparable when it differs.
+_MACHINE = ("device", "driver", "cpu", "cores", "threads", "platform", "torch", "cuda", "triton")
+
+
+def _compare_runs(now: Run, then: Run) -> list[str]:
+    rows = [["case", "side", "now, ms (p20 to p80)", "then, ms (p20 to p80)", "then / now", "now is"]]
+    only = []
+    cases_then = {case.name: case for case in then.cases}
+    for case in now.cases:
+        if (earlier := cases_then.pop(case.name, None)) is None:
+            only.append(f"- only now: {case.name}")
+            continue
+        names = list(dict.fromkeys([*case.sides, *earlier.sides]))
+        found = [[side, *_compare_sides(case.sides.get(side), earlier.sides.get(side))] for side in names]
+        rows += [[case.name if i == 0 else "", *row] for i, row in enumerate(found)]
+    only += [f"- only then: {name}" for name in cases_then]
+    verdicts = [row[-1] for row in rows[1:]]
+    counts = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in ("faster", "slower", "same") if kind in verdicts)
+    parts = [f"## {now.benchmark}" + (f": {counts}" if counts else "")]
+    parts += [f"**{when}: {caveat}**" for when, run in (("Now", now), ("Then", then)) for caveat in _caveats(run)]
+    if differ := [name for name in _MACHINE if now.environment.get(name) != then.environment.get(name)]:
+        facts = [f"- {name}: {now.environment.get(name)} now, {then.environment.get(name)} then" for name in differ]
+        parts += ["**The ratios compare machines or their software, not only two states of the code:**", _lines(facts)]
+    if len(rows) > 1:
+        parts.append(table(rows))
+    return [*parts, _lines(only)] if only else parts
+
+
+def _compare_sides(now: SideResult | None, then: SideResult | None) -> list[str]:
+    """Times now and then, their ratio and what it means."""
+    if now is None or then is None or not (now.seconds and then.seconds):
+        return [_time_or_reason(now), _time_or_reason(then), "", ""]
+    a, b = now.spread, then.spread
+    verdict = "faster" if a.p80 < b.p20 else "slower" if a.p20 > b.p80 else "same"
+    return [milliseconds(a), milliseconds(b), f"{b.median / a.median:.2f}x", verdict]
+
+
+def _time_or_reason(side: SideResult | None) -> str:
+    if side is None:
+        return "not there"
+    return milliseconds(side.spread) if side.seconds else side.message or "not timed"
+
+
+def _caveats(run: Run) -> list[str]:
+    return caveats(run, is_stale(run))
+
+
+def _lines(lines: Iterable[str]) -> str:
+    return "\n".join(lines)
+
+
+_INTRODUCTION = """\
+# Benchmarks
+
+Generated by `python -m benchmarks report` from [benchmarks/results](../benchmarks/results); not edited by hand."""
+
+_METHOD = """\
+## Method
+
+- A side that is wrong has no time. Every side's outputs and gradients are first compared with the plain PyTorch oracle;
+  beyond its bound a side's error is printed in place of figures.
+- All sides of a case run in one process, in rounds. After one that does not count, each round times every side once and
+  begins with another side than the last. A busy machine slows all of them.
+- On a GPU calls are recorded into a CUDA graph, which is replayed between two device events, on as many sets of buffers
+  as it takes that none is found in the L2 cache. What cannot be recorded is called: its `graph` is "no", or the table
+  has no such column. On a CPU it is the wall clock, and inputs may be found in a cache.
+- Times are medians, in brackets the 20th and 80th percentiles. A ratio is the ratio of medians, in brackets the
+  percentiles of the ratios round by round.
+- The floor is max(FLOPs / matrix rate, bytes / copy bandwidth): a large matrix product and a large copy are timed in
+  the same rounds. FLOPs and bytes are what the function needs at least; a multiply-add counts as two.
+- Peak memory is of the first call, above what was there before. Saved bytes are what autograd keeps for the backward
+  pass, parameters left out.
+- A goal is met or not by the median; where its limit lies between the percentiles, the verdict is "within the spread".
+- STALE: the source that the figures depend on has changed since they were measured. Comments do not count."""
+
+_REPRODUCE = """\
+## How to reproduce
+
+```bash
+python -m benchmarks list                        # what can be measured
+python -m benchmarks run                         # all of it on the CPU, into benchmarks/results/cpu
+python -m benchmarks run --device cuda           # on the GPU, into the folder of its name; make gpu runs tests first
+python -m benchmarks run block --model DiT-S/2 --batch 4 --out out/mine
+python -m benchmarks report out/mine             # its tables and pictures
+python -m benchmarks report out/mine --against benchmarks/results/cpu
+python -m benchmarks report                      # this page and the README's figures; --check: are they up to date?
+```"""
+
+# What the routed block is compared with in the README.
+_PEERS_ON_CPU = (MASKED, UNROUTED + COMPILED)
+_PEERS_ON_GPU = (MASKED + COMPILED, UNROUTED + COMPILED, f"{MASKED}, autocast")
+_USUAL_ROUTING = {"scope": "block", "window": "per sample", "beta": 0.8}
+
+# What is to be reached on an H200 in bf16.
+_GPU_GOALS = (
+    ("routed block, forward and training, over the compiled reference", "at least 1.15x as fast"),
+    ("the same over the compiled unrouted block", "faster"),
+    ("the same over the eager reference under autocast", "at least 1.8x as fast"),
+    ("fused norms", "at least 90% of the bandwidth of a copy"),
+    ("window GEMM", "at least 95% of cuBLAS's rate per FLOP that is done"),
+)
+
+
+def docs_page(results: Results, static: bool) -> str:
+    """All goals and overviews, for each device, and how they were measured.
+
+    Args:
+        results: of all devices.
+        static: whether there is a static report to point to.
+    """
+    parts = [_INTRODUCTION]
+    for device, runs in results.items():
+        parts += [f"## {device}: {_machine(runs[0])}", "### Goals", goals_table((run, is_stale(run)) for run in runs)]
+        for run in runs:
+            parts += [f"### {run.benchmark}", run.summary, *_bold_caveats(run), overview(run)]
+            parts += [_picture(f"benchmarks/{device}-{run.benchmark}.png", run)] if plots.drawable(run) else []
+            full = f"[All figures](../{(RESULTS / device / run.benchmark).as_posix()}.md)"
+            when = f"measured on {_day(run)} on commit {commit_of(run)}"
+            parts.append(f"{full}, {when} by `{run.environment.get('command')}`.")
+    if not results:
+        parts.append("No results are stored in benchmarks/results yet.")
+    if not _on_gpus(results):
+        parts += ["## GPU", _gpu(results)]
+    if static:
+        parts += [
+            "## Without a GPU",
+            f"What compilers say of every kernel for sm_80, sm_90 and sm_100: [static report](../{STATIC.as_posix()}).",
+        ]
+    return "\n\n".join([*parts, _METHOD, _REPRODUCE]) + "\n"
+
+
+def with_blocks(text: str, results: Results) -> str:
+    """A text with each ``<!-- begin NAME --> ... <!-- end NAME -->`` filled with the block of that name.
+
+    Raises:
+        ValueError: if a block is unknown, begins and does not end, or ends and did not begin.
+    """
+    pieces = re.split(r"<!-- (begin|end) (.+?) -->", text)
+    filled, open_block = pieces[0], None
+    for kind, name, following in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
+        if name not in BLOCKS:
+            raise ValueError(f"README.md: no block is named {name!r}; there are {', '.join(BLOCKS)}")
+        if kind == "begin" and open_block is None:
+            open_block = name
+            filled += f"<!-- begin {name} -->\n{BLOCKS[name](results)}\n<!-- end {name} -->"
+        elif kind == "end" and open_block == name:
+            open_block = None
+            filled += following
+        else:
+            where = f"within block {open_block!r}" if open_block else "and no block has begun"
+            raise ValueError(f"README.md: <!-- {kind} {name} --> stands {where}")
+    if open_block is not None:
+        raise ValueError(f"README.md: block {open_block!r} has no <!-- end {open_block} -->")
+    return filled
+
+
+# How the README calls sides.
+_PROJECTIONS = {
+    "the loop": "the public code's loop",
+    "torch.mm": "Gram matrix by `torch.mm`",
+    "torch.compile": "sums of products, `torch.compile`",
+    "pcgrad_sum": "`ops.pcgrad_sum`",
+    "pcgrad_": "`ops.pcgrad_` (all K projected)",
+}
+_STEPS = {
+    "ordinary step": "ordinary step",
+    "GradientSurgery, one_pass": '`engine="one_pass"`',
+    "GradientSurgery, per_cluster": '`engine="per_cluster"`',
+    "GradientSurgery, low_memory": '`engine="low_memory"`',
+    "TorchJD, autogram": "TorchJD, autogram",
+    "TorchJD, in parallel": "TorchJD, autojac",
+    "retained graph and loop": "K backward passes of one graph, and the loop",
+}
+
+
+def _surgery(results: Results) -> str:
+    """Times of PCGrad alone and of whole training steps, side by side."""
+    projection, step = (_run(results, "cpu", name) for name in ("surgery_projection", "surgery_step"))
+    alone = _case(projection, what="projection", clusters=5, precision="fp32")
+    whole = _case(step, model="DiT-S/2", batch=20, clusters=5, precision="fp32")
+    if projection is None or step is None or alone is None or whole is None:
+        missing = [name for name, case in (("surgery_projection", alone), ("surgery_step", whole)) if case is None]
+        return _not_stored(missing)
+    left = {name: _rounded_ms(alone, side) for side, name in _PROJECTIONS.items() if alone.timed(side)}
+    right = {name: times(whole.time(side, "ordinary step")) for side, name in _STEPS.items() if whole.timed(side)}
+    size = f"{label(alone, 'parameters')} parameters"
+    rows = [[f"PCGrad of {size}, K 5", "time", "", "a step of DiT-S/2, batch 20, K 5", "time"]]
+    for one, other in zip_longest(left.items(), right.items(), fillvalue=("", "")):
+        rows.append([*one, "", *other])
+    said = f"On {_machine(step)}, fp32, medians (p20 to p80 of ratios) of alternatives that take turns in one process"
+    return "\n\n".join([*_bold_caveats(projection, step), f"{said} ({_links('cpu', projection, step)}):", table(rows)])
+
+
+def _blocks(results: Results) -> str:
+    """The routed block on a CPU."""
+    run = _run(results, "cpu", "block")
+    return _not_stored(["block"]) if run is None else _speed_of_blocks("cpu", run, _PEERS_ON_CPU)
+
+
+def _gpu(results: Results) -> str:
+    """What is wanted on an H200, or what was found on GPUs."""
+    found = _on_gpus(results)
+    if not found:
+        rows = [["to reach on an H200, in bf16", "goal", "measured"]]
+        return table(rows + [[what, goal, "not yet measured"] for what, goal in _GPU_GOALS])
+    parts = []
+    for device, runs in found.items():
+        parts.append(f"On {_machine(runs[0])}:")
+        if block := _run(found, device, "block"):
+            parts.append(_speed_of_blocks(device, block, _PEERS_ON_GPU))
+        parts.append(goals_table((run, is_stale(run)) for run in runs))
+    return "\n\n".join(parts)
+
+
+# Blocks of the README by name: functions that write them from the results of all devices.
+BLOCKS: dict[str, Callable[[Results], str]] = {"surgery": _surgery, "blocks": _blocks, "gpu": _gpu}
+
+
+def _speed_of_blocks(device: str, run: Run, peers: Sequence[str]) -> str:
+    """The cells of the usual routing by model, batch, precision and pass; of all cells the worst by name."""
+    usual = [case for case in run.cases if _USUAL_ROUTING.items() <= case.cell.items()]
+    columns = list(dict.fromkeys((label(case, "precision"), label(case, "pass")) for case in usual))
+    sizes: dict[str, dict[tuple[str, str], str]] = {}
+    for case in usual:
+        cells = sizes.setdefault(f"{label(case, 'model')}, batch {label(case, 'batch')}", {})
+        found = [case.speedup(FUSED, peer) for peer in peers]
+        cells[label(case, "precision"), label(case, "pass")] = " / ".join(times(s, False) or "-" for s in found)
+    rows = [["", *(", ".join(column) for column in columns)]]
+    rows += [[size, *(cells.get(column, "") for column in columns)] for size, cells in sizes.items()]
+    routing = ", ".join(f"{name} {value}" for name, value in _USUAL_ROUTING.items())
+    said = f"Speed-up of `{FUSED}` over {' / over '.join(peers)} ({routing}), on {_machine(run)}, of medians"
+    worst = _lines(line for peer in peers if (line := _cells_against(run.cases, peer)))
+    return "\n\n".join([*_bold_caveats(run), f"{said} ({_links(device, run)}):", table(rows), worst])
+
+
+def _cells_against(cases: Sequence[CaseResult], peer: str) -> str:
+    """In how many of all cells our block is faster than another; empty where nothing is known."""
+    found = [(spread, case.name) for case in cases if (spread := case.speedup(FUSED, peer))]
+    if not found:
+        return ""
+    worst, name = min(found, key=lambda pair: pair[0].median)
+    faster, slower = (sum(decided) for decided in zip(*((s.p20 > 1, s.p80 < 1) for s, _ in found), strict=True))
+    counts = f"faster in {faster}, slower in {slower}, within the spread in {len(found) - faster - slower}"
+    return f"- of all {len(found)} cells, against {peer}: {counts}; the worst is {name}: {times(worst)}"
+
+
+def _run(results: Results, device: str, name: str) -> Run | None:
+    return next((run for run in results.get(device, ()) if run.benchmark == name), None)
+
+
+def _case(run: Run | None, **cell: str | int) -> CaseResult | None:
+    """The case with these coordinates."""
+    return next((case for case in (run.cases if run else ()) if cell.items() <= case.cell.items()), None)
+
+
+def _not_stored(names: Sequence[str]) -> str:
+    return f"{RESULTS.as_posix()}/cpu holds no figures of {' and '.join(names)} for this table yet."
+
+
+def _on_gpus(results: Results) -> Results:
+    return {device: runs for device, runs in results.items() if device != "cpu"}
+
+
+def _machine(run: Run) -> str:
+    facts = run.environment
+    cores = f"{facts.get('threads')} threads of " if facts.get("device") == facts.get("cpu") else ""
+    return f"{cores}{facts.get('device')}, torch {facts.get('torch')}"
+
+
+def _day(run: Run) -> str:
+    return str(run.environment.get("date"))[:10]
+
+
+def _bold_caveats(*runs: Run) -> list[str]:
+    return [f"**{run.benchmark}: {caveat}**" for run in runs for caveat in _caveats(run)]
+
+
+def _links(device: str, *runs: Run) -> str:
+    return ", ".join(f"[{run.benchmark}]({(RESULTS / device / run.benchmark).as_posix()}.md)" for run in runs)
+
+
+def _rounded_ms(case: CaseResult, side: str) -> str:
+    median = case.sides[side].spread.median * 1e3
+    return f"{median:.0f} ms" if median >= 100 else f"{median:.3g} ms"

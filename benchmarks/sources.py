@@ -1,0 +1,76 @@
+"""Which source a result was measured on, so that a report can say when it is older than the checkout's."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import re
+import tokenize
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+# What the speed of routed blocks, and of gradient surgery, depends on.
+BLOCKS = (
+    "csrc/types.h",
+    "csrc/cpu/kernels.*",
+    "dtr_kernels/ops/_[!g]*.py",
+    "dtr_kernels/ops/g[ae]*.py",
+    "dtr_kernels/ops/routed_*.py",
+    "dtr_kernels/ops/window_linear.py",
+    "dtr_kernels/tuned/*.json",
+    "dtr_kernels/nn/*.py",
+)
+SURGERY = (
+    "csrc/types.h",
+    "csrc/surgery.h",
+    "csrc/cpu/surgery.*",
+    "csrc/cuda/*",
+    "dtr_kernels/ops/_gradients.py",
+    "dtr_kernels/ops/gram.py",
+    "dtr_kernels/ops/combine.py",
+    "dtr_kernels/ops/pcgrad.py",
+)
+ENGINES = (*SURGERY, "dtr_kernels/surgery/*.py")
+
+
+def fingerprint(patterns: Sequence[str], root: Path = ROOT) -> str:
+    """A hash of what the files that match any of the patterns say. Comments, docstrings and layout do not count."""
+    digest = hashlib.sha256()
+    for path in _files(patterns, root):
+        digest.update(f"{path.relative_to(root).as_posix()}\0{_meaning(path)}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def _files(patterns: Sequence[str], root: Path) -> Iterable[Path]:
+    found = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
+    return sorted(found)
+
+
+def _meaning(path: Path) -> str:
+    text = path.read_text()
+    if path.suffix == ".py":
+        return _python(text)
+    if path.suffix == ".json":
+        return text
+    return " ".join(re.sub(r"//[^\n]*|/\*.*?\*/", " ", text, flags=re.DOTALL).split())
+
+
+def _python(text: str) -> str:
+    """The tokens of a Python file without comments and docstrings."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {
+        node.body[0].lineno
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, documented) and ast.get_docstring(node) is not None
+    }
+    tokens = [
+        token.string
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        if token.type not in (tokenize.COMMENT, tokenize.NL)
+        and not (token.type == tokenize.STRING and token.start[0] in docstrings)
+    ]
+    # Indentation counts as a level, whatever its width.
+    return " ".join(token if token.strip() else repr(token.strip(" ")) for token in tokens)

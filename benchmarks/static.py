@@ -1,0 +1,601 @@
+"""``python -m benchmarks static``: what compilers say of every kernel. Needs no GPU.
+
+Every Triton kernel in the configurations that the launchers choose is compiled for each architecture, and the CUDA
+kernels are read from the built extension. The report fails where a kernel spills registers, or lacks the matrix or
+bulk-copy instructions that it is written for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from tqdm import tqdm
+
+from benchmarks import sources
+from benchmarks.cases import DTYPES, dtype_name
+from benchmarks.every_kernel import Launch, Size, binaries
+from benchmarks.measure import BAR
+from benchmarks.tables import table
+from dtr_kernels.ops import _cpu
+from dtr_kernels.ops._tiles import Tuned, forced, packaged
+
+WIDTHS = (384, 768, 1024, 1152)  # of DiT-S, B, L and XL
+TOKENS = (256, 16)  # of patches of 2 and of 8, in latents of 32 x 32
+GEMMS = ("window_linear.forward", "window_linear.input_gradient", "window_linear.weight_gradient")
+_RELATIVE = "benchmarks/results/static"
+REPORT = sources.ROOT / _RELATIVE
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+# --- occupancy -------------------------------------------------------------------------------------------------------
+
+# Of one multiprocessor of every architecture here.
+_WARPS, _BLOCKS, _REGISTERS, _SCHEDULERS = 64, 32, 65536, 4
+# Registers are given to warps, shared memory to blocks, in multiples of these; each block takes a KiB for the system.
+_REGISTER_UNIT, _SHARED_UNIT, _SHARED_RESERVED = 256, 128, 1024
+
+
+class Multiprocessor(NamedTuple):
+    """Bytes of shared memory, also the most that one block may have, and columns of tensor memory."""
+
+    shared: int
+    shared_per_block: int
+    tensor_columns: int = 0
+
+
+PROCESSORS = {
+    80: Multiprocessor(164 << 10, 163 << 10),
+    90: Multiprocessor(228 << 10, 227 << 10),
+    100: Multiprocessor(228 << 10, 227 << 10, tensor_columns=512),
+}
+
+
+class Occupancy(NamedTuple):
+    """Blocks and warps that run on a multiprocessor at a time, and what does not let there be more."""
+
+    blocks: int
+    warps: int
+    limit: str
+
+    @property
+    def share(self) -> float:
+        """Of the most warps that a multiprocessor takes."""
+        return self.warps / _WARPS
+
+
+def occupancy(arch: int, threads: int, registers: int, shared: int, tensor_columns: int = 0) -> Occupancy:
+    """How many blocks of a kernel run on a multiprocessor at a time.
+
+    Args:
+        arch: 80, 90 or 100.
+        threads: of a block.
+        registers: of a thread.
+        shared: bytes of a block, static and dynamic.
+        tensor_columns: of tensor memory that a block allocates.
+    """
+    processor = PROCESSORS[arch]
+    warps = -(-threads // 32)
+    registers_of_warp = _rounded_up(32 * registers, _REGISTER_UNIT)
+    # A warp's registers all belong to one of the schedulers.
+    warps_with_registers = _SCHEDULERS * (_REGISTERS // _SCHEDULERS // max(1, registers_of_warp))
+    blocks = {
+        "registers": warps_with_registers // warps,
+        "shared memory": processor.shared // (_rounded_up(shared, _SHARED_UNIT) + _SHARED_RESERVED),
+        "tensor memory": processor.tensor_columns // tensor_columns if tensor_columns else _BLOCKS,
+        "warps": _WARPS // warps,
+        "blocks": _BLOCKS,
+    }
+    if shared > processor.shared_per_block:
+        blocks["shared memory"] = 0
+    fewest = min(blocks.values())
+    limit = " and ".join(name for name, number in blocks.items() if number == fewest)
+    return Occupancy(fewest, fewest * warps, limit)
+
+
+def _rounded_up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
+
+
+# --- binaries --------------------------------------------------------------------------------------------------------
+
+# Names of instructions in PTX, what finds them there, and what finds their opcodes in machine code.
+MATRIX = {
+    "mma.sync": (r"\bmma\.sync\b", r"[HI]MMA\b"),
+    "wgmma": (r"\bwgmma\.mma_async\b", r"[HIQ]GMMA\b"),
+    "tcgen05": (r"\btcgen05\.mma\b", r"UTC[HIQO]MMA\b"),
+}
+COPIES = {
+    "cp.async.bulk": (r"\bcp\.async\.bulk\.tensor\b", r"UTMALDG\b|UBLKCP\b"),
+    "cp.async": (r"\bcp\.async\.c[ag]\b", r"LDGSTS\b"),
+}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one kernel takes of a multiprocessor, and how it uses it.
+
+    Attributes:
+        threads: of a block. registers: of a thread.
+        spilled: bytes of a thread's stack and local memory, where registers are spilled to.
+        shared: bytes of a block. tensor_columns: of Blackwell's tensor memory that a block allocates.
+        matrix, copies: how many instructions of ``MATRIX`` and ``COPIES`` it has.
+        buffers: tiles of an operand that are on their way to shared memory or in use; 0 where loads are waited for.
+    """
+
+    threads: int
+    registers: int
+    spilled: int
+    shared: int
+    tensor_columns: int
+    matrix: Mapping[str, int]
+    copies: Mapping[str, int]
+    buffers: int
+
+    def occupancy(self, arch: int) -> Occupancy:
+        return occupancy(arch, self.threads, self.registers, self.shared, self.tensor_columns)
+
+
+@dataclass(frozen=True)
+class Function:
+    """A kernel in a binary: threads of a block, registers of a thread, bytes of stack and local memory, bytes of
+    static shared memory, how often each instruction occurs, and how many groups of asynchronous copies it leaves under
+    way."""
+
+    threads: int
+    registers: int
+    spilled: int
+    shared: int
+    instructions: Mapping[str, int]
+    groups_under_way: int
+
+    def count(self, opcode: str) -> int:
+        """Instructions whose names begin with what the regular expression matches."""
+        return sum(number for name, number in self.instructions.items() if re.match(opcode, name))
+
+
+def functions(path: Path, arch: int) -> dict[str, Function]:
+    """The CUDA kernels for an architecture in an object file or a library, by mangled name.
+
+    Raises:
+        subprocess.CalledProcessError: if the file holds no kernels at all.
+    """
+    for_arch = f"--gpu-architecture=sm_{arch}"
+    threads = {
+        name: int(attributes, 16)
+        for name, attributes in re.findall(
+            r"^\.nv\.info\.(\S+)$.*?EIATTR_MAX_THREADS.*?Value:\s*(0x[0-9a-f]+)",
+            _cuobjdump("--dump-elf", for_arch, path),
+            re.DOTALL | re.MULTILINE,
+        )
+    }
+    code = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", _cuobjdump("--dump-sass", for_arch, path), re.S))
+    found = {}
+    for name, *numbers in _resource_usage(_cuobjdump("--dump-resource-usage", for_arch, path)):
+        registers, stack, shared, local = map(int, numbers)
+        groups = re.findall(r"\bDEPBAR\.LE SB0, (0x[0-9a-f]+)", code[name])
+        if arch >= 90 and shared:  # here the figure includes the system's part
+            shared -= _SHARED_RESERVED
+        instructions = Counter(
+            re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z][\w.]*)", code[name], re.MULTILINE)
+        )
+        under_way = max((int(group, 16) for group in groups), default=0)
+        found[name] = Function(threads[name], registers, stack + local, shared, instructions, under_way)
+    return found
+
+
+def usage_of_launch(launch: Launch) -> Usage:
+    """Of a Triton kernel, from its binary and from what it was compiled from."""
+    compiled = launch.compiled
+    registers, spilled = _registers(compiled.asm["cubin"])
+    ptx, metadata = compiled.asm["ptx"], compiled.metadata
+    # The pipeliner gives a tile one more dimension, the first, of as many buffers as there are.
+    buffers = re.findall(r"local_alloc : \(\) -> .*<(\d+)x\d+x(?:\d+x)+b?f\d+,.*\bmutable\b", compiled.asm["ttgir"])
+    return Usage(
+        threads=32 * metadata.num_warps,
+        registers=registers,
+        spilled=spilled,
+        shared=metadata.shared,
+        tensor_columns=getattr(metadata, "tmem_size", 0),
+        matrix=_found(MATRIX, lambda in_ptx, in_code: len(re.findall(in_ptx, ptx))),
+        copies=_found(COPIES, lambda in_ptx, in_code: len(re.findall(in_ptx, ptx))),
+        buffers=max(map(int, buffers), default=0),
+    )
+
+
+def usage_of_function(function: Function) -> Usage:
+    """Of a CUDA kernel."""
+    copies = _found(COPIES, lambda in_ptx, in_code: function.count(in_code))
+    return Usage(
+        threads=function.threads,
+        registers=function.registers,
+        spilled=function.spilled,
+        shared=function.shared,
+        tensor_columns=0,
+        matrix=_found(MATRIX, lambda in_ptx, in_code: function.count(in_code)),
+        copies=copies,
+        # It waits until so many groups are left, which come after the tile that it goes on to use; one more is next.
+        buffers=function.groups_under_way + 2 if copies else 0,
+    )
+
+
+def _found(known: Mapping[str, tuple[str, str]], count: Callable[[str, str], int]) -> dict[str, int]:
+    counts = {name: count(*patterns) for name, patterns in known.items()}
+    return {name: number for name, number in counts.items() if number}
+
+
+@cache
+def _registers(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of stack and local memory, of a thread of the one kernel in a binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        [(_, registers, stack, _, local)] = _resource_usage(_cuobjdump("--dump-resource-usage", Path(file.name)))
+    return int(registers), int(stack) + int(local)
+
+
+def _resource_usage(text: str) -> list[tuple[str, ...]]:
+    """(name, registers, stack, shared, local) of each kernel."""
+    return re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+
+
+def _cuobjdump(*arguments: str | Path) -> str:
+    # It calls nvdisasm by name.
+    environment = os.environ | {"PATH": f"{_TOOLS}:{os.environ['PATH']}"}
+    command = [_TOOLS / "cuobjdump", *arguments]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel in one configuration, compiled for one architecture.
+
+    Attributes:
+        kernel: such as "window_linear.forward"; of a CUDA kernel its name in the source.
+        language: "Triton" or "CUDA".
+        dtype: of its operands; "" of a kernel that has one type for all.
+        tile: sides of the tile, warps and stages; of a CUDA kernel its template's number K.
+        chosen: why this tile: "default", the GPU that it was tuned for, or "" where there is no choice.
+        tokens, widths, modes: samples' tokens and channels, and what the launcher is asked for; of all that give what
+            ``usage`` says.
+    """
+
+    arch: int
+    language: str
+    kernel: str
+    dtype: str
+    tile: Mapping[str, int]
+    chosen: str
+    tokens: Sequence[int]
+    widths: Sequence[int]
+    modes: Sequence[str]
+    usage: Usage
+
+    @property
+    def complaints(self) -> list[str]:
+        """What the kernel was not meant to be."""
+        usage, where = self.usage, f"{self.title} on sm_{self.arch}"
+        said = []
+        if usage.spilled:
+            said.append(f"{where} spills: {usage.registers} registers and {usage.spilled} bytes of local memory")
+        if usage.occupancy(self.arch).blocks == 0:
+            said.append(f"{where} does not fit a multiprocessor")
+        if self.kernel not in GEMMS:
+            return said
+        # Warpgroup instructions take 64 rows; samples of fewer tokens use the older ones.
+        instruction = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}[self.arch if self.tile["m"] >= 64 else 80]
+        if self.dtype == "tf32" and not usage.matrix:
+            said.append(f"{where} has no matrix instructions")
+        if self.dtype in ("bf16", "fp16") and instruction not in usage.matrix:
+            said.append(f"{where} has no {instruction}")
+        if self.arch >= 90 and "cp.async.bulk" not in usage.copies:
+            said.append(f"{where} does not load through tensor descriptors")
+        return said
+
+    @property
+    def title(self) -> str:
+        """One line that tells it from the others of its architecture."""
+        tile = " ".join(f"{name} {value}" for name, value in self.tile.items())
+        sizes = f"{_listed(self.tokens)} tokens, {_listed(self.widths)} channels" if self.widths else ""
+        modes = " or ".join(f"({mode})" for mode in self.modes if mode)
+        return ", ".join(
+            part for part in (f"{self.kernel} {modes}".strip(), self.dtype, tile, self.chosen, sizes) if part
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, and its occupancy."""
+        occupied = self.usage.occupancy(self.arch)
+        return asdict(self) | {"occupancy": occupied._asdict() | {"share": occupied.share}}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Row:
+        """The inverse of ``as_json``."""
+        known = {name: value for name, value in stored.items() if name in cls.__dataclass_fields__}
+        return cls(**known | {"usage": Usage(**stored["usage"])})
+
+
+def rows_of_launchers(arch: int, dtype: torch.dtype, size: Size, tuned: Tuned | None = None) -> list[Row]:
+    """The Triton kernels that the launchers run on inputs of a size: with default tiles, or those of a tuned op."""
+    if tuned is None:
+        compiled = binaries(arch, dtype, size)
+    else:
+        with forced(tuned.op, tuned.tile):
+            compiled = binaries(arch, dtype, size, only=tuned.op)
+    rows = []
+    for mode, launch in compiled:
+        options = launch.options
+        tile = {
+            name.removeprefix("BLOCK_").lower(): value
+            for name, value in options.items()
+            if name.startswith(("BLOCK", "ROWS"))
+        }
+        tile |= {name: options[f"num_{name}"] for name in ("warps", "stages") if f"num_{name}" in options}
+        rows.append(
+            Row(
+                arch,
+                "Triton",
+                launch.kernel,
+                "tf32" if options.get("PRECISION") == "tf32" else dtype_name(dtype),
+                tile,
+                tuned.measurement.gpu if tuned else "default",
+                [size.tokens],
+                [size.channels],
+                [mode],
+                usage_of_launch(launch),
+            )
+        )
+    return rows
+
+
+def rows_of_tuned(entry: Tuned) -> list[Row]:
+    """The kernels of a tuned configuration."""
+    # The sums over tokens are of a gradient with the channels of q, k and v.
+    channels = entry.channels // 3 if entry.op == "token_sums" else entry.channels
+    size = Size(8, entry.rows, channels)
+    return rows_of_launchers(entry.measurement.capability, getattr(torch, entry.dtype), size, entry)
+
+
+_CUDA_NAME = re.compile(r"_ZN3dtr4cuda\d+(\w+?)_kernel(?:I(f|6__half|13__nv_bfloat16)(?:Li(\d+)E)?E)?[Ev]")
+_CUDA_DTYPES = {"": "", "f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
+
+
+def rows_of_extension(path: Path, arch: int) -> list[Row]:
+    """The CUDA kernels of an object file or library."""
+    rows = []
+    for mangled, function in functions(path, arch).items():
+        match = _CUDA_NAME.match(mangled)
+        if match is None:
+            raise ValueError(f"{path} holds a kernel with an unknown kind of name, {mangled}")
+        name, dtype, number = match.groups("")
+        tile = {"K": int(number)} if number else {}
+        usage = usage_of_function(function)
+        rows.append(Row(arch, "CUDA", name, _CUDA_DTYPES[dtype], tile, "", [], [], [], usage))
+    return sorted(rows, key=lambda row: (row.kernel, row.dtype, *row.tile.values()))
+
+
+def jobs_for(architectures: Sequence[int]) -> list[Callable[[], list[Row]]]:
+    """Functions that together give the rows of every Triton kernel, with default and with packaged tiles."""
+    # Every width on its own, with 8 samples: tokens of all samples are the rows of a GEMM without windows.
+    problems = itertools.product(architectures, DTYPES.values(), TOKENS, WIDTHS)
+    jobs: list[Callable[[], list[Row]]] = [
+        partial(rows_of_launchers, arch, dtype, Size(8, tokens, width)) for arch, dtype, tokens, width in problems
+    ]
+    tuned = [entry for entry in packaged() if entry.measurement.capability in architectures]
+    return jobs + [partial(rows_of_tuned, entry) for entry in tuned]
+
+
+def joined(rows: Iterable[Row]) -> list[Row]:
+    """Rows that differ in widths alone become one; then those that differ in tokens alone, then in modes."""
+    merged = list(rows)
+    changes: Any
+    for name in ("widths", "tokens", "modes"):
+        alike: dict[str, Row] = {}
+        for row in merged:
+            changes = {name: []}
+            key = json.dumps(asdict(replace(row, **changes)), sort_keys=True)
+            changes = {name: sorted({*getattr(row, name), *getattr(alike.get(key, row), name)})}
+            alike[key] = replace(row, **changes)
+        merged = list(alike.values())
+    return merged
+
+
+# --- report ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows, with the versions of the compilers and the fingerprint of the source.
+
+    ``no_cuda`` says why there are no CUDA kernels among them; None where there are.
+    """
+
+    triton: str
+    nvcc: str | None
+    no_cuda: str | None
+    sources: str
+    rows: Sequence[Row]
+
+    @classmethod
+    def collect(cls, architectures: Sequence[int]) -> Report:
+        """Compiles and reads everything, on all cores and with a progress bar."""
+        no_cuda, nvcc = _cpu.unavailable, None
+        if no_cuda is None:
+            config = _cpu.kernels.build_config()
+            no_cuda, nvcc = config["no_cuda_reason"], config["cuda"]
+        jobs = jobs_for(architectures)
+        if nvcc:
+            jobs += [partial(rows_of_extension, Path(_cpu.kernels.__file__), arch) for arch in architectures]
+        # Processes, since Triton's compiler parses Python, which is not safe in threads before Python 3.13.
+        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as workers:
+            compiled = [workers.submit(job) for job in jobs]
+            rows = [row for future in tqdm(compiled, "compiling", **BAR) for row in future.result()]
+        fingerprint = sources.fingerprint((*sources.BLOCKS, *sources.SURGERY))
+        return cls(triton.__version__, nvcc, no_cuda, fingerprint, joined(rows))
+
+    @property
+    def complaints(self) -> list[str]:
+        """Of all rows."""
+        return [complaint for row in self.rows for complaint in row.complaints]
+
+    def as_json(self) -> str:
+        """Everything, a line for each row."""
+        facts = {key: value for key, value in vars(self).items() if key != "rows"}
+        rows = ",\n  ".join(json.dumps(row.as_json(), separators=(",", ":")) for row in self.rows)
+        return json.dumps(facts)[:-1] + f', "rows": [\n  {rows}\n]}}\n'
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The inverse of ``as_json``."""
+        stored = json.loads(text)
+        return cls(**stored | {"rows": [Row.from_json(row) for row in stored["rows"]]})
+
+    def markdown(self, all_widths: bool = False) -> str:
+        """The tables; with ``all_widths`` a line for each width, also where they are alike."""
+        said = [f"- **{complaint}**" for complaint in self.complaints]
+        parts = [
+            "# What compilers say of every kernel",
+            f"Written by `python -m benchmarks static` without a GPU, with Triton {self.triton} and nvcc "
+            f"{self.nvcc or '(none)'}; fingerprint of the source: `{self.sources}`.",
+            _LEGEND,
+            "\n".join(said or ["No kernel spills registers or lacks an instruction that it was written for."]),
+        ]
+        for arch, name in NAMES.items():
+            rows = [row for row in self.rows if row.arch == arch]
+            if not rows:
+                continue
+            parts += [f"## sm_{arch} ({name})", _table_of_launchers(rows, all_widths)]
+            cuda = [row for row in rows if row.language == "CUDA"]
+            if cuda:
+                parts += [f"CUDA kernels of gradient surgery on sm_{arch}:", _table_of_cuda(cuda)]
+            else:
+                parts += [f"The extension has no CUDA kernels for sm_{arch}{f': {self.no_cuda}' * bool(self.no_cuda)}."]
+        return "\n\n".join(parts) + "\n"
+
+
+NAMES = {80: "Ampere: A100", 90: "Hopper: H100, H200", 100: "Blackwell: B200"}
+_LEGEND = """\
+A line is a kernel in one configuration. A Triton kernel is compiled once for each mode of its launcher (routed or not,
+with a residual update or without, ...), and a CUDA kernel for each dtype; cells give the smallest and largest figure.
+
+- tile: rows x columns x depth of a GEMM, tokens x channels of others; then warps and pipeline stages
+- spilled, shared: bytes of stack and local memory of a thread; of shared memory of a block
+- blocks, occupancy: that run on a multiprocessor at a time, and their share of its 64 warps; what limits them
+- buffers: tiles of an operand that are on their way to shared memory or in use; 0 where loads are waited for
+- matrix, copies: instructions found, by their names in PTX"""
+
+
+def _table_of_launchers(rows: Sequence[Row], all_widths: bool) -> str:
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row.language != "Triton":
+            continue
+        for width in row.widths if all_widths else [0]:
+            groups.setdefault((row.kernel, row.dtype, tuple(row.tile.items()), row.chosen, width), []).append(row)
+    lines = []
+    for (kernel, dtype, tile, chosen, width), members in groups.items():
+        widths = [width] if all_widths else sorted({width for row in members for width in row.widths})
+        tokens = sorted({tokens for row in members for tokens in row.tokens})
+        sides = " x ".join(str(value) for name, value in tile if name not in ("warps", "stages"))
+        shape = ", ".join([sides, *(f"{value} {name}" for name, value in tile if name in ("warps", "stages"))])
+        modes = str(len({mode for row in members for mode in row.modes}))
+        lines.append([kernel, dtype, _listed(widths), _listed(tokens), shape, chosen, modes, *_figures(members)])
+    head = ["kernel", "dtype", "widths", "tokens", "tile", "chosen", "modes", *_FIGURES]
+    return table([head, *_with_dtypes_joined(sorted(lines, key=lambda line: line[0]))])
+
+
+def _table_of_cuda(rows: Sequence[Row]) -> str:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.kernel, " ".join(map(str, row.tile.values()))), []).append(row)
+    lines = [
+        [kernel, number, str(members[0].usage.threads), *_figures(members)]
+        for (kernel, number), members in groups.items()
+    ]
+    return table([["kernel", "K", "threads", *_FIGURES], *lines])
+
+
+_FIGURES = ["registers", "spilled", "shared", "blocks", "occupancy", "limited by", "buffers", "matrix", "copies"]
+
+
+def _figures(rows: Sequence[Row]) -> list[str]:
+    usages = [row.usage for row in rows]
+    occupied = [row.usage.occupancy(row.arch) for row in rows]
+    return [
+        _range(usage.registers for usage in usages),
+        _range(usage.spilled for usage in usages),
+        _range(usage.shared for usage in usages),
+        _range(each.blocks for each in occupied),
+        _range((100 * each.share for each in occupied), "%"),
+        _distinct(each.limit for each in occupied),
+        _range(usage.buffers for usage in usages),
+        _distinct(" and ".join(usage.matrix) for usage in usages),
+        _distinct(" and ".join(usage.copies) for usage in usages),
+    ]
+
+
+def _range(numbers: Iterable[float], unit: str = "") -> str:
+    least, *_, most = (f"{number:.3g}{unit}" if unit else str(number) for number in sorted(numbers) * 2)
+    return least if least == most else f"{least} to {most}"
+
+
+def _distinct(texts: Iterable[str]) -> str:
+    return "; ".join(sorted({text or "none" for text in texts}))
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _with_dtypes_joined(lines: Iterable[list[str]]) -> list[list[str]]:
+    """Lines that differ in the dtype alone become one."""
+    dtypes: dict[tuple[str, ...], list[str]] = {}
+    for kernel, dtype, *rest in lines:
+        dtypes.setdefault((kernel, *rest), []).append(dtype)
+    return [[kernel, ", ".join(names), *rest] for (kernel, *rest), names in dtypes.items()]
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command line of ``static`` takes."""
+    parser.add_argument(
+        "--arch", nargs="+", type=int, choices=PROCESSORS, default=(), help="default: all; a part is only printed"
+    )
+    parser.add_argument("--all-widths", action="store_true", help="print a line for each width, also of equal ones")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--out", type=Path, metavar="DIR", help=f"for {REPORT.name}.json and .md; default: {_RELATIVE}")
+    where.add_argument("--json", type=Path, metavar="FILE", help="the JSON alone, there")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Prints and stores the report; returns 1 if a kernel spills or lacks instructions."""
+    report = Report.collect(arguments.arch or tuple(PROCESSORS))
+    print(report.markdown(arguments.all_widths))
+    folder = arguments.out or (None if arguments.arch or arguments.json else REPORT)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "static.md").write_text(report.markdown())
+    if target := arguments.json or (folder and folder / "static.json"):
+        target.write_text(report.as_json())
+    for complaint in report.complaints:
+        print(complaint, file=sys.stderr)
+    return int(bool(report.complaints))

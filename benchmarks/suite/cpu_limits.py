@@ -1,0 +1,220 @@
+"""The limits by which the ops choose between two ways on a CPU: are they where one becomes faster than the other?
+
+Either way is forced by setting the library's own constant around each call. Beside the two stands what the library
+chooses.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from types import ModuleType
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import sources
+from benchmarks.cases import DTYPES, Benchmark, Case, Goal, Options, Side
+from benchmarks.counts import (
+    ITEMSIZES,
+    norm_backward,
+    norm_forward,
+    window_linear_forward,
+    window_linear_input_gradient,
+    window_linear_weight_gradient,
+)
+from benchmarks.suite import _peers, block
+from benchmarks.suite._models import TINY
+from benchmarks.suite._peers import SEED, Cell, Gate
+from dtr_kernels import ops, reference
+from dtr_kernels.ops import _launch, window_linear
+from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting
+
+DISPATCHED = "as dispatched"
+# Near a limit both ways take as long, and noise decides which is ahead.
+NOT_SLOWER = 0.97
+# Models and batches: 49 to 590 thousand elements of x, in samples of 64 and of 256 tokens.
+BLOCKS = (
+    *(("DiT-S/4", batch) for batch in (2, 4, 8, 16)),
+    *(("DiT-S/2", batch) for batch in (1, 2, 4)),
+    *(("DiT-XL/4", batch) for batch in (1, 2, 4, 8)),
+    *(("DiT-XL/2", batch) for batch in (1, 2)),
+)
+# Channels, and tokens per sample. All samples together have as many each time, so that only the slices grow.
+CHANNELS, TOKENS, ALL_TOKENS = (384, 1152), (64, 128, 256, 512, 1024), 4096
+QUICK_BLOCKS, QUICK_CHANNELS, QUICK_TOKENS, QUICK_ALL_TOKENS = ((TINY, 4),), (384,), (64, 512), 512
+
+_FP32 = ITEMSIZES["fp32"]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """A constant of the library, and what runs from it on (as with a limit of 0) and below it."""
+
+    module: ModuleType
+    name: str
+    at_least: str
+    below: str
+
+    def chosen(self, size: int) -> str:
+        """What the library runs."""
+        return self.at_least if size >= getattr(self.module, self.name) else self.below
+
+    def set_to(self, value: int, call: Callable[[], Result]) -> Callable[[], Result]:
+        """``call`` under another limit."""
+
+        def forced() -> Result:
+            before = getattr(self.module, self.name)
+            setattr(self.module, self.name, value)
+            try:
+                return call()
+            finally:
+                setattr(self.module, self.name, before)
+
+        return forced
+
+
+_ELEMENTS = _Limit(_launch, "LEAST_ELEMENTS_ON_CPU", "fused block", "plain block")
+_FORWARD = _Limit(window_linear, "_FORWARD_TOKENS", "slices of the weight", "dense weight")
+_BACKWARD = _Limit(window_linear, "_BACKWARD_TOKENS", "slices of the weight", "dense weight")
+
+
+def cases(options: Options) -> list[Callable[[], Case]]:
+    """Blocks of several numbers of elements, and linear layers of several numbers of tokens per sample."""
+    if options.device.type != "cpu":
+        raise ValueError(f"cpu_limits measures the CPU's limits: --device must be cpu, got {options.device.type}")
+    _peers.check_passes(options, block.PASSES, "the CPU's limits")
+    for precision in options.precisions:
+        if precision not in DTYPES:
+            raise ValueError(f"--dtype must be one of {', '.join(DTYPES)} for the CPU's limits, got {precision}")
+    precisions, passes = options.precisions or ("fp32", "bf16"), options.passes or block.PASSES
+    blocks = [
+        partial(elements, Cell(model, batch, precision, "block", "per sample", 0.8, pass_))
+        for precision in precisions
+        for pass_ in passes
+        for model, batch in (QUICK_BLOCKS if options.quick else BLOCKS)
+    ]
+    total = QUICK_ALL_TOKENS if options.quick else ALL_TOKENS
+    layers = [
+        partial(forward_tokens if pass_ == "forward" else backward_tokens, total // N, N, C)
+        for pass_ in (passes if "fp32" in precisions else ())  # a weight of 16 bits is never cut
+        for C in (QUICK_CHANNELS if options.quick else CHANNELS)
+        for N in (QUICK_TOKENS if options.quick else TOKENS)
+    ]
+    return [*blocks, *layers]
+
+
+def elements(cell: Cell) -> Case:
+    """A block by the compiled kernels, and by plain PyTorch."""
+    piece = block.Piece.of(cell, torch.device("cpu"))
+    gate = piece.gate(piece.exact(piece.mask), piece.masked)
+    side = replace(piece.side(DISPATCHED, piece.fused, gate, piece.work(piece.window.width)), forward=None)
+    return _case(_ELEMENTS, piece.x.numel(), side, tuple(piece.x.shape), cell.precision, cell.pass_)
+
+
+def forward_tokens(B: int, N: int, C: int) -> Case:
+    """A linear layer by GEMMs on each sample's slice of the weight, and by one dense GEMM for all."""
+    layer = _Layer.of(B, N, C, trains=False)
+    gate = Gate(layer.exact(), [layer.plain().detach()], "fp32")
+    sizes = B, N, C, layer.window.width
+    work = norm_forward(*sizes, _FP32) + window_linear_forward(*sizes, 3 * C, _FP32)
+    side = Side(DISPATCHED, _peers.without_graph(layer.fused), gate.error, gate.bound, work=work)
+    return _case(_FORWARD, N, side, (B, N, C), "fp32", "forward")
+
+
+def backward_tokens(B: int, N: int, C: int) -> Case:
+    """The same layer's gradients, without its forward pass."""
+    layer = _Layer.of(B, N, C, trains=True)
+    cotangent = torch.randn(B, N, 3 * C)
+    inputs = layer.inputs
+
+    def backward(out: Tensor) -> Sequence[Tensor]:
+        return torch.autograd.grad(out, inputs, cotangent, retain_graph=True)
+
+    gate = Gate(layer.exact(cotangent)[1:], backward(layer.plain()), "fp32")
+    sizes = B, N, C, layer.window.width
+    work = (
+        window_linear_input_gradient(*sizes, 3 * C, _FP32)
+        + window_linear_weight_gradient(*sizes, 3 * C, _FP32)
+        + norm_backward(*sizes, _FP32, dstream=False)
+    )
+    side = Side(DISPATCHED, partial(backward, layer.fused()), gate.error, gate.bound, work=work)
+    return _case(_BACKWARD, N, side, (B, N, C), "fp32", "backward")
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The norm and the linear layer before the attention of a block, from C to 3 C channels, and its inputs."""
+
+    linear: nn.Linear
+    x: Tensor
+    shift: Tensor
+    scale: Tensor
+    window: ChannelWindow
+
+    @classmethod
+    def of(cls, B: int, N: int, C: int, trains: bool) -> _Layer:
+        torch.manual_seed(SEED)
+        x, shift, scale = (torch.randn(shape).requires_grad_(trains) for shape in ((B, N, C), (B, C), (B, C)))
+        window = DenoisingTaskRouting().window(torch.randint(1000, (B,)), C)
+        return cls(nn.Linear(C, 3 * C), x, shift, scale, window)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """What has a gradient."""
+        return [self.x, self.shift, self.scale, *self.linear.parameters()]
+
+    def fused(self) -> Tensor:
+        weight, bias = self.linear.parameters()
+        return ops.routed_linear(self.x, self.shift, self.scale, weight, bias, self.window)[1]
+
+    def plain(self) -> Tensor:
+        return _plain_layer(self.linear, self.x, self.shift, self.scale, self.window.mask())
+
+    def exact(self, cotangent: Tensor | None = None) -> list[Tensor]:
+        batch = self.x, self.shift, self.scale, self.window.mask()
+        return _peers.exact(_plain_layer, self.linear, batch, cotangent)
+
+
+def _plain_layer(linear: nn.Linear, x: Tensor, shift: Tensor, scale: Tensor, mask: Tensor) -> Tensor:
+    return reference.routed_linear(x, None, None, shift, scale, linear.weight, linear.bias, mask)[1]
+
+
+def _case(limit: _Limit, size: int, side: Side, shape: Sequence[int], precision: str, pass_: str) -> Case:
+    """What the limit chooses at this size against either of the two that it chooses between."""
+    forced = ((limit.at_least, 0), (limit.below, sys.maxsize))
+    other = limit.below if limit.chosen(size) == limit.at_least else limit.at_least
+    B, N, C = shape
+    return Case(
+        f"{limit.name}, batch {B}, {N} tokens, {C} channels, {precision}, {pass_}",
+        [*(replace(side, name=way, call=limit.set_to(value, side.call)) for way, value in forced), side],
+        {
+            "limit": limit.name,
+            "size": size,
+            "batch": B,
+            "tokens": N,
+            "channels": C,
+            "precision": precision,
+            "pass": pass_,
+        },
+        speedup_over=limit.below,
+        goals=[Goal("speed-up", DISPATCHED, over=other, at_least=NOT_SLOWER)],
+        matrix_dtype=DTYPES[precision],
+        notes=[
+            f"{limit.at_least} and {limit.below} are forced by setting {limit.name} around each call; {DISPATCHED} it "
+            f"is {getattr(limit.module, limit.name)}"
+        ],
+    )
+
+
+BENCHMARK = Benchmark(
+    "cpu_limits",
+    "The sizes from which a CPU runs kernels instead of plain PyTorch, and GEMMs on windows instead of dense ones.",
+    cases,
+    sources=sources.BLOCKS,
+    devices=("cpu",),
+)

@@ -1,0 +1,241 @@
+"""A whole DiT: its prediction, its gradients, a training step, and a guided step of sampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import sources
+from benchmarks.cases import PASSES, Benchmark, Case, Options, Side
+from benchmarks.counts import ITEMSIZES, Work, adamw_step, dit_forward, dit_training
+from benchmarks.suite import _peers
+from benchmarks.suite._models import TINY, make_dit
+from benchmarks.suite._peers import COMPILED, MASKED, SEED, SHARED_TIMESTEP, UNROUTED, Axes, Cell, Forward, Gate
+from dtr_kernels import nn, reference
+
+FUSED = "DiT"
+# Strength of guidance, and the label that stands for no label: the models here have no class for it.
+GUIDANCE, NO_LABEL = 4.0, 0
+
+_COMMON: Axes = {"precision": ("fp32",), "scope": ("block",), "window": ("per sample",), "beta": (0.8,)}
+_CENTRE: dict[str, Axes] = {
+    "quick": {**_COMMON, "model": (TINY,), "batch": (4,), "pass_": PASSES},
+    "cpu": {**_COMMON, "model": ("DiT-S/2",), "batch": (8,), "pass_": ("training", "step")},
+    "cuda": {**_COMMON, "model": ("DiT-XL/2",), "batch": (32,), "precision": ("bf16",), "pass_": ("step",)},
+}
+_STAR: dict[str, Sequence[Axes]] = {
+    "quick": (),
+    "cpu": ({"pass_": ("sampling",), "batch": (1, 8), "precision": ("fp32", "bf16")},),
+    "cuda": ({"pass_": ("sampling",), "batch": (1, 32)}, {"model": ("DiT-S/2",), "batch": (256,)}),
+}
+
+
+def cases(options: Options) -> list[Callable[[], Case]]:
+    """Steps of training and of sampling. With options, all combinations of what they give."""
+    _peers.check_passes(options, PASSES, "a model")
+    if "sampling" in options.passes and "per sample" in options.windows:
+        raise ValueError("--window must be shared for --pass sampling, whose samples all have one timestep")
+    size = "quick" if options.quick else options.device.type
+    cells = _peers.grid(options, _CENTRE[size], _STAR[size])
+    fitting = (replace(cell, window="shared") if cell.pass_ == "sampling" else cell for cell in cells)
+    return [partial(build, cell, options.device) for cell in dict.fromkeys(fitting)]
+
+
+def build(cell: Cell, device: torch.device) -> Case:
+    """One pass of a model by every side, all of which use the same parameters."""
+    torch.compiler.reset()  # each case compiles for itself, and none is the one too many for PyTorch's limit
+    piece = (GuidedStep if cell.pass_ == "sampling" else Prediction).of(cell, device)
+    active, channels = cell.routing.window(piece.t, piece.model.hidden_size).width, piece.model.hidden_size
+    routed = partial(piece.side, gate=piece.gate(piece.mask, piece.masked), work=piece.work(active))
+    unrouted = partial(piece.side, gate=piece.gate(None, piece.unrouted), work=piece.work(channels))
+    sides = [
+        routed(MASKED, piece.masked),
+        routed(MASKED + COMPILED, _peers.compiled(piece.masked)),
+        unrouted(UNROUTED, piece.unrouted),
+        unrouted(UNROUTED + COMPILED, _peers.compiled(piece.unrouted)),
+        routed(FUSED, piece.fused),
+        routed(FUSED + COMPILED, _peers.compiled(piece.fused)),
+    ]
+
+    notes = [
+        _peers.ABOUT_PEERS,
+        f"{FUSED} finds the windows from the timesteps in every call; {MASKED} is given its masks",
+    ]
+    if cell.pass_ == "step":
+        notes.append(
+            "a step is forward, backward and fused AdamW with a learning rate of 0, so that every side and every round "
+            "finds the same parameters; peak MB is above parameters, gradients and the optimizer's state"
+        )
+    if cell.pass_ == "sampling":
+        notes.append(f"batch {cell.batch} is {2 * cell.batch} samples for the model: with labels, and without")
+    return Case(
+        f"{cell.model}, {cell}",
+        sides,
+        cell.coordinates,
+        speedup_over=MASKED,
+        matrix_dtype=cell.matrix_dtype,
+        memory=piece.trains,
+        notes=notes,
+    )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A model, a batch, and what is computed of them."""
+
+    cell: Cell
+    model: nn.DiT
+    optimizer: torch.optim.Optimizer
+    x: Tensor
+    t: Tensor | int
+    times: Tensor
+    y: Tensor
+    mask: Tensor
+    cotangent: Tensor
+
+    plain = staticmethod(reference.dit)
+
+    @classmethod
+    def of(cls, cell: Cell, device: torch.device) -> Prediction:
+        """Random parameters and inputs."""
+        torch.manual_seed(SEED)
+        model = make_dit(cell.model, device, cell.dtype, cell.routing, cell.scope)
+        _peers.draw(model.blocks)
+        t = _peers.timesteps(cell, device)
+        x = torch.randn(cell.batch, model.in_channels, model.input_size, model.input_size).to(device, cell.dtype)
+        return cls(
+            cell,
+            model,
+            torch.optim.AdamW(_peers.trainable(model), lr=0.0, fused=True, capturable=device.type == "cuda"),
+            x,
+            t,
+            torch.as_tensor(t, device=device).expand(cell.batch),
+            torch.randint(model.y_embedder.num_classes, (cell.batch,)).to(device),
+            _peers.mask_of(cell.routing.window(t, model.hidden_size), x),
+            torch.randn(cell.batch, model.out_channels, *x.shape[2:]).to(device, cell.dtype),
+        )
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a backward pass."""
+        return self.cell.pass_ in ("training", "step")
+
+    def masked(self) -> Tensor:
+        return self.plain(self.model, self.x, self.times, self.y, self.mask)
+
+    def unrouted(self) -> Tensor:
+        return self.plain(self.model, self.x, self.times, self.y)
+
+    def fused(self) -> Tensor:
+        return self.model(self.x, self.t, self.y)
+
+    def gate(self, mask: Tensor | None, eager: Forward) -> Gate:
+        """For results in this precision, of which ``eager`` makes one."""
+        inputs = self.x, self.times, self.y, mask
+        exact = _peers.exact(self.plain, self.model, inputs, self.cotangent if self.trains else None)
+        if self.cell.pass_ == "step":
+            del exact[0]  # a step leaves gradients only
+        return Gate(exact, self._call(self._in_precision(eager))(), self.cell.precision)
+
+    def work(self, active: int) -> Work:
+        """What the function of as many active channels needs."""
+        model: Any = self.model
+        block, items = model.blocks[0], ITEMSIZES[self.cell.precision]
+        sizes: dict[str, Any] = {
+            "B": 2 * len(self.x) if self.cell.pass_ == "sampling" else len(self.x),
+            "N": model.pos_embed.shape[1],
+            "C": model.hidden_size,
+            "W": active,
+            "H": block.mlp.fc1.out_features,
+            "depth": len(model.blocks),
+            "patch_inputs": model.x_embedder.proj.weight[0].numel(),
+            "patch_outputs": model.final_layer.linear.out_features,
+            "items": items,
+            "scope": self.cell.scope,
+        }
+        if not self.trains:
+            return dit_forward(**sizes)
+        work = dit_training(heads=block.attn.num_heads, **sizes)
+        if self.cell.pass_ == "step":
+            work += adamw_step(sum(p.numel() for p in _peers.trainable(model)), items.stream)
+        return work
+
+    def side(self, name: str, forward: Forward, gate: Gate, work: Work) -> Side:
+        """A side whose bytes kept for the backward pass are counted, if there is one."""
+        forward = self._in_precision(forward)
+        return Side(
+            name,
+            self._call(forward),
+            gate.error,
+            gate.bound,
+            work=work,
+            forward=forward if self.trains else None,
+            parameters=list(self.model.parameters()),
+        )
+
+    def _in_precision(self, forward: Forward) -> Forward:
+        return _peers.in_precision(forward, self.cell.precision, self.x.device)
+
+    def _call(self, forward: Forward) -> Callable[[], list[Tensor]]:
+        parameters = _peers.trainable(self.model)
+
+        def step() -> list[Tensor]:
+            self.optimizer.zero_grad()
+            forward().backward(self.cotangent)
+            self.optimizer.step()
+            return [p.grad for p in parameters if p.grad is not None]
+
+        if self.cell.pass_ == "step":
+            return step
+        if self.cell.pass_ == "training":
+            return _peers.with_gradients(forward, parameters, self.cotangent)
+        return _peers.without_graph(forward)
+
+
+def guided_step(model: nn.DiT, x: Tensor, t: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+    """A step of DDIM with classifier-free guidance in plain PyTorch: ``DiT.forward_with_cfg``, then ``ddim``."""
+    masks = None if mask is None else torch.cat([mask, mask])
+    labels = torch.cat([y, torch.full_like(y, NO_LABEL)])
+    out = reference.dit(model, torch.cat([x, x]), torch.cat([t, t]), labels, masks)
+    conditional, unconditional = out[:, : model.in_channels].chunk(2)
+    return ddim(x, unconditional + GUIDANCE * (conditional - unconditional))
+
+
+class GuidedStep(Prediction):
+    """The step from noise at one timestep to noise at the next."""
+
+    plain = staticmethod(guided_step)
+
+    def fused(self) -> Tensor:
+        labels = torch.cat([self.y, torch.full_like(self.y, NO_LABEL)])
+        out = self.model.forward_with_cfg(torch.cat([self.x, self.x]), self.t, labels, GUIDANCE)
+        return ddim(self.x, out[: len(self.x), : self.model.in_channels])
+
+
+def _signal(t: int) -> float:
+    """What is left of the image's variance at timestep t, with DDPM's linear schedule."""
+    return math.prod(1 - (1e-4 + (0.02 - 1e-4) * step / 999) for step in range(t + 1))
+
+
+# In ten steps from 999 to 0: large ones, so that errors of the prediction are seen.
+_NOW, _NEXT = _signal(SHARED_TIMESTEP), _signal(SHARED_TIMESTEP - 100)
+
+
+def ddim(x: Tensor, noise: Tensor) -> Tensor:
+    """The deterministic update of DDIM (Song et al., 2021): x at the next timestep, given the noise predicted in it."""
+    image = (x - math.sqrt(1 - _NOW) * noise) / math.sqrt(_NOW)
+    return math.sqrt(_NEXT) * image + math.sqrt(1 - _NEXT) * noise
+
+
+BENCHMARK = Benchmark(
+    "model",
+    "A whole DiT, routed by our kernels, by the masked reference, and unrouted: training and guided sampling.",
+    cases,
+    sources=sources.BLOCKS,
+)

@@ -1,0 +1,211 @@
+"""The linear layer over each sample's window, and its gradients: ``dtr_kernels.ops.window_linear``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import counts, sources
+from benchmarks.cases import WINDOWS, Benchmark, Case, Goal, Options
+from benchmarks.counts import ITEMSIZES, Itemsizes, Work
+from benchmarks.suite import _peers, _routing
+from benchmarks.suite._peers import Cell, Gate
+from benchmarks.suite._routing import Linear, rotated
+from dtr_kernels.ops import window_linear as ops
+
+FUSED, DENSE, SLICE = "window_linear", "F.linear, all channels", "F.linear, one slice"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is computed.
+
+    Args:
+        fused, plain: by our launcher, and by autograd on all channels: the same tensors.
+        product: by PyTorch's matrix products, from (input, weight, bias, gradient of the output).
+        work: of the first two, from (B, N, C, W, O, itemsizes).
+        product_work: of the last one on its own, from (rows, channels, O, itemsizes).
+        tokens: of a sample, from how many on a CPU takes slices of the weight.
+    """
+
+    name: str
+    fused: Callable[[Linear], list[Tensor]]
+    plain: Callable[[Linear], list[Tensor]]
+    product: Callable[..., Any]
+    work: Callable[[int, int, int, int, int, Itemsizes], Work]
+    product_work: Callable[[int, int, int, Itemsizes], Work]
+    tokens: int
+
+
+def cases(options: Options) -> list[Callable[[], Case]]:
+    """The QKV layer forward, its input gradient, and all of its gradients."""
+    cells = _routing.cells(options, "window_linear", windows=WINDOWS)
+    # The layer is the same in both scopes.
+    chosen = _routing.unique(replace(cell, scope="block") for cell in cells)
+    return [partial(build, cell, task, options.device) for cell in chosen for task in TASKS[cell.pass_]]
+
+
+def build(cell: Cell, task: Task, device: torch.device) -> Case:
+    """One task; W channels of C go to O = 3C."""
+    torch.compiler.reset()
+    (N, C, W), items = _routing.sizes_of(cell), ITEMSIZES[cell.precision]
+    O = 3 * C
+    work = task.work(cell.batch, N, C, W, O, items)
+    sets = _routing.buffers(partial(Linear.random, cell, O, device), work, device)
+    layer, wide = sets[0], _routing.widened(sets[0])
+    rows, channels = layer.one_slice.shape
+    slice_work = task.product_work(rows, channels, O, items)
+
+    ours = Gate(task.plain(wide), task.plain(layer), cell.precision)
+    dense = Gate(on_all_channels(wide, task.product), on_all_channels(layer, task.product), cell.precision)
+    one_slice = Gate(on_one_slice(wide, task.product), on_one_slice(layer, task.product), cell.precision)
+
+    peers: dict[str, Callable[..., Any]] = {DENSE: task.product}
+    if device.type == "cuda":
+        # The compiler's default calls the same cuBLAS; with autotuning it may write a matrix product itself.
+        peers[DENSE + _routing.AUTOTUNED] = _peers.compiled(task.product, _peers.MAX_AUTOTUNE)
+    sides = [
+        *(rotated(name, partial(on_all_channels, product=p), sets, dense, work) for name, p in peers.items()),
+        rotated(SLICE, partial(on_one_slice, product=task.product), sets, one_slice, slice_work),
+        rotated(FUSED, task.fused, sets, ours, work),
+    ]
+    cublas = ops.prefers_cublas(layer.start, layer.shared_start, layer.weight)
+    called = layer.multiplied_by(task.tokens, on_gpu="cuBLAS" if cublas else "our GEMM")
+    return Case(
+        _routing.name_of(task.name, cell),
+        sides,
+        _routing.coordinates(task.name, cell),
+        speedup_over=DENSE,
+        goals=[Goal("FLOP rate", FUSED, over=SLICE, at_least=0.95)] if device.type == "cuda" else (),
+        matrix_dtype=cell.matrix_dtype,
+        notes=[
+            f"O = 3C, as of queries, keys and values; {FUSED} called {called}",
+            f"{DENSE}: on the masked input that a masked model has, and as fast as the layer of an unrouted model",
+            f"{SLICE}: another function, on {channels} channels that are the same for all samples, and "
+            "without what deactivated channels add: PyTorch's speed at almost the same FLOPs, an upper bound",
+            _routing.how_called(cell, device),
+        ],
+    )
+
+
+def on_all_channels(layer: Linear, product: Callable[..., Any]) -> list[Tensor]:
+    """What a masked model computes."""
+    return product(layer.dense, layer.weight, layer.bias, layer.g)
+
+
+def on_one_slice(layer: Linear, product: Callable[..., Any]) -> list[Tensor]:
+    """The same on the first channels alone."""
+    x = layer.one_slice
+    return product(x, layer.weight[:, : x.shape[1]], layer.bias, layer.g.flatten(0, 1))
+
+
+# --- forward ---------------------------------------------------------------------------------------------------------
+
+
+def _fused_forward(layer: Linear) -> list[Tensor]:
+    _routing.require_kernels(layer.u)
+    return [
+        ops.window_linear_forward(
+            layer.u,
+            layer.mean_rstd,
+            layer.shift,
+            layer.scale,
+            layer.weight,
+            layer.bias,
+            layer.start,
+            layer.shared_start,
+        )
+    ]
+
+
+def _plain_forward(layer: Linear) -> list[Tensor]:
+    return [F.linear(layer.dense, layer.weight, layer.bias)]
+
+
+def _product_forward(x: Tensor, weight: Tensor, bias: Tensor, g: Tensor) -> list[Tensor]:
+    return [F.linear(x, weight, bias)]
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def _fused_gradients(layer: Linear, parameters: bool) -> list[Tensor]:
+    _routing.require_kernels(layer.u)
+    gradients = ops.window_linear_backward(
+        layer.g,
+        layer.u,
+        layer.mean_rstd,
+        layer.shift,
+        layer.scale,
+        layer.weight,
+        layer.start,
+        layer.shared_start,
+        need_weight=parameters,
+        need_bias=parameters,
+    )
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _plain_gradients(layer: Linear, parameters: bool) -> list[Tensor]:
+    names = ["u"]
+    if layer.window is not None:
+        names += ["mean_rstd", "shift", "scale"]
+    if parameters:
+        names += ["weight", "bias"]
+    leaves = {name: getattr(layer, name).detach().requires_grad_() for name in names}
+    (out,) = _plain_forward(replace(layer, **leaves))
+    gradients = dict(zip(names, torch.autograd.grad(out, list(leaves.values()), layer.g), strict=True))
+    if layer.window is not None:
+        # Deactivated channels are -mean_rstd * (1 + scale) + shift; ours returns the sum of gradient * (1 + scale).
+        gradients["mean_rstd"] = -gradients["mean_rstd"]
+    return list(gradients.values())
+
+
+def _product_gradients(x: Tensor, weight: Tensor, bias: Tensor, g: Tensor, parameters: bool) -> list[Tensor]:
+    if not parameters:
+        return [g @ weight]
+    rows = g.flatten(0, -2)
+    return [g @ weight, rows.t() @ x.flatten(0, -2), rows.sum(0)]
+
+
+FORWARD = Task(
+    "forward",
+    _fused_forward,
+    _plain_forward,
+    _product_forward,
+    counts.window_linear_forward,
+    counts.linear_forward,
+    ops._FORWARD_TOKENS,
+)
+INPUT_GRADIENT = Task(
+    "input gradient",
+    partial(_fused_gradients, parameters=False),
+    partial(_plain_gradients, parameters=False),
+    partial(_product_gradients, parameters=False),
+    counts.window_linear_input_gradient,
+    counts.linear_input_gradient,
+    ops._BACKWARD_TOKENS,
+)
+ALL_GRADIENTS = Task(
+    "all gradients",
+    partial(_fused_gradients, parameters=True),
+    partial(_plain_gradients, parameters=True),
+    partial(_product_gradients, parameters=True),
+    counts.window_linear_gradients,
+    counts.linear_gradients,
+    ops._BACKWARD_TOKENS,
+)
+TASKS = {"forward": (FORWARD,), "training": (INPUT_GRADIENT, ALL_GRADIENTS)}
+
+BENCHMARK = Benchmark(
+    "window_linear",
+    "A linear layer over each sample's window, and its gradients: our launchers, F.linear on all channels.",
+    cases,
+    sources=sources.BLOCKS,
+)

@@ -1,0 +1,327 @@
+"""Results as Markdown tables whose columns line up as plain text too."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from benchmarks.cases import Goal
+from benchmarks.results import CaseResult, Run
+from benchmarks.timing import Spread
+
+NOT_MEASURED, WITHIN, MET, NOT_MET = "not measured", "within the spread", "met", "NOT met"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of rows of equal length, of which the first is the head."""
+    rows = [[text.replace("|", "\\|") for text in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def run_markdown(run: Run, stale: bool) -> str:
+    """All cases' tables, and below them where they were measured.
+
+    Args:
+        run: the results.
+        stale: whether the source that they depend on is another by now.
+    """
+    facts = [f"- {name}: {_plainly(value)}" for name, value in run.environment.items() if value is not None]
+    head = [f"## {run.benchmark}", run.summary, *(f"**{caveat}**" for caveat in caveats(run, stale))]
+    cases = [case_table(case).rstrip() for case in run.cases]
+    return "\n\n".join([*head, *cases, "### Measured with", "\n".join(facts)]) + "\n"
+
+
+def caveats(run: Run, stale: bool) -> list[str]:
+    """What a reader of any figure of a run must be told, as sentences."""
+    commit = commit_of(run)
+    told = {
+        f"STALE: measured on commit {commit}; the source that the figures depend on has changed since.": stale,
+        f"Measured with uncommitted changes on top of commit {commit}.": run.environment.get("uncommitted changes"),
+        "Interrupted: cases are missing or have fewer rounds.": run.interrupted,
+    }
+    return [sentence for sentence, holds in told.items() if holds]
+
+
+def commit_of(run: Run) -> str:
+    """The first digits of the commit that was measured."""
+    return (run.environment.get("commit") or "unknown")[:10]
+
+
+def case_table(case: CaseResult) -> str:
+    """The sides, the goals, the ceilings that were measured in the same rounds, and the notes."""
+    lines = [_goal_line(case, goal) for goal in case.goals]
+    if rounds := len(case.copy.seconds):
+        ceilings = f"a copy {_number(case.copy.rate, 1e-9)} GB/s, read and written"
+        if case.matrix is not None:
+            ceilings += f"; a matrix product {_number(case.matrix.rate, 1e-12)} TFLOP/s"
+        lines.append(f"- in the same {rounds} round{'s' if rounds > 1 else ''}: {ceilings}")
+    lines += [f"- {note}" for note in case.notes]
+    return "\n\n".join(part for part in (f"### {case.name}", _sides_table(case), "\n".join(lines)) if part)
+
+
+def _sides_table(case: CaseResult) -> str:
+    """One row for each side."""
+    columns = _columns(case)
+    rows = [["", *columns]]
+    for name, side in case.sides.items():
+        if side.seconds:
+            rows.append([name, *(cell(name) for cell in columns.values())])
+        else:
+            rows.append([name, side.message or "not timed", *[""] * (len(columns) - 1)])
+    return table(_without_empty_columns(rows))
+
+
+def _columns(case: CaseResult) -> dict[str, Callable[[str], str]]:
+    """For each column's title a function from the name of a side with figures to its cell."""
+    columns: dict[str, Callable[[str], str]] = {"ms (p20 to p80)": lambda side: milliseconds(case.sides[side].spread)}
+    if speedup_over := case.speedup_over:
+        columns[f"speed-up over {speedup_over}"] = lambda side: times(case.speedup(side, speedup_over))
+    if time_over := case.time_over:
+        columns[f"time over {time_over}"] = lambda side: times(case.time(side, time_over))
+    columns["GB/s"] = lambda side: _number(case.bandwidth(side), 1e-9)
+    columns["of copy"] = lambda side: percent(case.share_of_copy(side))
+    if matrix := case.matrix:  # without FLOPs the floor is the copy's
+        columns["TFLOP/s"] = lambda side: _number(case.flop_rate(side), 1e-12)
+        columns["of matrix rate"] = lambda side: percent(_quotient(case.flop_rate(side), matrix.rate))
+        columns["of floor"] = lambda side: percent(case.share_of_floor(side))
+    columns["error"] = lambda side: _scientific(case.sides[side].error)
+    columns["peak MB"] = lambda side: _number(case.sides[side].peak_bytes, 1e-6)
+    columns["saved MB"] = lambda side: _number(case.sides[side].saved_bytes, 1e-6)
+    if any(side.graph for side in case.sides.values()):
+        columns["graph"] = lambda side: "yes" if case.sides[side].graph else "no"
+    return columns
+
+
+def _without_empty_columns(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Without columns that say nothing below their head, but for the first two."""
+    shown = [i for i, column in enumerate(zip(*rows, strict=True)) if i < 2 or any(column[1:])]
+    return [[row[i] for i in shown] for row in rows]
+
+
+def verdict(case: CaseResult, goal: Goal) -> str:
+    """Whether a goal was reached. A limit inside p20 to p80 of the ratio by round decides nothing."""
+    met = goal.met(case.value(goal))
+    if met is None:
+        return NOT_MEASURED
+    spread = goal_spread(case, goal)
+    if spread is not None and any(spread.p20 < limit < spread.p80 for limit in (goal.at_least, goal.at_most)):
+        return WITHIN
+    return MET if met else NOT_MET
+
+
+def goal_spread(case: CaseResult, goal: Goal) -> Spread | None:
+    """Of what a goal is about, where that was measured round by round."""
+    if goal.over is None or goal.quantity not in ("speed-up", "time"):
+        return None
+    measure = case.speedup if goal.quantity == "speed-up" else case.time
+    return measure(goal.side, goal.over)
+
+
+def _goal_line(case: CaseResult, goal: Goal) -> str:
+    measured = goal_figure(case, goal)
+    return f"- goal {verdict(case, goal)}: {goal.text}" + (f", measured {measured}" if measured else "")
+
+
+def goal_figure(case: CaseResult, goal: Goal) -> str:
+    """What was measured for a goal, in the unit of its limits; empty where nothing was."""
+    value, spread = case.value(goal), goal_spread(case, goal)
+    if value is None:
+        return ""
+    return f"{value:.3g}" if spread is None else f"{value:.3g} ({spread.p20:.3g} to {spread.p80:.3g})"
+
+
+def goals_table(runs: Iterable[tuple[Run, bool]]) -> str:
+    """One row for each goal of a benchmark, over all of its cases, with the worst of them.
+
+    Args:
+        runs: the results, and whether they are stale.
+    """
+    rows = [["benchmark", "goal", "cases", MET, WITHIN, NOT_MET, NOT_MEASURED, "worst"]]
+    for run, stale in runs:
+        alike: dict[str, list[tuple[CaseResult, Goal]]] = {}
+        for case in run.cases:
+            for goal in case.goals:
+                alike.setdefault(goal.text, []).append((case, goal))
+        for text, pairs in alike.items():
+            verdicts = [verdict(case, goal) for case, goal in pairs]
+            counts = [str(verdicts.count(kind) or "") for kind in (MET, WITHIN, NOT_MET, NOT_MEASURED)]
+            rows.append([marked(run, stale), text, str(len(pairs)), *counts, _worst(pairs)])
+    return table(_without_empty_columns(rows)) if len(rows) > 1 else "No goals are set for these benchmarks."
+
+
+def marked(run: Run, stale: bool) -> str:
+    """The benchmark's name, with a mark where a caveat holds."""
+    marks = [f"STALE, commit {commit_of(run)}"] if stale else []
+    marks += ["uncommitted changes"] if run.environment.get("uncommitted changes") else []
+    marks += ["interrupted"] if run.interrupted else []
+    return run.benchmark + (f" ({', '.join(marks)})" if marks else "")
+
+
+def _worst(pairs: Sequence[tuple[CaseResult, Goal]]) -> str:
+    """The figure that is farthest on the wrong side of a goal, and its case."""
+
+    def distance(pair: tuple[CaseResult, Goal]) -> float:
+        case, goal = pair
+        value = case.value(goal)
+        assert value is not None
+        return min(value - goal.at_least, goal.at_most - value)
+
+    measured = [(case, goal) for case, goal in pairs if case.value(goal) is not None]
+    if not measured:
+        return ""
+    case, goal = min(measured, key=distance)
+    return goal_figure(case, goal) + (f": {case.name}" if len(pairs) > 1 else "")
+
+
+def overview(run: Run) -> str:
+    """One row for each case: how the sides compare with the baseline, and whether the goals are met.
+
+    Sides that goals are about, or else ours, stand with their spread. Cases of another baseline have a table of their
+    own; one alone has a row for each side.
+    """
+    groups: dict[tuple[str | None, str | None], list[CaseResult]] = {}
+    for case in run.cases:
+        groups.setdefault((case.speedup_over, case.time_over), []).append(case)
+    return "\n\n".join(_overview_of(cases) if len(cases) > 1 else _overview_of_one(*cases) for cases in groups.values())
+
+
+def _overview_of_one(case: CaseResult) -> str:
+    goals = "\n".join(_goal_line(case, goal) for goal in case.goals)
+    return "\n\n".join(part for part in (f"{case.name}:", _sides_table(case), goals) if part)
+
+
+def _overview_of(cases: Sequence[CaseResult]) -> str:
+    kind, baseline = comparison(cases[0])
+    fixed, varying = coordinates(cases)
+    sides = list(dict.fromkeys(side for case in cases for side in case.sides if side != baseline))
+    ours = [side for side in sides if any(goal.side == side for case in cases for goal in case.goals)]
+    ours = ours or [side for side in sides if is_ours(side)]
+    labels = [[label(case, key) for key in varying] for case in cases]
+    if len(set(map(tuple, labels))) < len(cases):
+        varying, labels = ["case", *varying], [[case.name, *row] for case, row in zip(cases, labels, strict=True)]
+
+    def of_ours(what: str) -> list[str]:
+        return [what if len(ours) == 1 else f"{what}: {side}" for side in ours]
+
+    head = [*varying, *([f"{baseline}, ms"] if baseline else []), *sides, *of_ours("of floor"), *of_ours("saved")]
+    rows = [[*head, "goals"]]
+    for case, row in zip(cases, labels, strict=True):
+        figures = [_median_ms(case, baseline)] if baseline else []
+        figures += [_compared(case, side, side in ours) for side in sides]
+        figures += [percent(case.share_of_floor(side)) if side in case.sides else "" for side in ours]
+        figures += [_saved(case, side, baseline) for side in ours]
+        rows.append([*row, *figures, _goals_in_short(case)])
+    said = f"{kind} over {baseline}" if baseline else "ms"
+    fixed_text = "".join(f", {key} {value}" for key, value in fixed.items())
+    shown = f"{said[0].upper()}{said[1:]}" if baseline else said
+    return f"{shown}{fixed_text}:\n\n{table(_without_empty_columns(rows))}"
+
+
+def is_ours(side: str) -> bool:
+    """Whether a side is of this library, and nothing that it is compared with."""
+    return re.search(r"reference|eager|loop|unrouted|TorchJD|torch\.|\bF\.|matmul|plain|dense", side) is None
+
+
+def comparison(case: CaseResult) -> tuple[str, str | None]:
+    """What the sides of a case are compared by, and with which of them."""
+    return ("speed-up", case.speedup_over) if case.speedup_over or not case.time_over else ("time", case.time_over)
+
+
+def compared(case: CaseResult, side: str) -> Spread | None:
+    """The speed-up, or the time where that is what the case asks for, of a side over the baseline."""
+    kind, baseline = comparison(case)
+    if baseline is None:
+        return None
+    return (case.speedup if kind == "speed-up" else case.time)(side, baseline)
+
+
+def coordinates(cases: Sequence[CaseResult]) -> tuple[dict[str, str], list[str]]:
+    """The coordinates that all cases share, with their values, and the names of those that vary."""
+    names = list(dict.fromkeys(name for case in cases for name in case.cell))
+    values = {name: list(dict.fromkeys(label(case, name) for case in cases)) for name in names}
+    fixed = {name: found[0] for name, found in values.items() if len(found) == 1}
+    return fixed, [name for name in names if name not in fixed]
+
+
+def label(case: CaseResult, coordinate: str) -> str:
+    """A coordinate of a case in words; empty where the case has none of that name."""
+    value = case.cell.get(coordinate, "")
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def _compared(case: CaseResult, side: str, with_spread: bool) -> str:
+    if side not in case.sides:
+        return ""
+    if not case.timed(side):
+        return case.sides[side].status if case.sides[side].status != "right" else "not timed"
+    if comparison(case)[1] is None:
+        return _median_ms(case, side)
+    return times(compared(case, side), with_spread)
+
+
+def _saved(case: CaseResult, side: str, baseline: str | None) -> str:
+    if baseline not in case.sides or side not in case.sides:
+        return ""
+    share = _quotient(case.sides[side].saved_bytes, case.sides[baseline].saved_bytes)
+    return "" if share is None else f"{share:.2f}x"
+
+
+def _goals_in_short(case: CaseResult) -> str:
+    """ "met", or those that are not with their figures."""
+    short = []
+    for goal in case.goals:
+        if (found := verdict(case, goal)) != MET:
+            over = f" over {goal.over}" if goal.over else ""
+            short.append(f"{found}: {goal.quantity} of {goal.side}{over} {goal_figure(case, goal)}".rstrip())
+    return "; ".join(short) if short or not case.goals else MET
+
+
+def _median_ms(case: CaseResult, side: str) -> str:
+    return _number(case.sides[side].spread.median, 1e3) if case.timed(side) else ""
+
+
+def milliseconds(spread: Spread) -> str:
+    """Seconds as milliseconds, from p20 to p80."""
+    median, p20, p80 = (_number(value, 1e3) for value in (spread.median, spread.p20, spread.p80))
+    return f"{median} ({p20} to {p80})"
+
+
+def times(spread: Spread | None, with_spread: bool = True) -> str:
+    """A ratio; empty where there is none."""
+    if spread is None:
+        return ""
+    return f"{spread.median:.2f}x" + (f" ({spread.p20:.2f} to {spread.p80:.2f})" if with_spread else "")
+
+
+def percent(value: float | None) -> str:
+    """A share; empty where there is none."""
+    return "" if value is None else f"{value:.0%}"
+
+
+def _scientific(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
+def _number(value: float | None, scale: float) -> str:
+    if value is None:
+        return ""
+    return f"{value * scale:.4g}" if abs(value * scale) < 1e4 else f"{value * scale:.0f}"
+
+
+def _quotient(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
+
+
+def _plainly(value: Any) -> str:
+    """A fact of the environment without Python's punctuation."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plainly(part)}" for name, part in value.items() if part is not None)
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

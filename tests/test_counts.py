@@ -1,0 +1,387 @@
+"""Counts of operations and bytes against numbers derived by hand, PyTorch's own counter, and what launchers touch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils import flop_counter
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import counts
+from benchmarks.counts import ITEMSIZES, Work
+from benchmarks.suite._models import TINY, make_dit
+from dtr_kernels import nn, reference
+from dtr_kernels.ops import window_linear as linear_ops
+from dtr_kernels.ops.gated_norm import gated_norm_backward, gated_norm_forward
+from dtr_kernels.ops.gated_residual import gated_residual_backward, gated_residual_forward
+
+CPU = torch.device("cpu")
+BF16, FP32, AUTOCAST = ITEMSIZES["bf16"], ITEMSIZES["fp32"], ITEMSIZES["autocast"]
+aten = torch.ops.aten
+
+
+def attention_flops(query, key, value, *rest, **options):
+    return flop_counter.sdpa_flop_count(query, key, value)
+
+
+def attention_backward_flops(gradient, query, key, value, *rest, **options):
+    return flop_counter.sdpa_backward_flop_count(gradient, query, key, value)
+
+
+def product_flops(total, left, right, *rest, **options):
+    return 2 * left[0] * left[1] * right[1]
+
+
+# PyTorch counts attention on a GPU only, and no products in place.
+MORE = {
+    aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+    aten.addmm_: product_flops,
+}
+
+
+def counted(call) -> int:
+    """The operations that PyTorch counts."""
+    with FlopCounterMode(display=False, custom_mapping=MORE) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+# --- by hand ---------------------------------------------------------------------------------------------------------
+
+# DiT-XL/2 at batch 256: T = B N = 65536 tokens of C = 1152 channels, W = int(0.8 C) = 921, H = 4C = 4608.
+B, N, C, W, H, HEADS = 256, 256, 1152, 921, 4608, 16
+
+
+def test_linear_layers_and_attention_of_a_large_block():
+    # Linear layers: 3 C^2 (qkv) + C^2 (proj) + 4 C^2 (fc1) + 4 C^2 (fc2) = 12 C^2 weights, C^2 = 1327104, each used by
+    # T tokens: 2 * 65536 * 12 * 1327104 = 131072 * 15925248. That is 2.09 TFLOP.
+    dense = 2_087_354_105_856
+    # adaLN, a row per sample: 2 * 256 * 6 * 1327104.
+    modulation = 4_076_863_488
+    # q k^T and p v: 2 * 2 * B N^2 C = 4 * 256 * 65536 * 1152. That is 0.08 TFLOP.
+    attention = 77_309_411_328
+    assert counts.attention_forward(B, N, C, BF16).flops == attention
+    assert counts.block_forward(B, N, C, C, H, BF16, "block").flops == dense + modulation + attention
+    # The qkv layer reads 921 of 1152 channels: 231 * 3456 = 798336 weights fewer, 2 * 65536 * 798336 operations fewer:
+    # 1.98 TFLOP are left. The 231 deactivated channels meet two rows per sample: 2 * 2 * 256 * 798336.
+    windowed = dense - 104_639_496_192
+    p_and_q = 817_496_064
+    assert windowed == 1_982_714_609_664
+    assert counts.block_forward(B, N, C, W, H, BF16, "block").flops == windowed + p_and_q + modulation + attention
+    # Scope "branch" has a window in fc1 too: 231 * 4608 = 1064448 weights.
+    fc1 = -2 * 65536 * 1_064_448 + 2 * 2 * 256 * 1_064_448
+    scope_branch = counts.block_forward(B, N, C, W, H, BF16, "branch").flops
+    assert scope_branch == windowed + p_and_q + modulation + attention + fc1
+
+
+def test_training_of_a_large_block():
+    # Every linear layer once forward and twice backward. Attention: two products forward, five backward (q k^T again,
+    # then gradients of v, p, q, k), each 2 B N^2 C = 38654705664.
+    dense, modulation = 2_087_354_105_856, 4_076_863_488
+    expected = 3 * (dense + modulation) + 7 * 38_654_705_664
+    assert counts.block_training(B, N, C, C, H, HEADS, BF16, "block").flops == expected
+    # The window saves 104639496192 three times. Over the deactivated channels (q p: one row per sample is
+    # 2 * 256 * 798336 = 408748032): 2 rows forward; 1 row p again, 2 rows of gradients of shift and scale; 2 rows
+    # for the weight's gradient: 7.
+    windowed = expected - 3 * 104_639_496_192 + 7 * 408_748_032
+    assert counts.block_training(B, N, C, W, H, HEADS, BF16, "block").flops == windowed
+
+
+def test_bytes_of_a_large_block():
+    """Elements of 2 bytes, of which T C = 75497472 are one tensor of 151 MB."""
+    # Read + written per token: first norm W + W, qkv W + 3C, attention 3C + C, proj C + C, second norm (x, branch) 2C +
+    # (stream, u) 2C, fc1 C + 4C, fc2 4C + C, last residual 2C + C: 26C + 3W = 29952 + 2763 = 32715; times 65536:
+    tokens = 2_144_010_240
+    # Weights and biases: 12 C^2 + 6 C^2 (adaLN) = 18 * 1327104; 3C + C + 4C + C + 6C = 15C.
+    weights = 23_887_872 + 17_280
+    # Vectors of a sample: adaLN reads C and writes 6C; shift and scale of the first norm 2W, of p and q 2 (C - W), of
+    # the second norm 2C; gates 2C: 13C; times 256:
+    vectors = 3_833_856
+    # Not in bf16: mean and rstd of two norms, mean * rstd for qkv, 5 * 4 bytes per token; starts for both norms and
+    # qkv, 3 * 4 bytes per sample.
+    others = 20 * 65_536 + 12 * 256
+    expected = 2 * (tokens + weights + vectors) + others
+    assert counts.block_forward(B, N, C, W, H, BF16, "block").bytes == expected
+    # Scope "branch": u of the second norm and fc1's input have W channels, and so have that norm's shift and scale, of
+    # which fc1 reads the rest; fc1 reads mean * rstd and starts as well.
+    less = 2 * (2 * 65_536 * 231) - 4 * 65_536 - 4 * 256
+    assert counts.block_forward(B, N, C, W, H, BF16, "branch").bytes == expected - less
+
+
+def test_bytes_of_training_a_large_block():
+    T = 65_536
+    # Backward, per token. Last residual: gradient and branch in, gradient of branch out: 3C. fc2: weight gradient
+    # C + 4C; input gradient C in, pre 4C in, gradient of pre 4C out. fc1: weight gradient 4C + C, input gradient
+    # 4C + C. Second norm: x on W channels; u's and the stream's gradient, branch: 3C; gradients of x and branch: 2C.
+    # proj: 2C + 2C. Attention: q, k, v, out and its gradient 5C; 3C. qkv: 3C + W, 3C + W. First norm: u's gradient W,
+    # x W, the stream's gradient C; C. In all 3 + 14 + 10 + 5 + 4 + 8 + 6 + 2 = 52C, and 5W: 59904 + 4605 = 64509.
+    tokens = 2 * 64_509 * T
+    # Kept for it, forward: pre, 4C per token, and a number of 4 bytes per token and head.
+    kept = 2 * 4_608 * T + 4 * 16 * T
+    # Weights are read and their gradients written; the biases' gradients are written: 36 C^2 + 15C.
+    weights = 2 * (36 * 1_327_104 + 15 * 1_152)
+    # Vectors of a sample in bf16: gate of the last residual and its gradient 2C; second norm scale C, gate C; qkv
+    # scale C - W, shift and scale 2 (C - W); first norm scale W; adaLN: (C + 6C) twice: 21C - 2W = 22350.
+    vectors = 2 * 22_350 * 256
+    # In fp32: gradients of shift and scale of two norms 4C, of the second norm's gate C, from qkv 2 (C - W): 7C - 2W.
+    sums = 4 * 6_222 * 256
+    # Per token 4 bytes each: mean and rstd twice; mean * rstd for both products of qkv; what deactivated channels sum
+    # up to, written by qkv, read by the norm; the softmax's denominators, one per head.
+    others = 4 * (4 + 2 + 2 + 16) * T
+    starts = 4 * 4 * 256  # two norms, two products
+    forward = counts.block_forward(B, N, C, W, H, BF16, "block").bytes
+    expected = forward + tokens + kept + weights + vectors + sums + others + starts
+    assert counts.block_training(B, N, C, W, H, HEADS, BF16, "block").bytes == expected
+
+
+def test_bytes_of_autocast():
+    """The stream, parameters and their gradients have 4 bytes; branches, modulation and GEMM inputs have 2."""
+    # x and stream 2 * 6 * 5 elements of 4 bytes; branch and u 2 * 6 * 5, gate, shift and scale 3 * 2 * 5 of 2; mean
+    # and rstd 2 * 6 of 4.
+    assert counts.norm_forward(2, 3, 5, 5, AUTOCAST, branch=True) == Work(bytes=4 * 60 + 2 * 60 + 2 * 30 + 4 * 12)
+    # x 6 * 5 and out 6 * 7 of 2 bytes; weight 5 * 7 and bias 7 of 4.
+    assert counts.linear_forward(6, 5, 7, AUTOCAST) == Work(2 * 6 * 5 * 7, 2 * (30 + 42) + 4 * 42)
+    # GELU writes 6 * 7 more of 2 bytes for each tensor.
+    gelu = counts.gelu_linear_forward(2, 3, 5, 5, 7, AUTOCAST, write_pre=True)
+    assert gelu == Work(420, 2 * (30 + 42) + 4 * 42 + 2 * 42)
+    # x and sum 2 * 30 of 4 bytes; branch 30 and gate 10 of 2.
+    assert counts.gated_residual_forward(2, 3, 5, AUTOCAST) == Work(bytes=4 * 60 + 2 * 40)
+    # q, k, v and out 4 * 30 of 2 bytes.
+    assert counts.attention_forward(2, 3, 5, AUTOCAST) == Work(4 * 2 * 9 * 5, 2 * 120)
+
+
+def test_bytes_of_adamw_and_layer_norm():
+    # DiT-S/2 has 33 million parameters: p, its gradient and two moments in, all but the gradient out, 4 bytes each.
+    assert counts.adamw_step(33_000_000, 4) == Work(bytes=924_000_000)
+    # 6 tokens of 5 channels, 2 bytes each: x in, out; then gradient and x in, gradient out; mean and rstd of 4 bytes.
+    assert counts.layer_norm_forward(2, 3, 5, 2) == Work(bytes=6 * (2 * 5 * 2 + 8))
+    assert counts.layer_norm_backward(2, 3, 5, 2) == Work(bytes=6 * (3 * 5 * 2 + 8))
+
+
+def test_blocks_of_a_model_share_a_kernel():
+    """In a model the sum after a block and the next block's norm are one pass: the sum is not read again."""
+    sizes = {"B": 4, "N": 6, "C": 8, "W": 5, "H": 32, "patch_inputs": 16, "patch_outputs": 32}
+    forward, one_more = (counts.dit_forward(**sizes, depth=depth, items=BF16, scope="block").bytes for depth in (3, 4))
+    # Of the 24 tokens a block alone reads 2C and writes C at its end, reads W and writes W at its start; one among
+    # others reads 2C, writes C and W. Gate, shift, scale and statistics are the same.
+    alone = counts.block_forward(4, 6, 8, 5, 32, BF16, "block").bytes
+    assert one_more - forward == alone - 2 * 24 * 5
+
+
+# --- by PyTorch's counter --------------------------------------------------------------------------------------------
+
+
+def leaf(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, requires_grad=True)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_operations_of_the_reference_block(seed, heads):
+    B, N, C = 3, 10, 32
+    block = nn.RoutedDiTBlock(C, heads)
+    x, c = leaf(B, N, C), leaf(B, C)
+    forward = counted(lambda: reference.dit_block(block, x, c))
+    assert forward == counts.block_forward(B, N, C, C, 4 * C, FP32, "block").flops
+    training = counted(lambda: reference.dit_block(block, x, c).sum().backward())
+    assert training == counts.block_training(B, N, C, C, 4 * C, heads, FP32, "block").flops
+
+
+def test_operations_of_the_reference_model(seed):
+    model = make_dit(TINY, CPU, torch.float32)
+    B, (_, N, C) = 3, model.pos_embed.shape
+    sizes = {"B": B, "N": N, "C": C, "W": C, "H": 4 * C, "depth": len(model.blocks), "scope": "block", "items": FP32}
+    sizes |= {"patch_inputs": 4 * model.in_channels, "patch_outputs": 4 * model.out_channels}
+    x = torch.randn(B, model.in_channels, model.input_size, model.input_size)
+    t, y = torch.randint(1000, (B,)), torch.randint(1000, (B,))
+    assert counted(lambda: reference.dit(model, x, t, y)) == counts.dit_forward(**sizes).flops
+    training = counted(lambda: reference.dit(model, x, t, y).sum().backward())
+    assert training == counts.dit_training(**sizes, heads=4).flops
+
+
+# --- by what launchers touch -----------------------------------------------------------------------------------------
+
+
+def nbytes(*tensors: torch.Tensor | None) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+class Launched:
+    """Inputs of the launchers, whose windows start at different channels, and what they return."""
+
+    B, N, C, W, O = 3, 40, 24, 17, 50
+
+    def __init__(self, dtype: torch.dtype, operand: torch.dtype) -> None:
+        B, N, C, O = self.B, self.N, self.C, self.O
+        self.start = torch.tensor([0, 3, 7], dtype=torch.int32)
+        self.x, self.dstream = torch.randn(2, B, N, C).to(dtype)
+        self.branch = torch.randn(B, N, C).to(operand)
+        self.shift, self.scale, self.gate = torch.randn(3, B, C).to(operand)
+        self.weight, self.bias = torch.randn(O, C).to(operand), torch.randn(O).to(operand)
+        self.g = torch.randn(B, N, O).to(operand)
+        self.dtype, self.operand = dtype, operand
+
+    def forward(self, branch: bool, keep_branch: bool):
+        pending = (self.branch, self.gate) if branch else (None, None)
+        return gated_norm_forward(
+            self.x, *pending, self.shift, self.scale, self.start, self.W, 1e-6, self.operand, keep_branch
+        )
+
+    def backward(self, out, branch: bool, keep_branch: bool):
+        self.inactive = None if keep_branch else torch.randn(self.B, self.N)
+        return gated_norm_backward(
+            torch.randn(out.u.shape).to(self.operand),
+            self.dstream if branch else None,
+            self.inactive,
+            self.x,
+            *((self.branch, self.gate) if branch else (None, None)),
+            self.scale,
+            out.mean,
+            out.rstd,
+            self.start,
+            self.W,
+            keep_branch,
+        )
+
+
+PRECISIONS = [
+    ("fp32", torch.float32, torch.float32),
+    ("bf16", torch.bfloat16, torch.bfloat16),
+    ("autocast", torch.float32, torch.bfloat16),
+]
+FORMS = [(False, False), (True, False), (True, True)]
+
+
+@pytest.mark.parametrize("precision, dtype, operand", PRECISIONS)
+@pytest.mark.parametrize("branch, keep_branch", FORMS)
+def test_bytes_of_the_norm_launchers(seed, precision, dtype, operand, branch, keep_branch):
+    run = Launched(dtype, operand)
+    sizes = run.B, run.N, run.C, run.W, ITEMSIZES[precision], branch, keep_branch
+    window, modulated = slice(run.W), slice(None if keep_branch else run.W)
+    shift, scale = run.shift[:, modulated], run.scale[:, modulated]
+    pending = (run.branch, run.gate) if branch else ()
+
+    out = run.forward(branch, keep_branch)
+    x = run.x if branch else run.x[..., window]
+    assert counts.norm_forward(*sizes).bytes == nbytes(x, shift, scale, run.start, *pending, *out)
+
+    gradients = run.backward(out, branch, keep_branch)
+    read = (out.u, out.mean, out.rstd, run.x[..., window], scale, run.start, run.inactive, *pending)
+    dstream = run.dstream if branch else None
+    assert counts.norm_backward(*sizes, dstream=branch).bytes == nbytes(*read, dstream, *gradients)
+
+
+def test_norm_launchers_read_no_deactivated_channel_of_x(seed):
+    run = Launched(torch.float32, torch.float32)
+    outs = {form: run.forward(*form) for form in FORMS}
+    for x, first in zip(run.x, run.start.tolist(), strict=True):
+        x[:, :first] = x[:, first + run.W :] = float("nan")
+    assert torch.equal(run.forward(False, False).u, outs[False, False].u)
+    for form, out in outs.items():
+        assert all(gradient.isfinite().all() for gradient in run.backward(out, *form) if gradient is not None)
+
+
+@pytest.mark.parametrize("precision, dtype, operand", PRECISIONS)
+def test_bytes_of_the_residual_launchers(seed, precision, dtype, operand):
+    run = Launched(dtype, operand)
+    sizes = run.B, run.N, run.C, ITEMSIZES[precision]
+    out = gated_residual_forward(run.x, run.branch, run.gate)
+    assert counts.gated_residual_forward(*sizes).bytes == nbytes(run.x, run.branch, run.gate, out)
+    gradients = gated_residual_backward(run.dstream, run.branch, run.gate)
+    assert counts.gated_residual_backward(*sizes).bytes == nbytes(run.dstream, run.branch, run.gate, *gradients)
+
+
+@pytest.fixture
+def sliced(monkeypatch):
+    """On a CPU the launchers multiply slices of the weight, as on a GPU, at any number of tokens."""
+    monkeypatch.setattr(linear_ops, "_FORWARD_TOKENS", 1)
+    monkeypatch.setattr(linear_ops, "_BACKWARD_TOKENS", 1)
+
+
+@pytest.fixture
+def layer(seed, sliced):
+    """A window's linear layer in fp32: its launchers, given all of their inputs but those that a test changes."""
+    run = Launched(torch.float32, torch.float32)
+    run.out = run.forward(False, False)
+    run.mean_rstd = run.out.mean * run.out.rstd
+    run.sizes = run.B, run.N, run.C, run.W, run.O, FP32
+    # Of shift and scale the deactivated channels are read, wherever they are.
+    run.of_inactive = run.shift[:, run.W :], run.scale[:, run.W :]
+    return run
+
+
+def test_work_of_the_window_linear_launcher(layer):
+    B, N, _, W, O, _ = layer.sizes
+    inputs = (layer.out.u, layer.mean_rstd, layer.shift, layer.scale, layer.weight, layer.bias, layer.start)
+    out = linear_ops.window_linear_forward(*inputs)
+    work = counts.window_linear_forward(*layer.sizes)
+    read = (layer.out.u, layer.mean_rstd, *layer.of_inactive, layer.weight, layer.bias, layer.start)
+    assert work.bytes == nbytes(*read, out)
+    # By hand: 17 of 24 channels for 120 tokens, 7 for two rows of 3 samples, 50 outputs.
+    assert work.flops == 2 * 120 * 17 * 50 + 2 * 6 * 7 * 50
+    # The launcher multiplies p and q's rows on active channels too, with zeros, and starts from a rank-one product.
+    spent = counted(lambda: linear_ops.window_linear_forward(*inputs))
+    assert spent == work.flops + 4 * B * W * O + 2 * B * N * O
+
+
+def test_work_of_the_window_linear_gradients(layer):
+    B, N, C, W, O, _ = layer.sizes
+
+    def gradients(parameters: bool):
+        return linear_ops.window_linear_backward(
+            layer.g,
+            layer.out.u,
+            layer.mean_rstd,
+            layer.shift,
+            layer.scale,
+            layer.weight,
+            layer.start,
+            need_weight=parameters,
+            need_bias=parameters,
+        )
+
+    found = gradients(True)
+    shift, scale = layer.of_inactive
+    of_input = (layer.g, layer.mean_rstd, scale, layer.weight, layer.start)
+    of_input += (found.u, found.inactive, found.shift[:, W:], found.scale[:, W:])
+    assert counts.window_linear_input_gradient(*layer.sizes).bytes == nbytes(*of_input)
+    of_weight = (layer.g, layer.out.u, layer.mean_rstd, shift, scale, layer.start, found.weight, found.bias)
+    assert counts.window_linear_weight_gradient(*layer.sizes).bytes == nbytes(*of_weight)
+
+    input_only, both = counts.window_linear_input_gradient(*layer.sizes), counts.window_linear_gradients(*layer.sizes)
+    # By hand, as above: p is one row for each sample, dp and dq are two, each to and from the 7 deactivated channels.
+    assert input_only.flops == 2 * 120 * 17 * 50 + 2 * 3 * 7 * 50 + 2 * 6 * 7 * 50
+    assert both.flops == input_only.flops + 2 * 120 * 17 * 50 + 2 * 6 * 7 * 50
+    # The launcher computes q with p, all of these on active channels too, and sums over tokens as products of 3 rows.
+    spent = counted(lambda: gradients(False))
+    zeros = 2 * B * W * O + 4 * B * W * O
+    assert spent == input_only.flops + 2 * B * C * O + zeros + 6 * B * N * O
+    assert counted(lambda: gradients(True)) == both.flops + 2 * B * C * O + zeros + 6 * B * N * O + 4 * B * W * O
+
+
+def test_work_of_the_gelu_launchers(layer):
+    B, N, C, _, O, _ = layer.sizes
+    inputs = (layer.out.u, layer.mean_rstd, layer.shift, layer.scale, layer.weight, layer.bias, layer.start)
+    read = (layer.out.u, layer.mean_rstd, *layer.of_inactive, layer.weight, layer.bias, layer.start)
+    for write_pre in (False, True):
+        written = linear_ops.linear_gelu_forward(*inputs, write_pre)
+        work = counts.gelu_linear_forward(*layer.sizes, write_pre)
+        assert work == Work(counts.window_linear_forward(*layer.sizes).flops, nbytes(*read, *written))
+
+    pre, g = written[0], torch.randn(B, N, C)
+    weight = torch.randn(C, O)
+    written = linear_ops.gelu_linear_backward(g, pre, weight)
+    work = counts.gelu_linear_backward(B, N, O, C, FP32, write_act=True)
+    spent = counted(lambda: linear_ops.gelu_linear_backward(g, pre, weight))
+    assert work == Work(spent, nbytes(g, pre, weight, *written))
+    assert counts.gelu_linear_backward(B, N, O, C, FP32, write_act=False).bytes == work.bytes - written[1].nbytes
+
+
+def test_all_channels_active_is_the_linear_layer():
+    for window_form, dense_form in (
+        (counts.window_linear_forward, counts.linear_forward),
+        (counts.window_linear_input_gradient, counts.linear_input_gradient),
+        (counts.window_linear_weight_gradient, counts.linear_weight_gradient),
+        (counts.window_linear_gradients, counts.linear_gradients),
+    ):
+        assert window_form(2, 3, 5, 5, 7, AUTOCAST) == dense_form(6, 5, 7, AUTOCAST)

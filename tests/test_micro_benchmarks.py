@@ -1,0 +1,248 @@
+"""The benchmarks of single routed ops: that every side is checked, can be found wrong, and counts its work.
+
+No figure of time is asserted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from refusals import refused
+
+from benchmarks import counts
+from benchmarks.cases import Case, Options, Side
+from benchmarks.counts import ITEMSIZES
+from benchmarks.suite import _peers, _routing, gated_norm, gelu_linear, window_linear
+
+CPU = torch.device("cpu")
+BENCHMARKS = {module.BENCHMARK.name: module.BENCHMARK for module in (gated_norm, window_linear, gelu_linear)}
+
+
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch, one_thread):
+    """What is compiled is what is compiled nowhere else; here it is the function itself."""
+    monkeypatch.setattr(_peers, "compiled", lambda function, mode=None: function)
+
+
+def builders(name: str, **options) -> list[Callable[[], Case]]:
+    return list(BENCHMARKS[name].cases(Options(CPU, quick=True, **options)))
+
+
+def built(name: str, **options) -> list[Case]:
+    return [build() for build in builders(name, **options)]
+
+
+def only(cases: list[Case], *words: str) -> Case:
+    """The case whose name begins with the first word and holds the others."""
+    (case,) = (case for case in cases if case.name.startswith(words[0]) and all(word in case.name for word in words))
+    return case
+
+
+def side_of(case: Case, name: str) -> Side:
+    return next(side for side in case.sides if side.name == name)
+
+
+def check(cases: list[Case]) -> None:
+    """Every side is right, and would be wrong if one of its tensors were 5% too large, or not a number."""
+    assert len({case.name for case in cases}) == len({str(case.cell) for case in cases}) == len(cases)
+    for case in cases:
+        assert len({side.name for side in case.sides}) == len(case.sides)
+        assert case.speedup_over in {side.name for side in case.sides}
+        for side in case.sides:
+            found = side.call()
+            assert side.error(found) <= side.bound, (case.name, side.name)
+            assert side.work.bytes > 0 and (side.work.flops > 0) == (case.matrix_dtype is not None)
+            for i, tensor in enumerate(found):
+                for wrong in (1.05 * tensor, tensor * float("nan")):
+                    error = side.error([*found[:i], wrong, *found[i + 1 :]])
+                    assert not error <= side.bound, (case.name, side.name, i)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_side_of_the_default_grid(name):
+    cases = built(name)
+    check(cases)
+    assert {case.cell["precision"] for case in cases} == {"fp32", "bf16"}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"betas": [0.3, 1.0], "precisions": ["fp16"]},
+        {"windows": ["shared"], "batches": [1, 3], "precisions": ["fp32"], "passes": ["training"]},
+    ],
+)
+def test_every_side_of_other_grids(name, options):
+    check(built(name, **options))
+
+
+def test_autocast_is_an_fp32_stream():
+    cases = built("gated_norm", precisions=["autocast"])
+    check(cases)
+    stream, u = side_of(only(cases, "keep_branch, forward"), gated_norm.FUSED).call()
+    assert (stream.dtype, u.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_enough_tokens_for_slices_of_the_weight(monkeypatch):
+    """As on the models' sizes, where a CPU multiplies window by window."""
+    monkeypatch.setattr("dtr_kernels.ops.window_linear._FORWARD_TOKENS", 1)
+    monkeypatch.setattr("dtr_kernels.ops.window_linear._BACKWARD_TOKENS", 1)
+    monkeypatch.setattr(gelu_linear.ops, "_FORWARD_TOKENS", 1)
+    tasks = {
+        passed: tuple(window_linear.replace(task, tokens=1) for task in known)
+        for passed, known in window_linear.TASKS.items()
+    }
+    monkeypatch.setattr(window_linear, "TASKS", tasks)
+    cases = [
+        *built("window_linear", precisions=["fp32"]),
+        *built("gelu_linear", precisions=["fp32"], scopes=["branch"]),
+    ]
+    check(cases)
+    assert all("slices of the weight" in case.notes[0] for case in cases if not case.name.startswith("backward"))
+
+
+def test_work_of_the_norms():
+    sizes = 2, 64, 128, 102  # "tiny" at batch 2, W = int(0.8 * 128)
+    for precision in ("fp32", "bf16", "autocast"):
+        items = ITEMSIZES[precision]
+        cases = built("gated_norm", precisions=[precision])
+        forms = {"no branch": (False, False), "branch": (True, False), "keep_branch": (True, True)}
+        for name, form in forms.items():
+            forward, training = only(cases, f"{name}, forward"), only(cases, f"{name}, training")
+            work = counts.norm_forward(*sizes, items, *form)
+            backward = counts.norm_backward(*sizes, items, *form, dstream=form[0])
+            assert side_of(forward, "gated_norm").work == side_of(forward, "reference").work == work
+            assert side_of(training, "gated_norm").work == side_of(training, "reference").work == work + backward
+            assert side_of(training, "gated_norm, backward alone").work == backward
+            layer_norm = counts.layer_norm_forward(2, 64, 128, items.stream)
+            assert side_of(forward, "F.layer_norm of x").work == layer_norm
+            layer_norm += counts.layer_norm_backward(2, 64, 128, items.stream)
+            assert side_of(training, "F.layer_norm of x").work == layer_norm
+
+
+def test_work_of_the_window_linear():
+    cases = built("window_linear", precisions=["bf16"], windows=["per sample"])
+    sizes, items = (2, 64, 128, 102, 384), ITEMSIZES["bf16"]
+    # 102 channels rounded up to a multiple of 8.
+    product = 128, 104, 384, items
+    for name, work, slice_work in (
+        ("forward", counts.window_linear_forward, counts.linear_forward),
+        ("input gradient", counts.window_linear_input_gradient, counts.linear_input_gradient),
+        ("all gradients", counts.window_linear_gradients, counts.linear_gradients),
+    ):
+        case = only(cases, name)
+        assert case.matrix_dtype == torch.bfloat16
+        found = {side.name: side.work for side in case.sides}
+        assert found == {
+            "window_linear": work(*sizes, items),
+            "F.linear, all channels": work(*sizes, items),
+            "F.linear, one slice": slice_work(*product),
+        }
+
+
+def test_work_of_the_gelu_linear():
+    cases, items = built("gelu_linear", precisions=["bf16"]), ITEMSIZES["bf16"]
+    for scope, width in (("block", 128), ("branch", 102)):
+        for name, write_pre in (("forward,", False), ("forward with pre,", True)):
+            work = counts.gelu_linear_forward(2, 64, 128, width, 512, items, write_pre)
+            assert {side.work for side in only(cases, f"{name} scope {scope}").sides} == {work}
+    assert {side.work for side in only(cases, "backward").sides} == {
+        counts.gelu_linear_backward(2, 64, 512, 128, items, write_act=True)
+    }
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_windows_that_are_off_by_one_are_found(name):
+    """Our side, the last one, with windows that start a channel too early or too late."""
+    case = next(case for case in built(name, scopes=["branch"], precisions=["bf16"]) if "unrouted" not in case.name)
+    side = case.sides[-1]
+    (inputs,) = side.call.args
+    start = inputs.window.start
+    start += torch.where(start > 0, -1, 1)
+    assert side.error(side.call()) > side.bound
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_calls_on_buffers_of_their_own(name, monkeypatch):
+    """On a GPU every side rotates: the same work on other tensors."""
+    monkeypatch.setattr(_routing, "copies", lambda device, size: 3)
+    for case in built(name, precisions=["fp32"]):
+        for side in case.sides:
+            results = [call() for call in (side.call, *side.rotation)]
+            assert len(results) == 3
+            for others in zip(*results, strict=True):
+                assert len({tensor.shape for tensor in others}) == 1
+                assert not torch.equal(others[0], others[1]) and not torch.equal(others[1], others[2])
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_without_kernels_our_side_says_so(name, monkeypatch):
+    monkeypatch.setattr("dtr_kernels.ops._launch.kernel_path", lambda x: "plain")
+    for case in built(name, precisions=["fp32"]):
+        ours = [side for side in case.sides if side.name.startswith(("gated", "window", "linear_gelu", "gelu_linear"))]
+        assert ours
+        for side in case.sides:
+            if side in ours:
+                with pytest.raises(NotImplementedError, match=r"no kernels|missing"):
+                    side.call()
+            else:
+                assert side.error(side.call()) <= side.bound
+
+
+def test_inputs_are_those_of_a_block():
+    """A window for each sample, and modulation as views of one tensor of six times as many channels."""
+    (case, *_) = built("gated_norm", precisions=["bf16"], batches=[4])
+    (norm,) = side_of(case, "gated_norm").call.args
+    assert len(norm.window.start.unique()) > 1
+    assert norm.shift.stride() == norm.scale.stride() == (6 * 128, 1)
+    assert norm.shift.untyped_storage().data_ptr() == norm.scale.untyped_storage().data_ptr()
+    (case, *_) = built("window_linear", precisions=["bf16"], batches=[4], windows=["shared"])
+    (layer,) = side_of(case, "window_linear").call.args
+    assert layer.start.tolist() == [layer.shared_start] * 4
+
+
+def test_scopes_that_mean_something():
+    forms = [case.cell["what"] for case in built("gated_norm", precisions=["fp32"], scopes=["branch"])]
+    assert forms == ["no branch, forward", "branch, forward", "no branch, training", "branch, training"]
+    scopes = [case.name for case in built("gelu_linear", precisions=["fp32"], scopes=["branch"])]
+    assert not any("scope block" in name for name in scopes)
+
+
+def test_a_note_says_where_the_library_would_run_plain_pytorch(monkeypatch):
+    monkeypatch.setattr("dtr_kernels.ops._launch.LEAST_ELEMENTS_ON_CPU", 3 << 16)
+    for name in BENCHMARKS:
+        (case, *_) = built(name, precisions=["fp32"])
+        assert "runs plain PyTorch at this size (16384 elements)" in case.notes[-1]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_refused_options(name):
+    for options, fragments in (
+        ({"models": ["DiT-M/2"]}, ["--model", "DiT-M/2", "DiT-XL/2"]),
+        ({"precisions": ["fp64"]}, ["--dtype", "fp64", "fp32, bf16, fp16", name]),
+        ({"passes": ["sampling"]}, ["--pass", "sampling", "forward, training", name]),
+        ({"windows": ["none"]}, ["--window", "none", "per sample, shared", name]),
+        ({"scopes": ["mlp"]}, ["--scope", "mlp", "block, branch", name]),
+        ({"betas": [1.5]}, ["beta", "1.5", "(0, 1]"]),
+        ({"betas": [0.001]}, ["beta", "0.001", "at least"]),
+    ):
+        refused(lambda options=options: builders(name, **options), ValueError, fragments)
+
+
+@pytest.mark.parametrize("name", ["window_linear", "gelu_linear"])
+def test_autocast_is_refused_where_a_launcher_has_one_dtype(name):
+    refused(
+        lambda: builders(name, precisions=["autocast"]), ValueError, ["--dtype", "autocast", "fp32, bf16, fp16", name]
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_side_on_a_gpu(name):
+    cases = [build() for build in BENCHMARKS[name].cases(Options(torch.device("cuda"), quick=True))]
+    check(cases)
+    assert all(side.rotation for case in cases for side in case.sides)
+    assert all(case.goals for case in cases) or name == "gelu_linear"

@@ -1,0 +1,413 @@
+"""``python -m benchmarks tune``: which tile is chosen, what becomes of the file, and whether the gate lets wrong tiles
+through.
+
+Times and compilers are stand-ins, except in the test for a GPU. Kernels run in Triton's interpreter, in a process of
+its own: the tests of this file that need it are skipped here and run there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import tune
+from dtr_kernels.ops import _launch, _tuned
+from dtr_kernels.ops._tiles import GemmTile, RowTile, forced, tile_for
+from dtr_kernels.ops._tuned import KINDS, Measurement
+
+INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
+MEASUREMENT = Measurement("NVIDIA H200", 90, "2.13.0", "3.7.1", None, "2026-11-01", "python -m benchmarks tune", "0")
+DEFAULT, SLOW, FAST, FASTEST = (RowTile(rows, 2048, 16) for rows in (1, 2, 4, 8))
+PROBLEM = tune.Problem("norm_forward", torch.bfloat16, 1152, 256, 32)
+SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+# What launchers call the sides of a tile.
+OPTIONS = {"m": "BLOCK_M", "n": "BLOCK_N", "k": "BLOCK_K", "rows": "ROWS", "block": "BLOCK"}
+OPTIONS |= {"warps": "num_warps", "stages": "num_stages"}
+
+
+# --- choosing --------------------------------------------------------------------------------------------------------
+
+
+class Trial:
+    """Tiles with given times, each of which scatters by ``noise``."""
+
+    def __init__(self, times, noise=0.0, unusable=None, errors=None):
+        self.times, self.noise = times, noise
+        self.reasons, self.errors = unusable or {}, errors or {}
+        self.timed = []
+
+    def unusable(self, tiles):
+        return {tile: self.reasons[tile] for tile in tiles if tile in self.reasons}
+
+    def error(self, tile):
+        assert tile not in self.reasons or tile == DEFAULT, "a tile that does not run was run"
+        return self.errors.get(tile, 0.0)
+
+    def timer(self, tile):
+        self.timed.append(tile)
+        return lambda: self.times[tile] * random.uniform(1, 1 + self.noise)
+
+
+def choose(bound=0.01, **trial):
+    return tune.choose(DEFAULT, [SLOW, DEFAULT, FAST, FASTEST], bound, Trial(**trial))
+
+
+TIMES = {DEFAULT: 10e-6, SLOW: 20e-6, FAST: 8e-6, FASTEST: 5e-6}
+
+
+def test_the_fastest_is_chosen(seed):
+    random.seed(seed)
+    assert choose(times=TIMES) == (FASTEST, 5e-6, 10e-6)
+    assert choose(times=TIMES, noise=0.1).tile == FASTEST
+
+
+def test_the_default_stays_unless_another_is_clearly_faster(seed):
+    random.seed(seed)
+    near = TIMES | {FAST: 9.9e-6, FASTEST: 9.85e-6}
+    assert choose(times=near) == (DEFAULT, 10e-6, 10e-6)
+    assert choose(times=near | {FASTEST: 9.7e-6}).tile == FASTEST
+    assert choose(times=near | {FASTEST: 9.7e-6}, noise=0.3).tile == DEFAULT
+    assert choose(times=TIMES | {FAST: 11e-6, FASTEST: 12e-6}).tile == DEFAULT
+
+
+@pytest.mark.parametrize("error", [0.02, math.inf, math.nan])
+def test_a_wrong_tile_is_never_chosen(error):
+    assert choose(times=TIMES, errors={FASTEST: error, SLOW: 0.01}).tile == FAST
+
+
+@pytest.mark.parametrize("reason", [tune.SPILLS, "OutOfResources: shared memory"])
+def test_an_unusable_tile_is_never_run_nor_chosen(reason):
+    assert choose(times=TIMES, unusable={FASTEST: reason}).tile == FAST
+
+
+def test_everything_else_being_unusable_leaves_the_default():
+    unusable = dict.fromkeys((SLOW, FAST, FASTEST), tune.SPILLS)
+    assert choose(times=TIMES, unusable=unusable) == (DEFAULT, 10e-6, 10e-6)
+
+
+def test_a_default_that_spills_is_still_what_others_are_compared_with():
+    assert choose(times=TIMES, unusable={DEFAULT: tune.SPILLS}) == (FASTEST, 5e-6, 10e-6)
+
+
+def test_without_a_right_default_nothing_is_chosen():
+    with pytest.raises(tune.NotTuned, match=r"default tile is wrong: error 2\.0e-02, allowed 1\.0e-02"):
+        choose(times=TIMES, errors={DEFAULT: 0.02})
+    with pytest.raises(tune.NotTuned, match="default tile does not run: too large"):
+        choose(times=TIMES, unusable={DEFAULT: "too large"})
+
+
+def test_tiles_alternate():
+    order = []
+    timers = {tile: lambda tile=tile: order.append(tile) or 1.0 for tile in (DEFAULT, FAST, FASTEST)}
+    seconds = tune.alternating(timers, 6)
+    assert {tile: len(taken) for tile, taken in seconds.items()} == {DEFAULT: 6, FAST: 6, FASTEST: 6}
+    rounds = [order[i : i + 3] for i in range(3, len(order), 3)]  # the first warms up
+    assert [first for first, *_ in rounds] == [DEFAULT, FAST, FASTEST] * 2
+
+
+def test_spilling_and_failing_tiles_are_found(monkeypatch):
+    """Of a problem with two launches, as the library calls some ops in several ways."""
+
+    class Kernel:
+        def __init__(self, spills=0, compile_error=None, launch_error=None):
+            self.spills, self.compile_error, self.launch_error = spills, compile_error, launch_error
+
+        def warmup(self, *args, grid, **options):
+            if self.compile_error:
+                raise self.compile_error
+            assert (args, grid, options) == ((1,), (3,), {"num_warps": 4})
+
+        def __getitem__(self, grid):
+            def run(*args, **options):
+                if self.launch_error:
+                    raise self.launch_error
+                return SimpleNamespace(n_spills=self.spills)
+
+            return run
+
+    kernels = {
+        DEFAULT: [Kernel(), Kernel()],
+        SLOW: [Kernel(), Kernel(spills=2)],
+        FAST: [Kernel(), Kernel(compile_error=RuntimeError("PassManager::run failed\nmore"))],
+        FASTEST: [Kernel(launch_error=ValueError("out of resource")), Kernel()],
+    }
+    trial = object.__new__(tune.TrialOnGpu)
+    trial._device = None
+    trial._launches = lambda tile: [tune.Launch(kernel, 3, (1,), {"num_warps": 4}) for kernel in kernels[tile]]
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    assert trial.unusable(list(kernels)) == {
+        SLOW: tune.SPILLS,
+        FAST: "RuntimeError: PassManager::run failed",
+        FASTEST: "ValueError: out of resource",
+    }
+
+
+# --- candidates ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize("op", KINDS)
+def test_candidates_can_run_and_fit(op, arch):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for tokens in (1, 16, 64, 256):
+            for channels in (64, 384, 1152):
+                problem = tune.Problem(op, dtype, channels, tokens, 4)
+                tiles = tune.candidates(problem, arch, SHARED_MEMORY[arch])
+                assert 3 <= len(tiles) == len(set(tiles)) <= 48, (problem, len(tiles))
+                *_, width, rows = problem.key
+                for tile in tiles:
+                    assert _tuned.problem_of(op, tile, rows, width) is None
+                    if isinstance(tile, GemmTile):
+                        # The weight gradient keeps one load under way for two stages.
+                        loads = (tile.stages + 1) // 2 if op == "weight_gradient" else tile.stages
+                        assert loads * (tile.m + tile.n) * tile.k * dtype.itemsize <= SHARED_MEMORY[arch]
+
+
+def test_problems_are_those_of_the_models_and_none_twice():
+    problems = tune.problems_of(["DiT-S/2", "DiT-S/4", "DiT-XL/2", "DiT-S/2"], ["bf16"], ["forward", "token_sums"], 8)
+    assert [problem.key for problem in problems] == [
+        ("forward", "bfloat16", 384, 128),
+        ("token_sums", "bfloat16", 1152, 128),
+        ("forward", "bfloat16", 384, 64),
+        ("token_sums", "bfloat16", 1152, 64),
+        ("forward", "bfloat16", 1152, 128),
+        ("token_sums", "bfloat16", 3456, 128),
+    ]
+    # fc2's input gradient has no windows: 16 tokens of 8 samples are 128 rows, as 256 tokens are.
+    assert len(tune.problems_of(["DiT-S/2", "DiT-S/8"], ["bf16"], ["gelu_input_gradient"], 8)) == 1
+    with pytest.raises(ValueError, match=r"--model: there is no DiT-M/2; there are DiT-S/2"):
+        tune.problems_of(["DiT-M/2"], ["bf16"], ["forward"], 8)
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def choices(problem):
+    return tune.Choice(FAST, 8e-6, 10e-6)
+
+
+def problems(*widths):
+    return [replace(PROBLEM, channels=channels) for channels in widths]
+
+
+WIDTHS = (1152, 1100, 1200)  # of one padded row
+
+
+def found_in(path):
+    return {entry.channels: entry for entry in _tuned.read(path)}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "new folder" / "tuned.json"
+
+
+def test_results_are_merged_with_what_the_file_holds(path):
+    first = tune.Session(path, MEASUREMENT)
+    first.run(problems(1152, 1100), choices)
+    later = replace(MEASUREMENT, date="2027-01-01")
+    second = tune.Session(path, later)
+    second.run(problems(1100, 1200), lambda problem: tune.Choice(DEFAULT, 9e-6, 9e-6))
+    found = found_in(path)
+    assert {channels: (entry.tile, entry.measurement) for channels, entry in found.items()} == {
+        1152: (FAST, MEASUREMENT),
+        1100: (DEFAULT, later),
+        1200: (DEFAULT, later),
+    }
+    assert (found[1152].seconds, found[1152].default_seconds) == (8e-6, 10e-6)
+
+
+def test_an_interrupt_keeps_what_was_tuned(path):
+    def interrupted_at_the_third(problem):
+        if problem.channels == WIDTHS[2]:
+            raise KeyboardInterrupt
+        return choices(problem)
+
+    session = tune.Session(path, MEASUREMENT)
+    session.run(problems(*WIDTHS), interrupted_at_the_third)
+    assert session.interrupted and not session.failures
+    assert set(found_in(path)) == set(WIDTHS[:2])
+
+
+def test_every_result_is_saved_at_once(path):
+    """A machine that is taken away asks nobody."""
+    session = tune.Session(path, MEASUREMENT)
+    saved = []
+
+    def watch(problem):
+        saved.append(len(found_in(path)) if path.exists() else 0)
+        return choices(problem)
+
+    session.run(problems(*WIDTHS), watch)
+    assert saved == [0, 1, 2]
+
+
+def test_a_time_limit_starts_nothing_more(path, monkeypatch):
+    clock = iter([0.0, 1.0, 59.0, 61.0])
+    monkeypatch.setattr(tune.time, "perf_counter", lambda: next(clock))
+    session = tune.Session(path, MEASUREMENT)
+    session.run(problems(*WIDTHS), choices, seconds=60)
+    assert set(found_in(path)) == set(WIDTHS[:2]) and not session.interrupted
+
+
+@pytest.mark.parametrize("error", [tune.NotTuned("wrong"), RuntimeError("CUDA out of memory\nmore")])
+def test_what_fails_is_told_and_the_rest_goes_on(path, error):
+    def fail_once(problem):
+        if problem.channels == 1152:
+            raise error
+        return choices(problem)
+
+    session = tune.Session(path, MEASUREMENT)
+    session.run(problems(*WIDTHS), fail_once)
+    assert session.failures == {PROBLEM: str(error).partition("\n")[0]}
+    assert set(found_in(path)) == {1100, 1200}
+
+
+def test_a_file_that_holds_something_else_is_not_overwritten(path):
+    path.parent.mkdir()
+    path.write_text("my notes")
+    with pytest.raises(ValueError, match=r"tuned\.json: it does not hold tuned tiles .* delete it, or .* --out"):
+        tune.Session(path, MEASUREMENT)
+    assert path.read_text() == "my notes"
+
+
+def test_the_table():
+    session_entry = _tuned.Tuned("norm_forward", "bfloat16", 1152, 128, FAST, 8e-6, 10e-6, MEASUREMENT)
+    header, line = tune.table([session_entry]).splitlines()
+    assert line.split() == (
+        "norm_forward bfloat16 1152 128 10.0 µs 8.0 µs 25.0% rows 4 block 2048 warps 16".split()  # noqa: SIM905
+    )
+    assert header.split() == ["op", "dtype", "width", "rows", "default", "best", "gain", "tile"]
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def arguments(*given):
+    parser = argparse.ArgumentParser()
+    tune.add_arguments(parser)
+    return parser.parse_args(given)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    with pytest.raises(ValueError, match="no CUDA device"):
+        tune.main(arguments())
+
+
+@pytest.mark.parametrize(
+    "given", [["--dtype", "autocast"], ["--ops", "attention"], ["--batch", "0"], ["--seconds", "x"]]
+)
+def test_arguments_that_do_not_fit_are_refused(given, capsys):
+    with pytest.raises(SystemExit):
+        arguments(*given)
+    assert given[0] in capsys.readouterr().err
+
+
+def test_the_command_line_from_end_to_end(monkeypatch, path, capsys):
+    """With a device, a compiler and times that are made up."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(tune, "measurement_on", lambda device: MEASUREMENT)
+    monkeypatch.setattr(tune, "Stopwatch", lambda device: None)
+    monkeypatch.setenv("DTR_KERNELS_CACHE", str(path.parent))
+
+    def choose_on(problem, device, stopwatch):
+        if problem.op == "residual_backward":
+            raise tune.NotTuned("the default tile is wrong")
+        tile = problem.default(90)
+        return tune.Choice(tile._replace(rows=1), 1e-6, 2e-6)
+
+    monkeypatch.setattr(tune, "choose_on", choose_on)
+    ops = ("--model", "DiT-XL/2", "--dtype", "bf16", "--ops", "norm_forward", "residual_forward")
+    assert tune.main(arguments(*ops)) == 0
+    assert "100.0%  rows 1 block 2048 warps 16" in capsys.readouterr().out
+    assert len(_tuned.read(_tuned.user_file("NVIDIA H200"))) == 2
+    assert tune.main(arguments(*ops, "residual_backward", "--out", str(path))) == 1
+    assert "not tuned: residual_backward bf16, 1152 channels, 256 tokens: the default" in capsys.readouterr().err
+    assert len(_tuned.read(path)) == 2
+
+
+# --- launchers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", KINDS)
+def test_every_op_asks_for_its_own_tile(op, monkeypatch):
+    """The launchers use the default of the op that is tuned, look it up as the entry is keyed, and obey when forced."""
+    asked = []
+
+    def spy(*question):
+        asked.append(question)
+        return tile_for(*question)
+
+    monkeypatch.setattr(_launch, "kernel_path", lambda x: "triton")
+    for module in tune.LAUNCHERS:
+        monkeypatch.setattr(module, "kernel_path", lambda x: "triton")
+        monkeypatch.setattr(module, "tile_for", spy)
+    problem = tune.Problem(op, torch.bfloat16, 48, 130, 2)
+    pieces = tune.pieces(tune.Inputs(problem, torch.device("cpu")))
+    other = tune.candidates(problem, 90, SHARED_MEMORY[90])[-1]
+    for tile, context in [(problem.default(90), contextlib.nullcontext()), (other, forced(op, other))]:
+        with tune.recorded() as launches, context:
+            for piece in pieces:
+                piece.launch()
+        assert len(launches) == len(pieces)
+        for launch in launches:
+            assert launch.bytes > 0
+            for side, value in tile._asdict().items():
+                assert launch.options[OPTIONS[side]] == value
+    for question in asked:
+        name, x, rows, channels, *_ = question
+        assert (name, str(x.dtype).removeprefix("torch."), channels, _tuned.rows_class(rows)) == problem.key
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="run by test_oracles_and_kernels_agree")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", KINDS)
+def test_right_tiles_pass_the_gate_and_wrong_ones_do_not(op, dtype, seed):
+    random.seed(seed)
+    problem = tune.Problem(op, dtype, 40, 20, 2)
+    pieces = tune.pieces(tune.Inputs(problem, torch.device("cpu")))
+    exact = [tensor for piece in pieces for tensor in piece.exact()]
+    for tile in [problem.default(90), random.choice(tune.candidates(problem, 90, SHARED_MEMORY[90]))]:
+        with forced(op, tile):
+            found = [tensor for piece in pieces for tensor in piece.launch()]
+        assert tune.largest_error(found, exact) <= tune.BOUNDS[dtype] / 2, tile
+    for number, tensor in enumerate(found):
+        # One element of a tensor that is off by a tenth, or was never written, is enough.
+        for wrong in (0.1 * exact[number].abs().max(), math.nan):
+            changed = tensor.double().clone()
+            changed.view(-1)[random.randrange(changed.numel())] += wrong
+            assert not tune.largest_error([*found[:number], changed, *found[number + 1 :]], exact) <= tune.BOUNDS[dtype]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_oracles_and_kernels_agree(seed):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "pass_the_gate"],
+        env=os.environ | {"TRITON_INTERPRET": "1", "DTR_TEST_SEED": str(seed)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{2 * len(KINDS)} passed" in done.stdout
+
+
+@pytest.mark.gpu
+def test_tuning_on_a_gpu(path, capsys):
+    """Small problems, through the command line, with every kind of tile."""
+    ops = ["forward_gelu", "weight_gradient", "token_sums", "norm_backward_update"]
+    given = ("--model", "DiT-S/4", "--dtype", "bf16", "--batch", "4", "--ops", *ops, "--out", str(path))
+    assert tune.main(arguments(*given)) == 0, capsys.readouterr().err
+    assert {entry.op for entry in _tuned.read(path)} == set(ops)

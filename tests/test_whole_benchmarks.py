@@ -1,0 +1,317 @@
+"""The benchmarks of whole pieces: every side is checked against the right oracle, and wrong results do not pass.
+
+No figure of time is asserted, and nothing is compiled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from refusals import refused
+from torch import Tensor
+
+from benchmarks.cases import AUTOCAST, Case, Options, Side
+from benchmarks.measure import Bench, Rounds
+from benchmarks.memory import saved_bytes
+from benchmarks.suite import _peers, block, cpu_limits, model
+from benchmarks.suite._peers import Cell, Gate
+from dtr_kernels import reference
+from dtr_kernels.ops import _launch, window_linear
+from dtr_kernels.routing import ChannelWindow
+
+CPU = torch.device("cpu")
+CENTRE = Cell("tiny", 5, "fp32", "block", "per sample", 0.8, "training")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiles(monkeypatch):
+    monkeypatch.setattr(_peers, "compiled", lambda forward, mode=None: forward)
+
+
+@pytest.fixture
+def fresh(seed, monkeypatch):
+    """Other parameters and inputs in every run."""
+    for module in (_peers, block, model, cpu_limits):
+        monkeypatch.setattr(module, "SEED", seed)
+
+
+def quick(benchmark, device, **options) -> list[Case]:
+    return [build() for build in benchmark.cases(Options(device, quick=True, **options))]
+
+
+def sides_of(case: Case) -> dict[str, Side]:
+    return {side.name: side for side in case.sides}
+
+
+def assert_right(case: Case) -> None:
+    for side in case.sides:
+        side.before()
+        assert side.error(side.call()) <= side.bound, (case.name, side.name)
+        assert side.bound < 0.1 and side.work.flops > 0 and side.work.bytes > 0
+        assert (side.forward is not None) == (case.cell["pass"] in ("training", "step"))
+    for goal in case.goals:
+        assert {goal.side, goal.over} <= set(sides_of(case))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", AUTOCAST])
+def test_every_side_of_a_block_is_right(fresh, device, precision):
+    cases = quick(block, device, precisions=[precision])
+    assert [(case.cell["batch"], case.cell["pass"]) for case in cases] == [
+        (batch, pass_) for batch in (2, 16) for pass_ in ("forward", "training")
+    ]
+    for case in cases:
+        assert_right(case)
+        sides = sides_of(case)
+        assert sides["unrouted"].work.flops > sides["reference"].work.flops == sides["RoutedDiTBlock"].work.flops
+        assert ("reference, autocast" in sides) == (device.type == "cuda" and precision == "bf16")
+        assert ("reference, max-autotune" in sides) == (device.type == "cuda")
+
+
+@pytest.mark.parametrize("routing", [{"scopes": ["branch"]}, {"windows": ["shared"]}, {"betas": [1.0]}], ids=str)
+def test_every_routing_of_a_block_is_right(fresh, routing):
+    for case in quick(block, CPU, batches=[3], **routing):
+        assert_right(case)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", AUTOCAST])
+@pytest.mark.parametrize("pass_", ["forward", "training"])
+def test_another_function_does_not_pass_for_a_block(fresh, precision, pass_):
+    cell = replace(CENTRE, precision=precision, pass_=pass_)
+    sides = sides_of(block.build(cell, CPU))
+    wrong = {
+        "unrouted": sides["unrouted"].call(),
+        "other scope": sides_of(block.build(replace(cell, scope="branch"), CPU))["RoutedDiTBlock"].call(),
+        "other windows": sides_of(block.build(replace(cell, beta=0.7), CPU))["RoutedDiTBlock"].call(),
+    }
+    for name in ("reference", "RoutedDiTBlock"):
+        for what, result in wrong.items():
+            assert sides[name].error(result) > sides[name].bound, (name, what)
+    assert sides["unrouted"].error(sides["RoutedDiTBlock"].call()) > sides["unrouted"].bound
+
+
+def test_every_gradient_of_a_block_counts(fresh):
+    side = sides_of(block.build(CENTRE, CPU))["RoutedDiTBlock"]
+    results = side.call()
+    assert len(results) == 3 + 10  # output, x and c; weight and bias of five linear layers
+    for i, tensor in enumerate(results):
+        spoilt = [tensor * 1.01 if i == j else other for j, other in enumerate(results)]
+        assert side.error(spoilt) > side.bound
+    results[4][0] = math.nan
+    assert not side.error(results) <= side.bound
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", AUTOCAST])
+def test_every_side_of_a_model_is_right(fresh, device, precision):
+    cases = quick(model, device, precisions=[precision])
+    assert [case.cell["pass"] for case in cases] == ["forward", "training", "step", "sampling"]
+    for case in cases:
+        assert_right(case)
+        sides = sides_of(case)
+        wrong = [tensor.clone() for tensor in sides["unrouted"].call()]
+        for name in ("reference", "reference, compiled", "DiT", "DiT, compiled"):
+            assert sides[name].error(wrong) > sides[name].bound, (case.name, name)
+        assert case.memory == (case.cell["pass"] in ("training", "step"))
+        assert case.cell["window"] == ("shared" if case.cell["pass"] == "sampling" else "per sample")
+
+
+def test_a_training_batch_may_share_its_window(fresh):
+    for case in quick(model, CPU, windows=["shared"], scopes=["branch"], passes=["forward", "training"]):
+        assert_right(case)
+        assert case.cell["window"] == "shared"
+
+
+def test_a_step_leaves_the_parameters_where_they_were(fresh):
+    """So that every side and every round finds the same ones; the optimizer works all the same."""
+    (case,) = quick(model, CPU, passes=["step"])
+    piece = model.Prediction.of(replace(CENTRE, pass_="step"), CPU)
+    before = [p.clone() for p in piece.model.parameters()]
+    side = piece.side("DiT", piece.fused, piece.gate(piece.mask, piece.masked), piece.work(102))
+    first, second = ([g.clone() for g in side.call()] for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(piece.model.parameters(), before, strict=True))
+    assert all(torch.equal(g, h) for g, h in zip(first, second, strict=True))
+    assert {state["step"].item() for state in piece.optimizer.state.values()} == {3}  # with the gate's
+    forward, training = (quick(model, CPU, passes=[pass_])[0].sides[0].work for pass_ in ("forward", "training"))
+    parameters = sum(p.numel() for p in _peers.trainable(piece.model))
+    assert case.sides[0].work.bytes == training.bytes + 7 * 4 * parameters and training.flops > 2.9 * forward.flops
+
+
+def test_sampling_is_guided_ddim(fresh):
+    """By the formulas, of the model's two predictions one after the other."""
+    piece = model.GuidedStep.of(replace(CENTRE, pass_="sampling", window="shared"), CPU)
+    assert piece.t == 800
+    with torch.no_grad():
+        conditional, unconditional = (piece.model(piece.x, 800, y)[:, :4] for y in (piece.y, 0 * piece.y))
+        noise = unconditional + 4.0 * (conditional - unconditional)
+        signal = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).float()
+        image = (piece.x - (1 - signal[800]).sqrt() * noise) / signal[800].sqrt()
+        expected = signal[700].sqrt() * image + (1 - signal[700]).sqrt() * noise
+        for step in (piece.fused, piece.masked):
+            torch.testing.assert_close(step(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_oracle_takes_a_few_samples_at_a_time(fresh):
+    """More than one chunk, the last of them smaller, and the same as all at once."""
+    piece = block.Piece.of(CENTRE, CPU)
+    wide = [t.detach().double().requires_grad_(t.requires_grad) for t in (piece.x, piece.c, piece.mask)]
+    found = piece.exact(piece.mask)
+    module = piece.block.double()
+    out = reference.dit_block(module, *wide, "block")
+    gradients = torch.autograd.grad(out, [*wide[:2], *module.parameters()], piece.cotangent.double())
+    for f, e in zip(found, [out, *gradients], strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-12, atol=1e-12)
+
+
+def test_gates():
+    exact = [torch.tensor([3.0, 4.0], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)]
+    gate = Gate(exact, [torch.tensor([3.0, 4.5]), torch.tensor([1.05])], "fp32")
+    assert gate.bound == pytest.approx(2 * 0.1 + 1e-6)
+    assert gate.error([torch.tensor([3.0, 4.0]), torch.tensor([0.5])]) == pytest.approx(0.5)
+    for position in (0, 1):
+        found = [torch.tensor([3.0, 4.0]), torch.tensor([1.0])]
+        found[position][0] = math.nan
+        assert math.isnan(gate.error(found))
+
+
+def test_bytes_saved_where_the_block_is_fused(fresh):
+    """The goal of the benchmark, at the size of a published model."""
+    case = block.build(replace(CENTRE, model="DiT-S/2", batch=2), CPU)
+    saved = {name: saved_bytes(side.forward, side.parameters) for name, side in sides_of(case).items()}
+    (goal,) = (goal for goal in case.goals if goal.quantity == "bytes saved")
+    assert goal.met(saved[goal.side] / saved[goal.over])
+    assert saved[goal.side] >= 11 * 2 * 256 * 384 * 4 and goal.at_most == 0.57
+
+
+def test_small_blocks_on_a_cpu_say_that_they_are_plain(monkeypatch):
+    monkeypatch.setattr(_launch, "LEAST_ELEMENTS_ON_CPU", 1 << 30)
+    case = block.build(CENTRE, CPU)
+    assert any("is plain PyTorch" in note for note in case.notes)
+    assert [goal.quantity for goal in case.goals] == ["speed-up"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_grid_is_a_star(device):
+    centre, star = block._CENTRE[device], block._STAR[device]
+    cells = _peers.grid(Options(torch.device(device)), centre, star)
+    middle = _peers.grid(Options(torch.device(device)), centre, ())
+    assert not [cell for cell, times in Counter(cells).items() if times > 1]
+    assert cells[: len(middle)] == middle
+
+    def distance(a: Cell, b: Cell) -> int:
+        return sum(x != y for x, y in zip(asdict(a).values(), asdict(b).values(), strict=True))
+
+    # On a CPU larger models have a smaller batch, and are compared with the small model at that batch.
+    centres = [*middle, *(cell for cell in cells if cell.batch == 4 and cell.model == "DiT-S/2")]
+    for cell in cells[len(middle) :]:
+        assert min(distance(cell, one) for one in centres if one != cell) == 1
+    varied = {axis for cell in cells for axis, value in asdict(cell).items() if value not in centre[axis]}
+    assert varied >= {"model", "batch", "scope", "window", "beta"}
+    assert {cell.pass_ for cell in cells} == {"forward", "training"}
+
+
+def test_options_replace_an_axis():
+    asked = Options(CPU, batches=[2, 3], betas=[0.5])
+    cells = _peers.grid(asked, block._CENTRE["cpu"], block._STAR["cpu"])
+    assert {(c.batch, c.precision, c.pass_) for c in cells} == {
+        (batch, precision, pass_) for batch in (2, 3) for precision in ("fp32", "bf16") for pass_ in block.PASSES
+    }
+    assert {(c.model, c.scope, c.window, c.beta) for c in cells} == {("DiT-S/2", "block", "per sample", 0.5)}
+    assert len(cells) == 8
+    assert cells[0].coordinates == {
+        "model": "DiT-S/2",
+        "batch": 2,
+        "precision": "fp32",
+        "scope": "block",
+        "window": "per sample",
+        "beta": 0.5,
+        "pass": "forward",
+    }
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "options", "fragments"),
+    [
+        (block, {"passes": ["step"]}, ["--pass must be one of forward, training for a block", "got step"]),
+        (block, {"models": ["DiT-Z"]}, ["--model must be tiny or one of", "got DiT-Z"]),
+        (block, {"betas": [1.5]}, ["beta", "got 1.5"]),
+        (block, {"betas": [0.001]}, ["beta 0.001", "leaves none active"]),
+        (model, {"passes": ["sampling"], "windows": ["per sample"]}, ["--window must be shared for --pass sampling"]),
+        (model, {"models": ["DiT-S"]}, ["--model must be tiny or one of", "got DiT-S"]),
+        (cpu_limits, {"precisions": [AUTOCAST]}, ["--dtype must be one of fp32, bf16, fp16", "got autocast"]),
+        (cpu_limits, {"passes": ["sampling"]}, ["--pass must be one of forward, training", "got sampling"]),
+        (cpu_limits, {"device": torch.device("cuda")}, ["--device must be cpu", "got cuda"]),
+    ],
+)
+def test_options_that_do_not_fit(benchmark, options, fragments):
+    refused(lambda: benchmark.cases(Options(**{"device": CPU, **options})), ValueError, fragments)
+
+
+def test_a_failing_compiler_fails_its_own_sides(monkeypatch):
+    def broken() -> Tensor:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(_peers, "compiled", lambda forward, mode=None: broken)
+    bench, case = Bench(CPU, quick=True), block.build(CENTRE, CPU)
+    result = bench.result_of(case)
+    bench.measure(case, result, Rounds(1, 1, 0))
+    for name, side in result.sides.items():
+        assert side.status == ("failed" if name.endswith(", compiled") else "right"), name
+
+
+def test_limits_of_cpus(fresh, monkeypatch):
+    """Either way is what its name says, and the library's limits are afterwards as before."""
+    monkeypatch.setattr(_launch, "LEAST_ELEMENTS_ON_CPU", 1000)
+    ran = []
+
+    def watch(module, name, what):
+        original = getattr(module, name)
+
+        def watched(*args, **more):
+            ran.append(what)
+            return original(*args, **more)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(window_linear, "_dense_input", "dense weight")
+    watch(reference, "dit_block", "plain block")
+    limits = [(limit.module, limit.name) for limit in (cpu_limits._ELEMENTS, cpu_limits._FORWARD, cpu_limits._BACKWARD)]
+    before = [getattr(*limit) for limit in limits]
+    cases = quick(cpu_limits, CPU)
+    assert Counter(case.cell["limit"] for case in cases) == {
+        "LEAST_ELEMENTS_ON_CPU": 4,
+        "_FORWARD_TOKENS": 2,
+        "_BACKWARD_TOKENS": 2,
+    }
+    for case in cases:
+        (goal,) = case.goals
+        chosen = next(side.name for side in case.sides if side.name not in ("as dispatched", goal.over))
+        for side in case.sides:
+            ran.clear()
+            assert side.error(side.call()) <= side.bound, (case.name, side.name)
+            way = chosen if side.name == "as dispatched" else side.name
+            if case.cell["limit"] == "LEAST_ELEMENTS_ON_CPU":
+                assert ("plain block" in ran) == (way == "plain block")
+            else:
+                assert ("dense weight" in ran) == (way == "dense weight"), (case.name, side.name, ran)
+            assert [getattr(*limit) for limit in limits] == before
+    assert {case.goals[0].over for case in cases} == {"plain block", "slices of the weight", "dense weight"}
+
+
+def test_a_limit_is_restored_after_an_error(monkeypatch):
+    before = window_linear._FORWARD_TOKENS
+    with pytest.raises(ZeroDivisionError):
+        cpu_limits._FORWARD.set_to(7, lambda: 1 / 0)()
+    assert before == window_linear._FORWARD_TOKENS
+    assert cpu_limits._FORWARD.set_to(7, lambda: window_linear._FORWARD_TOKENS)() == 7
+
+
+def test_a_shared_window_is_known_to_the_host():
+    for benchmark_window, shared in (("shared", True), ("per sample", False)):
+        window = block.Piece.of(replace(CENTRE, window=benchmark_window), CPU).window
+        assert isinstance(window, ChannelWindow) and (window.shared_start is not None) == shared
+        assert (len(window.start) == 5) == (not shared)
