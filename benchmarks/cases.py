@@ -83,7 +83,7 @@ class Case:
         time_over: the same as a cost: how many times as long they take.
         goals: figures to reach.
         matrix_dtype: whose matrix rate is a ceiling of the case; None where no side has FLOPs to count.
-        memory: whether the peak memory of each side's first call is measured.
+        memory: whether the peak memory of a call of each side is measured.
         notes: what a reader of the figures must know.
     """
 

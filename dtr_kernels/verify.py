@@ -221,6 +221,10 @@ def _block_cases(device: torch.device) -> Iterable[tuple[str, list[Comparison]]]
                     f"{precision:13}  scope {scope:6}  {name}",
                     check_block(block, window, samples, tokens, autocast),
                 )
+    # So long that a CPU too multiplies with slices of the weight.
+    block = random_block(channels, heads, "branch", device, torch.float32)
+    long = check_block(block, windows["one window per sample"], samples, 1030)
+    yield f"{'fp32':13}  scope branch  one window per sample, 1030 tokens", long
 
 
 def run(device: torch.device) -> bool:

@@ -38,8 +38,12 @@ def nan_in_uninitialised_memory():
 
 @pytest.fixture(autouse=True)
 def kernels_at_every_size(monkeypatch):
-    """On a CPU small tensors would take the plain path, and tests of the kernels would compare it with itself."""
+    """On a CPU small tensors would take the plain path, and tests of the kernels would compare it with itself.
+
+    Slices of the weight, which only long samples are worth there, begin between the tests' small and large sizes.
+    """
     monkeypatch.setattr("dtr_kernels.ops._launch.LEAST_ELEMENTS_ON_CPU", 0)
+    monkeypatch.setattr("dtr_kernels.ops.window_linear._LEAST_ELEMENTS_OF_A_SLICE", 1 << 12)
 
 
 @pytest.fixture

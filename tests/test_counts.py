@@ -294,8 +294,7 @@ def test_bytes_of_the_residual_launchers(seed, precision, dtype, operand):
 @pytest.fixture
 def sliced(monkeypatch):
     """On a CPU the launchers multiply slices of the weight, as on a GPU, at any number of tokens."""
-    monkeypatch.setattr(linear_ops, "_FORWARD_TOKENS", 1)
-    monkeypatch.setattr(linear_ops, "_BACKWARD_TOKENS", 1)
+    monkeypatch.setattr(linear_ops, "_LEAST_ELEMENTS_OF_A_SLICE", 1)
 
 
 @pytest.fixture

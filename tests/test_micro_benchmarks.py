@@ -88,14 +88,7 @@ def test_autocast_is_an_fp32_stream():
 
 def test_enough_tokens_for_slices_of_the_weight(monkeypatch):
     """As on the models' sizes, where a CPU multiplies window by window."""
-    monkeypatch.setattr("dtr_kernels.ops.window_linear._FORWARD_TOKENS", 1)
-    monkeypatch.setattr("dtr_kernels.ops.window_linear._BACKWARD_TOKENS", 1)
-    monkeypatch.setattr(gelu_linear.ops, "_FORWARD_TOKENS", 1)
-    tasks = {
-        passed: tuple(window_linear.replace(task, tokens=1) for task in known)
-        for passed, known in window_linear.TASKS.items()
-    }
-    monkeypatch.setattr(window_linear, "TASKS", tasks)
+    monkeypatch.setattr("dtr_kernels.ops.window_linear._LEAST_ELEMENTS_OF_A_SLICE", 1)
     cases = [
         *built("window_linear", precisions=["fp32"]),
         *built("gelu_linear", precisions=["fp32"], scopes=["branch"]),

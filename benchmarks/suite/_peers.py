@@ -27,12 +27,13 @@ ABOUT_PEERS = (
 SEED = 0
 # The timestep of a batch that shares one. DTR's window has moved about two fifths of its way there.
 SHARED_TIMESTEP = 800
-# Added to the bound of errors: half a unit in the last place; in fp32, where the order of summation shows, more.
-SLACK = {"fp32": 1e-6, "bf16": 2**-8, "fp16": 2**-11, AUTOCAST: 2**-8}
+# Added to the bound of errors: half a unit in the last place. In fp32 more, since there the order of sums over tokens
+# shows, in which compilers differ from eager PyTorch; what is wrong is wrong by far more.
+SLACK = {"fp32": 1e-5, "bf16": 2**-8, "fp16": 2**-11, AUTOCAST: 2**-8}
 # Samples that the oracle computes at a time.
 _CHUNK = 4
 
-# Every side is replayed as a CUDA graph, so the compiler adds none.
+# What is timed on a GPU is replayed as a CUDA graph, so the compiler makes none.
 MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
 
 # A forward pass with everything it needs.
@@ -123,11 +124,12 @@ def blueprint(model: str) -> DiT:
         return make_dit(model, torch.device("meta"), torch.float32)
 
 
-def draw(blocks: nn.Module) -> None:
-    """Random parameters of blocks whose branches are as large as the stream: an error in one of them, or a mask that
-    is not there, shows in the output."""
-    for p in blocks.parameters():
-        nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+def draw(module: nn.Module) -> None:
+    """Random parameters that make every branch as large as the stream: an error in one of them, or a mask that is not
+    there, shows in the output."""
+    for p in trainable(module):
+        inputs = p[0].numel() if p.dim() > 1 else len(p)
+        nn.init.normal_(p, std=inputs**-0.5)
 
 
 def timesteps(cell: Cell, device: torch.device) -> Tensor | int:

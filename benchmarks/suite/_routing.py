@@ -229,14 +229,13 @@ class Linear:
         which cuBLAS is fast: [B N, W or a few more]."""
         return self.dense.flatten(0, 1)[:, : -(-self.u.shape[-1] // 8) * 8].contiguous()
 
-    def multiplied_by(self, tokens: int, on_gpu: str) -> str:
-        """What our launcher calls, in words; ``tokens``: of a sample, from how many on a CPU takes slices of the
-        weight."""
+    def multiplied_by(self, on_gpu: str) -> str:
+        """What our launcher calls, in words."""
         if self.u.device.type != "cpu":
             return on_gpu
         if self.start is None:
             return "PyTorch's products on all channels"
-        if window_linear._slices(self.u, self.start, tokens) is None:
+        if window_linear._slices(self.u, self.start, self.weight.shape[1]) is None:
             return "products on all channels of the input, filled in, which here are faster than slices on a CPU"
         return "products with slices of the weight"
 

@@ -16,7 +16,7 @@ from benchmarks.cases import AUTOCAST, Benchmark, Case, Goal, Options, Side
 from benchmarks.counts import ITEMSIZES, Work, block_forward, block_training
 from benchmarks.suite import _peers
 from benchmarks.suite._models import TINY
-from benchmarks.suite._peers import COMPILED, MASKED, SEED, UNROUTED, Axes, Cell, Forward, Gate
+from benchmarks.suite._peers import COMPILED, MASKED, MAX_AUTOTUNE, SEED, UNROUTED, Axes, Cell, Forward, Gate
 from dtr_kernels import nn, reference
 from dtr_kernels.ops._launch import chosen_path
 from dtr_kernels.routing import ChannelWindow
@@ -67,7 +67,7 @@ def build(cell: Cell, device: torch.device) -> Case:
 
     sides = [routed(MASKED, piece.masked), routed(MASKED + COMPILED, _peers.compiled(piece.masked))]
     if device.type == "cuda":
-        sides.append(routed(f"{MASKED}, max-autotune", _peers.compiled(piece.masked, _peers.MAX_AUTOTUNE)))
+        sides.append(routed(f"{MASKED}, max-autotune", _peers.compiled(piece.masked, MAX_AUTOTUNE)))
     if device.type == "cuda" and cell.precision == "bf16":
         wide = piece.under_autocast()
         sides.append(wide.side(UNDER_AUTOCAST, wide.masked, wide.gate(exact, wide.masked), wide.work(active)))
@@ -80,9 +80,11 @@ def build(cell: Cell, device: torch.device) -> Case:
 
     notes = [_peers.ABOUT_PEERS]
     if not piece.runs_kernels:
-        notes.append(f"so small on a CPU {FUSED} is plain PyTorch, which is faster there")
+        notes.append(
+            f"{FUSED} is plain PyTorch here: the case is too small for the kernels to pay, or they are missing"
+        )
     if device.type == "cuda":
-        notes.append("max-autotune: without CUDA graphs of its own, since all that is timed is replayed as one")
+        notes.append(f'max-autotune is torch.compile(mode="{MAX_AUTOTUNE}")')
     return Case(
         f"{cell.model} block, {cell}",
         sides,

@@ -44,8 +44,8 @@ BLOCKS = (
     *(("DiT-XL/2", batch) for batch in (1, 2)),
 )
 # Channels, and tokens per sample. All samples together have as many each time, so that only the slices grow.
-CHANNELS, TOKENS, ALL_TOKENS = (384, 1152), (64, 128, 256, 512, 1024), 4096
-QUICK_BLOCKS, QUICK_CHANNELS, QUICK_TOKENS, QUICK_ALL_TOKENS = ((TINY, 4),), (384,), (64, 512), 512
+CHANNELS, TOKENS, ALL_TOKENS = (384, 1152), (64, 128, 256, 512, 1024, 2048), 4096
+QUICK_BLOCKS, QUICK_CHANNELS, QUICK_TOKENS, QUICK_ALL_TOKENS = ((TINY, 4),), (384,), (64, 1024), 1024
 
 _FP32 = ITEMSIZES["fp32"]
 Result = TypeVar("Result")
@@ -79,8 +79,7 @@ class _Limit:
 
 
 _ELEMENTS = _Limit(_launch, "LEAST_ELEMENTS_ON_CPU", "fused block", "plain block")
-_FORWARD = _Limit(window_linear, "_FORWARD_TOKENS", "slices of the weight", "dense weight")
-_BACKWARD = _Limit(window_linear, "_BACKWARD_TOKENS", "slices of the weight", "dense weight")
+_SLICES = _Limit(window_linear, "_LEAST_ELEMENTS_OF_A_SLICE", "slices of the weight", "dense weight")
 
 
 def cases(options: Options) -> list[Callable[[], Case]]:
@@ -100,7 +99,7 @@ def cases(options: Options) -> list[Callable[[], Case]]:
     ]
     total = QUICK_ALL_TOKENS if options.quick else ALL_TOKENS
     layers = [
-        partial(forward_tokens if pass_ == "forward" else backward_tokens, total // N, N, C)
+        partial(slices_forward if pass_ == "forward" else slices_backward, total // N, N, C)
         for pass_ in (passes if "fp32" in precisions else ())  # a weight of 16 bits is never cut
         for C in (QUICK_CHANNELS if options.quick else CHANNELS)
         for N in (QUICK_TOKENS if options.quick else TOKENS)
@@ -116,17 +115,17 @@ def elements(cell: Cell) -> Case:
     return _case(_ELEMENTS, piece.x.numel(), side, tuple(piece.x.shape), cell.precision, cell.pass_)
 
 
-def forward_tokens(B: int, N: int, C: int) -> Case:
+def slices_forward(B: int, N: int, C: int) -> Case:
     """A linear layer by GEMMs on each sample's slice of the weight, and by one dense GEMM for all."""
     layer = _Layer.of(B, N, C, trains=False)
     gate = Gate(layer.exact(), [layer.plain().detach()], "fp32")
     sizes = B, N, C, layer.window.width
     work = norm_forward(*sizes, _FP32) + window_linear_forward(*sizes, 3 * C, _FP32)
     side = Side(DISPATCHED, _peers.without_graph(layer.fused), gate.error, gate.bound, work=work)
-    return _case(_FORWARD, N, side, (B, N, C), "fp32", "forward")
+    return _case(_SLICES, N * C, side, (B, N, C), "fp32", "forward")
 
 
-def backward_tokens(B: int, N: int, C: int) -> Case:
+def slices_backward(B: int, N: int, C: int) -> Case:
     """The same layer's gradients, without its forward pass."""
     layer = _Layer.of(B, N, C, trains=True)
     cotangent = torch.randn(B, N, 3 * C)
@@ -143,7 +142,7 @@ def backward_tokens(B: int, N: int, C: int) -> Case:
         + norm_backward(*sizes, _FP32, dstream=False)
     )
     side = Side(DISPATCHED, partial(backward, layer.fused()), gate.error, gate.bound, work=work)
-    return _case(_BACKWARD, N, side, (B, N, C), "fp32", "backward")
+    return _case(_SLICES, N * C, side, (B, N, C), "fp32", "backward")
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,8 @@ class _Layer:
     def of(cls, B: int, N: int, C: int, trains: bool) -> _Layer:
         torch.manual_seed(SEED)
         x, shift, scale = (torch.randn(shape).requires_grad_(trains) for shape in ((B, N, C), (B, C), (B, C)))
-        window = DenoisingTaskRouting().window(torch.randint(1000, (B,)), C)
+        # Late enough for windows of their own: samples that share one share a slice.
+        window = DenoisingTaskRouting().window(torch.linspace(500, 999, B).long(), C)
         return cls(nn.Linear(C, 3 * C), x, shift, scale, window)
 
     @property

@@ -53,7 +53,7 @@ def forward(cell: Cell, device: torch.device) -> Case:
 
     pair = _Pair(EAGER, plain_forward, arguments, FORWARD, partial(fused_forward, write_pre=trains))
     what = f"forward{' with pre' if trains else ''}, scope {cell.scope}"
-    called = sets[0].multiplied_by(ops._FORWARD_TOKENS, on_gpu="our GEMM with GELU in its epilogue")
+    called = sets[0].multiplied_by(on_gpu="our GEMM with GELU in its epilogue")
     note = f"{FORWARD} called {called}"
     return _case(what, cell, device, sets, pair, work, note)
 

@@ -106,7 +106,7 @@ class Prediction:
         """Random parameters and inputs."""
         torch.manual_seed(SEED)
         model = make_dit(cell.model, device, cell.dtype, cell.routing, cell.scope)
-        _peers.draw(model.blocks)
+        _peers.draw(model)
         t = _peers.timesteps(cell, device)
         x = torch.randn(cell.batch, model.in_channels, model.input_size, model.input_size).to(device, cell.dtype)
         return cls(

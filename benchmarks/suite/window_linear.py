@@ -31,7 +31,6 @@ class Task:
         product: by PyTorch's matrix products, from (input, weight, bias, gradient of the output).
         work: of the first two, from (B, N, C, W, O, itemsizes).
         product_work: of the last one on its own, from (rows, channels, O, itemsizes).
-        tokens: of a sample, from how many on a CPU takes slices of the weight.
     """
 
     name: str
@@ -40,7 +39,6 @@ class Task:
     product: Callable[..., Any]
     work: Callable[[int, int, int, int, int, Itemsizes], Work]
     product_work: Callable[[int, int, int, Itemsizes], Work]
-    tokens: int
 
 
 def cases(options: Options) -> list[Callable[[], Case]]:
@@ -76,7 +74,7 @@ def build(cell: Cell, task: Task, device: torch.device) -> Case:
         rotated(FUSED, task.fused, sets, ours, work),
     ]
     cublas = ops.prefers_cublas(layer.start, layer.shared_start, layer.weight)
-    called = layer.multiplied_by(task.tokens, on_gpu="cuBLAS" if cublas else "our GEMM")
+    called = layer.multiplied_by(on_gpu="cuBLAS" if cublas else "our GEMM")
     return Case(
         _routing.name_of(task.name, cell),
         sides,
@@ -181,7 +179,6 @@ FORWARD = Task(
     _product_forward,
     counts.window_linear_forward,
     counts.linear_forward,
-    ops._FORWARD_TOKENS,
 )
 INPUT_GRADIENT = Task(
     "input gradient",
@@ -190,7 +187,6 @@ INPUT_GRADIENT = Task(
     partial(_product_gradients, parameters=False),
     counts.window_linear_input_gradient,
     counts.linear_input_gradient,
-    ops._BACKWARD_TOKENS,
 )
 ALL_GRADIENTS = Task(
     "all gradients",
@@ -199,7 +195,6 @@ ALL_GRADIENTS = Task(
     partial(_product_gradients, parameters=True),
     counts.window_linear_gradients,
     counts.linear_gradients,
-    ops._BACKWARD_TOKENS,
 )
 TASKS = {"forward": (FORWARD,), "training": (INPUT_GRADIENT, ALL_GRADIENTS)}
 

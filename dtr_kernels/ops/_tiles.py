@@ -205,7 +205,10 @@ def default_tile(op: str, dtype: torch.dtype, rows: int, channels: int, arch: in
     if op == "token_sums":
         return SumTile(min(256, power_of_two(channels)), warps=4)
     if op in _TENSORS:
-        return row_tile(channels, _TENSORS[op])
+        tile = row_tile(channels, _TENSORS[op])
+        # Of fp32 rows this long ptxas spills a register on sm_90, so that one more block fits a multiprocessor.
+        spills = op == "norm_backward" and dtype == torch.float32 and tile.block == 2048
+        return RowTile(1, tile.block, warps=32) if spills else tile
     return gemm_tile(dtype, rows, arch, slope=op == "gelu_input_gradient")
 
 

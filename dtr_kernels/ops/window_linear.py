@@ -631,23 +631,24 @@ def _launch_token_sums(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor,
 
 # --- CPU -------------------------------------------------------------------------------------------------------------
 
-# With fewer tokens per sample than this, one dense GEMM on a CPU beats GEMMs on slices of the weight plus the closed
-# form (measured on one core in fp32, C 192 to 1152; in the backward pass p, dp and dq cost more of what a window
-# saves).
-_FORWARD_TOKENS, _BACKWARD_TOKENS = 256, 512
+# Elements of the input, C for each token that one slice of the weight is for, below which a dense GEMM on a CPU beats
+# GEMMs on slices plus the closed form (`python -m benchmarks run cpu_limits` measures it).
+_LEAST_ELEMENTS_OF_A_SLICE = 3 << 17
 
 
-def _slices(u: Tensor, start: Tensor, least_tokens: int) -> list[tuple[slice, int]] | None:
+def _slices(u: Tensor, start: Tensor, channels: int) -> list[tuple[slice, int]] | None:
     """Groups of samples with the start of their weight slice; None where one dense GEMM is faster.
 
     In 16-bit dtypes a CPU's matrix units want the weight repacked at every call, which costs more than a window saves.
     """
-    if u.element_size() < 4 or u.shape[1] < least_tokens:
+    if u.element_size() < 4:
         return None
     starts = start.tolist()
-    if len(set(starts)) == 1:
-        return [(slice(0, len(starts)), starts[0])]
-    return [(slice(b, b + 1), s) for b, s in enumerate(starts)]
+    shared = len(set(starts)) == 1
+    tokens = u.shape[1] * (u.shape[0] if shared else 1)
+    if tokens * channels < _LEAST_ELEMENTS_OF_A_SLICE:
+        return None
+    return [(slice(0, len(starts)), starts[0])] if shared else [(slice(b, b + 1), s) for b, s in enumerate(starts)]
 
 
 def _add_slice_product(out: Tensor, u: Tensor, weight: Tensor, start: int) -> Tensor:
@@ -677,7 +678,7 @@ def _cpu_forward(
     bias: Tensor | None,
     start: Tensor,
 ) -> Tensor:
-    slices = _slices(u, start, _FORWARD_TOKENS)
+    slices = _slices(u, start, weight.shape[1])
     if slices is None:
         return F.linear(_dense_input(u, mean_rstd, shift, scale, start), weight, bias)
     p, q = _contributions(_inactive_channels(shift, scale, start, u.shape[-1], mean_rstd.dtype), weight, bias)
@@ -700,7 +701,7 @@ def _cpu_backward(
 ) -> LinearGradients:
     B, N, W = u.shape
     O, C = weight.shape
-    slices = _slices(u, start, _BACKWARD_TOKENS)
+    slices = _slices(u, start, C)
     flat = g.reshape(B * N, O)
     du = torch.empty(B, N, W, dtype=u.dtype)
     if slices is None:
