@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks import memory
 from benchmarks.cases import Case, Side, do_nothing
-from benchmarks.memory import saved_bytes, with_peak
 from benchmarks.results import CaseResult, SideResult
 from benchmarks.timing import Copy, MatrixProduct, Stopwatch, Timer
 
@@ -99,19 +99,22 @@ class Bench:
             self._products[dtype] = MatrixProduct(self._device, dtype, MATRIX_SIZE[self._size])
         return self._products[dtype]
 
-    def _check(self, side: Side, checked: SideResult, memory: bool) -> None:
+    def _check(self, side: Side, checked: SideResult, measure_peak: bool) -> None:
         """Calls a side, compares what it returns, and measures the memory that it takes."""
         side.before()
+        gc.collect()
+        level = memory.in_use(self._device)
         error = side.error(side.call())
         checked.error = error if math.isfinite(error) else None
         if not error <= side.bound:  # which NaN is not
             checked.status, checked.message = "wrong", f"error {error:.1e}, allowed {side.bound:.1e}"
             return
         if side.forward is not None:
-            checked.saved_bytes = saved_bytes(side.forward, side.parameters)
-        if memory:
-            side.before()  # of a second call: the first may have compiled something
-            _, checked.peak_bytes = with_peak(side.call, self._device)
+            checked.saved_bytes = memory.saved_bytes(side.forward, side.parameters)
+        if measure_peak:
+            side.before()  # of another call: the first may have compiled something
+            highest = memory.peak(side.call, self._device)
+            checked.peak_bytes = None if level is None or highest is None else highest - level
 
 
 @contextmanager

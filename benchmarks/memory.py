@@ -4,38 +4,38 @@ from __future__ import annotations
 
 import ctypes
 import re
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Result = TypeVar("Result")
 
-
-def with_peak(call: Callable[[], Result], device: torch.device) -> tuple[Result, int | None]:
-    """The result of ``call``, and by how many bytes the memory in use rose above its level before.
+def in_use(device: torch.device) -> int | None:
+    """Bytes in use now.
 
     On a GPU the allocations of PyTorch are counted. On a CPU it is the resident memory of the process, which Linux
     alone tells; elsewhere None.
     """
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
+        return torch.cuda.memory_allocated(device)
+    return _resident("VmRSS")
+
+
+def peak(call: Callable[[], object], device: torch.device) -> int | None:
+    """The most bytes that are in use during ``call``; None as ``in_use``."""
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        result = call()
+        call()
         torch.cuda.synchronize(device)
-        return result, torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_allocated(device)
     try:
-        # Memory that was freed before but not given back would hide what the call allocates in it.
-        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak restarts from here: proc_pid_clear_refs(5)
-        before = _resident("VmRSS")
-    except (OSError, AttributeError, TypeError):
-        return call(), None
-    result = call()
-    return result, _resident("VmHWM") - before
+    except OSError:
+        return None
+    call()
+    return _resident("VmHWM")
 
 
 def saved_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor] = ()) -> int:
@@ -54,8 +54,11 @@ def saved_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor] = ()) -
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def _resident(field: str) -> int:
-    kilobytes = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    if kilobytes is None:
-        raise OSError(f"/proc/self/status has no {field} on {sys.platform}")
-    return int(kilobytes[1]) * 1024
+def _resident(field: str) -> int | None:
+    try:
+        # Memory that was freed but not given back would count as used, and hide what a call allocates in it.
+        ctypes.CDLL(None).malloc_trim(0)
+        kilobytes = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except (OSError, AttributeError, TypeError):
+        return None
+    return int(kilobytes[1]) * 1024 if kilobytes else None
