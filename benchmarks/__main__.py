@@ -6,6 +6,8 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +72,18 @@ def run(arguments: argparse.Namespace) -> int:
     bench = Bench(device, options.quick)
     status = 0
     for name, build in builders.items():
-        finished = run_benchmark(BENCHMARKS[name], build, bench, rounds, folder, environment.describe(device))
+        cases = [partial(_without, arguments.skip, builder) for builder in build]
+        finished = run_benchmark(BENCHMARKS[name], cases, bench, rounds, folder, environment.describe(device))
         if finished.interrupted:
             return 130
         status |= finished.failed
     return status
+
+
+def _without(skipped: Sequence[str], build: Callable[[], Case]) -> Case:
+    """A case without the sides whose names hold one of ``skipped``."""
+    case = build()
+    return replace(case, sides=[side for side in case.sides if not any(text in side.name for text in skipped)])
 
 
 def run_benchmark(
@@ -143,6 +152,9 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beta", **several, type=float, metavar="RATIO", help="active channels over all channels")
     parser.add_argument("--window", **several, choices=WINDOWS, help="one per sample, or one that the batch shares")
     parser.add_argument("--pass", **several, choices=PASSES, help="of a block or a model")
+    parser.add_argument(
+        "--skip", **several, metavar="TEXT", help="leave out sides whose names hold it: max-autotune, ..."
+    )
     parser.add_argument("--rounds", type=positive, help="how often every side is timed; default: 5, then --seconds")
     parser.add_argument("--seconds", type=positive, default=60, help="rounds go on for as long a case; default: 60")
     parser.add_argument("--threads", type=positive, help="CPU threads; default: PyTorch's choice")

@@ -166,6 +166,12 @@ def test_a_side_that_cannot_run_here_is_no_failure(tmp_path, monkeypatch):
     assert status == 0 and results["cases"][0]["sides"][0]["message"] == "NotImplementedError: not here"
 
 
+def test_sides_can_be_left_out(tmp_path, monkeypatch):
+    fake(monkeypatch, Case("case", [good_side(name) for name in ("reference", "reference, compiled", "ours")]))
+    _, results = run(tmp_path, "fake", "--skip", "compiled", "max-autotune")
+    assert list(sides_of(results["cases"][0])) == ["reference", "ours"]
+
+
 def test_ctrl_c_keeps_complete_rounds(tmp_path, monkeypatch):
     calls = 0
 
