@@ -153,7 +153,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", **several, choices=WINDOWS, help="one per sample, or one that the batch shares")
     parser.add_argument("--pass", **several, choices=PASSES, help="of a block or a model")
     parser.add_argument(
-        "--skip", **several, metavar="TEXT", help="leave out sides whose names hold it: max-autotune, ..."
+        "--skip", **several, metavar="TEXT", help="leave out sides with it in their names: max-autotune, ..."
     )
     parser.add_argument("--rounds", type=positive, help="how often every side is timed; default: 5, then --seconds")
     parser.add_argument("--seconds", type=positive, default=60, help="rounds go on for as long a case; default: 60")

@@ -117,7 +117,7 @@ class _Inputs:
 
     def statistic(self, x: Tensor) -> Tensor:
         """x as the launchers take statistics and sums."""
-        return x.to(self.device, torch.float32)
+        return x.detach().to(self.device, torch.float32)
 
     def call(self, name: str, mode: str, run: Callable[[], Any], exact: Callable[[], Any]) -> Call:
         return Call(name, mode, run, exact, BOUNDS[self.dtype])

@@ -97,10 +97,11 @@ def occupancy(arch: int, threads: int, registers: int, shared: int, tensor_colum
     blocks = {
         "registers": warps_with_registers // warps,
         "shared memory": processor.shared // (_rounded_up(shared, _SHARED_UNIT) + _SHARED_RESERVED),
-        "tensor memory": processor.tensor_columns // tensor_columns if tensor_columns else _BLOCKS,
         "warps": _WARPS // warps,
         "blocks": _BLOCKS,
     }
+    if tensor_columns:
+        blocks["tensor memory"] = processor.tensor_columns // tensor_columns
     if shared > processor.shared_per_block:
         blocks["shared memory"] = 0
     fewest = min(blocks.values())
@@ -298,6 +299,8 @@ class Row:
             said.append(f"{where} spills: {usage.registers} registers and {usage.spilled} bytes of local memory")
         if usage.occupancy(self.arch).blocks == 0:
             said.append(f"{where} does not fit a multiprocessor")
+        if self.kernel == "gram_tiled" and "cp.async" not in usage.copies:
+            said.append(f"{where} does not copy asynchronously")
         if self.kernel not in GEMMS:
             return said
         # Warpgroup instructions take 64 rows; samples of fewer tokens use the older ones.
@@ -446,7 +449,11 @@ class Report:
         # Processes, since Triton's compiler parses Python, which is not safe in threads before Python 3.13.
         with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as workers:
             compiled = [workers.submit(job) for job in jobs]
-            rows = [row for future in tqdm(compiled, "compiling", **BAR) for row in future.result()]
+            try:
+                rows = [row for future in tqdm(compiled, "compiling", **BAR) for row in future.result()]
+            except BaseException:
+                workers.shutdown(cancel_futures=True)
+                raise
         fingerprint = sources.fingerprint((*sources.BLOCKS, *sources.SURGERY))
         return cls(triton.__version__, nvcc, no_cuda, fingerprint, joined(rows))
 
@@ -590,12 +597,14 @@ def main(arguments: argparse.Namespace) -> int:
     """Prints and stores the report; returns 1 if a kernel spills or lacks instructions."""
     report = Report.collect(arguments.arch or tuple(PROCESSORS))
     print(report.markdown(arguments.all_widths))
-    folder = arguments.out or (None if arguments.arch or arguments.json else REPORT)
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "static.md").write_text(report.markdown())
-    if target := arguments.json or (folder and folder / "static.json"):
-        target.write_text(report.as_json())
+    texts: dict[Path, str] = {}
+    if arguments.json:
+        texts[arguments.json] = report.as_json()
+    elif folder := arguments.out or (None if arguments.arch else REPORT):
+        texts = {folder / "static.json": report.as_json(), folder / "static.md": report.markdown()}
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
     for complaint in report.complaints:
         print(complaint, file=sys.stderr)
     return int(bool(report.complaints))

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -402,9 +402,12 @@ class TrialOnGpu:
             # The first alone: it initialises what the others share.
             for some in (tiles[:1], *(tiles[i : i + cores] for i in range(1, len(tiles), cores))):
                 launches = [self._launches(tile) for tile in some]
-                for tile, launch, reason in zip(some, launches, pool.map(self._compile, launches), strict=True):
-                    if reason := reason or self._try(launch):
-                        reasons[tile] = reason
+                list(pool.map(self._compile, launches))
+                reasons |= {
+                    tile: reason
+                    for tile, launch in zip(some, launches, strict=True)
+                    if (reason := self._try(launch)) is not None
+                }
         finally:
             pool.shutdown(cancel_futures=True)
         return reasons
@@ -428,14 +431,11 @@ class TrialOnGpu:
                 self._call(piece, tile)
         return launches
 
-    def _compile(self, launches: Sequence[Launch]) -> str | None:
-        try:
-            with torch.cuda.device(self._device):  # which is a thread's own
-                for kernel, programs, args, options in launches:
-                    kernel.warmup(*args, grid=(programs,), **options)
-        except Exception as error:
-            return _one_line(error)
-        return None
+    def _compile(self, launches: Sequence[Launch]) -> None:
+        # What fails here is compiled once more by ``_try``: Python's parser, which Triton calls, can fail in threads.
+        with suppress(Exception), torch.cuda.device(self._device):  # the device is a thread's own
+            for kernel, programs, args, options in launches:
+                kernel.warmup(*args, grid=(programs,), **options)
 
     def _try(self, launches: Sequence[Launch]) -> str | None:
         """Only what has been loaded says what it spills."""

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 
+from benchmarks import static
 from dtr_kernels import reference
 
 TESTS = Path(__file__).parent
@@ -397,8 +397,8 @@ def test_the_shim_finds_mistakes(cuda, mistake, sentence, backward):
 
 
 @pytest.fixture(scope="session")
-def binary(tmp_path_factory) -> tuple[Path, str]:
-    """The kernels compiled for every architecture, and what ptxas says of their resources."""
+def binary(tmp_path_factory) -> Path:
+    """The kernels compiled for every architecture."""
     places = [f"{os.environ['CUDA_HOME']}/bin"] if "CUDA_HOME" in os.environ else []
     places += [os.environ["PATH"], *(str(bin) for path in sys.path for bin in Path(path).glob("nvidia/cu*/bin"))]
     nvcc = shutil.which("nvcc", path=os.pathsep.join(places))
@@ -409,53 +409,34 @@ def binary(tmp_path_factory) -> tuple[Path, str]:
         )
     target = tmp_path_factory.mktemp("nvcc") / "surgery.o"
     codes = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90, 100)]
-    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-Wall,-Wextra", "--threads=2", "--resource-usage"]
+    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-Wall,-Wextra", "--threads=2"]
     done = subprocess.run([nvcc, *flags, *codes, "-c", SOURCE, "-o", target], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr.lower(), done.stderr
-    return target, done.stderr
+    return target
 
 
-NAMES = r"(coefficients|sum_partials|gram_tiled|gram|combine|weighted_sum)_kernel"
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_no_spills(binary, arch):
+    rows = static.rows_of_extension(binary, arch)
+    assert len(rows) == 2 + 3 * (8 + 1 + 4 + 8)
+    for row in rows:
+        assert row.complaints == []
+        assert row.usage.registers <= 255 and row.usage.shared <= 48 << 10, row
 
 
-def test_no_spills(binary):
-    entries = re.findall(r"Compiling entry function '(\S+)' for '(\w+)'(.*?)(?=Compiling entry|\Z)", binary[1], re.S)
-    assert len(entries) == 3 * (2 + 3 * (8 + 1 + 4 + 8))
-    assert {arch for _, arch, _ in entries} == {"sm_80", "sm_90", "sm_100"}
-    for name, arch, report in entries:
-        what = f"{name} on {arch}: {report}"
-        assert re.search(NAMES, name), what
-        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, what
-        assert int(re.search(r"Used (\d+) registers", report)[1]) <= 255, what
-        shared = re.search(r"(\d+) bytes smem", report)
-        assert shared is None or int(shared[1]) <= 48 << 10, what
-
-
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("arch", [80, 90, 100])
 def test_rows_are_loaded_as_vectors(binary, arch):
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    sass = subprocess.run(
-        [tools / "cuobjdump", "--dump-sass", "--gpu-architecture", arch, binary[0]],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"},
-    ).stdout
-    functions = re.split(r"Function : ", sass)[1:]
     seen = set()
-    for function in functions:
-        name = function.split()[0]
-        kernel = re.search(NAMES, name)[1]
-        instructions = set(re.findall(r"\b(?:LDG|STG|LDGSTS)[.A-Z0-9]*", function))
-        loads = {x for x in instructions if ".128" in x}
+    for name, function in static.functions(binary, arch).items():
+        kernel = re.search(r"(coefficients|sum_partials|gram_tiled|gram|combine|weighted_sum)_kernel", name)[1]
         if kernel == "gram_tiled":
-            assert any(x.startswith("LDGSTS") for x in loads), (name, instructions)
+            assert function.count(r"LDGSTS\b.*\.128"), (name, function)
         elif kernel in ("gram", "weighted_sum") or "combine_kernelIfLi8" in name:
-            assert any(x.startswith("LDG.") for x in loads), (name, instructions)
+            assert function.count(r"LDG\..*\.128"), (name, function)
         if kernel == "weighted_sum" or "combine_kernelIfLi8" in name:
-            assert any(x.startswith("STG.") for x in loads), (name, instructions)
+            assert function.count(r"STG\..*\.128"), (name, function)
         if kernel == "combine":
-            assert any(re.match(r"LDG\.E(\.64|\.128)?$", x) for x in instructions), (name, instructions)
+            assert function.count(r"LDG\.E(\.64|\.128)?$"), (name, function)
         seen.add(kernel)
     assert seen == {"coefficients", "sum_partials", "gram_tiled", "gram", "combine", "weighted_sum"}

@@ -119,12 +119,12 @@ def test_spilling_and_failing_tiles_are_found(monkeypatch):
     """Of a problem with two launches, as the library calls some ops in several ways."""
 
     class Kernel:
-        def __init__(self, spills=0, compile_error=None, launch_error=None):
-            self.spills, self.compile_error, self.launch_error = spills, compile_error, launch_error
+        def __init__(self, spills=0, error_in_thread=None, launch_error=None):
+            self.spills, self.error_in_thread, self.launch_error = spills, error_in_thread, launch_error
 
         def warmup(self, *args, grid, **options):
-            if self.compile_error:
-                raise self.compile_error
+            if self.error_in_thread:
+                raise self.error_in_thread
             assert (args, grid, options) == ((1,), (3,), {"num_warps": 4})
 
         def __getitem__(self, grid):
@@ -138,8 +138,8 @@ def test_spilling_and_failing_tiles_are_found(monkeypatch):
     kernels = {
         DEFAULT: [Kernel(), Kernel()],
         SLOW: [Kernel(), Kernel(spills=2)],
-        FAST: [Kernel(), Kernel(compile_error=RuntimeError("PassManager::run failed\nmore"))],
-        FASTEST: [Kernel(launch_error=ValueError("out of resource")), Kernel()],
+        FAST: [Kernel(), Kernel(error_in_thread=SystemError("recursion depth"))],  # which may be chance
+        FASTEST: [Kernel(launch_error=ValueError("out of resource\nmore")), Kernel()],
     }
     trial = object.__new__(tune.TrialOnGpu)
     trial._device = None
@@ -147,7 +147,6 @@ def test_spilling_and_failing_tiles_are_found(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     assert trial.unusable(list(kernels)) == {
         SLOW: tune.SPILLS,
-        FAST: "RuntimeError: PassManager::run failed",
         FASTEST: "ValueError: out of resource",
     }
 

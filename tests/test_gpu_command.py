@@ -1,0 +1,218 @@
+"""``make gpu``: the stage runner of .ci/gpu, with small commands in the place of stages."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PATH = Path(__file__).parent.parent / ".ci" / "gpu"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    loader = importlib.machinery.SourceFileLoader("gpu_command", str(PATH))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu_command", loader))
+    monkeypatch.setitem(sys.modules, "gpu_command", module)  # where its dataclasses look for it
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    loader.exec_module(module)
+    monkeypatch.setattr(module, "GRACE", 0.5)
+    return module
+
+
+def python(gpu, script, **facts):
+    return gpu.Stage("stage", [sys.executable, "-c", script], **facts)
+
+
+def test_states(gpu):
+    cases = {
+        "ok": python(gpu, "print('well')"),
+        "FAILED": python(gpu, "print('badly'); exit(3)"),
+        "missing": gpu.Stage("stage", missing="there is none"),
+    }
+    outcomes = {state: gpu.run(stage, 20) for state, stage in cases.items()}
+    assert {state: outcome.state for state, outcome in outcomes.items()} == {state: state for state in cases}
+    assert outcomes["ok"].log == ["well"] and outcomes["FAILED"].log == ["badly"]
+    assert (outcomes["FAILED"].status, outcomes["FAILED"].why) == (3, "exit status 3")
+    assert "there is none" in str(outcomes["missing"]) and str(outcomes["FAILED"]).startswith("FAILED ")
+
+
+def test_what_a_stage_says_counts(gpu):
+    assert gpu.run(python(gpu, "print('a\\nFAILED test_x')", fails="^FAILED .*"), 20).why == "FAILED test_x"
+    assert gpu.run(python(gpu, "print('not FAILED')", fails="^FAILED .*"), 20).state == "ok"
+    outcome = gpu.run(python(gpu, "print('Device not supported'); exit(1)", unable="Device not supported"), 20)
+    assert (outcome.state, outcome.why) == ("missing", "Device not supported")
+
+
+def test_a_stage_that_keeps_what_it_has_is_stopped_gently(gpu, tmp_path):
+    script = f"""
+import time
+try:
+    print('begun', flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    open({str(tmp_path / "kept")!r}, 'w').close()
+    print('interrupted')
+    exit(130)
+"""
+    outcome = gpu.run(python(gpu, script), 1)
+    assert outcome.state == "stopped at its limit" and outcome.log == ["begun", "interrupted"]
+    assert (tmp_path / "kept").exists() and outcome.seconds < 1 + gpu.GRACE + 1
+
+
+def is_alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_stage_that_does_not_stop_is_killed_with_its_children(gpu, tmp_path):
+    script = f"""
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
+open({str(tmp_path / "child")!r}, 'w').write(str(child.pid))
+time.sleep(60)
+"""
+    outcome = gpu.run(python(gpu, script), 1)
+    assert outcome.state == "stopped at its limit" and 1.5 <= outcome.seconds < 4
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 5
+    while is_alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(child)
+
+
+def test_what_failed_before_the_limit_is_no_success(gpu):
+    script = "import time; print('FAILED test_x', flush=True); time.sleep(60)"
+    assert gpu.run(python(gpu, script, fails="^FAILED .*"), 1).state == "FAILED"
+
+
+def test_logs_are_cut_and_progress_bars_are_left_out(gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "LOG_BYTES", 100)
+    log = gpu.run(python(gpu, "print('x' * 1000); print('1%\\r50%\\r100%'); print('last')"), 20).log
+    assert log[-2:] == ["100%", "last"] and sum(map(len, log)) <= 100
+
+
+def simulated(gpu, monkeypatch, taken):
+    """(seconds in all, names and limits) of a whole run whose stages take what ``taken`` says of their limits."""
+    clock, limits = [0.0], {}
+
+    def run(stage, limit):
+        if limit >= 1 and not stage.missing:
+            limits[stage.name] = limit
+            clock[0] += taken(stage, limit)
+        return gpu.Outcome(stage.name, "ok")
+
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
+    gpu.run_all(gpu.stages(Path("results"), Path("scratch")), Path(os.devnull), 0.0)
+    return clock[0], limits
+
+
+def test_all_stages_end_in_time(gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 8.0)
+    names = [stage.name for stage in gpu.stages(Path("results"), Path("scratch"))]
+    assert names == [
+        "build",
+        "info",
+        "verify",
+        "gpu tests",
+        "every kernel",
+        "memcheck",
+        "racecheck",
+        *gpu.BENCHMARKS,
+        "report",
+    ]
+    seconds, _ = simulated(gpu, monkeypatch, lambda stage, limit: limit + gpu.GRACE)
+    assert seconds <= gpu.TOTAL <= 530
+    seconds, limits = simulated(gpu, monkeypatch, lambda stage, limit: 10 if stage.seconds else limit + gpu.GRACE)
+    assert seconds <= gpu.TOTAL and limits["report"] == 20
+    assert all(limits[name] > 5 for name in gpu.BENCHMARKS) and limits["block"] > 100
+    # What one leaves, the others get.
+    _, more = simulated(gpu, monkeypatch, lambda stage, limit: 10)
+    assert all(more[name] > limits[name] for name in list(gpu.BENCHMARKS)[1:])
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """A folder on the PATH for the tools of a machine."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+
+    def add(name, script):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+
+    return add
+
+
+def test_sanitizer_gets_the_options_that_it_knows(gpu, tools):
+    assert "PATH" in gpu.sanitizer("memcheck", ["command"]).missing
+    tools("compute-sanitizer", "echo ' --error-exitcode arg\n --kernel-name arg'")
+    stage = gpu.sanitizer("memcheck", ["command"])
+    assert stage.command[1:5] == ["--tool", "memcheck", "--error-exitcode", "99"] and stage.command[-1] == "command"
+    assert "kns=dtr4cuda" in stage.command and "--report-api-errors" not in stage.command
+    assert stage.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    assert gpu.sanitizer("racecheck", ["command"]).environment == {}
+
+
+def test_sanitizer_knows_our_kernels(gpu):
+    """A filter that matched none would check none."""
+    pytest.importorskip("triton")
+    from benchmarks import every_kernel
+
+    names = [name for module in every_kernel.LAUNCHERS for name in vars(module) if name.endswith("_kernel")]
+    assert len(names) == 8
+    assert all(any(part in name for part in gpu.OUR_KERNELS) for name in names)
+    assert any(part in "_ZN3dtr4cuda19coefficients_kernelEiPKdPKlPd" for part in gpu.OUR_KERNELS)
+
+
+@pytest.mark.parametrize(
+    "said, state",
+    [
+        ("========= ERROR SUMMARY: 0 errors", "ok"),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "ok"),
+        ("========= ERROR SUMMARY: 12 errors", "FAILED"),
+        ("========= Invalid __global__ read of size 4 bytes", "FAILED"),
+        ("========= Error: Race reported between Write access at kernel", "FAILED"),
+        ("========= Error: Device not supported. Please refer to the documentation", "missing"),
+    ],
+)
+def test_sanitizer_is_understood(gpu, tools, said, state):
+    tools("compute-sanitizer", f"echo '{said}'")
+    assert gpu.run(gpu.sanitizer("memcheck", ["command"]), 20).state == state
+
+
+def test_make_gpu_takes_the_folder():
+    said = subprocess.run(["make", "-n", "gpu", "OUT=there"], cwd=PATH.parent.parent, capture_output=True, text=True)
+    assert said.stdout.split()[-2:] == [".ci/gpu", "there"] and os.access(PATH, os.X_OK)
+
+
+def test_main_goes_on_after_a_failure_and_leaves_few_files(gpu, monkeypatch, tmp_path, capsys):
+    def stages(results, scratch):
+        kept = [python(gpu, f"open({str(results / name)!r} + '.json', 'w').close()") for name in gpu.BENCHMARKS]
+        (scratch / "report.md").touch()
+        return [python(gpu, "print('why'); exit(1)"), gpu.Stage("sanitizer", missing="not here"), *kept]
+
+    monkeypatch.setattr(gpu, "stages", stages)
+    monkeypatch.setattr(gpu, "folder_of_gpu", lambda: "nvidia-h0")
+    (tmp_path / "results/nvidia-h0").mkdir(parents=True)
+    (tmp_path / "results/nvidia-h0/block.json").write_text("of an earlier run")
+    assert gpu.main([str(tmp_path)]) == 1
+    files = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 1 + len(gpu.BENCHMARKS) <= 8 and max(len(path.parents) for path in files) == 3
+    assert (tmp_path / "results/nvidia-h0/block.json").read_text() == ""
+    stored = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert [stage["state"] for stage in stored] == ["FAILED", "missing", *["ok"] * len(gpu.BENCHMARKS)]
+    assert stored[0]["log"] == ["why"] and "1 of 9 stages failed" in capsys.readouterr().out
+    monkeypatch.setattr(gpu, "stages", lambda *folders: [python(gpu, "")])
+    assert gpu.main([str(tmp_path)]) == 0
