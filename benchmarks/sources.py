@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 BLOCKS = (
     "csrc/types.h",
     "csrc/cpu/kernels.*",
-    "dtr_kernels/ops/_[!g]*.py",
+    "dtr_kernels/ops/_[clr]*.py",
+    "dtr_kernels/ops/_tiles.py",
     "dtr_kernels/ops/g[ae]*.py",
     "dtr_kernels/ops/routed_*.py",
     "dtr_kernels/ops/window_linear.py",
