@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import environment, report, sources, static, tune
+from benchmarks.arguments import positive
 from benchmarks.cases import AUTOCAST, DTYPES, PASSES, WINDOWS, Benchmark, Case, Options
 from benchmarks.measure import Bench, Rounds
 from benchmarks.results import Run
@@ -22,7 +24,17 @@ from benchmarks.tables import case_table
 from dtr_kernels import reference
 
 _RESULTS = Path(__file__).parent / "results"
-_QUICK_RESULTS = Path("out/benchmarks")
+_OTHER_RESULTS = Path("out/benchmarks")
+# Which option of the command line asks for which axis of a benchmark's grid.
+GRID = {
+    "precisions": "dtype",
+    "models": "model",
+    "batches": "batch",
+    "scopes": "scope",
+    "betas": "beta",
+    "windows": "window",
+    "passes": "pass",
+}
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -48,27 +60,28 @@ def run(arguments: argparse.Namespace) -> int:
     if unknown:
         raise ValueError(f"there is no benchmark {unknown[0]}; there are {', '.join(BENCHMARKS)}")
     device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("argument --device: PyTorch finds no CUDA device here; use --device cpu")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("argument --device: PyTorch finds no CUDA device here; use --device cpu")
+        device = torch.device("cuda", torch.cuda.current_device())
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    options = Options(
-        device,
-        arguments.quick,
-        precisions=arguments.dtype,
-        models=arguments.model,
-        batches=arguments.batch,
-        scopes=arguments.scope,
-        betas=arguments.beta,
-        windows=arguments.window,
-        passes=getattr(arguments, "pass"),
-    )
-    names = arguments.names or [name for name, known in BENCHMARKS.items() if device.type in known.devices]
-    builders = {name: BENCHMARKS[name].cases(options) for name in names}
+    grid = {name: getattr(arguments, argument) for name, argument in GRID.items()}
+    options = Options(device, arguments.quick, **grid)
+    builders = {}
+    for name in arguments.names or BENCHMARKS:
+        try:
+            builders[name] = BENCHMARKS[name].cases(options)
+        except ValueError as error:
+            if arguments.names:
+                raise
+            print(f"{name} is left out: {error}")
     rounds = Rounds(3, 3, 0) if options.quick else Rounds(least=5, most=50, seconds=arguments.seconds)
     if arguments.rounds:
         rounds = Rounds(arguments.rounds, arguments.rounds, 0)
-    folder = arguments.out or (_QUICK_RESULTS if options.quick else _RESULTS) / environment.folder_name(device)
+    # Only the whole of a benchmark replaces what is kept in the checkout.
+    partial_run = options.quick or any(grid.values()) or arguments.skip
+    folder = arguments.out or (_OTHER_RESULTS if partial_run else _RESULTS) / environment.folder_name(device)
     bench = Bench(device, options.quick)
     status = 0
     for name, build in builders.items():
@@ -97,22 +110,28 @@ def run_benchmark(
     """Measures cases, prints their tables and saves them as they come."""
     run = Run(benchmark.name, benchmark.summary, sources.fingerprint(benchmark.sources), where)
     try:
-        for build in builders:
-            case = build()
+        for number, build in enumerate(builders, start=1):
+            try:
+                case = build()
+            except Exception as error:  # too little memory, most of all
+                traceback.print_exc()
+                run.cases.append(bench.not_built(f"case {number} of {len(builders)}", error))
+                continue
             run.cases.append(result := bench.result_of(case))
             bench.measure(case, result, rounds)
             del case  # its tensors make room for the next case's
             print(case_table(result), flush=True)
-            run.save(folder)
+            run.save(folder, unfinished=True)
     except KeyboardInterrupt:
         run.interrupted = True
         if run.cases:
+            run.cases[-1].drop_incomplete_round()
             print(case_table(run.cases[-1]))
         print("interrupted", file=sys.stderr)
-    # What an interrupt left without a figure does not replace what an earlier run measured.
+    # What an interrupt cut short does not replace what an earlier run measured to its end.
+    earlier = (folder / f"{benchmark.name}.json").exists()
     if not run.interrupted or any(case.copy.seconds for case in run.cases):
-        run.save(folder)
-        print(f"{benchmark.name}: results are in {folder}")
+        print(f"{benchmark.name}: results are in {run.save(folder, unfinished=run.interrupted and earlier)}")
     return run
 
 
@@ -135,11 +154,6 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    def positive(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-        return int(text)
-
     precisions = [*DTYPES, AUTOCAST]
     several: dict[str, Any] = {"nargs": "+", "default": ()}
     parser.add_argument("names", nargs="*", help="benchmarks; default: all")
@@ -161,7 +175,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for the results; default: the device's in benchmarks/results, or in out/benchmarks with --quick",
+        help="folder for the results; default: the device's in benchmarks/results, or in out/benchmarks where options "
+        "choose only a part",
     )
 
 

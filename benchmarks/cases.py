@@ -112,6 +112,12 @@ class Options:
     windows: Sequence[str] = ()
     passes: Sequence[str] = ()
 
+    def check_axes(self, benchmark: str, *known: str) -> None:
+        """Raises ValueError if the command line gives values for an axis that a benchmark does not have."""
+        for name in ("precisions", "models", "batches", "scopes", "betas", "windows", "passes"):
+            if getattr(self, name) and name not in known:
+                raise ValueError(f"{benchmark} has no {name} to choose; got {', '.join(map(str, getattr(self, name)))}")
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -123,14 +129,12 @@ class Benchmark:
         cases: functions that each build one case. They are called in turn, so that one case's tensors live at a time.
             Raises ValueError if the options do not fit.
         sources: of the kernels, as patterns below the checkout: results are stale when these have changed.
-        devices: where it can run.
     """
 
     name: str
     summary: str
     cases: Callable[[Options], Sequence[Callable[[], Case]]]
     sources: Sequence[str]
-    devices: Sequence[str] = ("cpu", "cuda")
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

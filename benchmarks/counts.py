@@ -150,6 +150,11 @@ def linear_weight_gradient(M: int, K: int, O: int, items: Itemsizes) -> Work:
     return linear_forward(M, K, O, items)  # the same tensors, read where the other writes
 
 
+def linear_weight_product(M: int, K: int, O: int, items: Itemsizes) -> Work:
+    """The gradient of its weight alone."""
+    return linear_input_gradient(M, K, O, items)  # the same tensors again
+
+
 def linear_gradients(M: int, K: int, O: int, items: Itemsizes) -> Work:
     """All of its gradients, by two matrix products."""
     return linear_input_gradient(M, K, O, items) + linear_weight_gradient(M, K, O, items)
@@ -182,6 +187,14 @@ def window_linear_weight_gradient(B: int, N: int, C: int, W: int, O: int, items:
     vectors = 2 * B * inactive * items.operand  # shift, scale
     others = Work(4 * B * inactive * O, inactive * O * items.stream + vectors)
     return linear_weight_gradient(B * N, W, O, items) + others + _known_of_tokens(B, N, C, W)
+
+
+def window_linear_weight_product(B: int, N: int, C: int, W: int, O: int, items: Itemsizes) -> Work:
+    """What the windows add to its weight's gradient: a sum on all channels, in fp32, since more is added to it."""
+    T = B * N
+    if W == C:
+        return linear_weight_product(T, C, O, items)
+    return Work(2 * T * W * O, T * (W + O) * items.operand + C * O * _STATISTIC + _starts(B, C, W))
 
 
 def window_linear_gradients(B: int, N: int, C: int, W: int, O: int, items: Itemsizes) -> Work:

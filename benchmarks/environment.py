@@ -17,16 +17,22 @@ import torch
 
 import dtr_kernels
 from dtr_kernels import info
+from dtr_kernels.ops._tuned import slug
 
 _ROOT = Path(__file__).parent.parent
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The machine, the versions, the commit and the command. ``commit`` is None outside a git checkout."""
+    """The machine, the versions, the commit and the command; for a GPU also where its kernels' tiles are from.
+
+    ``commit`` is None outside a git checkout.
+    """
     # Without optional locks git reads alone; results that are written meanwhile do not make the code another.
     changes = _output("git", "--no-optional-locks", "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    facts = info.collect()
+    on_gpu = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -38,7 +44,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         "triton": _version("triton"),
         "torchjd": _version("torchjd"),
         "dtr_kernels": dtr_kernels.__version__,
-        "extension": info.collect()["extension"],
+        "extension": facts["extension"],
+        **({"tiles": facts["tiles"][_index(device)]} if on_gpu else {}),
         "commit": _output("git", "rev-parse", "HEAD"),
         "uncommitted changes": None if changes is None else changes != "",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -48,9 +55,11 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def folder_name(device: torch.device) -> str:
     """ "cpu", or the name of the GPU as a folder's."""
-    if device.type == "cpu":
-        return "cpu"
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    return "cpu" if device.type == "cpu" else slug(torch.cuda.get_device_name(device))
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _cpu() -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks import memory
 from benchmarks.cases import Case, Side, do_nothing
-from benchmarks.results import CaseResult, SideResult
+from benchmarks.results import CaseResult, Ceiling, SideResult
 from benchmarks.timing import Copy, MatrixProduct, Stopwatch, Timer
 
 # Bars redraw often for a person and leave few lines in a log.
@@ -49,7 +49,6 @@ class Bench:
     def __init__(self, device: torch.device, quick: bool = False) -> None:
         self._device = device
         self._size = "quick" if quick else device.type
-        self._stopwatch = Stopwatch(device)
         self._copy = Copy(device, COPY_BYTES[self._size])
         self._products: dict[torch.dtype, MatrixProduct] = {}
 
@@ -58,8 +57,13 @@ class Bench:
         product = self._product(case.matrix_dtype)
         return CaseResult.of(case, self._copy.amount, None if product is None else product.amount)
 
+    def not_built(self, name: str, error: Exception) -> CaseResult:
+        """The result of a case that there is none of."""
+        return CaseResult(name, Ceiling(self._copy.amount), problem=f"could not be built: {one_line(error)}")
+
     def measure(self, case: Case, result: CaseResult, rounds: Rounds) -> None:
         """Adds to ``result`` side by side and round by round, so that an interrupt leaves all that was complete."""
+        stopwatch = Stopwatch(self._device)
         timers: dict[str, Timer] = {}
         befores = {side.name: side.before for side in case.sides}
         progress = tqdm(case.sides, f"checking {case.name}", **BAR)
@@ -70,12 +74,12 @@ class Bench:
                 self._check(side, checked, case.memory)
                 if checked.status == "right":
                     # A graph would replay on what the call left, so a side that prepares its inputs is called.
-                    timer = self._stopwatch.timer((side.call, *side.rotation), graph=side.before is do_nothing)
+                    timer = stopwatch.timer((side.call, *side.rotation), graph=side.before is do_nothing)
                     timers[side.name], checked.graph = timer, timer.graph
         if not timers:
             return
         product = self._product(case.matrix_dtype)
-        ceilings = [self._stopwatch.timer([self._copy])] + ([self._stopwatch.timer([product])] if product else [])
+        ceilings = [stopwatch.timer([self._copy])] + ([stopwatch.timer([product])] if product else [])
 
         def one_round(order: list[str]) -> tuple[dict[str, float], list[float]]:
             seconds = {}
@@ -88,8 +92,10 @@ class Bench:
         gc.collect()
         one_round(names)  # warm-up, as the check was
         for number in tqdm(rounds, f"timing {case.name}", total=rounds.most, **BAR):
-            first = number % len(names)  # so that no side always follows the same other
-            seconds, ceiling_seconds = one_round(names[first:] + names[:first])
+            # So that no side always follows the same other: each begins in turn, and every other round runs backwards.
+            first = number % len(names)
+            order = names[first:] + names[:first]
+            seconds, ceiling_seconds = one_round(order if number % 2 else order[::-1])
             result.add_round(seconds, *ceiling_seconds)
 
     def _product(self, dtype: torch.dtype | None) -> MatrixProduct | None:
@@ -123,11 +129,12 @@ def _kept_in(checked: SideResult) -> Iterator[None]:
     try:
         yield
     except (ImportError, NotImplementedError) as error:
-        checked.status, checked.message = "unavailable", _one_line(error)
+        checked.status, checked.message = "unavailable", one_line(error)
     except Exception as error:
-        checked.status, checked.message = "failed", _one_line(error)
+        checked.status, checked.message = "failed", one_line(error)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """An exception's type and the first line that it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from benchmarks.cases import Case, Goal
+from benchmarks.cases import Case, Goal, Quantity
 from benchmarks.counts import NOT_COUNTED, Work
 from benchmarks.timing import Spread, ratio
 
@@ -53,12 +52,14 @@ class Ceiling:
 class CaseResult:
     """The figures of one case; ``seconds`` of sides and ceilings have one entry for each complete round.
 
-    ``copy`` counts bytes read and bytes written; ``matrix`` is None where no side has FLOPs to count.
+    ``copy`` counts bytes read and bytes written; ``matrix`` is None where no side has FLOPs to count. ``problem`` says
+    why the case could not be built; then there are no sides.
     """
 
     name: str
     copy: Ceiling
     matrix: Ceiling | None = None
+    problem: str | None = None
     cell: dict[str, str | int | float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     goals: list[Goal] = field(default_factory=list)
@@ -74,20 +75,29 @@ class CaseResult:
             case.name,
             Ceiling(copy_bytes),
             matrix,
-            dict(case.cell),
-            list(case.notes),
-            list(case.goals),
-            case.speedup_over,
-            case.time_over,
+            cell=dict(case.cell),
+            notes=list(case.notes),
+            goals=list(case.goals),
+            speedup_over=case.speedup_over,
+            time_over=case.time_over,
         )
 
     def add_round(self, seconds: dict[str, float], copying: float, multiplying: float | None = None) -> None:
         """Seconds of one call of every side that is timed, of the copy and of the matrix product."""
-        for name, value in seconds.items():
-            self.sides[name].seconds.append(value)
-        self.copy.seconds.append(copying)
+        taken = [(self.sides[name].seconds, value) for name, value in seconds.items()]
+        taken.append((self.copy.seconds, copying))
         if self.matrix is not None and multiplying is not None:
-            self.matrix.seconds.append(multiplying)
+            taken.append((self.matrix.seconds, multiplying))
+        for values, value in taken:
+            values.append(value)
+
+    def drop_incomplete_round(self) -> None:
+        """Takes away what an interrupt left of a round."""
+        lists = [side.seconds for side in self.sides.values() if side.seconds] + [self.copy.seconds]
+        lists += [self.matrix.seconds] if self.matrix is not None else []
+        complete = min(map(len, lists))
+        for values in lists:
+            del values[complete:]
 
     def timed(self, *sides: str | None) -> bool:
         """Whether there are figures for all of these sides."""
@@ -114,7 +124,7 @@ class CaseResult:
         return _quotient(self.bandwidth(side), self.copy.rate)
 
     def floor_seconds(self, side: str) -> float | None:
-        """max(FLOPs / matrix rate, bytes / copy bandwidth): no implementation is much faster."""
+        """max(FLOPs / matrix rate, bytes / copy bandwidth), what a perfect implementation takes about."""
         if not self.timed(side):
             return None
         work = self.sides[side].work
@@ -150,6 +160,7 @@ class CaseResult:
         """Everything, in bytes, seconds and FLOPs; what follows from it stands beside it, for readers of the file."""
         return {
             "name": self.name,
+            "problem": self.problem,
             "cell": self.cell,
             "notes": self.notes,
             "speedup_over": self.speedup_over,
@@ -167,7 +178,7 @@ class CaseResult:
         def ceiling(facts: dict[str, Any]) -> Ceiling:
             return Ceiling(facts["amount"], facts["seconds"])
 
-        kept = {key: stored[key] for key in ("name", "cell", "notes", "speedup_over", "time_over")}
+        kept = {key: stored[key] for key in ("name", "problem", "cell", "notes", "speedup_over", "time_over")}
         result = cls(copy=ceiling(stored["copy"]), matrix=stored["matrix"] and ceiling(stored["matrix"]), **kept)
         for facts in stored["goals"]:
             limits = {"at_least": -math.inf, "at_most": math.inf} | {
@@ -218,15 +229,20 @@ class Run:
 
     @property
     def failed(self) -> bool:
-        """Whether a side gave a wrong result or broke; one that cannot run here at all is no failure."""
-        return any(side.status in ("wrong", "failed") for case in self.cases for side in case.sides.values())
+        """Whether a case could not be built, a side gave a wrong result or broke; one that cannot run here at all is no
+        failure."""
+        sides = (side for case in self.cases for side in case.sides.values())
+        return any(case.problem for case in self.cases) or any(side.status in ("wrong", "failed") for side in sides)
 
-    def save(self, folder: Path) -> None:
-        """Writes <benchmark>.json."""
+    def save(self, folder: Path, unfinished: bool = False) -> Path:
+        """Writes <benchmark>.json, or <benchmark>.json.unfinished, and returns its path. The latter, once complete,
+        replaces the former."""
         folder.mkdir(parents=True, exist_ok=True)
         facts = {key: getattr(self, key) for key in ("benchmark", "summary", "sources", "interrupted", "environment")}
         text = json.dumps(facts | {"cases": [case.as_json() for case in self.cases]}, indent=1, allow_nan=False)
-        (folder / f"{self.benchmark}.json").write_text(text + "\n")
+        draft, final = folder / f"{self.benchmark}.json.unfinished", folder / f"{self.benchmark}.json"
+        draft.write_text(text + "\n")
+        return draft if unfinished else draft.replace(final)
 
     @classmethod
     def load(cls, path: Path) -> Run:
@@ -238,12 +254,29 @@ class Run:
         try:
             stored = json.loads(path.read_text())
             kept = {key: stored[key] for key in ("benchmark", "summary", "sources", "interrupted", "environment")}
-            return cls(cases=[CaseResult.from_json(case) for case in stored["cases"]], **kept)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            run = cls(cases=[CaseResult.from_json(case) for case in stored["cases"]], **kept)
+            run._check()
+            return run
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} does not hold results of this version of the benchmarks ({error!r}); measure again with "
                 f"python -m benchmarks run {path.stem} --out {path.parent}, or delete the file"
             ) from error
+
+    def _check(self) -> None:
+        """Raises ValueError or TypeError where figures could not follow from what was read."""
+        dict.get(self.environment, "device")
+        for case in self.cases:
+            timed = [side.seconds for side in case.sides.values() if side.seconds]
+            ceilings = [case.copy] if case.matrix is None else [case.copy, case.matrix]
+            lists = [*timed, *(ceiling.seconds for ceiling in ceilings)]
+            if any(len(seconds) != len(lists[0]) for seconds in lists):
+                raise ValueError(f"{case.name} has rounds of which something is missing")
+            if not all(seconds > 0 for each in lists for seconds in each):
+                raise ValueError(f"{case.name} has times that are not positive")
+            for goal in case.goals:
+                if goal.quantity not in get_args(Quantity):
+                    raise ValueError(f"{case.name} has a goal about {goal.quantity!r}, which is not known")
 
 
 def load_all(folder: Path) -> list[Run]:
@@ -266,8 +299,3 @@ def _finite(value: float) -> float | None:
 
 def _quotient(a: float | None, b: float | None) -> float | None:
     return a / b if a is not None and b else None
-
-
-def goals_of(runs: Sequence[Run]) -> list[tuple[Run, CaseResult, Goal, float | None]]:
-    """Every goal of every case, and what was measured for it."""
-    return [(run, case, goal, case.value(goal)) for run in runs for case in run.cases for goal in case.goals]

@@ -23,6 +23,8 @@ BLOCKS = (
     "dtr_kernels/ops/window_linear.py",
     "dtr_kernels/tuned/*.json",
     "dtr_kernels/nn/*.py",
+    "dtr_kernels/routing.py",
+    "dtr_kernels/reference/dit.py",  # the baseline, and what small blocks on a CPU run
 )
 SURGERY = (
     "csrc/types.h",

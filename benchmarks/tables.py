@@ -10,7 +10,9 @@ from benchmarks.cases import Goal
 from benchmarks.results import CaseResult, Run
 from benchmarks.timing import Spread
 
-NOT_MEASURED, WITHIN, MET, NOT_MET = "not measured", "within the spread", "met", "NOT met"
+MET, WITHIN, NOT_MET = "met", "within the spread", "NOT met"
+NOT_COMPARABLE, NOT_MEASURED = "not comparable", "not measured"
+VERDICTS = (MET, WITHIN, NOT_MET, NOT_COMPARABLE, NOT_MEASURED)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -37,11 +39,12 @@ def run_markdown(run: Run, stale: bool) -> str:
 
 def caveats(run: Run, stale: bool) -> list[str]:
     """What a reader of any figure of a run must be told, as sentences."""
-    commit = commit_of(run)
+    commit, unbuilt = commit_of(run), sum(case.problem is not None for case in run.cases)
     told = {
         f"STALE: measured on commit {commit}; the source that the figures depend on has changed since.": stale,
         f"Measured with uncommitted changes on top of commit {commit}.": run.environment.get("uncommitted changes"),
         "Interrupted: cases are missing or have fewer rounds.": run.interrupted,
+        f"{unbuilt} of {len(run.cases)} cases could not be built.": unbuilt,
     }
     return [sentence for sentence, holds in told.items() if holds]
 
@@ -53,18 +56,21 @@ def commit_of(run: Run) -> str:
 
 def case_table(case: CaseResult) -> str:
     """The sides, the goals, the ceilings that were measured in the same rounds, and the notes."""
-    lines = [_goal_line(case, goal) for goal in case.goals]
+    lines = [f"- {case.problem}"] if case.problem else []
+    lines += [_goal_line(case, goal) for goal in case.goals]
     if rounds := len(case.copy.seconds):
-        ceilings = f"a copy {_number(case.copy.rate, 1e-9)} GB/s, read and written"
+        ceilings = f"memory bandwidth {_number(case.copy.rate, 1e-9)} GB/s, read and written"
         if case.matrix is not None:
-            ceilings += f"; a matrix product {_number(case.matrix.rate, 1e-12)} TFLOP/s"
+            ceilings += f"; matrix products {_number(case.matrix.rate, 1e-12)} TFLOP/s"
         lines.append(f"- in the same {rounds} round{'s' if rounds > 1 else ''}: {ceilings}")
     lines += [f"- {note}" for note in case.notes]
     return "\n\n".join(part for part in (f"### {case.name}", _sides_table(case), "\n".join(lines)) if part)
 
 
 def _sides_table(case: CaseResult) -> str:
-    """One row for each side."""
+    """One row for each side; empty where there is none."""
+    if not case.sides:
+        return ""
     columns = _columns(case)
     rows = [["", *columns]]
     for name, side in case.sides.items():
@@ -83,8 +89,8 @@ def _columns(case: CaseResult) -> dict[str, Callable[[str], str]]:
     if time_over := case.time_over:
         columns[f"time over {time_over}"] = lambda side: times(case.time(side, time_over))
     columns["GB/s"] = lambda side: _number(case.bandwidth(side), 1e-9)
-    columns["of copy"] = lambda side: percent(case.share_of_copy(side))
-    if matrix := case.matrix:  # without FLOPs the floor is the copy's
+    columns["of bandwidth"] = lambda side: percent(case.share_of_copy(side))
+    if matrix := case.matrix:  # without FLOPs the floor is the bandwidth's
         columns["TFLOP/s"] = lambda side: _number(case.flop_rate(side), 1e-12)
         columns["of matrix rate"] = lambda side: percent(_quotient(case.flop_rate(side), matrix.rate))
         columns["of floor"] = lambda side: percent(case.share_of_floor(side))
@@ -107,10 +113,21 @@ def verdict(case: CaseResult, goal: Goal) -> str:
     met = goal.met(case.value(goal))
     if met is None:
         return NOT_MEASURED
+    if goal.over is not None and goal.quantity in _OF_TIMES and not comparable(case, goal.side, goal.over):
+        return NOT_COMPARABLE
     spread = goal_spread(case, goal)
     if spread is not None and any(spread.p20 < limit < spread.p80 for limit in (goal.at_least, goal.at_most)):
         return WITHIN
     return MET if met else NOT_MET
+
+
+# Quantities that depend on how long a side takes.
+_OF_TIMES = ("speed-up", "time", "FLOP rate", "share of copy", "share of floor")
+
+
+def comparable(case: CaseResult, side: str, over: str) -> bool:
+    """Whether two sides were called alike: replaying a graph leaves out the time that the host takes to launch."""
+    return case.sides[side].graph == case.sides[over].graph
 
 
 def goal_spread(case: CaseResult, goal: Goal) -> Spread | None:
@@ -122,8 +139,10 @@ def goal_spread(case: CaseResult, goal: Goal) -> Spread | None:
 
 
 def _goal_line(case: CaseResult, goal: Goal) -> str:
-    measured = goal_figure(case, goal)
-    return f"- goal {verdict(case, goal)}: {goal.text}" + (f", measured {measured}" if measured else "")
+    measured, found = goal_figure(case, goal), verdict(case, goal)
+    if found == NOT_COMPARABLE:
+        found += " (one is a replayed graph, the other is launched)"
+    return f"- goal {found}: {goal.text}" + (f", measured {measured}" if measured else "")
 
 
 def goal_figure(case: CaseResult, goal: Goal) -> str:
@@ -140,7 +159,7 @@ def goals_table(runs: Iterable[tuple[Run, bool]]) -> str:
     Args:
         runs: the results, and whether they are stale.
     """
-    rows = [["benchmark", "goal", "cases", MET, WITHIN, NOT_MET, NOT_MEASURED, "worst"]]
+    rows = [["benchmark", "goal", "cases", *VERDICTS, "worst"]]
     for run, stale in runs:
         alike: dict[str, list[tuple[CaseResult, Goal]]] = {}
         for case in run.cases:
@@ -148,7 +167,7 @@ def goals_table(runs: Iterable[tuple[Run, bool]]) -> str:
                 alike.setdefault(goal.text, []).append((case, goal))
         for text, pairs in alike.items():
             verdicts = [verdict(case, goal) for case, goal in pairs]
-            counts = [str(verdicts.count(kind) or "") for kind in (MET, WITHIN, NOT_MET, NOT_MEASURED)]
+            counts = [str(verdicts.count(kind) or "") for kind in VERDICTS]
             rows.append([marked(run, stale), text, str(len(pairs)), *counts, _worst(pairs)])
     return table(_without_empty_columns(rows)) if len(rows) > 1 else "No goals are set for these benchmarks."
 
@@ -170,7 +189,7 @@ def _worst(pairs: Sequence[tuple[CaseResult, Goal]]) -> str:
         assert value is not None
         return min(value - goal.at_least, goal.at_most - value)
 
-    measured = [(case, goal) for case, goal in pairs if case.value(goal) is not None]
+    measured = [pair for pair in pairs if verdict(*pair) not in (NOT_MEASURED, NOT_COMPARABLE)]
     if not measured:
         return ""
     case, goal = min(measured, key=distance)
@@ -181,12 +200,15 @@ def overview(run: Run) -> str:
     """One row for each case: how the sides compare with the baseline, and whether the goals are met.
 
     Sides that goals are about, or else ours, stand with their spread. Cases of another baseline have a table of their
-    own; one alone has a row for each side.
+    own; one alone has a row for each side. Cases that could not be built are listed with the reason.
     """
     groups: dict[tuple[str | None, str | None], list[CaseResult]] = {}
     for case in run.cases:
-        groups.setdefault((case.speedup_over, case.time_over), []).append(case)
-    return "\n\n".join(_overview_of(cases) if len(cases) > 1 else _overview_of_one(*cases) for cases in groups.values())
+        if case.problem is None:
+            groups.setdefault((case.speedup_over, case.time_over), []).append(case)
+    parts = [_overview_of(cases) if len(cases) > 1 else _overview_of_one(*cases) for cases in groups.values()]
+    reasons = "\n".join(f"- {case.name}: {case.problem}" for case in run.cases if case.problem)
+    return "\n\n".join([*parts, reasons] if reasons else parts)
 
 
 def _overview_of_one(case: CaseResult) -> str:
@@ -208,13 +230,13 @@ def _overview_of(cases: Sequence[CaseResult]) -> str:
         return [what if len(ours) == 1 else f"{what}: {side}" for side in ours]
 
     head = [*varying, *([f"{baseline}, ms"] if baseline else []), *sides, *of_ours("of floor"), *of_ours("saved")]
-    rows = [[*head, "goals"]]
+    rows = [[*head, "launched, not replayed", "goals"]]
     for case, row in zip(cases, labels, strict=True):
         figures = [_median_ms(case, baseline)] if baseline else []
         figures += [_compared(case, side, side in ours) for side in sides]
         figures += [percent(case.share_of_floor(side)) if side in case.sides else "" for side in ours]
         figures += [_saved(case, side, baseline) for side in ours]
-        rows.append([*row, *figures, _goals_in_short(case)])
+        rows.append([*row, *figures, _launched(case), _goals_in_short(case)])
     said = f"{kind} over {baseline}" if baseline else "ms"
     fixed_text = "".join(f", {key} {value}" for key, value in fixed.items())
     shown = f"{said[0].upper()}{said[1:]}" if baseline else said
@@ -270,6 +292,13 @@ def _saved(case: CaseResult, side: str, baseline: str | None) -> str:
         return ""
     share = _quotient(case.sides[side].saved_bytes, case.sides[baseline].saved_bytes)
     return "" if share is None else f"{share:.2f}x"
+
+
+def _launched(case: CaseResult) -> str:
+    """The sides whose time contains launches, where that of others does not."""
+    timed = {name: side for name, side in case.sides.items() if side.seconds}
+    launched = [name for name, side in timed.items() if not side.graph]
+    return ", ".join(launched) if len(launched) < len(timed) else ""
 
 
 def _goals_in_short(case: CaseResult) -> str:

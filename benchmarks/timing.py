@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ class Timer:
 
 
 class Stopwatch:
-    """Measures calls on a device.
+    """Measures calls on a device, for one case: what it has recorded lives and ends together.
 
     On a GPU between two device events, with nothing of the call's inputs left in the L2 cache. On a CPU by the wall
     clock; there inputs that fit into a cache may be found in it.
@@ -41,9 +42,11 @@ class Stopwatch:
         self._device = device
         if device.type == "cuda":
             cache = torch.cuda.get_device_properties(device).L2_cache_size
-            self._in_the_way = torch.empty(2 * cache, dtype=torch.uint8, device=device)
-            # One for all graphs: they are replayed one after the other and nobody reads what they leave.
+            self._in_the_way = torch.zeros(2 * cache // 8, dtype=torch.int64, device=device)
+            # One pool for all graphs: they are replayed one after the other and nobody reads what they leave. And one
+            # stream for warm-up and recording, so that libraries set up what they keep for it outside of the pool.
             self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(device)
 
     def timer(self, calls: Sequence[Callable[[], Any]], graph: bool = True) -> Timer:
         """A timer of ``calls``, which do the same work on buffers of their own.
@@ -67,7 +70,7 @@ class Stopwatch:
     def _between_events(self, call: Callable[[], Any]) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(self._device)
-        self._in_the_way.zero_()
+        self._in_the_way.sum()  # read, not written: dirty lines would go to memory while the call runs
         begin.record()
         _result = call()
         end.record()
@@ -75,24 +78,48 @@ class Stopwatch:
         return begin.elapsed_time(end) / 1e3
 
     def _record(self, calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph | None:
-        """The calls as a graph; None where one of them waits for the device or draws on the host."""
-        side_stream = torch.cuda.Stream(self._device)
-        side_stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side_stream):
-            for _ in range(2):  # lazy initialisation is no part of a graph
-                for call in calls:
-                    call()
-        torch.cuda.current_stream(self._device).wait_stream(side_stream)
-        torch.cuda.synchronize(self._device)
+        """The calls as a graph; None where one of them waits for the device or cannot be recorded otherwise."""
         recorded = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
-            with torch.cuda.graph(recorded, pool=self._pool):
-                for call in calls:
+            with torch.cuda.stream(self._stream):
+                for call in calls:  # lazy initialisation is no part of a graph
                     call()
-        except RuntimeError:
-            torch.cuda.synchronize(self._device)
+                torch.cuda.synchronize(self._device)
+                with _no_waiting():
+                    for call in calls:
+                        call()
+                torch.cuda.synchronize(self._device)
+                with torch.cuda.graph(recorded, pool=self._pool, stream=self._stream):
+                    # Kept until the end: one result written over the other would stay in the cache.
+                    _results = [call() for call in calls]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            self._start_again()
             return None
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return recorded
+
+    def _start_again(self) -> None:
+        """After a recording that failed: its pool is not used again, and an empty recording ends what it left open."""
+        self._pool = torch.cuda.graph_pool_handle()
+        with suppress(RuntimeError), torch.cuda.stream(self._stream):
+            torch.cuda.synchronize(self._device)
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream):
+                pass
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Inside, what waits for the device is an error: recording it would be one too, which PyTorch recovers from
+    badly."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def copies(device: torch.device, bytes_per_call: int) -> int:
@@ -104,7 +131,11 @@ def copies(device: torch.device, bytes_per_call: int) -> int:
 
 
 class Copy:
-    """A copy of a tensor far larger than any cache: the machine's bandwidth, counting bytes read and bytes written."""
+    """A copy of a tensor far larger than any cache: the machine's bandwidth, counting bytes read and bytes written.
+
+    A CPU also reads what it is about to overwrite, which is not counted: kernels that only read, or that write where
+    they have read, can be faster there than a copy.
+    """
 
     def __init__(self, device: torch.device, bytes_moved: int) -> None:
         self._source = torch.ones(bytes_moved // 8, device=device)

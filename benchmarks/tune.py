@@ -11,6 +11,7 @@ import importlib
 import itertools
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +30,9 @@ from tqdm import tqdm
 from triton.compiler.compiler import max_shared_mem
 
 from benchmarks import environment, sources
+from benchmarks.arguments import positive
 from benchmarks.cases import DTYPES, dtype_name
-from benchmarks.measure import BAR
+from benchmarks.measure import BAR, one_line
 from benchmarks.timing import Spread, Stopwatch, copies, ratio
 from dtr_kernels.nn import DiT_models
 from dtr_kernels.ops import _tuned
@@ -99,12 +101,6 @@ class Choice(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what ``main`` reads."""
-
-    def positive(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-        return int(text)
-
     parser.add_argument("--model", nargs="+", default=MODELS, metavar="NAME", help=f"default: {' '.join(MODELS)}")
     parser.add_argument("--dtype", nargs="+", default=("bf16", "fp32"), choices=DTYPES, help="default: bf16 fp32")
     parser.add_argument("--batch", type=positive, default=32, metavar="B", help="samples in a batch; default: 32")
@@ -117,13 +113,13 @@ def main(arguments: argparse.Namespace) -> int:
     """Tunes and returns the exit status: 0; 1 if there was something that could not be tuned; 130 after Ctrl-C.
 
     Raises:
-        ValueError: if there is no GPU, no model of a name, or the file to add to holds something else.
+        ValueError: if there is no GPU, no model of a name, or nothing can be added to the file.
     """
     problems = problems_of(arguments.model, arguments.dtype, arguments.ops, arguments.batch)
     if not torch.cuda.is_available():
         raise ValueError("PyTorch finds no CUDA device here, and tiles are what kernels on a GPU have")
     device = torch.device("cuda", torch.cuda.current_device())
-    path = arguments.out or _tuned.user_file(torch.cuda.get_device_name(device))
+    path = arguments.out or cached_file(torch.cuda.get_device_name(device))
     session = Session(path, measurement_on(device))
     stopwatch = Stopwatch(device)
     session.run(problems, lambda problem: choose_on(problem, device, stopwatch), arguments.seconds)
@@ -135,6 +131,21 @@ def main(arguments: argparse.Namespace) -> int:
     if session.interrupted:
         print("interrupted", file=sys.stderr)
     return 130 if session.interrupted else int(bool(session.failures))
+
+
+def cached_file(gpu: str) -> Path:
+    """The user's file of a GPU.
+
+    Raises:
+        ValueError: if nobody knows where that is.
+    """
+    path = _tuned.user_file(gpu)
+    if path.parts[0] == "~":
+        raise ValueError(
+            "the home folder is unknown, and with it the user's cache; set DTR_KERNELS_CACHE to a folder, "
+            "or choose a file with --out"
+        )
+    return path
 
 
 def problems_of(models: Sequence[str], precisions: Sequence[str], ops: Sequence[str], batch: int) -> list[Problem]:
@@ -171,7 +182,7 @@ class Session:
     """A file that tuned tiles are added to as they are found; entries of other problems stay.
 
     Raises:
-        ValueError: if the file holds something else.
+        ValueError: if the file holds something else, or its folder cannot be written to.
     """
 
     path: Path
@@ -181,10 +192,19 @@ class Session:
     interrupted: bool = False
 
     def __post_init__(self) -> None:
+        self._stored()
+        folder = self.path.parent
         try:
-            self._before = _tuned.read(self.path)
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be written to ({error.strerror}); choose a file with --out") from error
+
+    def _stored(self) -> list[Tuned]:
+        try:
+            return _tuned.read(self.path)
         except FileNotFoundError:
-            self._before = []
+            return []
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.path}: {error}; delete it, or choose another file with --out") from error
 
@@ -206,7 +226,8 @@ class Session:
                 else:
                     op, dtype, channels, rows = problem.key
                     self.found.append(Tuned(op, dtype, channels, rows, *choice, self.measurement))
-                    _tuned.write(self.path, _tuned.merged(self._before, self.found))
+                    # Read again, for another process may have added to it.
+                    _tuned.write(self.path, _tuned.merged(self._stored(), self.found))
         except KeyboardInterrupt:
             self.interrupted = True
         finally:
@@ -442,12 +463,8 @@ class TrialOnGpu:
         try:
             compiled = [kernel[(programs,)](*args, **options) for kernel, programs, args, options in launches]
         except Exception as error:  # too much shared memory, most of all
-            return _one_line(error)
+            return one_line(error)
         return SPILLS if any(kernel.n_spills for kernel in compiled) else None
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
 
 
 def largest_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from dtr_kernels.ops import _cpu
 from dtr_kernels.ops._gradients import why_plain
 from dtr_kernels.ops._launch import LEAST_ELEMENTS_ON_CPU, kernel_path
 from dtr_kernels.ops._tiles import configuration
-from dtr_kernels.ops._tuned import user_file
+from dtr_kernels.ops._tuned import KINDS, Tuned, user_file
 
 __all__ = ["collect", "show"]
 
@@ -28,6 +28,8 @@ _WHAT_RUNS = {
     "routed_blocks": "routed_linear, routed_mlp and gated_residual",
     "gradient_surgery": "gradient surgery (gram, pcgrad_, pcgrad_sum, combine_ and weighted_sum)",
 }
+# Of ops that are tuned alike, the most that are named.
+_MOST_OPS = 3
 
 
 def collect() -> dict[str, Any]:
@@ -64,12 +66,35 @@ def _tiles(index: int) -> str:
     gpu = torch.cuda.get_device_name(index)
     major, minor = torch.cuda.get_device_capability(index)
     tuned = configuration(gpu, 10 * major + minor)
-    sources = [f"tuned on this machine ({user_file(gpu)})"] if tuned.user else []
+    sources = [f"user's file ({user_file(gpu)}): {_summary(tuned.user)}"] if tuned.user else []
     if tuned.packaged:
         latest = max((entry.measurement for entry in tuned.packaged), key=lambda measurement: measurement.date)
         commit = f", {latest.commit[:12]}" if latest.commit else ""
-        sources.append(f"tuned for {gpu} (packaged, {latest.date}{commit})")
-    return "; else ".join(sources) or f"defaults: not tuned for {gpu}; run python -m benchmarks tune from a checkout"
+        sources.append(f"packaged file ({latest.date}{commit}): {_summary(tuned.packaged)}")
+    if not sources:
+        return f"defaults: not tuned for {gpu}; run python -m benchmarks tune from a checkout"
+    return "; ".join([*sources, "defaults otherwise"])
+
+
+def _summary(entries: Sequence[Tuned]) -> str:
+    """What is tuned: ops, dtypes and widths, with the ops together that have the same of both."""
+    widths: dict[tuple[str, str], set[int]] = {}
+    for entry in entries:
+        widths.setdefault((entry.op, entry.dtype), set()).add(entry.channels)
+    groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for (op, dtype), channels in widths.items():
+        groups.setdefault((dtype, tuple(sorted(channels))), []).append(op)
+    parts = [
+        f"{_joined(ops) if len(ops) <= _MOST_OPS else f'{len(ops)} of {len(KINDS)} ops'} in {dtype} "
+        f"of {_joined(map(str, channels))} channels"
+        for (dtype, channels), ops in groups.items()
+    ]
+    return f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'}, {', '.join(parts)}"
+
+
+def _joined(words: Iterable[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _routing_path(device: torch.device, dtype: torch.dtype) -> str:

@@ -189,6 +189,63 @@ def test_ctrl_c_keeps_complete_rounds(tmp_path, monkeypatch):
     assert rounds == [[2], [1, 1]]
 
 
+def test_ctrl_c_does_not_replace_what_was_measured_to_its_end(tmp_path, monkeypatch):
+    calls = 0
+
+    def interrupted_in_second_round():
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+
+    fake(monkeypatch, Case("case", [good_side()]))
+    run(tmp_path, "fake")
+    fake(monkeypatch, Case("case", [Side("late", interrupted_in_second_round, lambda _: 0.0, bound=1e-5)]))
+    status, results = run(tmp_path, "fake")
+    assert status == 130 and not results["interrupted"]
+    assert json.loads((tmp_path / "fake.json.unfinished").read_text())["interrupted"]
+    assert [run.interrupted for run in load_all(tmp_path)] == [False]
+
+
+def test_a_case_that_cannot_be_built_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    def breaks() -> Case:
+        raise RuntimeError("out of memory\nin many lines")
+
+    builders = [breaks, lambda: Case("good", [good_side()])]
+    benchmark = Benchmark("fake", "made up", lambda options: builders, ["README.md"])
+    monkeypatch.setitem(command_line.BENCHMARKS, "fake", benchmark)
+    status, results = run(tmp_path, "fake")
+    assert status == 1
+    assert [case["problem"] for case in results["cases"]] == ["could not be built: RuntimeError: out of memory", None]
+    assert len(load_all(tmp_path)[0].cases) == 2 and "Traceback" in capsys.readouterr().err
+
+
+def test_benchmarks_that_options_do_not_fit_are_left_out_unless_named(monkeypatch, capsys, tmp_path):
+    kept = {name: command_line.BENCHMARKS[name] for name in ("surgery_projection", "cpu_limits")}
+    monkeypatch.setattr(command_line, "BENCHMARKS", kept)
+    fake(monkeypatch, Case("case", [good_side()]))
+    arguments = ["--batch", "8", "--quick", "--rounds", "1", "--out", str(tmp_path)]
+    assert command_line.main(["run", *arguments]) == 0
+    assert (
+        "surgery_projection is left out: surgery_projection has no batches to choose; got 8" in capsys.readouterr().out
+    )
+    assert [path.name for path in tmp_path.glob("*")] == ["fake.json"]
+    with pytest.raises(SystemExit):
+        command_line.main(["run", "cpu_limits", *arguments])
+
+
+@pytest.mark.parametrize(
+    "options, folder", [((), "results"), (("--dtype", "fp32"), "other"), (("--skip", "x"), "other")]
+)
+def test_only_whole_benchmarks_replace_what_the_checkout_keeps(tmp_path, monkeypatch, options, folder):
+    monkeypatch.setattr(command_line, "_RESULTS", tmp_path / "results")
+    monkeypatch.setattr(command_line, "_OTHER_RESULTS", tmp_path / "other")
+    monkeypatch.setitem(measure.COPY_BYTES, "cpu", 1 << 20)
+    fake(monkeypatch, Case("case", [good_side()]))
+    assert command_line.main(["run", "fake", "--rounds", "1", *options]) == 0
+    assert [path.parent.parent.name for path in tmp_path.rglob("fake.json")] == [folder]
+
+
 def test_ctrl_c_before_any_figure_keeps_the_earlier_results(tmp_path, monkeypatch):
     def interrupted():
         raise KeyboardInterrupt
@@ -297,7 +354,25 @@ def test_results_survive_their_file(tmp_path):
 def test_files_that_hold_no_results(tmp_path):
     with pytest.raises(ValueError, match="there are no results"):
         load_all(tmp_path)
-    for text in ("", "[]", "{}", '{"benchmark": "x", "summary": "", "environment": {}, "cases": [{"name": "old"}]}'):
+    result = results_of_rounds(good_side("slow"), goals=[Goal("error", "slow")])
+    Run("x", "", "", {}, [result]).save(tmp_path)
+    good = (tmp_path / "x.json").read_text()
+    load_all(tmp_path)
+    broken = [
+        good.replace('"environment": {}', '"environment": []'),
+        good.replace("0.004", "0"),
+        good.replace("0.004", '"a"'),
+        good.replace('"quantity": "error"', '"quantity": "beauty"'),
+        good.replace("0.004,", "", 1),
+    ]
+    for text in (
+        "",
+        "[]",
+        "{}",
+        '{"benchmark": "x", "summary": "", "environment": {}, "cases": [{"name": "old"}]}',
+        *broken,
+    ):
+        assert text != good
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(ValueError, match=r"x\.json does not hold results of this version"):
             load_all(tmp_path)

@@ -358,6 +358,17 @@ def test_work_of_the_window_linear_gradients(layer):
     assert counted(lambda: gradients(True)) == both.flops + 2 * B * C * O + zeros + 6 * B * N * O + 4 * B * W * O
 
 
+def test_work_of_the_weight_gradient_of_windows(layer):
+    B, N, C, W, O, _ = layer.sizes
+    work = counts.window_linear_weight_product(*layer.sizes)
+    # By hand, as above: 17 channels for 120 tokens; the sum is on all 24 channels, in fp32 whatever the operands.
+    assert work == Work(2 * 120 * 17 * 50, nbytes(layer.g, layer.out.u, layer.start) + 4 * 24 * 50)
+    in_bf16 = counts.window_linear_weight_product(B, N, C, W, O, BF16)
+    assert in_bf16.bytes == work.bytes - 2 * 120 * (17 + 50)
+    everything = counts.window_linear_weight_gradient(*layer.sizes)
+    assert everything.flops == work.flops + 2 * 6 * 7 * 50 and everything.bytes > work.bytes
+
+
 def test_work_of_the_gelu_launchers(layer):
     B, N, C, _, O, _ = layer.sizes
     inputs = (layer.out.u, layer.mean_rstd, layer.shift, layer.scale, layer.weight, layer.bias, layer.start)
@@ -381,6 +392,7 @@ def test_all_channels_active_is_the_linear_layer():
         (counts.window_linear_forward, counts.linear_forward),
         (counts.window_linear_input_gradient, counts.linear_input_gradient),
         (counts.window_linear_weight_gradient, counts.linear_weight_gradient),
+        (counts.window_linear_weight_product, counts.linear_weight_product),
         (counts.window_linear_gradients, counts.linear_gradients),
     ):
         assert window_form(2, 3, 5, 5, 7, AUTOCAST) == dense_form(6, 5, 7, AUTOCAST)

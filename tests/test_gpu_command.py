@@ -119,27 +119,45 @@ def simulated(gpu, monkeypatch, taken):
 
 
 def test_all_stages_end_in_time(gpu, monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE", 8.0)
+    monkeypatch.setattr(gpu, "GRACE", 5.0)
+    monkeypatch.setattr(gpu, "find_sanitizer", lambda: "/bin/true")
     names = [stage.name for stage in gpu.stages(Path("results"), Path("scratch"))]
     assert names == [
         "build",
         "info",
         "verify",
         "gpu tests",
+        "block",
         "every kernel",
         "memcheck",
         "racecheck",
-        *gpu.BENCHMARKS,
+        *list(gpu.BENCHMARKS)[1:],
         "report",
     ]
     seconds, _ = simulated(gpu, monkeypatch, lambda stage, limit: limit + gpu.GRACE)
     assert seconds <= gpu.TOTAL <= 530
-    seconds, limits = simulated(gpu, monkeypatch, lambda stage, limit: 10 if stage.seconds else limit + gpu.GRACE)
-    assert seconds <= gpu.TOTAL and limits["report"] == 20
+    seconds, limits = simulated(gpu, monkeypatch, lambda stage, limit: limit)
+    assert seconds <= gpu.TOTAL and sum(limits[name] for name in gpu.BENCHMARKS) >= 150
+    assert set(limits) == set(names) and limits["block"] > 60
+    seconds, limits = simulated(gpu, monkeypatch, lambda stage, limit: 8 if stage.seconds else limit + gpu.GRACE)
+    assert seconds <= gpu.TOTAL and limits["report"] == 10
     assert all(limits[name] > 5 for name in gpu.BENCHMARKS) and limits["block"] > 100
     # What one leaves, the others get.
-    _, more = simulated(gpu, monkeypatch, lambda stage, limit: 10)
+    _, more = simulated(gpu, monkeypatch, lambda stage, limit: 5)
     assert all(more[name] > limits[name] for name in list(gpu.BENCHMARKS)[1:])
+
+
+@pytest.mark.parametrize("limit, state", [(1, "stopped at its limit"), (0.5, "no time left")])
+def test_only_a_benchmark_need_not_end(gpu, monkeypatch, tmp_path, capsys, limit, state):
+    monkeypatch.setattr(gpu, "folder_of_gpu", lambda: "nvidia-h0")
+    monkeypatch.setattr(gpu, "limit_of", lambda *_: limit)
+    for seconds, status in ((None, 0), (30, 1)):
+        stage = python(gpu, "import time; time.sleep(60)", seconds=seconds)
+        monkeypatch.setattr(gpu, "stages", lambda *folders, stage=stage: [stage])
+        assert gpu.main([str(tmp_path)]) == status
+        assert json.loads((tmp_path / "summary.json").read_text())["stages"][0]["state"] == state
+        said = capsys.readouterr().out
+        assert said.startswith(f"{state} ") and f"{status} of 1 stages failed or did not end" in said
 
 
 @pytest.fixture

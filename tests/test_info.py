@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from benchmarks import environment
 from dtr_kernels import info
 from dtr_kernels.ops import _cpu, _tiles, _tuned
 from dtr_kernels.ops._tuned import GemmTile, Measurement, Tuned
@@ -78,6 +80,9 @@ def tuned(capability=90, commit="0123456789abcdef", date="2026-11-01"):
     return Tuned("forward", "bfloat16", 1152, 128, GemmTile(64, 64, 32, 4, 3), 1e-5, 2e-5, measurement)
 
 
+ONE = "1 entry, forward in bfloat16 of 1152 channels"
+
+
 @pytest.mark.parametrize(
     "packaged, user, says",
     [
@@ -87,13 +92,13 @@ def tuned(capability=90, commit="0123456789abcdef", date="2026-11-01"):
             [],
             "defaults: not tuned for NVIDIA H200; run python -m benchmarks tune from a checkout",
         ),
-        ([tuned()], [], "tuned for NVIDIA H200 (packaged, 2026-11-01, 0123456789ab)"),
-        ([tuned(commit=None)], [], "tuned for NVIDIA H200 (packaged, 2026-11-01)"),
-        ([], [tuned()], "tuned on this machine ({user})"),
+        ([tuned()], [], f"packaged file (2026-11-01, 0123456789ab): {ONE}; defaults otherwise"),
+        ([tuned(commit=None)], [], f"packaged file (2026-11-01): {ONE}; defaults otherwise"),
+        ([], [tuned()], f"user's file ({{user}}): {ONE}; defaults otherwise"),
         (
             [tuned()],
             [tuned()],
-            "tuned on this machine ({user}); else tuned for NVIDIA H200 (packaged, 2026-11-01, 0123456789ab)",
+            f"user's file ({{user}}): {ONE}; packaged file (2026-11-01, 0123456789ab): {ONE}; defaults otherwise",
         ),
     ],
 )
@@ -102,6 +107,18 @@ def test_says_where_a_gpus_tiles_are_from(gpu, packaged, user, says):
         if entries:
             _tuned.write(path, entries)
     assert info._tiles(0) == says.format(user=_tuned.user_file(gpu))
+
+
+def test_says_what_is_tuned():
+    entry = tuned()
+    gemms = ("forward", "forward_gelu", "input_gradient", "gelu_input_gradient")
+    entries = [replace(entry, op=op, channels=channels) for op in gemms for channels in (1152, 384)]
+    entries += [replace(entry, op=op, dtype="float32") for op in gemms[:2]]
+    entries.append(replace(entry, rows=64))
+    assert info._summary(entries) == (
+        "11 entries, 4 of 12 ops in bfloat16 of 384 and 1152 channels, "
+        "forward and forward_gelu in float32 of 1152 channels"
+    )
 
 
 def test_a_broken_file_makes_a_warning_and_is_not_called_tuned(gpu):
@@ -120,6 +137,15 @@ def test_shows_the_tiles_of_each_gpu_and_nothing_without_one(monkeypatch, capsys
     monkeypatch.setattr(info, "collect", lambda: facts | {"tiles": []})
     info.show()
     assert "tiles" not in capsys.readouterr().out
+
+
+def test_results_say_which_tiles_they_ran_with(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    facts = info.collect()
+    monkeypatch.setattr(info, "collect", lambda: facts | {"tiles": [info._tiles(0), "of another"]})
+    on_gpus = [environment.describe(torch.device(name))["tiles"] for name in ("cuda", "cuda:1")]
+    assert on_gpus == [info._tiles(0), "of another"]
+    assert "tiles" not in environment.describe(torch.device("cpu"))
 
 
 @pytest.mark.gpu

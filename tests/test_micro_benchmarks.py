@@ -15,6 +15,7 @@ from benchmarks import counts
 from benchmarks.cases import Case, Options, Side
 from benchmarks.counts import ITEMSIZES
 from benchmarks.suite import _peers, _routing, gated_norm, gelu_linear, window_linear
+from dtr_kernels.ops import window_linear as linear_ops
 
 CPU = torch.device("cpu")
 BENCHMARKS = {module.BENCHMARK.name: module.BENCHMARK for module in (gated_norm, window_linear, gelu_linear)}
@@ -44,6 +45,14 @@ def side_of(case: Case, name: str) -> Side:
     return next(side for side in case.sides if side.name == name)
 
 
+def never_on_a_cpu(case: Case, side: Side) -> bool:
+    """Whether the side has a launcher for GPUs only, and stands for a CPU."""
+    if not case.name.startswith("weight gradient") or side.name != window_linear.FUSED:
+        return False
+    (layer,) = side.call.args
+    return layer.start is not None and layer.u.device.type == "cpu"
+
+
 def check(cases: list[Case]) -> None:
     """Every side is right, and would be wrong if one of its tensors were 5% too large, or not a number."""
     assert len({case.name for case in cases}) == len({str(case.cell) for case in cases}) == len(cases)
@@ -51,9 +60,15 @@ def check(cases: list[Case]) -> None:
         assert len({side.name for side in case.sides}) == len(case.sides)
         assert case.speedup_over in {side.name for side in case.sides}
         for side in case.sides:
+            assert side.work.bytes > 0 and (side.work.flops > 0) == (case.matrix_dtype is not None)
+            if never_on_a_cpu(case, side):
+                with pytest.raises(
+                    NotImplementedError, match="on a CPU the weight gradient is computed with the other"
+                ):
+                    side.call()
+                continue
             found = side.call()
             assert side.error(found) <= side.bound, (case.name, side.name)
-            assert side.work.bytes > 0 and (side.work.flops > 0) == (case.matrix_dtype is not None)
             for i, tensor in enumerate(found):
                 for wrong in (1.05 * tensor, tensor * float("nan")):
                     error = side.error([*found[:i], wrong, *found[i + 1 :]])
@@ -94,7 +109,8 @@ def test_enough_tokens_for_slices_of_the_weight(monkeypatch):
         *built("gelu_linear", precisions=["fp32"], scopes=["branch"]),
     ]
     check(cases)
-    assert all("slices of the weight" in case.notes[0] for case in cases if not case.name.startswith("backward"))
+    sliced = [case for case in cases if not case.name.startswith(("backward", "weight gradient"))]
+    assert sliced and all("slices of the weight" in case.notes[0] for case in sliced)
 
 
 def test_work_of_the_norms():
@@ -124,6 +140,7 @@ def test_work_of_the_window_linear():
     for name, work, slice_work in (
         ("forward", counts.window_linear_forward, counts.linear_forward),
         ("input gradient", counts.window_linear_input_gradient, counts.linear_input_gradient),
+        ("weight gradient", counts.window_linear_weight_product, counts.linear_weight_product),
         ("all gradients", counts.window_linear_gradients, counts.linear_gradients),
     ):
         case = only(cases, name)
@@ -158,12 +175,71 @@ def test_windows_that_are_off_by_one_are_found(name):
     assert side.error(side.call()) > side.bound
 
 
+def test_the_weight_gradient_is_that_of_the_windows(seed, monkeypatch):
+    """Sample by sample, and not what deactivated channels add."""
+    monkeypatch.setattr(_peers, "SEED", seed)
+    for options in ({"windows": ["per sample"]}, {"windows": ["shared"]}):
+        case = only(built("window_linear", precisions=["fp32"], passes=["training"], **options), "weight gradient")
+        side = side_of(case, window_linear.FUSED)
+        (layer,) = side.call.args
+        expected = torch.zeros_like(layer.weight)
+        for b, first in enumerate(layer.start.tolist()):
+            expected[:, first : first + layer.u.shape[-1]] += layer.g[b].t() @ layer.u[b]
+        assert side.error([expected]) <= side.bound
+        everything = window_linear._product_gradients(layer.dense, layer.weight, layer.bias, layer.g, parameters=True)
+        assert side.error(everything[1:2]) > side.bound
+
+
+def without_deactivated_channels(monkeypatch):
+    """The forward pass of the linear layers without what they add to each token."""
+    original = linear_ops.window_linear_forward
+
+    def wrong(u, mean_rstd, *rest):
+        return original(u, None if mean_rstd is None else torch.zeros_like(mean_rstd), *rest)
+
+    monkeypatch.setattr(linear_ops, "window_linear_forward", wrong)
+
+
+@pytest.mark.parametrize("name", ["window_linear", "gelu_linear"])
+def test_a_layer_without_its_deactivated_channels_is_found(name, monkeypatch):
+    without_deactivated_channels(monkeypatch)
+    cases = built(name, precisions=["fp32", "bf16"], passes=["forward"], scopes=["branch"])
+    for case in cases:
+        assert case.sides[-1].error(case.sides[-1].call()) > 2 * case.sides[-1].bound, case.name
+
+
+def test_a_norm_that_forgets_the_mean_is_found(monkeypatch):
+    original = gated_norm.gated_norm_forward
+
+    def wrong(*args, **more):
+        out = original(*args, **more)
+        scale, start, width = args[4:7]
+        assert out.u.shape[-1] == width
+        channels = start[:, None].long() + torch.arange(width)
+        factor = (1 + scale.gather(1, channels))[:, None]
+        u = out.u + (out.mean * out.rstd)[..., None] * factor
+        return out._replace(u=u.to(out.u.dtype))
+
+    monkeypatch.setattr(gated_norm, "gated_norm_forward", wrong)
+    for case in built("gated_norm", precisions=["bf16"], passes=["forward"], scopes=["branch"]):
+        assert case.sides[-1].error(case.sides[-1].call()) > 2 * case.sides[-1].bound, case.name
+
+
+def test_a_note_says_what_is_outside_the_clock():
+    cases = built("gated_norm", precisions=["fp32"])
+    for case in cases:
+        told = any("computed outside the clock" in note for note in case.notes)
+        assert told == ("training" in case.name and not case.name.startswith("keep_branch")), case.name
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_calls_on_buffers_of_their_own(name, monkeypatch):
     """On a GPU every side rotates: the same work on other tensors."""
     monkeypatch.setattr(_routing, "copies", lambda device, size: 3)
     for case in built(name, precisions=["fp32"]):
         for side in case.sides:
+            if never_on_a_cpu(case, side):
+                continue
             results = [call() for call in (side.call, *side.rotation)]
             assert len(results) == 3
             for others in zip(*results, strict=True):
@@ -235,7 +311,16 @@ def test_autocast_is_refused_where_a_launcher_has_one_dtype(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_side_on_a_gpu(name):
-    cases = [build() for build in BENCHMARKS[name].cases(Options(torch.device("cuda"), quick=True))]
+    cases = [build() for build in BENCHMARKS[name].cases(Options(torch.device("cuda", 0), quick=True))]
     check(cases)
     assert all(side.rotation for case in cases for side in case.sides)
     assert all(case.goals for case in cases) or name == "gelu_linear"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", ["per sample", "shared"])
+def test_windows_on_a_gpu_with_and_without_its_index(window):
+    cell = _peers.Cell("tiny", 3, "bf16", "block", window, 0.8, "forward")
+    for device in (torch.device("cuda"), torch.device("cuda", torch.cuda.current_device())):
+        found = _routing.window_of(cell, device)
+        assert found.start.shape == (3,) and found.start.device.type == "cuda"

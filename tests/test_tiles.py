@@ -217,6 +217,13 @@ def test_a_file_that_cannot_be_used_makes_one_warning(files, text, reason):
     assert reason.lower() in message.lower()
 
 
+def test_where_no_file_can_be_there_is_nothing_to_warn_of(files, monkeypatch):
+    monkeypatch.setenv("DTR_KERNELS_CACHE", "/dev/null/.cache")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ask() == GemmTile(128, 256, 64, 8, 3)
+
+
 def test_files_are_read_once_and_not_before_the_first_launch(files):
     code = "import dtr_kernels.ops._tiles as t; print(t.configuration.cache_info().misses, t._tile.cache_info().misses)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

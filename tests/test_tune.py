@@ -15,6 +15,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -278,6 +279,29 @@ def test_a_file_that_holds_something_else_is_not_overwritten(path):
     with pytest.raises(ValueError, match=r"tuned\.json: it does not hold tuned tiles .* delete it, or .* --out"):
         tune.Session(path, MEASUREMENT)
     assert path.read_text() == "my notes"
+
+
+@pytest.mark.parametrize("folder", ["/proc", "/proc/there", "/dev/null/there"])
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once(folder):
+    with pytest.raises(ValueError, match=rf"{folder} cannot be written to \(.*\); choose a file with --out"):
+        tune.Session(Path(folder) / "tuned.json", MEASUREMENT)
+
+
+def test_what_another_process_adds_meanwhile_stays(path):
+    def choose_as_another_ends(problem):
+        tune.Session(path, MEASUREMENT).run(problems(1100), choices)
+        return choices(problem)
+
+    tune.Session(path, MEASUREMENT).run(problems(1152), choose_as_another_ends)
+    assert set(found_in(path)) == {1152, 1100}
+
+
+def test_without_a_home_a_file_must_be_given(monkeypatch):
+    monkeypatch.setattr(_tuned.os.path, "expanduser", lambda path: path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("DTR_KERNELS_CACHE", raising=False)
+    with pytest.raises(ValueError, match=r"home folder is unknown, .* --out"):
+        tune.cached_file("NVIDIA H200")
 
 
 def test_the_table():

@@ -5,6 +5,7 @@ No figure of time is asserted, and nothing is compiled.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections import Counter
 from dataclasses import asdict, replace
@@ -42,6 +43,8 @@ def fresh(seed, monkeypatch):
 
 
 def quick(benchmark, device, **options) -> list[Case]:
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())  # as the command line names it
     return [build() for build in benchmark.cases(Options(device, quick=True, **options))]
 
 
@@ -105,6 +108,37 @@ def test_the_same_block_under_autocast(fresh):
     assert 1e-4 < side.error(side.call()) <= side.bound < 0.1
 
 
+@pytest.mark.parametrize("precision", ["bf16", AUTOCAST])
+@pytest.mark.parametrize("scope", ["block", "branch"])
+def test_a_block_without_its_deactivated_channels_is_found(fresh, monkeypatch, scope, precision):
+    """Where it is hardest: what they add to each token is small, and so is the precision."""
+    cell = replace(CENTRE, model="DiT-S/2", batch=2, precision=precision, scope=scope, pass_="forward")
+    side = sides_of(block.build(cell, CPU))["RoutedDiTBlock"]
+    assert side.error(side.call()) <= side.bound
+    forget_deactivated_channels(monkeypatch)
+    assert side.error(side.call()) > 1.5 * side.bound
+
+
+def test_a_model_without_its_deactivated_channels_is_found(fresh, monkeypatch):
+    cases = quick(model, CPU, precisions=["bf16"], passes=["forward", "sampling"])
+    forget_deactivated_channels(monkeypatch)
+    for case in cases:
+        side = sides_of(case)["DiT"]
+        assert side.error(side.call()) > 1.5 * side.bound, case.name
+
+
+def forget_deactivated_channels(monkeypatch):
+    """Linear layers' forward pass leaves out what deactivated channels add to each token."""
+    original = window_linear.window_linear_forward
+
+    def wrong(u, mean_rstd, *rest):
+        return original(u, None if mean_rstd is None else torch.zeros_like(mean_rstd), *rest)
+
+    # The package has a function of the second module's name.
+    for module in (window_linear, importlib.import_module("dtr_kernels.ops.routed_linear")):
+        monkeypatch.setattr(module, "window_linear_forward", wrong)
+
+
 def test_every_gradient_of_a_block_counts(fresh):
     side = sides_of(block.build(CENTRE, CPU))["RoutedDiTBlock"]
     results = side.call()
@@ -126,8 +160,27 @@ def test_every_side_of_a_model_is_right(fresh, device, precision):
         wrong = [tensor.clone() for tensor in sides["unrouted"].call()]
         for name in ("reference", "reference, compiled", "DiT", "DiT, compiled"):
             assert sides[name].error(wrong) > sides[name].bound, (case.name, name)
+        assert ("reference, autocast" in sides) == (device.type == "cuda" and precision == "bf16")
+        assert ("reference, max-autotune" in sides) == (device.type == "cuda")
         assert case.memory == (case.cell["pass"] in ("training", "step"))
         assert case.cell["window"] == ("shared" if case.cell["pass"] == "sampling" else "per sample")
+
+
+@pytest.mark.parametrize("pass_", ["forward", "step", "sampling"])
+def test_the_same_model_under_autocast(fresh, pass_):
+    """A peer of a GPU's bf16 models, held to the oracle of their values; a step is of its own parameters."""
+    form = model.GuidedStep if pass_ == "sampling" else model.Prediction
+    window = "shared" if pass_ == "sampling" else "per sample"
+    piece = form.of(replace(CENTRE, precision="bf16", pass_=pass_, window=window), CPU)
+    wide = piece.under_autocast()
+    assert type(wide) is form
+    assert {p.dtype for p in wide.model.parameters()} == {wide.x.dtype} == {torch.float32}
+    exact = piece.exact(piece.mask)
+    side = wide.side("reference, autocast", wide.masked, wide.gate(exact, wide.masked), wide.work(102))
+    assert 1e-4 < side.error(side.call()) <= side.bound < 0.1
+    stepped = set(wide.optimizer.state)
+    assert stepped == (set(_peers.trainable(wide.model)) if pass_ == "step" else set())
+    assert not piece.optimizer.state
 
 
 def test_a_training_batch_may_share_its_window(fresh):
@@ -141,7 +194,8 @@ def test_a_step_leaves_the_parameters_where_they_were(fresh):
     (case,) = quick(model, CPU, passes=["step"])
     piece = model.Prediction.of(replace(CENTRE, pass_="step"), CPU)
     before = [p.clone() for p in piece.model.parameters()]
-    side = piece.side("DiT", piece.fused, piece.gate(piece.mask, piece.masked), piece.work(102))
+    gate = piece.gate(piece.exact(piece.mask), piece.masked)
+    side = piece.side("DiT", piece.fused, gate, piece.work(102))
     first, second = ([g.clone() for g in side.call()] for _ in range(2))
     assert all(torch.equal(p, q) for p, q in zip(piece.model.parameters(), before, strict=True))
     assert all(torch.equal(g, h) for g, h in zip(first, second, strict=True))
@@ -201,7 +255,8 @@ def test_small_blocks_on_a_cpu_say_that_they_are_plain(monkeypatch):
     monkeypatch.setattr(_launch, "LEAST_ELEMENTS_ON_CPU", 1 << 30)
     case = block.build(CENTRE, CPU)
     assert any("is plain PyTorch" in note for note in case.notes)
-    assert [goal.quantity for goal in case.goals] == ["speed-up"]
+    (goal,) = case.goals
+    assert (goal.quantity, goal.side, goal.over, goal.at_least) == ("speed-up", "RoutedDiTBlock", "reference", 1.0)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -18,7 +18,8 @@ from dtr_kernels.nn import DiT
 from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting
 
 # The sides that are the same everywhere.
-MASKED, UNROUTED, COMPILED = "reference", "unrouted", ", compiled"
+MASKED, UNROUTED, COMPILED, AUTOTUNED = "reference", "unrouted", ", compiled", ", max-autotune"
+UNDER_AUTOCAST = f"{MASKED}, autocast"
 ABOUT_PEERS = (
     f"{MASKED} multiplies by the mask, as the paper writes it; {UNROUTED} is the ordinary DiT, another function, which "
     "needs all channels and is checked against an oracle of its own"
@@ -35,6 +36,7 @@ _CHUNK = 4
 
 # What is timed on a GPU is replayed as a CUDA graph, so the compiler makes none.
 MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
+ABOUT_AUTOTUNED = f'max-autotune is torch.compile(mode="{MAX_AUTOTUNE}")'
 
 # A forward pass with everything it needs.
 Forward = Callable[[], Tensor]
@@ -130,6 +132,12 @@ def draw(module: nn.Module) -> None:
     for p in trainable(module):
         inputs = p[0].numel() if p.dim() > 1 else len(p)
         nn.init.normal_(p, std=inputs**-0.5)
+
+
+def tokens(B: int, N: int, C: int, device: torch.device | None = None) -> Tensor:
+    """Random tokens [B, N, C] in fp32, each with a mean of its own: without one, what a norm makes of deactivated
+    channels would be all but zero, and a result that lacks it would pass in 16-bit dtypes."""
+    return torch.randn(B, N, C, device=device) + torch.randn(B, N, 1, device=device)
 
 
 def timesteps(cell: Cell, device: torch.device) -> Tensor | int:

@@ -86,6 +86,7 @@ def cases(options: Options) -> list[Callable[[], Case]]:
     """Blocks of several numbers of elements, and linear layers of several numbers of tokens per sample."""
     if options.device.type != "cpu":
         raise ValueError(f"cpu_limits measures the CPU's limits: --device must be cpu, got {options.device.type}")
+    options.check_axes("cpu_limits", "precisions", "passes")
     _peers.check_passes(options, block.PASSES, "the CPU's limits")
     for precision in options.precisions:
         if precision not in DTYPES:
@@ -216,5 +217,4 @@ BENCHMARK = Benchmark(
     "The sizes from which a CPU runs kernels instead of plain PyTorch, and GEMMs on windows instead of dense ones.",
     cases,
     sources=sources.BLOCKS,
-    devices=("cpu",),
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import counts, sources
 from benchmarks.cases import AUTOCAST, DTYPES, Benchmark, Case, Goal, Options
 from benchmarks.counts import ITEMSIZES
-from benchmarks.suite import _routing
+from benchmarks.suite import _peers, _routing
 from benchmarks.suite._peers import Cell, Gate
 from benchmarks.suite._routing import rotated
 from dtr_kernels import reference
@@ -84,6 +84,12 @@ def build(cell: Cell, form: Form, device: torch.device) -> Case:
     ]
     if trains:
         notes.insert(0, "training: the forward pass, and the backward pass from given gradients of the outputs")
+        if norm.compact is not None:
+            notes.append(
+                f"{FUSED} is given what deactivated channels add to the gradients of each token, computed outside the "
+                "clock, and leaves out what they add to those of shift and scale: in the library the linear layer "
+                f"behind the norm computes both; {MASKED} computes both itself"
+            )
     what = f"{form.name}, {cell.pass_}"
     on_gpu = [Goal("share of copy", name, at_least=0.9) for name in ([FUSED, BACKWARD] if trains else [FUSED])]
     return Case(
@@ -148,7 +154,7 @@ class _Norm:
             window,
             form.keep_branch and window is not None,
             None if window is None else window.mask().to(cell.dtype),
-            draw(cell.dtype),
+            _peers.tokens(cell.batch, N, C, device).to(cell.dtype),
             draw(cell.matrix_dtype) if form.branch else None,
             gate if form.branch else None,
             shift,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,11 +13,24 @@ import torch
 from torch import Tensor
 
 from benchmarks import sources
-from benchmarks.cases import PASSES, Benchmark, Case, Options, Side
+from benchmarks.cases import AUTOCAST, PASSES, Benchmark, Case, Options, Side
 from benchmarks.counts import ITEMSIZES, Work, adamw_step, dit_forward, dit_training
 from benchmarks.suite import _peers
 from benchmarks.suite._models import TINY, make_dit
-from benchmarks.suite._peers import COMPILED, MASKED, SEED, SHARED_TIMESTEP, UNROUTED, Axes, Cell, Forward, Gate
+from benchmarks.suite._peers import (
+    AUTOTUNED,
+    COMPILED,
+    MASKED,
+    MAX_AUTOTUNE,
+    SEED,
+    SHARED_TIMESTEP,
+    UNDER_AUTOCAST,
+    UNROUTED,
+    Axes,
+    Cell,
+    Forward,
+    Gate,
+)
 from dtr_kernels import nn, reference
 
 FUSED = "DiT"
@@ -52,11 +66,17 @@ def build(cell: Cell, device: torch.device) -> Case:
     torch.compiler.reset()  # each case compiles for itself, and none is the one too many for PyTorch's limit
     piece = (GuidedStep if cell.pass_ == "sampling" else Prediction).of(cell, device)
     active, channels = cell.routing.window(piece.t, piece.model.hidden_size).width, piece.model.hidden_size
-    routed = partial(piece.side, gate=piece.gate(piece.mask, piece.masked), work=piece.work(active))
-    unrouted = partial(piece.side, gate=piece.gate(None, piece.unrouted), work=piece.work(channels))
-    sides = [
-        routed(MASKED, piece.masked),
-        routed(MASKED + COMPILED, _peers.compiled(piece.masked)),
+    exact = piece.exact(piece.mask)
+    routed = partial(piece.side, gate=piece.gate(exact, piece.masked), work=piece.work(active))
+    unrouted = partial(piece.side, gate=piece.gate(piece.exact(None), piece.unrouted), work=piece.work(channels))
+
+    sides = [routed(MASKED, piece.masked), routed(MASKED + COMPILED, _peers.compiled(piece.masked))]
+    if device.type == "cuda":
+        sides.append(routed(MASKED + AUTOTUNED, _peers.compiled(piece.masked, MAX_AUTOTUNE)))
+    if device.type == "cuda" and cell.precision == "bf16":
+        wide = piece.under_autocast()
+        sides.append(wide.side(UNDER_AUTOCAST, wide.masked, wide.gate(exact, wide.masked), wide.work(active)))
+    sides += [
         unrouted(UNROUTED, piece.unrouted),
         unrouted(UNROUTED + COMPILED, _peers.compiled(piece.unrouted)),
         routed(FUSED, piece.fused),
@@ -67,6 +87,8 @@ def build(cell: Cell, device: torch.device) -> Case:
         _peers.ABOUT_PEERS,
         f"{FUSED} finds the windows from the timesteps in every call; {MASKED} is given its masks",
     ]
+    if device.type == "cuda":
+        notes.append(_peers.ABOUT_AUTOTUNED)
     if cell.pass_ == "step":
         notes.append(
             "a step is forward, backward and fused AdamW with a learning rate of 0, so that every side and every round "
@@ -107,18 +129,34 @@ class Prediction:
         torch.manual_seed(SEED)
         model = make_dit(cell.model, device, cell.dtype, cell.routing, cell.scope)
         _peers.draw(model)
+        with torch.no_grad():
+            # Tokens get a mean, for the reason that ``_peers.tokens`` gives.
+            model.get_parameter("x_embedder.proj.bias").add_(1)
         t = _peers.timesteps(cell, device)
         x = torch.randn(cell.batch, model.in_channels, model.input_size, model.input_size).to(device, cell.dtype)
         return cls(
             cell,
             model,
-            torch.optim.AdamW(_peers.trainable(model), lr=0.0, fused=True, capturable=device.type == "cuda"),
+            _adamw(model, device),
             x,
             t,
             torch.as_tensor(t, device=device).expand(cell.batch),
             torch.randint(model.y_embedder.num_classes, (cell.batch,)).to(device),
             _peers.mask_of(cell.routing.window(t, model.hidden_size), x),
             torch.randn(cell.batch, model.out_channels, *x.shape[2:]).to(device, cell.dtype),
+        )
+
+    def under_autocast(self) -> Prediction:
+        """The same values, with parameters and stream in fp32."""
+        model = copy.deepcopy(self.model).float()
+        return replace(
+            self,
+            cell=replace(self.cell, precision=AUTOCAST),
+            model=model,
+            optimizer=_adamw(model, self.x.device),
+            x=self.x.float(),
+            mask=self.mask.float(),
+            cotangent=self.cotangent.float(),
         )
 
     @property
@@ -135,12 +173,16 @@ class Prediction:
     def fused(self) -> Tensor:
         return self.model(self.x, self.t, self.y)
 
-    def gate(self, mask: Tensor | None, eager: Forward) -> Gate:
-        """For results in this precision, of which ``eager`` makes one."""
+    def exact(self, mask: Tensor | None) -> list[Tensor]:
+        """In fp64 what a call returns."""
         inputs = self.x, self.times, self.y, mask
         exact = _peers.exact(self.plain, self.model, inputs, self.cotangent if self.trains else None)
         if self.cell.pass_ == "step":
             del exact[0]  # a step leaves gradients only
+        return exact
+
+    def gate(self, exact: Sequence[Tensor], eager: Forward) -> Gate:
+        """For results in this precision, of which ``eager`` makes one."""
         return Gate(exact, self._call(self._in_precision(eager))(), self.cell.precision)
 
     def work(self, active: int) -> Work:
@@ -196,6 +238,10 @@ class Prediction:
         if self.cell.pass_ == "training":
             return _peers.with_gradients(forward, parameters, self.cotangent)
         return _peers.without_graph(forward)
+
+
+def _adamw(model: nn.DiT, device: torch.device) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(_peers.trainable(model), lr=0.0, fused=True, capturable=device.type == "cuda")
 
 
 def guided_step(model: nn.DiT, x: Tensor, t: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from benchmarks.counts import ITEMSIZES, Itemsizes, Work
 from benchmarks.suite import _peers, _routing
 from benchmarks.suite._peers import Cell, Gate
 from benchmarks.suite._routing import Linear, rotated
+from dtr_kernels.ops import _launch
 from dtr_kernels.ops import window_linear as ops
 
 FUSED, DENSE, SLICE = "window_linear", "F.linear, all channels", "F.linear, one slice"
@@ -31,6 +32,7 @@ class Task:
         product: by PyTorch's matrix products, from (input, weight, bias, gradient of the output).
         work: of the first two, from (B, N, C, W, O, itemsizes).
         product_work: of the last one on its own, from (rows, channels, O, itemsizes).
+        called: what our launcher calls, in words.
     """
 
     name: str
@@ -39,10 +41,11 @@ class Task:
     product: Callable[..., Any]
     work: Callable[[int, int, int, int, int, Itemsizes], Work]
     product_work: Callable[[int, int, int, Itemsizes], Work]
+    called: Callable[[Linear], str]
 
 
 def cases(options: Options) -> list[Callable[[], Case]]:
-    """The QKV layer forward, its input gradient, and all of its gradients."""
+    """The QKV layer forward, its input gradient, its weight gradient, and all of its gradients."""
     cells = _routing.cells(options, "window_linear", windows=WINDOWS)
     # The layer is the same in both scopes.
     chosen = _routing.unique(replace(cell, scope="block") for cell in cells)
@@ -67,14 +70,12 @@ def build(cell: Cell, task: Task, device: torch.device) -> Case:
     peers: dict[str, Callable[..., Any]] = {DENSE: task.product}
     if device.type == "cuda":
         # The compiler's default calls the same cuBLAS; with autotuning it may write a matrix product itself.
-        peers[DENSE + _routing.AUTOTUNED] = _peers.compiled(task.product, _peers.MAX_AUTOTUNE)
+        peers[DENSE + _peers.AUTOTUNED] = _peers.compiled(task.product, _peers.MAX_AUTOTUNE)
     sides = [
         *(rotated(name, partial(on_all_channels, product=p), sets, dense, work) for name, p in peers.items()),
         rotated(SLICE, partial(on_one_slice, product=task.product), sets, one_slice, slice_work),
         rotated(FUSED, task.fused, sets, ours, work),
     ]
-    cublas = ops.prefers_cublas(layer.start, layer.shared_start, layer.weight)
-    called = layer.multiplied_by(on_gpu="cuBLAS" if cublas else "our GEMM")
     return Case(
         _routing.name_of(task.name, cell),
         sides,
@@ -83,7 +84,7 @@ def build(cell: Cell, task: Task, device: torch.device) -> Case:
         goals=[Goal("FLOP rate", FUSED, over=SLICE, at_least=0.95)] if device.type == "cuda" else (),
         matrix_dtype=cell.matrix_dtype,
         notes=[
-            f"O = 3C, as of queries, keys and values; {FUSED} called {called}",
+            f"O = 3C, as of queries, keys and values; {FUSED} called {task.called(layer)}",
             f"{DENSE}: on the masked input that a masked model has, and as fast as the layer of an unrouted model",
             f"{SLICE}: another function, on {channels} channels that are the same for all samples, and "
             "without what deactivated channels add: PyTorch's speed at almost the same FLOPs, an upper bound",
@@ -101,6 +102,11 @@ def on_one_slice(layer: Linear, product: Callable[..., Any]) -> list[Tensor]:
     """The same on the first channels alone."""
     x = layer.one_slice
     return product(x, layer.weight[:, : x.shape[1]], layer.bias, layer.g.flatten(0, 1))
+
+
+def _called(layer: Linear) -> str:
+    cublas = ops.prefers_cublas(layer.start, layer.shared_start, layer.weight)
+    return layer.multiplied_by(on_gpu="cuBLAS" if cublas else "our GEMM")
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
@@ -172,6 +178,31 @@ def _product_gradients(x: Tensor, weight: Tensor, bias: Tensor, g: Tensor, param
     return [g @ weight, rows.t() @ x.flatten(0, -2), rows.sum(0)]
 
 
+def _fused_weight_gradient(layer: Linear) -> list[Tensor]:
+    """Of the windows alone: what deactivated channels add to it, the library multiplies afterwards."""
+    _routing.require_kernels(layer.u)
+    if layer.start is None:
+        return _product_weight_gradient(layer.u, layer.weight, layer.bias, layer.g)
+    if _launch.kernel_path(layer.u) == "cpu":
+        raise NotImplementedError("on a CPU the weight gradient is computed with the other gradients only")
+    return [ops._launch_weight_gradient(layer.g, layer.u, layer.start, layer.weight.shape[1])]
+
+
+def _plain_weight_gradient(layer: Linear) -> list[Tensor]:
+    x = layer.dense if layer.window is None else layer.dense * layer.window.mask()[:, None]
+    return _product_weight_gradient(x, layer.weight, layer.bias, layer.g)
+
+
+def _product_weight_gradient(x: Tensor, weight: Tensor, bias: Tensor, g: Tensor) -> list[Tensor]:
+    return [g.flatten(0, -2).t() @ x.flatten(0, -2)]
+
+
+def _called_for_weight(layer: Linear) -> str:
+    if layer.start is None:
+        return "PyTorch's product"
+    return "our GEMM, for what the windows add, in fp32; what deactivated channels add is in all gradients"
+
+
 FORWARD = Task(
     "forward",
     _fused_forward,
@@ -179,6 +210,7 @@ FORWARD = Task(
     _product_forward,
     counts.window_linear_forward,
     counts.linear_forward,
+    _called,
 )
 INPUT_GRADIENT = Task(
     "input gradient",
@@ -187,6 +219,16 @@ INPUT_GRADIENT = Task(
     partial(_product_gradients, parameters=False),
     counts.window_linear_input_gradient,
     counts.linear_input_gradient,
+    _called,
+)
+WEIGHT_GRADIENT = Task(
+    "weight gradient",
+    _fused_weight_gradient,
+    _plain_weight_gradient,
+    _product_weight_gradient,
+    counts.window_linear_weight_product,
+    counts.linear_weight_product,
+    _called_for_weight,
 )
 ALL_GRADIENTS = Task(
     "all gradients",
@@ -195,8 +237,9 @@ ALL_GRADIENTS = Task(
     partial(_product_gradients, parameters=True),
     counts.window_linear_gradients,
     counts.linear_gradients,
+    _called,
 )
-TASKS = {"forward": (FORWARD,), "training": (INPUT_GRADIENT, ALL_GRADIENTS)}
+TASKS = {"forward": (FORWARD,), "training": (INPUT_GRADIENT, WEIGHT_GRADIENT, ALL_GRADIENTS)}
 
 BENCHMARK = Benchmark(
     "window_linear",

@@ -216,17 +216,24 @@ def read(path: Path) -> list[Tuned]:
     """The entries of a file.
 
     Raises:
+        FileNotFoundError: if there is none, or none can be, as below a home of /dev/null.
         OSError: if it cannot be read.
         ValueError: if it holds anything else, is of another version of the format, or has an entry that no kernel
             could run with. The message completes "file: ".
     """
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except NotADirectoryError as error:
+        raise FileNotFoundError(error.errno, error.strerror, str(path)) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it does not hold tuned tiles ({error})") from error
+    try:
+        stored = json.loads(text)
         if stored["format"] != FORMAT:
             raise ValueError(f"its format is version {stored['format']!r}, and this dtr_kernels reads {FORMAT}")
         measurements = [Measurement(**facts) for facts in stored["measurements"]]
         return [_entry(facts, measurements) for facts in stored["entries"]]
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, LookupError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"it does not hold tuned tiles ({type(error).__name__}: {error})") from error
 
 
