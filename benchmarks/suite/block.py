@@ -215,6 +215,15 @@ class Piece:
         return _peers.with_gradients(forward, [self.x, self.c, *self.block.parameters()], self.cotangent)
 
 
+def goals_on_gpu(scope: str) -> list[Goal]:
+    """To reach in bf16, forward and training."""
+    return [
+        Goal("speed-up", FUSED, over=MASKED + COMPILED, at_least=1.2 if scope == "branch" else 1.15),
+        Goal("speed-up", FUSED, over=UNROUTED + COMPILED, at_least=1.0),
+        Goal("speed-up", FUSED, over=UNDER_AUTOCAST, at_least=1.8),
+    ]
+
+
 def _goals(piece: Piece) -> list[Goal]:
     goals = []
     if piece.trains and piece.runs_kernels:
@@ -222,11 +231,7 @@ def _goals(piece: Piece) -> list[Goal]:
     if piece.x.device.type == "cpu":
         goals.append(Goal("speed-up", FUSED, over=MASKED, at_least=1.0))
     elif piece.cell.precision == "bf16":
-        goals += [
-            Goal("speed-up", FUSED, over=MASKED + COMPILED, at_least=1.2 if piece.cell.scope == "branch" else 1.15),
-            Goal("speed-up", FUSED, over=UNROUTED + COMPILED, at_least=1.0),
-            Goal("speed-up", FUSED, over=UNDER_AUTOCAST, at_least=1.8),
-        ]
+        goals += goals_on_gpu(piece.cell.scope)
     return goals
 
 
