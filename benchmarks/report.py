@@ -440,6 +440,8 @@ BLOCKS: dict[str, Callable[[Results], str]] = {"surgery": _surgery, "blocks": _b
 def _speed_of_blocks(device: str, run: Run, peers: Sequence[str]) -> str:
     """The cells of the usual routing by model, batch, precision and pass; of all cells the worst by name."""
     usual = [case for case in run.cases if _USUAL_ROUTING.items() <= case.cell.items()]
+    models = list(dict.fromkeys(case.cell["model"] for case in usual))
+    usual.sort(key=lambda case: (models.index(case.cell["model"]), case.cell["batch"]))
     columns = list(dict.fromkeys((label(case, "precision"), label(case, "pass")) for case in usual))
     sizes: dict[str, dict[tuple[str, str], str]] = {}
     for case in usual:
