@@ -253,15 +253,16 @@ _METHOD = """\
   launched call by call: its `graph` is "no", or the table has no such column. Replayed and launched sides of one case
   are "not comparable": only launches contain the host's time. The graph of a single op calls it on as many sets of
   buffers as it takes that none is found in the L2 cache. Blocks, models and gradient surgery have one set of buffers;
-  where they are launched, other data is read into the L2 cache before each call. On a CPU it is the wall clock, and
+  before each replay or call other data is read into the L2 cache. On a CPU it is the wall clock, and
   inputs may be found in a cache.
 - Times are medians, in brackets the 20th and 80th percentiles. A ratio is the ratio of medians, in brackets the
   percentiles of the ratios round by round.
 - The floor is max(FLOPs / matrix rate, bytes / memory bandwidth), both measured in the same rounds: by a large matrix
-  product, and by tensors far larger than any cache, of which bytes read and bytes written count. FLOPs and bytes of a
-  side are what its function needs at least; a multiply-add counts as two.
-- Peak memory is of the first call, above what was there before. Saved bytes are what autograd keeps for the backward
-  pass, parameters left out.
+  product, and by a copy of a tensor far larger than any cache, of which bytes read and bytes written count. A CPU also
+  reads what a copy overwrites, so that what only reads, or writes where it has read, can be faster than this floor.
+  FLOPs and bytes of a side are what its function needs at least; a multiply-add counts as two.
+- Peak memory is of a second call, above what was there before the first, on a CPU with what a compiler has left. Saved
+  bytes are what autograd keeps for the backward pass, parameters left out.
 - A goal is met or not by the median; where its limit lies between the percentiles, the verdict is "within the spread".
 - STALE: the source that the figures depend on has changed since they were measured. Comments do not count."""
 

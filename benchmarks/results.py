@@ -239,7 +239,9 @@ class Run:
         replaces the former."""
         folder.mkdir(parents=True, exist_ok=True)
         facts = {key: getattr(self, key) for key in ("benchmark", "summary", "sources", "interrupted", "environment")}
-        text = json.dumps(facts | {"cases": [case.as_json() for case in self.cases]}, indent=1, allow_nan=False)
+        head = json.dumps(facts, indent=1, allow_nan=False).removesuffix("\n}")
+        cases = ",\n".join(f"  {json.dumps(case.as_json(), allow_nan=False)}" for case in self.cases)
+        text = f'{head},\n "cases": [\n{cases}\n ]\n}}'  # a case is a line, so that files can be compared
         draft, final = folder / f"{self.benchmark}.json.unfinished", folder / f"{self.benchmark}.json"
         draft.write_text(text + "\n")
         return draft if unfinished else draft.replace(final)
