@@ -120,17 +120,17 @@ def main(arguments: argparse.Namespace) -> int:
         raise ValueError("PyTorch finds no CUDA device here, and tiles are what kernels on a GPU have")
     device = torch.device("cuda", torch.cuda.current_device())
     path = arguments.out or cached_file(torch.cuda.get_device_name(device))
-    session = Session(path, measurement_on(device))
+    tuning = Tuning(path, measurement_on(device))
     stopwatch = Stopwatch(device)
-    session.run(problems, lambda problem: choose_on(problem, device, stopwatch), arguments.seconds)
-    if session.found:
-        print(table(session.found))
-        print(f"{len(session.found)} tuned tiles are in {path}")
-    for problem, reason in session.failures.items():
+    tuning.run(problems, lambda problem: choose_on(problem, device, stopwatch), arguments.seconds)
+    if tuning.found:
+        print(table(tuning.found))
+        print(f"{len(tuning.found)} tuned tiles are in {path}")
+    for problem, reason in tuning.failures.items():
         print(f"not tuned: {problem}: {reason}", file=sys.stderr)
-    if session.interrupted:
+    if tuning.interrupted:
         print("interrupted", file=sys.stderr)
-    return 130 if session.interrupted else int(bool(session.failures))
+    return 130 if tuning.interrupted else int(bool(tuning.failures))
 
 
 def cached_file(gpu: str) -> Path:
@@ -178,7 +178,7 @@ def measurement_on(device: torch.device) -> Measurement:
 
 
 @dataclass
-class Session:
+class Tuning:
     """A file that tuned tiles are added to as they are found; entries of other problems stay.
 
     Raises:

@@ -213,10 +213,10 @@ def path(tmp_path):
 
 
 def test_results_are_merged_with_what_the_file_holds(path):
-    first = tune.Session(path, MEASUREMENT)
+    first = tune.Tuning(path, MEASUREMENT)
     first.run(problems(1152, 1100), choices)
     later = replace(MEASUREMENT, date="2027-01-01")
-    second = tune.Session(path, later)
+    second = tune.Tuning(path, later)
     second.run(problems(1100, 1200), lambda problem: tune.Choice(DEFAULT, 9e-6, 9e-6))
     found = found_in(path)
     assert {channels: (entry.tile, entry.measurement) for channels, entry in found.items()} == {
@@ -233,31 +233,31 @@ def test_an_interrupt_keeps_what_was_tuned(path):
             raise KeyboardInterrupt
         return choices(problem)
 
-    session = tune.Session(path, MEASUREMENT)
-    session.run(problems(*WIDTHS), interrupted_at_the_third)
-    assert session.interrupted and not session.failures
+    tuning = tune.Tuning(path, MEASUREMENT)
+    tuning.run(problems(*WIDTHS), interrupted_at_the_third)
+    assert tuning.interrupted and not tuning.failures
     assert set(found_in(path)) == set(WIDTHS[:2])
 
 
 def test_every_result_is_saved_at_once(path):
     """A machine that is taken away asks nobody."""
-    session = tune.Session(path, MEASUREMENT)
+    tuning = tune.Tuning(path, MEASUREMENT)
     saved = []
 
     def watch(problem):
         saved.append(len(found_in(path)) if path.exists() else 0)
         return choices(problem)
 
-    session.run(problems(*WIDTHS), watch)
+    tuning.run(problems(*WIDTHS), watch)
     assert saved == [0, 1, 2]
 
 
 def test_a_time_limit_starts_nothing_more(path, monkeypatch):
     clock = iter([0.0, 1.0, 59.0, 61.0])
     monkeypatch.setattr(tune.time, "perf_counter", lambda: next(clock))
-    session = tune.Session(path, MEASUREMENT)
-    session.run(problems(*WIDTHS), choices, seconds=60)
-    assert set(found_in(path)) == set(WIDTHS[:2]) and not session.interrupted
+    tuning = tune.Tuning(path, MEASUREMENT)
+    tuning.run(problems(*WIDTHS), choices, seconds=60)
+    assert set(found_in(path)) == set(WIDTHS[:2]) and not tuning.interrupted
 
 
 @pytest.mark.parametrize("error", [tune.NotTuned("wrong"), RuntimeError("CUDA out of memory\nmore")])
@@ -267,9 +267,9 @@ def test_what_fails_is_told_and_the_rest_goes_on(path, error):
             raise error
         return choices(problem)
 
-    session = tune.Session(path, MEASUREMENT)
-    session.run(problems(*WIDTHS), fail_once)
-    assert session.failures == {PROBLEM: str(error).partition("\n")[0]}
+    tuning = tune.Tuning(path, MEASUREMENT)
+    tuning.run(problems(*WIDTHS), fail_once)
+    assert tuning.failures == {PROBLEM: str(error).partition("\n")[0]}
     assert set(found_in(path)) == {1100, 1200}
 
 
@@ -277,22 +277,22 @@ def test_a_file_that_holds_something_else_is_not_overwritten(path):
     path.parent.mkdir()
     path.write_text("my notes")
     with pytest.raises(ValueError, match=r"tuned\.json: it does not hold tuned tiles .* delete it, or .* --out"):
-        tune.Session(path, MEASUREMENT)
+        tune.Tuning(path, MEASUREMENT)
     assert path.read_text() == "my notes"
 
 
 @pytest.mark.parametrize("folder", ["/proc", "/proc/there", "/dev/null/there"])
 def test_a_folder_that_cannot_be_written_to_is_refused_at_once(folder):
     with pytest.raises(ValueError, match=rf"{folder} cannot be written to \(.*\); choose a file with --out"):
-        tune.Session(Path(folder) / "tuned.json", MEASUREMENT)
+        tune.Tuning(Path(folder) / "tuned.json", MEASUREMENT)
 
 
 def test_what_another_process_adds_meanwhile_stays(path):
     def choose_as_another_ends(problem):
-        tune.Session(path, MEASUREMENT).run(problems(1100), choices)
+        tune.Tuning(path, MEASUREMENT).run(problems(1100), choices)
         return choices(problem)
 
-    tune.Session(path, MEASUREMENT).run(problems(1152), choose_as_another_ends)
+    tune.Tuning(path, MEASUREMENT).run(problems(1152), choose_as_another_ends)
     assert set(found_in(path)) == {1152, 1100}
 
 
@@ -305,8 +305,8 @@ def test_without_a_home_a_file_must_be_given(monkeypatch):
 
 
 def test_the_table():
-    session_entry = _tuned.Tuned("norm_forward", "bfloat16", 1152, 128, FAST, 8e-6, 10e-6, MEASUREMENT)
-    header, line = tune.table([session_entry]).splitlines()
+    tuned_entry = _tuned.Tuned("norm_forward", "bfloat16", 1152, 128, FAST, 8e-6, 10e-6, MEASUREMENT)
+    header, line = tune.table([tuned_entry]).splitlines()
     assert line.split() == (
         "norm_forward bfloat16 1152 128 10.0 µs 8.0 µs 25.0% rows 4 block 2048 warps 16".split()  # noqa: SIM905
     )
