@@ -172,16 +172,19 @@ def test_sides_can_be_left_out(tmp_path, monkeypatch):
     assert list(sides_of(results["cases"][0])) == ["reference", "ours"]
 
 
-def test_ctrl_c_keeps_complete_rounds(tmp_path, monkeypatch):
-    calls = 0
+def interrupted_at_call(last: int):
+    """Ctrl-C in the call of that number: the check is the first, the warm-up the second, then come the rounds."""
+    calls = iter(range(1, last + 1))
 
-    def interrupted_in_second_round():  # after the check and the warm-up round
-        nonlocal calls
-        calls += 1
-        if calls == 4:
+    def call():
+        if next(calls) == last:
             raise KeyboardInterrupt
 
-    last = Side("last", interrupted_in_second_round, lambda _: 0.0, bound=1e-5)
+    return call
+
+
+def test_ctrl_c_keeps_complete_rounds(tmp_path, monkeypatch):
+    last = Side("last", interrupted_at_call(4), lambda _: 0.0, bound=1e-5)
     fake(monkeypatch, Case("first", [good_side()]), Case("second", [good_side(), last]), Case("third", [good_side()]))
     status, results = run(tmp_path, "fake")
     assert status == 130 and results["interrupted"]
@@ -190,17 +193,9 @@ def test_ctrl_c_keeps_complete_rounds(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_does_not_replace_what_was_measured_to_its_end(tmp_path, monkeypatch):
-    calls = 0
-
-    def interrupted_in_second_round():
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise KeyboardInterrupt
-
     fake(monkeypatch, Case("case", [good_side()]))
     run(tmp_path, "fake")
-    fake(monkeypatch, Case("case", [Side("late", interrupted_in_second_round, lambda _: 0.0, bound=1e-5)]))
+    fake(monkeypatch, Case("case", [Side("late", interrupted_at_call(4), lambda _: 0.0, bound=1e-5)]))
     status, results = run(tmp_path, "fake")
     assert status == 130 and not results["interrupted"]
     assert json.loads((tmp_path / "fake.json.unfinished").read_text())["interrupted"]

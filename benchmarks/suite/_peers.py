@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import AUTOCAST, DTYPES, Options
+from benchmarks.cases import AUTOCAST, DTYPES, Options, Side
+from benchmarks.counts import Work
 from benchmarks.suite._models import check_model, make_dit
 from dtr_kernels.nn import DiT
 from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting
@@ -254,3 +255,41 @@ class Gate:
         """The largest error of a tensor relative to its norm; NaN if one holds NaN."""
         errors = [(f.double() - e).norm() / e.norm() for f, e in zip(found, self._exact, strict=True)]
         return torch.stack(errors).max().item()
+
+
+class Whole:
+    """What a block and a model have in common as pieces that sides compute; subclasses say the rest."""
+
+    cell: Cell
+    x: Tensor
+
+    @property
+    def module(self) -> nn.Module:
+        """Whose parameters are used."""
+        raise NotImplementedError
+
+    def call(self, forward: Forward) -> Callable[[], list[Tensor]]:
+        """A forward pass as the cell's pass: alone, with gradients, ..."""
+        raise NotImplementedError
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a backward pass."""
+        return self.cell.pass_ in ("training", "step")
+
+    def in_precision(self, forward: Forward) -> Forward:
+        """``forward`` in the cell's precision."""
+        return in_precision(forward, self.cell.precision, self.x.device)
+
+    def side(self, name: str, forward: Forward, gate: Gate, work: Work) -> Side:
+        """A side whose bytes kept for the backward pass are counted, if there is one."""
+        forward = self.in_precision(forward)
+        return Side(
+            name,
+            self.call(forward),
+            gate.error,
+            gate.bound,
+            work=work,
+            forward=forward if self.trains else None,
+            parameters=list(self.module.parameters()),
+        )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import sources
-from benchmarks.cases import AUTOCAST, Benchmark, Case, Goal, Options, Side
+from benchmarks.cases import AUTOCAST, Benchmark, Case, Goal, Options
 from benchmarks.counts import ITEMSIZES, Work, block_forward, block_training
 from benchmarks.suite import _peers
 from benchmarks.suite._models import TINY
@@ -110,7 +110,7 @@ def build(cell: Cell, device: torch.device) -> Case:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Piece(_peers.Whole):
     """A block, its inputs, and what is computed of them."""
 
     cell: Cell
@@ -158,9 +158,8 @@ class Piece:
         )
 
     @property
-    def trains(self) -> bool:
-        """Whether there is a backward pass."""
-        return self.cell.pass_ == "training"
+    def module(self) -> nn.RoutedDiTBlock:
+        return self.block
 
     @property
     def runs_kernels(self) -> bool:
@@ -183,7 +182,7 @@ class Piece:
 
     def gate(self, exact: Sequence[Tensor], eager: Forward) -> Gate:
         """For results in this precision."""
-        return Gate(exact, self._call(self._in_precision(eager))(), self.cell.precision)
+        return Gate(exact, self.call(self.in_precision(eager))(), self.cell.precision)
 
     def work(self, active: int) -> Work:
         """What the function of as many active channels needs."""
@@ -193,23 +192,7 @@ class Piece:
             return block_training(B, N, C, active, H, self.block.attn.num_heads, items, scope)
         return block_forward(B, N, C, active, H, items, scope)
 
-    def side(self, name: str, forward: Forward, gate: Gate, work: Work) -> Side:
-        """A side whose bytes kept for the backward pass are counted, if there is one."""
-        forward = self._in_precision(forward)
-        return Side(
-            name,
-            self._call(forward),
-            gate.error,
-            gate.bound,
-            work=work,
-            forward=forward if self.trains else None,
-            parameters=list(self.block.parameters()),
-        )
-
-    def _in_precision(self, forward: Forward) -> Forward:
-        return _peers.in_precision(forward, self.cell.precision, self.x.device)
-
-    def _call(self, forward: Forward) -> Callable[[], list[Tensor]]:
+    def call(self, forward: Forward) -> Callable[[], list[Tensor]]:
         if not self.trains:
             return _peers.without_graph(forward)
         return _peers.with_gradients(forward, [self.x, self.c, *self.block.parameters()], self.cotangent)

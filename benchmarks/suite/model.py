@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import sources
-from benchmarks.cases import AUTOCAST, PASSES, Benchmark, Case, Options, Side
+from benchmarks.cases import AUTOCAST, PASSES, Benchmark, Case, Options
 from benchmarks.counts import ITEMSIZES, Work, adamw_step, dit_forward, dit_training
 from benchmarks.suite import _peers
 from benchmarks.suite._models import TINY, make_dit
@@ -108,7 +108,7 @@ def build(cell: Cell, device: torch.device) -> Case:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(_peers.Whole):
     """A model, a batch, and what is computed of them."""
 
     cell: Cell
@@ -160,9 +160,8 @@ class Prediction:
         )
 
     @property
-    def trains(self) -> bool:
-        """Whether there is a backward pass."""
-        return self.cell.pass_ in ("training", "step")
+    def module(self) -> nn.DiT:
+        return self.model
 
     def masked(self) -> Tensor:
         return self.plain(self.model, self.x, self.times, self.y, self.mask)
@@ -183,7 +182,7 @@ class Prediction:
 
     def gate(self, exact: Sequence[Tensor], eager: Forward) -> Gate:
         """For results in this precision, of which ``eager`` makes one."""
-        return Gate(exact, self._call(self._in_precision(eager))(), self.cell.precision)
+        return Gate(exact, self.call(self.in_precision(eager))(), self.cell.precision)
 
     def work(self, active: int) -> Work:
         """What the function of as many active channels needs."""
@@ -208,23 +207,7 @@ class Prediction:
             work += adamw_step(sum(p.numel() for p in _peers.trainable(model)), items.stream)
         return work
 
-    def side(self, name: str, forward: Forward, gate: Gate, work: Work) -> Side:
-        """A side whose bytes kept for the backward pass are counted, if there is one."""
-        forward = self._in_precision(forward)
-        return Side(
-            name,
-            self._call(forward),
-            gate.error,
-            gate.bound,
-            work=work,
-            forward=forward if self.trains else None,
-            parameters=list(self.model.parameters()),
-        )
-
-    def _in_precision(self, forward: Forward) -> Forward:
-        return _peers.in_precision(forward, self.cell.precision, self.x.device)
-
-    def _call(self, forward: Forward) -> Callable[[], list[Tensor]]:
+    def call(self, forward: Forward) -> Callable[[], list[Tensor]]:
         parameters = _peers.trainable(self.model)
 
         def step() -> list[Tensor]:

@@ -19,7 +19,7 @@ _ALIGNMENT = 16
 _ROW_PADDING = 16
 # Triton decides when a kernel is defined whether it is interpreted.
 _INTERPRETED = triton.knobs.runtime.interpret
-# Measured on 2 cores: below this many elements of x the reference block is faster on a CPU.
+# Below this many elements of x the reference block is faster on a CPU (`python -m benchmarks run cpu_limits`).
 LEAST_ELEMENTS_ON_CPU = 3 << 16
 # Tokens that a backward kernel sums over before it writes a partial sum.
 TOKENS_PER_SUM = 32

@@ -241,7 +241,7 @@ def weight_gradient_tile(dtype: torch.dtype, rows: int, arch: int) -> GemmTile:
     k = min(64 if _has_large_tiles(arch) else 32, power_of_two(rows))
     if dtype == torch.float32:
         return GemmTile(64, 64, 16, 8, 2)
-    # One stage more than the tiles need: the load of a sample's start takes one.
+    # The load of a sample's start takes stages too: four leave two buffers for each operand, as the compiler reports.
     return GemmTile(128, 256, k, 8, 4) if _has_large_tiles(arch) else GemmTile(128, 128, k, 8, 3)
 
 
