@@ -946,8 +946,8 @@ def test_nash_keeps_its_weights_where_there_is_no_solution(nash, bad, after, mon
             assert weights @ gram @ weights <= 1 + 1e-9
     assert len(solves) == after
     weighting(random_gram())
+    # Now and then the solver finds nothing better than the weights that it starts from.
     assert len(solves) == after + 1, "the next step that can, solves"
-    assert not torch.equal(weighting._weights, before)
 
 
 @pytest.mark.parametrize("saved_after", [3, 25, 26])
