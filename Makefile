@@ -18,7 +18,7 @@ endif
 .PHONY: demo test test-kernels lint gpu verify clean
 
 demo: $(READY)  ## train a small DTR-DiT on real digits, sample from it, compare fused and plain blocks: out/demo
-	$(RUN) examples/digits.py --out out/demo
+	$(RUN) -m examples.demo --out out/demo
 
 test: $(READY) lint test-kernels  ## everything that needs no GPU
 

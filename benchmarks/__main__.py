@@ -1,4 +1,4 @@
-"""Command line: ``python -m benchmarks list | run | report | static | tune``."""
+"""Command line: ``python -m benchmarks list | run | report | static | tune | study``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment, report, sources, static, tune
+from benchmarks import environment, report, sources, static, study, tune
 from benchmarks.arguments import positive
 from benchmarks.cases import AUTOCAST, DTYPES, PASSES, WINDOWS, Benchmark, Case, Options
 from benchmarks.measure import Bench, Rounds
@@ -143,6 +143,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         "run": ("check, time and compare; Ctrl-C keeps what was measured", _add_run_arguments, run),
         "report": ("tables and pictures of stored results", report.add_arguments, report.main),
         "static": ("what compilers say of every kernel; needs no GPU", static.add_arguments, static.main),
+        "study": ("train with and without each method on real digits, and compare", study.add_arguments, study.main),
         "tune": ("find the fastest tiles for this machine's GPU", tune.add_arguments, tune.main),
     }
     made = {}

@@ -1,7 +1,9 @@
 """Kernels for diffusion training as multi-task learning: Denoising Task Routing and gradient surgery."""
 
 from dtr_kernels import nn, ops, reference
-from dtr_kernels.plotting import plot_routing
+from dtr_kernels.analysis import TaskAffinity, negative_transfer_gaps, task_affinity
+from dtr_kernels.clusters import IntervalClusters, interval_clusters
+from dtr_kernels.plotting import plot_affinity, plot_clusters, plot_routing
 from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting, RandomRouting
 from dtr_kernels.surgery import GradientSurgery, UncertaintyWeighting
 from dtr_kernels.swap import restore_blocks, swap_blocks
@@ -12,12 +14,19 @@ __all__ = [
     "ChannelWindow",
     "DenoisingTaskRouting",
     "GradientSurgery",
+    "IntervalClusters",
     "RandomRouting",
+    "TaskAffinity",
     "UncertaintyWeighting",
+    "interval_clusters",
+    "negative_transfer_gaps",
     "nn",
     "ops",
+    "plot_affinity",
+    "plot_clusters",
     "plot_routing",
     "reference",
     "restore_blocks",
     "swap_blocks",
+    "task_affinity",
 ]

@@ -1,18 +1,26 @@
-"""Pictures of a routing: which channels are active at each timestep (figure 3 of the DTR paper)."""
+"""Pictures of a routing (figure 3 of the DTR paper), of clusters of timesteps (ANT, section 4.1) and of the affinity of
+denoising tasks (ANT, observation O1)."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from dtr_kernels.clusters import IntervalClusters, check_snr, real_numbers
 from dtr_kernels.routing import DenoisingTaskRouting, RandomRouting
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_routing"]
+    from dtr_kernels.analysis import TaskAffinity
+
+__all__ = ["plot_affinity", "plot_clusters", "plot_routing"]
 
 
 def plot_routing(
@@ -50,3 +58,194 @@ def plot_routing(
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
+
+
+def plot_affinity(
+    affinity: TaskAffinity, path: str | Path | None = None, clusters: IntervalClusters | None = None
+) -> Figure:
+    """Draws the cosines of the gradients at every two timesteps, along axes of timesteps.
+
+    Args:
+        affinity: what to draw. Each timestep's cell reaches halfway to its neighbours.
+        path: where to save the picture (PNG, PDF, SVG by its ending); None returns it only.
+        clusters: whose squares to draw on top; the axes are then all of their timesteps.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ImportError: if matplotlib is not installed (``pip install matplotlib``).
+        ValueError: if clusters end before the last timestep of affinity.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    if clusters and clusters.num_timesteps <= affinity.timesteps[-1]:
+        raise ValueError(
+            f"clusters must reach the last timestep of affinity, {int(affinity.timesteps[-1])}, but are of "
+            f"{clusters.num_timesteps} timesteps"
+        )
+    edges = _cell_edges(affinity.timesteps.double(), clusters).numpy()
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    cosines = affinity.matrix.numpy()
+    cells = axes.pcolormesh(edges, edges, cosines, cmap="RdBu_r", vmin=-1, vmax=1, rasterized=True)
+    figure.colorbar(cells, cax=axes.inset_axes((1.04, 0, 0.05, 1)), label="cosine of gradients")
+    for first, end in pairwise(clusters.bounds) if clusters else ():
+        axes.add_patch(Rectangle((first - 0.5, first - 0.5), end - first, end - first, fill=False))
+    limits = float(edges[0]), float(edges[-1])
+    axes.set(xlim=limits, ylim=limits, aspect="equal", title="Affinity of denoising tasks")
+    axes.set(xlabel="timestep t (0: clean image, right: noise)", ylabel="timestep t")
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def _cell_edges(timesteps: Tensor, clusters: IntervalClusters | None) -> Tensor:
+    """The n + 1 edges of cells around ascending timesteps [n]: halfway between two, the last ones as far beyond.
+
+    With clusters the outer cells reach to the first and the last of their timesteps, as in ``TaskAffinity.resized``.
+    """
+    between = (timesteps[1:] + timesteps[:-1]) / 2
+    ends = timesteps[[0, -1]] + torch.tensor([-0.5, 0.5])
+    if clusters:
+        ends = torch.tensor([-0.5, clusters.num_timesteps - 0.5])
+    elif len(timesteps) > 1:
+        ends = (2 * timesteps[[0, -1]] - between[[0, -1]]).clamp_min(-0.5)
+    return torch.cat([ends[:1], between, ends[1:]])
+
+
+# In pictures of clusters, in inches: a line and a character of small print, the wedges below the boxes.
+_LINE, _CHARACTER, _WEDGE = 0.11, 0.055, 0.35
+# With more clusters than these the boxes have no labels.
+_MOST_LABELS = 64
+
+
+def plot_clusters(clusters: IntervalClusters, path: str | Path | None = None, values: Any = None) -> Figure:
+    """Draws the intervals over the timesteps, with the curve or the matrix that they were made from.
+
+    Every cluster has a box above with its number, its first and last timestep and how many it holds, and a wedge that
+    leads from the box to where it is; so one of a single timestep can be read too. More than 64 have no labels.
+
+    Args:
+        clusters: what to draw.
+        path: where to save the picture (PNG, PDF, SVG by its ending); None returns it only.
+        values: what to draw with them, as for ``interval_clusters``: the SNR at every timestep, [T], as a curve on a
+            logarithmic scale, which leaves out zeros; or the affinity of all pairs of timesteps, [T, T], as a heat map
+            with the clusters as squares. None draws the intervals only.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ImportError: if matplotlib is not installed (``pip install matplotlib``).
+        ValueError: if values have another shape, or are NaN, infinite, or an SNR that is negative.
+        TypeError: if values are not real numbers.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plot_clusters needs matplotlib: pip install matplotlib") from error
+
+    T, K = clusters.num_timesteps, clusters.num_clusters
+    is_matrix = values is not None and np.ndim(values) == 2
+    width = max(5.0, _LINE * min(K, _MOST_LABELS))
+    height = width if is_matrix else 0.4 if values is None else 2.2
+    labels = _labels(clusters, width / K)
+    figure = Figure()
+    boxes, axes = figure.subplots(2, sharex=True, height_ratios=(labels.height + _WEDGE, height))
+    _fit(figure, width, labels.height + _WEDGE + height, right=1.15 if is_matrix else 0.15)
+    if is_matrix:
+        _draw_affinity(axes, clusters, real_numbers(values, (T, T), "the affinity of all pairs of timesteps"))
+    else:
+        _draw_bands(axes, clusters)
+        _draw_snr(axes, None if values is None else real_numbers(values, (T,), "the SNR at every timestep"))
+    _draw_boxes(boxes, clusters, labels)
+    boxes.set_title(f"Interval clusters: cost {clusters.cost}, K {K}, T {T}")
+    axes.set(xlim=(-0.5, T - 0.5), xlabel="timestep t (0: clean image, right: noise)")
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+class _Labels(NamedTuple):
+    """What stands beside the boxes and in each; degrees that it is turned by; how high the boxes must be, in inches."""
+
+    caption: str
+    texts: list[str]
+    rotation: int
+    height: float
+
+
+def _labels(clusters: IntervalClusters, box_width: float) -> _Labels:
+    rows = [
+        (str(k), str(first) if end == first + 1 else f"{first}\N{EN DASH}{end - 1}", str(end - first))
+        for k, (first, end) in enumerate(pairwise(clusters.bounds))
+    ]
+    if len(rows) > _MOST_LABELS:
+        return _Labels("", [""] * len(rows), 0, _LINE)
+    if max(len(text) for row in rows for text in row) * _CHARACTER < box_width - 0.06:
+        return _Labels("cluster\ntimesteps\nlength", ["\n".join(row) for row in rows], 0, 3.6 * _LINE)
+    caption, texts = "cluster:\ntimesteps (length)", ["{}: {} ({})".format(*row) for row in rows]
+    return _Labels(caption, texts, 90, max(18, *map(len, texts)) * _CHARACTER + 0.06)
+
+
+def _fit(figure: Figure, width: float, height: float, right: float) -> None:
+    """Gives the figure the size at which its axes, one on the other, have this width and height in inches."""
+    left, below, above = 0.75, 0.55, 0.35
+    W, H = left + width + right, below + height + above
+    figure.set_size_inches(W, H)
+    figure.subplots_adjust(left=left / W, right=1 - right / W, bottom=below / H, top=1 - above / H, hspace=0)
+
+
+def _draw_affinity(axes: Axes, clusters: IntervalClusters, affinity: np.ndarray) -> None:
+    """The heat map, white where tasks neither help nor hinder each other, and a square for each cluster."""
+    from matplotlib.patches import Rectangle
+
+    largest = max(1.0, np.abs(affinity).max())
+    image = axes.imshow(affinity, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-largest, vmax=largest)
+    for first, end in pairwise(clusters.bounds):
+        axes.add_patch(Rectangle((first - 0.5, first - 0.5), end - first, end - first, fill=False, linewidth=1))
+    axes.figure.colorbar(image, cax=axes.inset_axes((1.02, 0, 0.03, 1)), label="affinity")
+    axes.set_ylabel("timestep t")
+
+
+def _draw_snr(axes: Axes, snr: np.ndarray | None) -> None:
+    if snr is None:
+        axes.set_yticks([])
+        return
+    check_snr(snr, "snr")
+    axes.plot(snr, color="black", linewidth=1.5)
+    axes.set(ylabel="SNR", yscale="log")
+
+
+def _draw_bands(axes: Axes, clusters: IntervalClusters) -> None:
+    for (first, end), colour in zip(pairwise(clusters.bounds), _colours(clusters), strict=True):
+        axes.axvspan(first - 0.5, end - 0.5, color=colour, linewidth=0.6)
+
+
+def _draw_boxes(axes: Axes, clusters: IntervalClusters, labels: _Labels) -> None:
+    """Boxes of one width, and a wedge from each down to its interval."""
+    T, K = clusters.num_timesteps, clusters.num_clusters
+    middle, top = _WEDGE + labels.height / 2, _WEDGE + labels.height
+
+    def write(x: float, text: str, **where: Any) -> None:
+        axes.text(x, middle, text, va="center", rotation=labels.rotation, fontsize=7, **where)
+
+    write(-0.01, labels.caption, ha="right", transform=axes.get_yaxis_transform())
+    for k, ((first, end), colour) in enumerate(zip(pairwise(clusters.bounds), _colours(clusters), strict=True)):
+        left, right = (T * (k + part) / K - 0.5 for part in (0.03, 0.97))
+        x = [first - 0.5, end - 0.5, right, right, left, left]
+        # The outline shows an interval that is narrower than itself.
+        axes.fill(x, [0, 0, _WEDGE, top, top, _WEDGE], facecolor=colour, edgecolor=colour, linewidth=0.6)
+        write((left + right) / 2, labels.texts[k], ha="center")
+    axes.set_ylim(0, top)
+    axes.set_axis_off()
+
+
+def _colours(clusters: IntervalClusters) -> list[np.ndarray]:
+    """Pale ones, on which black can be read, darker and lighter in turn, so that neighbours differ."""
+    from matplotlib import colormaps
+
+    colours = colormaps["viridis"](np.linspace(0, 1, clusters.num_clusters))[:, :3]
+    return [1 - (0.5, 0.3)[k % 2] * (1 - colour) for k, colour in enumerate(colours)]

@@ -1,0 +1,257 @@
+"""From what the units found to what the study says: comparisons seed by seed, in numbers and in sentences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.study.plan import METHODS, VANILLA, Plan, unit
+from benchmarks.tables import table
+from benchmarks.timing import Spread, ratio
+
+STORED = Path("docs/study/study.json")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A method against vanilla, with the same seeds: relative differences, negative where the method's is lower."""
+
+    mean: float
+    least: float
+    most: float
+    lower: int  # in so many seeds
+    seeds: int
+
+    @classmethod
+    def of(cls, method: Sequence[float], vanilla: Sequence[float]) -> Change:
+        each = [a / b - 1 for a, b in zip(method, vanilla, strict=True)]
+        return cls(sum(each) / len(each), min(each), max(each), sum(change < 0 for change in each), len(each))
+
+    @property
+    def verdict(self) -> str:
+        """Whether all seeds agree."""
+        if self.lower == self.seeds:
+            return "lower in every seed"
+        return "higher in every seed" if self.lower == 0 else f"lower in {self.lower} of {self.seeds} seeds"
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1%} ({self.least:+.1%} to {self.most:+.1%}), {self.verdict}"
+
+
+def collect(plan: Plan, found: Mapping[str, Mapping[str, Any]], environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that a page and the README are made from, as JSON.
+
+    Args:
+        plan: the size of the study.
+        found: what each unit found.
+        environment: where the last of them ran.
+    """
+    seeds = range(plan.seeds)
+    runs = {method: [found[unit(method, seed)] for seed in seeds] for method in METHODS}
+    specialists = [[found[unit(f"specialist {k}", seed)]["losses"] for k in range(plan.clusters)] for seed in seeds]
+    return {
+        "plan": asdict(plan),
+        "environment": dict(environment),
+        "commits": sorted({str(unit["commit"]) for unit in found.values()}),
+        "real": found["real"],
+        "methods": {
+            method: {
+                "losses": [_rounded(run["losses"]) for run in of_seeds],
+                "distance": [run["distance"] for run in of_seeds],
+                "recognised": [run["recognised"] for run in of_seeds],
+                "seconds": _rounded(found["seconds"]["seconds"][method]),
+            }
+            for method, of_seeds in runs.items()
+        },
+        "specialists": [[_rounded(losses) for losses in of_seed] for of_seed in specialists],
+        "transfer": [_rounded(found[unit("transfer", seed)]["distance"]) for seed in seeds],
+        "affinity": {
+            **{name: found["affinity"][name] for name in ("steps", "timesteps")},
+            "matrix": [_rounded(row) for row in found["affinity"]["matrix"]],
+        },
+    }
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [float(f"{value:.6g}") for value in values]
+
+
+def losses_of(study: Mapping[str, Any], method: str) -> list[float]:
+    """The mean denoising loss over the timesteps, of each seed."""
+    return [sum(losses) / len(losses) for losses in study["methods"][method]["losses"]]
+
+
+def loss_change(study: Mapping[str, Any], method: str) -> Change:
+    return Change.of(losses_of(study, method), losses_of(study, VANILLA))
+
+
+def distance_change(study: Mapping[str, Any], method: str) -> Change:
+    return Change.of(study["methods"][method]["distance"], study["methods"][VANILLA]["distance"])
+
+
+def step_time(study: Mapping[str, Any], method: str) -> Spread:
+    """The time of a training step over that of vanilla."""
+    return ratio(study["methods"][method]["seconds"], study["methods"][VANILLA]["seconds"])
+
+
+def loss_gaps(study: Mapping[str, Any]) -> torch.Tensor:
+    """The negative transfer gap of vanilla in each interval by its own denoising loss, relative to it, [seeds, K].
+
+    Negative where the specialist's loss is lower: negative transfer.
+    """
+    shared = torch.tensor(study["methods"][VANILLA]["losses"], dtype=torch.float64)
+    gaps = []
+    for of_seed, losses in zip(study["specialists"], shared, strict=True):
+        parts = losses.split([len(of_interval) for of_interval in of_seed])
+        own = [torch.tensor(of_interval, dtype=torch.float64).mean() for of_interval in of_seed]
+        gaps.append(torch.stack([mine / part.mean() - 1 for mine, part in zip(own, parts, strict=True)]))
+    return torch.stack(gaps)
+
+
+def affinity_falls(study: Mapping[str, Any]) -> tuple[float, float]:
+    """The mean cosine of neighbouring timesteps, and of those half of the timesteps or more apart."""
+    matrix = torch.tensor(study["affinity"]["matrix"], dtype=torch.float64)
+    count = len(matrix)
+    apart = (torch.arange(count)[:, None] - torch.arange(count)).abs()
+    return matrix[apart == 1].mean().item(), matrix[apart >= count // 2].mean().item()
+
+
+def as_table(study: Mapping[str, Any]) -> str:
+    """One row for each method."""
+    rows = [["", "denoising loss", "against vanilla", "Frechet distance", "against vanilla", "recognised", "a step"]]
+    for method, of_method in study["methods"].items():
+        vanilla = method == VANILLA
+        rows.append(
+            [
+                method,
+                _over_seeds(losses_of(study, method), "{:.4f}"),
+                "" if vanilla else str(loss_change(study, method)),
+                _over_seeds(of_method["distance"], "{:.2f}"),
+                "" if vanilla else str(distance_change(study, method)),
+                _over_seeds(of_method["recognised"], "{:.1%}"),
+                _step(study, method),
+            ]
+        )
+    return table(rows)
+
+
+def _over_seeds(values: Sequence[float], form: str) -> str:
+    mean, least, most = (form.format(value) for value in (sum(values) / len(values), min(values), max(values)))
+    return f"{mean} ({least} to {most})"
+
+
+def _step(study: Mapping[str, Any], method: str) -> str:
+    if method == VANILLA:
+        return f"{Spread.of(study['methods'][method]['seconds']).median * 1e3:.3g} ms"
+    spread = step_time(study, method)
+    return f"{spread.median:.2f}x ({spread.p20:.2f} to {spread.p80:.2f})"
+
+
+def sentences(study: Mapping[str, Any]) -> list[str]:
+    """What was found, in five sentences."""
+    plan = study["plan"]
+    near, far = affinity_falls(study)
+    gaps = loss_gaps(study)
+    by_distance = torch.tensor(study["transfer"], dtype=torch.float64)
+    better = [k for k in range(plan["clusters"]) if (gaps[:, k] < 0).all()]
+    worse = [k for k in range(plan["clusters"]) if (gaps[:, k] > 0).all()]
+    closer = [k for k in range(plan["clusters"]) if (by_distance[:, k] < 0).all()]
+    best = min(METHODS, key=lambda method: sum(study["methods"][method]["distance"]))
+    return [
+        f"**Routing.** {_compared(study, ['+DTR (block)', '+DTR (branch)', '+R-TR'])}",
+        f"**Weighting.** {_compared(study, ['+UW', '+PCGrad', '+Nash'])}",
+        f"**Both.** {_compared(study, ['+DTR+UW', '+DTR+PCGrad'])} Of all, {best} comes closest to real digits: "
+        f"{_over_seeds(study['methods'][best]['distance'], '{:.2f}')}, where held-out real digits are at "
+        f"{study['real']['distance']:.2f}.",
+        f"**Task affinity (O1).** The gradients of neighbouring timesteps have a cosine of {near:.2f}, of timesteps "
+        f"half of the process or more apart {far:.2f}.",
+        f"**Negative transfer (O2).** Of {plan['clusters']} intervals, specialists have the lower denoising loss in "
+        f"every seed in {_intervals(better)} (negative transfer), and the higher one in {_intervals(worse)}; by the "
+        f"distance of samples they are better in every seed in {_intervals(closer)}.",
+    ]
+
+
+def _compared(study: Mapping[str, Any], methods: Sequence[str]) -> str:
+    parts = []
+    for method in methods:
+        loss, distance = loss_change(study, method), distance_change(study, method)
+        parts.append(
+            f"{method}: loss {loss.mean:+.1%} ({loss.verdict}), distance {distance.mean:+.1%} ({distance.verdict}), "
+            f"{step_time(study, method).median:.2f}x the time of a step"
+        )
+    return "; ".join(parts) + "."
+
+
+def _intervals(which: Sequence[int]) -> str:
+    return "none" if not which else "interval " + ", ".join(str(k) for k in which)
+
+
+def setup(study: Mapping[str, Any]) -> str:
+    """What was trained on what, where and when."""
+    plan, where, real = study["plan"], study["environment"], study["real"]
+    commits = ", ".join(commit[:7] for commit in study["commits"])
+    model = f"a DiT of {plan['hidden_size']} channels and {plan['depth']} blocks"
+    images = f"{plan['batch_size']} images of {plan['size']} x {plan['size']}"
+    return (
+        f"{len(METHODS)} ways to train {model}, {plan['steps']} steps of {images}, {plan['seeds']} seeds, "
+        f"K {plan['clusters']}; {real['training images']} real digits to train on and {real['held-out images']} held "
+        f"out; {where['device']}, torch {where['torch']}, commit {commits}, {str(where['date'])[:10]}"
+    )
+
+
+def readme_block(root: Path) -> str:
+    """What the README says of the committed study, or that there is none."""
+    path = root / STORED
+    if not path.is_file():
+        return "The study has not been run: `make study`."
+    study = json.loads(path.read_text())
+    lines = [f"- {sentence}" for sentence in sentences(study)]
+    return "\n".join([f"{setup(study)} ([all figures](docs/study/study.md), by `{command(study)}`):", "", *lines])
+
+
+def command(study: Mapping[str, Any]) -> str:
+    """The command that made it."""
+    return str(study["environment"]["command"])
+
+
+def markdown(study: Mapping[str, Any]) -> str:
+    """The page beside the picture."""
+    real = study["real"]
+    return (
+        "\n\n".join(
+            [
+                "# What the methods do on real digits",
+                f"{setup(study)}. Made by `{command(study)}`.",
+                "![The study on one page](study.png)",
+                "\n".join(f"- {sentence}" for sentence in sentences(study)),
+                "## Each method",
+                as_table(study),
+                _METHOD.format(accuracy=f"{real['accuracy']:.1%}", distance=f"{real['distance']:.2f}"),
+            ]
+        )
+        + "\n"
+    )
+
+
+_METHOD = """\
+## How to read this
+
+- Every method trains from the same weights, on the same images, timesteps and noise, for as many steps; only the
+  routing and the weighting differ. Differences are therefore taken seed by seed; in brackets are the least and the most
+  of them. With so few seeds "in every seed" is a hint and no proof, and among eight methods some agree by chance.
+- The moving average of the weights is judged. The denoising loss is the mean squared error of the predicted velocity on
+  held-out images, over evenly spaced timesteps, with the same noise for every model.
+- The Frechet distance compares samples with the training images, by 64 features of a classifier trained on those (its
+  accuracy on held-out images: {accuracy}). Held-out real images are at {distance}. "Recognised" are samples that the
+  classifier takes for the class that was asked for.
+- A specialist is trained on one interval alone, for as many steps as the shared model takes for all of them. The
+  negative transfer gap is the quality with the specialist in its interval minus that of the shared model alone, lower
+  being better: a negative gap is negative transfer.
+- Task affinity: cosines of the gradients of the loss at two timesteps, each over all training images with noise of its
+  own, averaged over three moments of a vanilla training.
+- The time of a step is measured at the end, with all methods taking turns; the range is from p20 to p80."""

@@ -1,0 +1,83 @@
+"""What is compared, and at which size."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+VANILLA = "vanilla"
+
+#: What each method changes in the recipe. Steps, batches and noise are the same for all of them.
+METHODS: dict[str, dict[str, str]] = {
+    VANILLA: {"routing": "none"},
+    "+R-TR": {"routing": "random"},
+    "+DTR (block)": {"routing": "dtr", "scope": "block"},
+    "+DTR (branch)": {"routing": "dtr", "scope": "branch"},
+    "+UW": {"routing": "none", "weighting": "uw"},
+    "+PCGrad": {"routing": "none", "weighting": "pcgrad"},
+    "+Nash": {"routing": "none", "weighting": "nash"},
+    "+DTR+UW": {"routing": "dtr", "weighting": "uw"},
+    "+DTR+PCGrad": {"routing": "dtr", "weighting": "pcgrad"},
+}
+
+
+def unit(what: str, seed: int) -> str:
+    """The name of a piece of work that is done for every seed."""
+    return f"{what}, seed {seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The size of a study.
+
+    Attributes:
+        seeds: how many times everything is trained; seed s has the same batches and noise for every method.
+        steps, batch_size, learning_rate, precision, size, hidden_size, depth, num_heads: as in ``Recipe``.
+        clusters: K, of the weightings and of the specialists.
+        samples: images drawn from each model, a multiple of ten.
+        sampling_steps: of DDIM.
+        loss_every, affinity_every: timesteps between two at which losses, and gradients, are looked at.
+        timing_rounds: how often a step of every method is timed.
+    """
+
+    name: str
+    seeds: int
+    steps: int
+    batch_size: int
+    samples: int
+    sampling_steps: int
+    loss_every: int
+    affinity_every: int
+    timing_rounds: int
+    clusters: int = 5
+    size: int = 8
+    hidden_size: int = 128
+    depth: int = 4
+    num_heads: int = 4
+    learning_rate: float = 2e-3
+    precision: str = "fp32"
+
+    def settings(self) -> dict[str, Any]:
+        """Of the recipes of all models."""
+        not_of_recipes = ("name", "seeds", "samples", "sampling_steps", "loss_every", "affinity_every", "timing_rounds")
+        return {name: value for name, value in asdict(self).items() if name not in not_of_recipes}
+
+
+PLANS = {
+    plan.name: plan
+    for plan in (
+        Plan("quick", 2, 12, 20, 100, 4, 100, 200, 3, hidden_size=32, depth=2, num_heads=2),
+        Plan("cpu", 3, 500, 128, 1000, 25, 20, 20, 15),
+        # A larger model on larger images; its figures have never been made: no GPU has run it yet.
+        Plan(
+            "cuda",
+            *(3, 5000, 256, 2000, 50, 10, 20, 30),
+            size=32,
+            hidden_size=384,
+            depth=12,
+            num_heads=6,
+            learning_rate=5e-4,
+            precision="bf16",
+        ),
+    )
+}

@@ -1,0 +1,209 @@
+"""The pieces of a study: each is done once, and its findings are kept, so that an interrupted study goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dtr_kernels as dtr
+from benchmarks import environment
+from benchmarks.study.judge import Judge, split, trained_classifier
+from benchmarks.study.plan import METHODS, VANILLA, Plan, unit
+from benchmarks.timing import Stopwatch
+from examples import digits
+from examples.train import Recipe, Training, run, write_atomically
+
+# Of training: when the gradients of the timesteps are compared.
+AFFINITY_AT = (0.1, 0.3, 1.0)
+
+
+class Interrupted(Exception):
+    """Ctrl-C came while a model was trained; its checkpoint is saved."""
+
+
+class Study:
+    """The pieces of a study, in a folder that keeps what each found.
+
+    Args:
+        plan: the size.
+        folder: of the findings; is made.
+        device: where to train.
+
+    Raises:
+        ValueError: if the folder holds a study of another plan.
+    """
+
+    def __init__(self, plan: Plan, folder: Path, device: torch.device) -> None:
+        self.plan, self.folder, self.device = plan, folder, device
+        folder.mkdir(parents=True, exist_ok=True)
+        self._check_plan()
+        self.clusters = dtr.interval_clusters(digits.TIMESTEPS, plan.clusters)
+        self.training, self.held_out = split(*digits.load_images(device, plan.size))
+        epochs = 2 if plan.name == "quick" else 40
+        self.judge = Judge(
+            self.training,
+            self.held_out,
+            trained_classifier(self.training, folder / "classifier.pt", epochs),
+            plan.samples,
+            plan.sampling_steps,
+            torch.arange(plan.loss_every // 2, digits.TIMESTEPS, plan.loss_every),
+        )
+
+    def _check_plan(self) -> None:
+        path, here = self.folder / "plan.json", asdict(self.plan)
+        if not path.exists():
+            path.write_text(json.dumps(here, indent=2) + "\n")
+        there = json.loads(path.read_text())
+        for name in here:
+            if there.get(name) != here[name]:
+                raise ValueError(
+                    f"{self.folder} holds a study with {name} {there.get(name)!r}, and this one has {here[name]!r}; "
+                    "give another --out, or delete that folder"
+                )
+
+    def units(self) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+        """Names and functions, in an order in which each finds what it needs, seed by seed."""
+        yield "real", self.real
+        for seed in range(self.plan.seeds):
+            for method in METHODS:
+                yield unit(method, seed), partial(self.train, method, seed)
+            for k in range(self.plan.clusters):
+                yield unit(f"specialist {k}", seed), partial(self.specialist, k, seed)
+            yield unit("transfer", seed), partial(self.transfer, seed)
+        yield "affinity", self.affinity
+        yield "seconds", self.seconds
+
+    def findings(self) -> dict[str, dict[str, Any]]:
+        """What the units found that are done, by their names."""
+        names = (name for name, _ in self.units())
+        return {name: json.loads(self._path(name).read_text()) for name in names if self._path(name).exists()}
+
+    def samples(self) -> dict[str, Tensor]:
+        """Two images of each class from a model of each method, [20, 1, size, size]."""
+        paths = {method: self.folder / f"{unit(method, 0)} images.pt" for method in METHODS}
+        return {method: torch.load(path, weights_only=True) for method, path in paths.items()}
+
+    def do(self, name: str, function: Callable[[], dict[str, Any]]) -> None:
+        """Runs a unit and keeps what it found."""
+        found = function() | {"commit": environment.describe(self.device)["commit"]}
+        unfinished = self._path(name).with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(found) + "\n")
+        os.replace(unfinished, self._path(name))
+
+    def done(self, name: str) -> bool:
+        return self._path(name).exists()
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+    def real(self) -> dict[str, Any]:
+        """What the judge says of real images."""
+        return {
+            "training images": len(self.training.labels),
+            "held-out images": len(self.held_out.labels),
+            "accuracy": self.judge.accuracy(*self.held_out),
+            "distance": self.judge.distance_of_images(self.held_out.images),
+        }
+
+    def train(self, method: str, seed: int) -> dict[str, Any]:
+        """Trains a model of a method and judges it."""
+        model = self._trained(unit(method, seed), self._recipe(seed, **METHODS[method]))
+        images = self.judge.draw(model)
+        write_atomically(images[: 2 * digits.CLASSES].cpu(), self.folder / f"{unit(method, seed)} images.pt")
+        return {
+            "losses": self.judge.losses(model).tolist(),
+            "distance": self.judge.distance_of_images(images),
+            "recognised": self.judge.accuracy(images, self.judge.classes),
+        }
+
+    def specialist(self, k: int, seed: int) -> dict[str, Any]:
+        """Trains a vanilla model on one interval alone, for as many steps, and looks at its losses there."""
+        recipe = self._recipe(seed, **METHODS[VANILLA], cluster=k)
+        losses = self.judge.losses(self._trained(unit(f"specialist {k}", seed), recipe))
+        return {"losses": losses[self.clusters.assign(self.judge.timesteps) == k].tolist()}
+
+    def transfer(self, seed: int) -> dict[str, Any]:
+        """The negative transfer gaps of the vanilla model, by denoising loss and by the distance of samples."""
+        shared = self._averaged(unit(VANILLA, seed), self._recipe(seed, **METHODS[VANILLA]))
+        recipes = [self._recipe(seed, **METHODS[VANILLA], cluster=k) for k in range(self.plan.clusters)]
+        specialists = [self._averaged(unit(f"specialist {k}", seed), recipe) for k, recipe in enumerate(recipes)]
+
+        def distance(model: Any) -> float:
+            return self.judge.distance_of_images(self.judge.draw(model))
+
+        return {"distance": dtr.negative_transfer_gaps(distance, shared, specialists, self.clusters).tolist()}
+
+    def affinity(self) -> dict[str, Any]:
+        """The affinity of denoising tasks along a vanilla training, averaged over its checkpoints."""
+        training = Training(self._recipe(0, **METHODS[VANILLA]), *self.training)
+        timesteps = range(self.plan.affinity_every // 2, digits.TIMESTEPS, self.plan.affinity_every)
+        found = []
+        for part in AFFINITY_AT:
+            until = max(round(part * self.plan.steps), 1)
+            while training.done < until:
+                training.step()
+            path = self.folder / f"affinity at {until}.pt"
+            found.append(
+                dtr.task_affinity(self._mean_loss(training), training.model.parameters(), timesteps, path=path)
+            )
+        return {
+            "steps": [max(round(part * self.plan.steps), 1) for part in AFFINITY_AT],
+            "timesteps": list(timesteps),
+            "matrix": dtr.TaskAffinity.average(found).matrix.tolist(),
+        }
+
+    def _mean_loss(self, training: Training) -> Callable[[int], Tensor]:
+        """The loss at a timestep over all training images, with noise of its own."""
+        images, labels = self.training
+
+        def loss(t: int) -> Tensor:
+            times = torch.full((len(images),), t, device=self.device)
+            x, velocity = digits.noisy(images, times)
+            return training.objective.losses(x, times, labels, velocity).mean()
+
+        return loss
+
+    def seconds(self) -> dict[str, Any]:
+        """Seconds of a training step of every method, in rounds in which all take turns."""
+        trainings = {
+            method: Training(self._recipe(0, **changes), *self.training) for method, changes in METHODS.items()
+        }
+        stopwatch = Stopwatch(self.device)
+        timers = {method: stopwatch.timer([training.step], graph=False) for method, training in trainings.items()}
+        rounds = min(self.plan.timing_rounds, self.plan.steps - 3)
+        found: dict[str, list[float]] = {method: [] for method in METHODS}
+        for number in range(-2, rounds):
+            for method, timer in timers.items():
+                taken = timer()
+                if number >= 0:  # the first rounds warm up
+                    found[method].append(taken)
+        return {"seconds": found}
+
+    def _recipe(self, seed: int, **changes: Any) -> Recipe:
+        return Recipe(seed=seed, **self.plan.settings(), **changes)
+
+    def _trained(self, name: str, recipe: Recipe) -> dtr.nn.DiT:
+        """The moving average of a training, which goes on where it was interrupted."""
+        checkpoint, weights = self.folder / f"{name} checkpoint.pt", self.folder / f"{name}.pt"
+        if weights.exists():
+            return self._averaged(name, recipe)
+        training = Training(recipe, *self.training)
+        if not run(training, checkpoint, save_every=200):
+            raise Interrupted
+        write_atomically(training.averaged.state_dict(), weights)
+        checkpoint.unlink()
+        return training.averaged
+
+    def _averaged(self, name: str, recipe: Recipe) -> dtr.nn.DiT:
+        """The model that ``_trained`` kept."""
+        model = Training(recipe, *self.training).averaged
+        model.load_state_dict(torch.load(self.folder / f"{name}.pt", map_location=self.device, weights_only=True))
+        return model

@@ -1,0 +1,394 @@
+"""The affinity of denoising tasks: cosines of the gradients at different timesteps (ANT, observation O1)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import operator
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtr_kernels.analysis.bar import ticking
+from dtr_kernels.analysis.progress import Checkpoint, Progress, replacing
+from dtr_kernels.surgery.parameters import device_of, named, trainable
+
+# With less memory each timestep would take more passes than this.
+_MOST_PASSES = 1000
+# Columns of gradients that are widened to fp64 at a time.
+_COLUMNS = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class TaskAffinity:
+    """How far the denoising tasks of n timesteps agree; made by ``task_affinity``. Tensors on the CPU.
+
+    Attributes:
+        timesteps: int64 [n], ascending.
+        matrix: fp64 [n, n], the cosine of the gradients at timesteps[i] and timesteps[j]: 1 where they point the same
+            way, 0 where they have nothing in common, below 0 where they conflict. A gradient of zero has cosine 0 with
+            every other and with itself.
+        norms: fp64 [n], the gradients' norms; ``norms[i] * matrix[i, j] * norms[j]`` is their Gram matrix.
+        losses: fp64 [n].
+
+    Raises:
+        ValueError: if shapes do not fit, or timesteps do not ascend.
+    """
+
+    timesteps: Tensor
+    matrix: Tensor
+    norms: Tensor
+    losses: Tensor
+
+    def __post_init__(self) -> None:
+        n = self.timesteps.numel()
+        for name, shape in ("timesteps", [n]), ("matrix", [n, n]), ("norms", [n]), ("losses", [n]):
+            if list(getattr(self, name).shape) != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {list(getattr(self, name).shape)}")
+        if n == 0 or not (self.timesteps.diff() > 0).all():
+            raise ValueError("timesteps must hold at least one timestep, in ascending order")
+
+    @classmethod
+    def average(cls, affinities: Iterable[TaskAffinity]) -> TaskAffinity:
+        """The mean over checkpoints of the cosines, as in the paper, and of the norms and losses.
+
+        Args:
+            affinities: of one model's checkpoints, at the same timesteps. Each counts alike.
+
+        Raises:
+            ValueError: if there are none, or their timesteps differ.
+        """
+        affinities = list(affinities)
+        if not affinities:
+            raise ValueError("affinities must hold at least one TaskAffinity, got none")
+        timesteps = affinities[0].timesteps
+        for i, affinity in enumerate(affinities):
+            if not torch.equal(affinity.timesteps, timesteps):
+                raise ValueError(f"affinities[{i}] has other timesteps than affinities[0]; compute both at the same")
+        names = "matrix", "norms", "losses"
+        return cls(timesteps, *(torch.stack([getattr(a, name) for a in affinities]).mean(0) for name in names))
+
+    def resized(self, num_timesteps: int) -> Tensor:
+        """The affinity of every pair of timesteps, for ``interval_clusters(cost="affinity", values=...)``.
+
+        Bilinear between the analysed timesteps, constant before the first and after the last. So the diagonal is 1 at
+        the analysed timesteps, and less between them.
+
+        Args:
+            num_timesteps: T, more than the last analysed timestep.
+
+        Returns:
+            fp64 [T, T].
+
+        Raises:
+            ValueError: if a timestep that was analysed is not below num_timesteps.
+        """
+        if num_timesteps <= self.timesteps[-1]:
+            raise ValueError(
+                f"num_timesteps must be more than the last timestep that was analysed, {int(self.timesteps[-1])}, got "
+                f"{num_timesteps}"
+            )
+        t, known = np.arange(num_timesteps), self.timesteps.numpy()
+        weights = torch.from_numpy(np.stack([np.interp(t, known, hat) for hat in np.eye(len(known))], axis=1))
+        return weights @ self.matrix @ weights.T
+
+    def save(self, path: str | Path) -> None:
+        """Writes an npz file of the attributes, which takes the place of an older one when it is complete."""
+        with replacing(Path(path)) as unfinished, unfinished.open("wb") as file:
+            np.savez(file, **{name: tensor.numpy() for name, tensor in vars(self).items()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> TaskAffinity:
+        """Reads what ``save`` has written.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: if it holds anything else.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return cls(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+        except OSError:
+            raise
+        except Exception as error:  # as many kinds as there are other files
+            raise ValueError(f"{path} does not hold a saved TaskAffinity ({error})") from error
+
+
+def task_affinity(
+    loss: Callable[[int], Tensor],
+    params: Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+    timesteps: Sequence[int],
+    *,
+    memory: int = 1 << 30,
+    seed: int = 0,
+    path: str | Path | None = None,
+    progress: bool = True,
+) -> TaskAffinity:
+    """The cosines of the gradients of the losses at every two of n timesteps (ANT, section 3, observation O1).
+
+    All come from one Gram matrix, summed over chunks of the P flattened parameters, so the n gradients are never there
+    at once. Each chunk takes one forward and backward pass for each timestep:
+
+        passes = n * ceil(n * P * itemsize / memory)
+
+    so half the memory, or twice the parameters, is twice the passes, and twice the timesteps four times. Give it what
+    the device has to spare, and few timesteps at first: DiT-S/2 (33M, fp32) at 100 timesteps is 1300 passes with the
+    default of 1 GiB, 100 with 13 GB, and at 1000 timesteps 123,000 with 1 GiB.
+
+    Args:
+        loss: the loss at a timestep t, a scalar, from model and data of its own: ``lambda t: denoising_loss(model,
+            images, t)``. The more samples it averages over, the less noise the cosines have. It must give the same each
+            time it is called with the same t. For that PyTorch's random numbers (of the CPU, and of the parameters'
+            GPU) start from (seed, t) in each call and are restored after it; what else is random (Python's or NumPy's
+            generators, a shuffled data loader) belongs outside. Gradient checkpointing needs ``use_reentrant=False``.
+        params: parameters, or (name, parameter) pairs, as for ``GradientSurgery``; on one device, fp32, bf16, fp16 or
+            fp64, also mixed. Those that do not require grad are left out. ``p.grad`` is neither read nor written.
+        timesteps: n different integers of at least 0, such as ``range(0, 1000, 10)``, which are sorted.
+        memory: most bytes of the buffer [n, chunk], on the parameters' device. Besides it there are the gradients with
+            respect to a chunk's parameters at one timestep, a few fp64 [n, n] and one [n, 2048].
+        seed: of the random numbers that ``loss`` draws, at least 0.
+        path: keeps the progress in this file (and ``<path>.rows``), at least every half minute and at any exception,
+            also Ctrl-C. The same call then goes on where the last one stopped, on a CPU to the same bits, and returns
+            at once when all is done. ``memory`` may change in between, at the cost of the chunk in progress. Of the
+            loss the file knows nothing: delete it where data or frozen parameters change.
+        progress: show a bar, if tqdm is installed.
+
+    Returns:
+        ``TaskAffinity``. Products are computed and summed in fp64.
+
+    Raises:
+        TypeError: if an argument, or what loss returns, is of the wrong kind.
+        ValueError: if an argument or a loss is not as described; if a loss or gradient is not finite; if path holds
+            anything else than the progress of this very analysis (timesteps, seed, parameters and their values). It is
+            never overwritten.
+        RuntimeError: if loss gives another value when called again with the same t.
+    """
+    if not callable(loss):
+        raise TypeError(f"loss must be a function of a timestep, got {type(loss).__name__}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
+    ascending = _checked_timesteps(timesteps)
+    parameters = _flattened(trainable(named(params)))
+    n = len(ascending)
+    row_bytes = _row_bytes(memory, parameters, n)
+    analysis = _Analysis(loss, parameters, ascending, seed, Checkpoint(path, _problem(parameters, ascending, seed)))
+    analysis.save()  # a path that cannot be written to is refused before the work
+    chunks = _chunks(parameters, row_bytes, analysis.progress.start)
+    passes = n * len(_chunks(parameters, row_bytes))
+    done = passes - n * len(chunks) + analysis.progress.rows
+    try:
+        with ticking(passes, done, "pass", progress) as tick:
+            for chunk in chunks:
+                analysis.add(chunk, tick)
+    finally:
+        analysis.save()
+    return analysis.result()
+
+
+def _checked_timesteps(timesteps: Iterable[int]) -> list[int]:
+    """The timesteps, sorted."""
+    try:
+        ascending = sorted(operator.index(t) for t in timesteps)
+    except TypeError as error:
+        raise TypeError(f"timesteps must be integers, such as range(0, 1000, 10) ({error})") from error
+    if not ascending:
+        raise ValueError("timesteps must hold at least one timestep, got none")
+    if ascending[0] < 0:
+        raise ValueError(f"timesteps must be at least 0, got {ascending[0]}")
+    twice = [t for t, count in Counter(ascending).items() if count > 1]
+    if twice:
+        raise ValueError(f"timesteps must be different, got {twice[0]} more than once")
+    return ascending
+
+
+def _flattened(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters in the order of the flattened vector: those of a dtype side by side.
+
+    Raises:
+        TypeError: if one is sharded.
+    """
+    for name, p in parameters.items():
+        if hasattr(p, "device_mesh"):
+            raise TypeError(f"params must be whole tensors, but {name} is a DTensor; analyse a copy on one device")
+    return dict(sorted(parameters.items(), key=lambda item: str(item[1].dtype)))
+
+
+def _row_bytes(memory: int, parameters: Mapping[str, Tensor], n: int) -> int:
+    """The bytes of ``memory`` that one timestep has."""
+    if isinstance(memory, bool) or not isinstance(memory, int):
+        raise TypeError(f"memory must be an integer, the bytes of the buffer, got {memory!r}")
+    sizes: Counter[torch.dtype] = Counter()
+    for p in parameters.values():
+        sizes[p.dtype] += p.numel()
+    least = max(n * dtype.itemsize * math.ceil(size / _MOST_PASSES) for dtype, size in sizes.items())
+    if memory < least:
+        raise ValueError(
+            f"memory must be at least {least} bytes for {n} timesteps and {sum(sizes.values())} parameters, got "
+            f"{memory}: each timestep would take more than {_MOST_PASSES} backward passes"
+        )
+    return memory // n
+
+
+def _problem(parameters: Mapping[str, Tensor], timesteps: list[int], seed: int) -> dict[str, object]:
+    """What two calls must have in common for one to go on with the other's progress."""
+    weights = hashlib.sha256()
+    for p in parameters.values():
+        weights.update(p.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    shapes = [f"{name} ({str(p.dtype).removeprefix('torch.')} {list(p.shape)})" for name, p in parameters.items()]
+    return {"timesteps": timesteps, "seed": seed, "parameters": shapes, "hash of the weights": weights.hexdigest()}
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A stretch of the flattened parameters, all of one dtype: names, and which of the parameter's elements."""
+
+    dtype: torch.dtype
+    parts: list[tuple[str, slice]]
+
+    @property
+    def width(self) -> int:
+        return sum(part.stop - part.start for _, part in self.parts)
+
+    def name_at(self, element: int) -> str:
+        """The parameter to which the element of that number belongs."""
+        ends = list(accumulate(part.stop - part.start for _, part in self.parts))
+        return self.parts[bisect_right(ends, element)][0]
+
+
+def _chunks(parameters: Mapping[str, Tensor], row_bytes: int, start: int = 0) -> list[_Chunk]:
+    """The flattened parameters from element ``start`` on, in chunks of at most ``row_bytes`` bytes."""
+    chunks: list[_Chunk] = []
+    room = 0
+    for name, p in parameters.items():
+        first = min(start, p.numel())
+        start -= first
+        while first < p.numel():
+            if room == 0 or p.dtype != chunks[-1].dtype:
+                chunks.append(_Chunk(p.dtype, []))
+                room = row_bytes // p.itemsize
+            stop = min(first + room, p.numel())
+            chunks[-1].parts.append((name, slice(first, stop)))
+            room -= stop - first
+            first = stop
+    return chunks
+
+
+class _Analysis:
+    """The Gram matrix of the gradients at all timesteps as it grows, chunk by chunk of the parameters."""
+
+    def __init__(
+        self,
+        loss: Callable[[int], Tensor],
+        parameters: Mapping[str, Tensor],
+        timesteps: list[int],
+        seed: int,
+        checkpoint: Checkpoint,
+    ) -> None:
+        self._loss = loss
+        self._parameters = parameters
+        self._device = device_of(parameters)
+        self._timesteps = timesteps
+        self._seed = seed
+        self._checkpoint = checkpoint
+        self._buffer: Tensor | None = None
+        self.progress = checkpoint.load() or Progress.none(len(timesteps))
+
+    def save(self) -> None:
+        self._checkpoint.save(self.progress, self._buffer)
+
+    def result(self) -> TaskAffinity:
+        norms = self.progress.gram.diagonal().sqrt()
+        inverse = torch.where(norms > 0, 1 / norms, 0)
+        matrix = inverse[:, None] * self.progress.gram * inverse
+        matrix = ((matrix + matrix.T) / 2).clamp(-1, 1)
+        matrix.diagonal().copy_(norms > 0)
+        return TaskAffinity(torch.tensor(self._timesteps), matrix, norms, self.progress.losses)
+
+    def add(self, chunk: _Chunk, tick: Callable[[], object]) -> None:
+        """Adds the products of the gradients with respect to a chunk, the one that begins where the last one ended."""
+        n = len(self._timesteps)
+        buffer = torch.empty(n, chunk.width, dtype=chunk.dtype, device=self._device)
+        same = chunk.width == self.progress.width  # another memory makes other chunks
+        rows = self._checkpoint.load_rows(buffer, self.progress.rows) if same else 0
+        self.progress = dataclasses.replace(self.progress, width=chunk.width, rows=rows)
+        self._buffer = buffer
+        for i in range(rows, n):
+            self._differentiate(i, chunk, buffer[i])
+            self.progress = dataclasses.replace(self.progress, rows=i + 1)
+            self._checkpoint.save_if_due(self.progress, buffer)
+            tick()
+        gram = self.progress.gram + _gram(buffer)
+        self.progress = Progress(self.progress.start + chunk.width, gram, self.progress.losses)
+        self._buffer = None
+
+    def _differentiate(self, i: int, chunk: _Chunk, row: Tensor) -> None:
+        """Writes to ``row`` the gradient at timesteps[i] with respect to a chunk."""
+        t = self._timesteps[i]
+        with torch.enable_grad(), _seeded(self._seed, t, self._device):
+            value = self._loss(t)
+            self._check_loss(i, value)
+            inputs = [self._parameters[name] for name, _ in chunk.parts]
+            gradients = torch.autograd.grad(value, inputs, allow_unused=True)
+        at = 0
+        for gradient, (_, part) in zip(gradients, chunk.parts, strict=True):
+            piece = row[at : (at := at + part.stop - part.start)]
+            piece.copy_(gradient.to_dense().reshape(-1)[part]) if gradient is not None else piece.zero_()
+        if not row.isfinite().all():
+            first = int(row.isfinite().logical_not().nonzero()[0])
+            raise ValueError(f"the gradient of loss({t}) holds inf or NaN, first in {chunk.name_at(first)}")
+
+    def _check_loss(self, i: int, value: Tensor) -> None:
+        t = self._timesteps[i]
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            given = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"loss must return a floating-point scalar tensor, got {given} from loss({t})")
+        if value.numel() != 1:
+            raise ValueError(f"loss must return a scalar, got shape {list(value.shape)} from loss({t}); take its mean")
+        if not value.requires_grad:
+            raise ValueError(
+                f"loss({t}) does not require grad: it reaches none of params, or was computed without grad"
+            )
+        number = value.item()
+        if not math.isfinite(number):
+            raise ValueError(f"loss({t}) is {number}")
+        before = self.progress.losses[i].item()
+        # Sums in another order, as on a GPU, move a mean by a few of the last bits.
+        tolerance = max(1e-4, 4 * torch.finfo(value.dtype).eps) * max(abs(number), abs(before))
+        if abs(number - before) > tolerance:
+            remedy = f", then delete {self._checkpoint.path}" if self._checkpoint.path else ""
+            raise RuntimeError(
+                f"loss({t}) was {before} and is now {number}. Each chunk of the parameters calls it anew, so it must "
+                "be deterministic. PyTorch's random numbers are the same in each call; draw what is otherwise random "
+                f"(a data loader, Python's or NumPy's generators) once, outside of it{remedy}"
+            )
+        self.progress.losses[i] = number
+
+
+def _gram(buffer: Tensor) -> Tensor:
+    """fp64 [n, n] on the CPU. In fp64 no small gradient vanishes, and PyTorch's settings for fp32 do not apply."""
+    gram = torch.zeros(len(buffer), len(buffer), dtype=torch.float64, device=buffer.device)
+    for columns in buffer.split(_COLUMNS, dim=1):
+        wide = columns.double()
+        gram += wide @ wide.T
+    return gram.cpu()
+
+
+@contextmanager
+def _seeded(seed: int, t: int, device: torch.device) -> Iterator[None]:
+    """PyTorch's random numbers of the CPU and of ``device`` start from (seed, t), and go on as before afterwards."""
+    gpus = [device.index] if device.type == "cuda" else []
+    state = int(np.random.SeedSequence([seed, t]).generate_state(1, np.uint64)[0])
+    with torch.random.fork_rng(gpus):
+        torch.default_generator.manual_seed(state)
+        for gpu in gpus:
+            torch.cuda.default_generators[gpu].manual_seed(state)
+        yield

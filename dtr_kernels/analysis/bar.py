@@ -1,0 +1,23 @@
+"""A progress bar where tqdm is installed, and nothing where it is not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def ticking(total: int, done: int, unit: str, shown: bool) -> Iterator[Callable[[], object]]:
+    """Shows ``done`` of ``total`` units; yields what to call after each further one."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        shown = False
+    if not shown:
+        yield lambda: None
+        return
+    # Bars redraw often for a person and leave few lines in a log.
+    interval = 0.2 if sys.stderr.isatty() else 15.0
+    with tqdm(total=total, initial=done, unit=f" {unit}", mininterval=interval) as bar:
+        yield bar.update

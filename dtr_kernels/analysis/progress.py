@@ -1,0 +1,173 @@
+"""How far an analysis of hours has come, in a file that neither Ctrl-C nor a kill can break."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = 1
+_SECONDS_BETWEEN_SAVES = 30.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What has been computed. It is replaced as a whole, so that an exception at any moment finds a consistent one.
+
+    Attributes:
+        start: number of the flattened parameters' elements whose products are in ``gram``.
+        gram: fp64 [n, n].
+        losses: fp64 [n], NaN where not yet computed.
+        width: elements of the chunk in progress, which begins at ``start``; 0 between chunks.
+        rows: number of timesteps whose gradients the chunk's buffer [n, width] holds.
+    """
+
+    start: int
+    gram: Tensor
+    losses: Tensor
+    width: int = 0
+    rows: int = 0
+
+    @classmethod
+    def none(cls, n: int) -> Progress:
+        """That of an analysis of n timesteps before it begins."""
+        return cls(0, torch.zeros(n, n, dtype=torch.float64), torch.full((n,), torch.nan, dtype=torch.float64))
+
+
+class Checkpoint:
+    """The file of an analysis; beside it, as long as a chunk is in progress, ``<path>.rows`` with its gradients.
+
+    A row is written once, so that a save writes what is new and not the whole buffer. The file says how many rows
+    count, and is replaced after they are on the disk.
+
+    Args:
+        path: of the file; None keeps nothing.
+        problem: what is computed, as strings, numbers and lists: a file of another problem is refused.
+    """
+
+    def __init__(self, path: str | Path | None, problem: Mapping[str, Any]) -> None:
+        self.path = None if path is None else Path(path)
+        self._problem = dict(problem)
+        self._saved: Progress | None = None
+        self._saved_at = time.monotonic()
+
+    def load(self) -> Progress | None:
+        """The progress in the file; None if there is no file.
+
+        Raises:
+            ValueError: if the file holds anything else, or the progress of another problem.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        advice = "name another path, or delete the file to begin anew"
+        try:
+            stored = torch.load(self.path, map_location="cpu", weights_only=True)
+            version, problem = stored.pop("format"), stored.pop("problem")
+            progress = Progress(**stored)
+        except OSError:
+            raise
+        except Exception as error:  # as many kinds as there are other files
+            raise ValueError(f"{self.path} does not hold the progress of task_affinity; {advice}") from error
+        if version != FORMAT:
+            raise ValueError(f"{self.path} is of format {version!r}, and this dtr_kernels reads {FORMAT}; {advice}")
+        difference = _difference(problem, self._problem)
+        if difference:
+            raise ValueError(f"{self.path} holds the progress of another analysis: {difference}; {advice}")
+        self._saved = progress
+        return progress
+
+    def load_rows(self, buffer: Tensor, rows: int) -> int:
+        """Fills the first ``rows`` rows of the buffer of the chunk in progress.
+
+        Returns:
+            How many the file held: fewer, if somebody has removed or cut it.
+        """
+        held = min(rows, self._rows_path.stat().st_size // buffer[0].nbytes) if self._rows_path.exists() else 0
+        if held:
+            with self._rows_path.open("rb") as file:
+                for row in buffer[:held]:
+                    row.copy_(torch.frombuffer(bytearray(file.read(row.nbytes)), dtype=row.dtype))
+        if self._saved:
+            self._saved = dataclasses.replace(self._saved, rows=held)
+        return held
+
+    def save_if_due(self, progress: Progress, buffer: Tensor) -> None:
+        """Saves, unless the last time was less than half a minute ago."""
+        if time.monotonic() - self._saved_at >= _SECONDS_BETWEEN_SAVES:
+            self.save(progress, buffer)
+
+    def save(self, progress: Progress, buffer: Tensor | None = None) -> None:
+        """Saves ``progress`` and the rows that it counts, of ``buffer``.
+
+        Raises:
+            OSError: if a file cannot be written.
+        """
+        if self.path is None:
+            return
+        kept = self._saved.rows if self._saved else 0
+        if kept and self._saved and (self._saved.start, self._saved.width) != (progress.start, progress.width):
+            # The rows of another chunk are about to be overwritten, so the file must not count them any more.
+            self._write(dataclasses.replace(progress, rows=0))
+            kept = 0
+        if buffer is not None and progress.rows > kept:
+            self._write_rows(buffer[kept : progress.rows], kept)
+        self._write(progress)
+        if progress.rows == 0:
+            self._rows_path.unlink(missing_ok=True)
+        self._saved_at = time.monotonic()
+
+    def _write(self, progress: Progress) -> None:
+        assert self.path is not None
+        with replacing(self.path) as unfinished:
+            # Given a name, PyTorch writes by itself; into a Python file it would call back, where Ctrl-C may strike.
+            torch.save({"format": FORMAT, "problem": self._problem, **vars(progress)}, unfinished)
+        self._saved = progress
+
+    def _write_rows(self, rows: Tensor, first: int) -> None:
+        self._rows_path.touch()
+        with self._rows_path.open("r+b") as file:
+            file.seek(first * rows[0].nbytes)
+            for row in rows:
+                file.write(row.cpu().view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    @property
+    def _rows_path(self) -> Path:
+        assert self.path is not None
+        return self.path.with_name(f"{self.path.name}.rows")
+
+
+def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """The first difference between two problems, in words; None if there is none."""
+    for name, value in here.items():
+        if isinstance(value, list):
+            for i, (old, new) in enumerate(zip_longest(there[name], value, fillvalue="none")):
+                if old != new:
+                    return f"{name}[{i}] is {old} there and {new} here"
+        elif there[name] != value:
+            return f"{name} is {there[name]} there and {value} here"
+    return None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; what is written takes the place of ``path`` when it is complete and on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        yield unfinished
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,376 @@
+"""Clusters of timesteps: interval clustering by exact dynamic programming (Go et al., NeurIPS 2023, section 4.1).
+
+Neighbouring denoising tasks help each other and distant ones may not, so ANT takes intervals of timesteps as the tasks
+of its multi-task learning. Where the intervals begin and end is found once, before training, on the CPU; which cluster
+a timestep belongs to is computed where the timesteps are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from numbers import Integral
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtr_kernels.routing import _check_range
+
+__all__ = ["IntervalClusters", "interval_clusters"]
+
+COSTS = ("timestep", "snr", "log_snr", "affinity")
+FORMAT = 1
+# Of a value's magnitude: the sum of T distances between two of them stays finite.
+_LARGEST = 1e300
+
+
+@dataclass(frozen=True)
+class IntervalClusters:
+    """K contiguous, non-empty intervals that cover the timesteps 0..T-1, as ``interval_clusters`` finds them.
+
+    Attributes:
+        bounds: K + 1 edges, 0 = b[0] < b[1] < ... < b[K] = T; cluster k holds the timesteps b[k] <= t < b[k + 1].
+        cost: what they were made with, "timestep", "snr", "log_snr" or "affinity".
+
+    Raises:
+        ValueError: if bounds or cost is not as described.
+    """
+
+    bounds: tuple[int, ...]
+    cost: str
+
+    def __post_init__(self) -> None:
+        edges = tuple(self.bounds) if isinstance(self.bounds, Sequence) else ()
+        ascending = all(map(_is_integer, edges)) and all(first < end for first, end in pairwise(edges))
+        if len(edges) < 2 or not ascending or edges[0] != 0:
+            raise ValueError(
+                "bounds must be a sequence of integers that begins with 0 and ascends to the number of timesteps, "
+                f"got {self.bounds!r}"
+            )
+        object.__setattr__(self, "bounds", tuple(map(int, edges)))
+        _check_cost(self.cost)
+
+    @property
+    def num_timesteps(self) -> int:
+        """T."""
+        return self.bounds[-1]
+
+    @property
+    def num_clusters(self) -> int:
+        """K."""
+        return len(self.bounds) - 1
+
+    @overload
+    def assign(self, t: Tensor) -> Tensor: ...
+
+    @overload
+    def assign(self, t: int) -> int: ...
+
+    def assign(self, t: Tensor | int) -> Tensor | int:
+        """The cluster of every timestep, computed on t's device without a host synchronisation.
+
+        Args:
+            t: integer tensor [B] of timesteps 0..T-1 on any device, or one Python integer.
+
+        Returns:
+            int64 [B] of clusters 0..K-1 on t's device; an int for an int.
+
+        Raises:
+            ValueError: if t is out of range (on a GPU: a device-side assertion, so that nothing waits), has another
+                shape, or is no integer.
+            TypeError: if t is neither a tensor nor a number.
+        """
+        if not isinstance(t, Tensor):
+            return self._assign_one(t)
+        if t.is_floating_point():
+            raise ValueError(self._not_an_integer(t.dtype))
+        if t.dim() != 1 or t.dtype == torch.bool or t.is_complex():
+            raise ValueError(f"t must be a vector [B] of integer timesteps, got {t.dtype} of shape {list(t.shape)}")
+        timesteps: Tensor = torch.ops.dtr_kernels.checked_timesteps(t, self.num_timesteps)
+        # A comparison for each bound: a table of bounds would have to be copied to the GPU, and the host to wait.
+        clusters = torch.zeros_like(timesteps)
+        for bound in self.bounds[1:-1]:
+            clusters += timesteps >= bound
+        return clusters
+
+    def sample(
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Timesteps of a training batch in which no cluster has more than one sample more than another.
+
+        Each cluster gets floor or ceil(B / K) timesteps, B in all, uniform within the cluster and in random order.
+        Which clusters get one more is random, so on average all get the same, and a timestep of a short cluster comes
+        more often than one of a long cluster.
+
+        Args:
+            batch_size: B, at least 1; may be less than K.
+            generator: draws on its own device; a CPU generator gives the same timesteps for every ``device``.
+                Default: PyTorch's own for ``device``, so that nothing waits or is copied.
+            device: where the timesteps are wanted. Default: the generator's, or PyTorch's default device.
+
+        Returns:
+            int64 [B].
+
+        Raises:
+            ValueError: if batch_size is not a positive integer.
+            TypeError: if generator is something else, such as a seed.
+        """
+        if not _is_integer(batch_size) or batch_size < 1:
+            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"generator must be a torch.Generator, got {type(generator).__name__}; "
+                "for a seed use torch.Generator().manual_seed(seed)"
+            )
+        source = device if generator is None else generator.device
+        # In every round each cluster gives one timestep; in the last there may be fewer places than clusters.
+        rounds = -(-batch_size // self.num_clusters)
+        columns = [
+            torch.randint(first, end, (rounds,), generator=generator, device=source)
+            for first, end in pairwise(self.bounds)
+        ]
+        table = torch.stack(columns, dim=1)[:, torch.randperm(len(columns), generator=generator, device=source)]
+        t = table.flatten()[:batch_size]
+        t = t[torch.randperm(batch_size, generator=generator, device=source)]
+        if device is None:
+            return t
+        if t.device.type == "cpu" and torch.device(device).type == "cuda":
+            return t.pin_memory().to(device, non_blocking=True)  # the host does not wait
+        return t.to(device)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the clusters as JSON. A reader, or another process that saves the same, never finds half a file."""
+        path = Path(path)
+        text = json.dumps({"format": FORMAT, "cost": self.cost, "bounds": self.bounds}) + "\n"
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> IntervalClusters:
+        """Reads what ``save`` has written.
+
+        Raises:
+            ValueError: if the file holds something else, or is of another version of the format.
+            OSError: if it cannot be read.
+        """
+        try:
+            stored = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(stored, dict) or "format" not in stored:
+                raise ValueError("it is not an object with a format")
+            if stored["format"] != FORMAT:
+                raise ValueError(f"its format is version {stored['format']!r}, and this dtr_kernels reads {FORMAT}")
+            if stored.keys() != {"format", "cost", "bounds"}:
+                raise ValueError(f"it must hold format, cost and bounds, but holds {', '.join(stored)}")
+            return cls(stored["bounds"], stored["cost"])
+        except (ValueError, RecursionError) as error:  # also broken JSON, and bytes that are no text
+            raise ValueError(
+                f"{path} does not hold clusters that IntervalClusters.save has written: {error}"
+            ) from error
+
+    def _assign_one(self, t: Any) -> int:
+        if isinstance(t, float):
+            raise ValueError(self._not_an_integer(type(t).__name__))
+        if not _is_integer(t):
+            raise TypeError(f"t must be an integer tensor [B] or an int, got {type(t).__name__}")
+        if not 0 <= t < self.num_timesteps:
+            raise ValueError(f"t must be in 0..{self.num_timesteps - 1}; {_covered(self.num_timesteps)}; got {t}")
+        return sum(int(t) >= bound for bound in self.bounds[1:-1])
+
+    def _not_an_integer(self, given: object) -> str:
+        last = self.num_timesteps - 1
+        return (
+            f"t must hold integer timesteps, got {given}; for continuous time in [0, 1] give "
+            f"(t * {self.num_timesteps}).long().clamp(max={last})"
+        )
+
+
+# An op of its own, so that the range check (a data-dependent branch on a CPU) does not break a torch.compile graph.
+@torch.library.custom_op("dtr_kernels::checked_timesteps", mutates_args=())
+def _checked_timesteps(t: Tensor, num_timesteps: int) -> Tensor:
+    """The timesteps as int64, in memory of their own, as the op's output must be."""
+    _check_range(t, num_timesteps - 1, _covered(num_timesteps))
+    return t.to(torch.int64, copy=True)
+
+
+@_checked_timesteps.register_fake
+def _(t: Tensor, num_timesteps: int) -> Tensor:
+    return torch.empty_like(t, dtype=torch.int64)
+
+
+def _covered(num_timesteps: int) -> str:
+    return f"the clusters were made for num_timesteps={num_timesteps}"
+
+
+# --- clustering ------------------------------------------------------------------------------------------------------
+
+
+def interval_clusters(num_timesteps: int, k: int, cost: str = "timestep", values: Any = None) -> IntervalClusters:
+    """Splits the timesteps 0..T-1 into the K intervals of the least total cost (ANT, section 4.1: interval clustering).
+
+    With c = (l + r + 1) // 2, the centre of an interval l..r, its cost is the sum over t = l..r of
+
+    - "timestep": \\|t - c\\|, which makes intervals of equal length, or nearly;
+    - "snr": \\|SNR[t] - SNR[c]\\|, which cuts the clean end, where the SNR is large, into tiny intervals;
+    - "log_snr": \\|log SNR[t] - log SNR[c]\\|, which cuts where the noise level changes fast;
+    - "affinity": -A[c, t] for the task affinity A (ANT's gradient-based cost).
+
+    ANT uses K = 5, and DTR's runs with it K = 8.
+
+    The minimum is exact, by dynamic programming over costs in fp64, in O(K T^2) time and O(T^2) memory. Where several
+    clusterings cost the same, the one with the least sum of squared lengths is taken, and of those the one whose last
+    bound is largest, then the one before it, and so on: longer intervals come first, as in ``numpy.array_split``, whose
+    lengths the timestep cost always gives.
+
+    Args:
+        num_timesteps: T.
+        k: K, the number of clusters, 1 to T.
+        cost: "timestep", "snr", "log_snr" or "affinity".
+        values: what the cost is made from, a tensor, array or sequence. "snr" and "log_snr": the SNR itself at every
+            timestep, [T], alpha_bar / (1 - alpha_bar) in DDPM's notation; "log_snr" takes its logarithm. "affinity":
+            A, [T, T]. "timestep": None.
+
+    Returns:
+        ``IntervalClusters``, with ``bounds``, ``assign``, ``sample``, ``save`` and ``load``.
+
+    Raises:
+        ValueError: if an argument is not as described, or values are NaN, infinite, or an SNR that is negative or, for
+            "log_snr", 0.
+        TypeError: if values are not real numbers.
+    """
+    if not _is_integer(num_timesteps) or num_timesteps < 1:
+        raise ValueError(f"num_timesteps must be a positive integer, got {num_timesteps!r}")
+    if not _is_integer(k) or not 1 <= k <= num_timesteps:
+        raise ValueError(
+            f"k, the number of clusters, must be an integer from 1 to num_timesteps = {num_timesteps}, got {k!r}"
+        )
+    _check_cost(cost)
+    costs = _interval_costs(_distances(int(num_timesteps), cost, values))
+    return IntervalClusters(_cheapest_bounds(costs, int(k)), cost)
+
+
+def _distances(num_timesteps: int, cost: str, values: Any) -> np.ndarray:
+    """D, fp64 [T, T]: what timestep t costs in an interval with centre c is D[c, t]."""
+    if cost == "timestep":
+        if values is not None:
+            raise ValueError('values must be None for cost "timestep"; name the cost that they are for')
+        return _gaps(np.arange(num_timesteps, dtype=np.float64))
+    if cost == "affinity":
+        shape = (num_timesteps, num_timesteps)
+        return -real_numbers(values, shape, "the affinity of all pairs of timesteps")
+    snr = real_numbers(values, (num_timesteps,), "the SNR at every timestep")
+    check_snr(snr, cost)
+    return _gaps(np.log(snr) if cost == "log_snr" else snr)
+
+
+def _gaps(x: np.ndarray) -> np.ndarray:
+    return np.abs(x - x[:, None])
+
+
+def _interval_costs(distances: np.ndarray) -> np.ndarray:
+    """[T + 1, T]: the cost of the interval s..e-1 at [e, s], infinite where s >= e.
+
+    An interval grows from its centre, by one timestep to the left and then to the right in turn. Differences of prefix
+    sums would lose the small distances beside the large ones: SNRs span eight orders of magnitude.
+    """
+    T = len(distances)
+    costs = np.full((T + 1, T), np.inf)
+    cost = distances.diagonal()  # of all intervals of one length, by their first timestep
+    np.fill_diagonal(costs[1:], cost)
+    for length in range(2, T + 1):
+        half = length // 2
+        if length % 2 == 0:  # around the same centre, one further to the left
+            cost = cost[1:] + distances.diagonal(-half)[: T + 1 - length]
+        else:
+            cost = cost[:-1] + distances.diagonal(half)[half:]
+        np.fill_diagonal(costs[length:], cost)
+    return costs
+
+
+def _cheapest_bounds(costs: np.ndarray, k: int) -> tuple[int, ...]:
+    """The bounds of the K intervals of least total cost; see ``interval_clusters`` for ties.
+
+    Every cluster holds a timestep, so the first j clusters end in j..T-(K-j): one of W places.
+    """
+    T = costs.shape[1]
+    W = T - k + 1
+    places = np.arange(W)
+    squared_lengths = (places[:, None] - places + 1) ** 2  # [end, start] of a cluster
+    # Of the best clusterings into j clusters, by the place where they end; at first j = 0.
+    total = np.where(places == 0, 0.0, np.inf)
+    squares = np.zeros(W, dtype=np.int64)
+    starts = []
+    for j in range(k):
+        totals = costs[j + 1 : j + 1 + W, j : j + W] + total
+        total = totals.min(axis=1)
+        candidates = np.where(totals == total[:, None], squared_lengths + squares, np.iinfo(np.int64).max)
+        starts.append(W - 1 - candidates[:, ::-1].argmin(axis=1))  # of equals the last
+        squares = candidates[places, starts[-1]]
+    bounds = [T]
+    place = W - 1
+    for j in reversed(range(k)):
+        place = int(starts[j][place])
+        bounds.append(j + place)
+    return tuple(reversed(bounds))
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _is_integer(x: object) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def _check_cost(cost: object) -> None:
+    if cost not in COSTS:
+        raise ValueError(f"cost must be one of {', '.join(map(repr, COSTS))}, got {cost!r}")
+
+
+def real_numbers(values: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
+    """The values in fp64, or what is wrong with them."""
+    wanted = f"values must be {what}, finite real numbers of shape {list(shape)}"
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = values.double().numpy() if values.is_floating_point() else values.numpy()
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # rows of different lengths
+        raise ValueError(f"{wanted}, got {type(values).__name__} ({error})") from error
+    if array.dtype.kind not in "iuf":
+        given = type(values).__name__ if array.dtype == object else array.dtype
+        raise TypeError(f"{wanted}, got {given}")
+    if array.shape != shape:
+        raise ValueError(f"{wanted}, got shape {list(array.shape)}")
+    array = array.astype(np.float64)
+    if len(bad := np.argwhere(~(np.abs(array) <= _LARGEST))):
+        raise ValueError(f"{wanted} and magnitude at most {_LARGEST:g}, got {_entry(array, bad[0])}")
+    return array
+
+
+def check_snr(snr: np.ndarray, cost: str) -> None:
+    if len(negative := np.argwhere(snr < 0)):
+        raise ValueError(
+            f"values must be SNRs, which are not negative, got {_entry(snr, negative[0])}; "
+            'cost="log_snr" takes the SNR too and computes its logarithm'
+        )
+    if cost == "log_snr" and len(zeros := np.argwhere(snr == 0)):
+        raise ValueError(
+            f'values must be greater than 0 for cost="log_snr", got {_entry(snr, zeros[0])}; for a schedule with zero '
+            'terminal SNR use cost="snr", or give that timestep a small SNR, such as its neighbour\'s'
+        )
+
+
+def _entry(array: np.ndarray, index: np.ndarray) -> str:
+    return f"values[{', '.join(map(str, index))}] = {array[tuple(index)]:g}"

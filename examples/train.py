@@ -1,0 +1,386 @@
+"""A complete training loop to copy: DTR, gradient surgery or uncertainty weighting between timestep clusters, a moving
+average of the weights, autocast, checkpoints, and several processes.
+
+    python -m examples.train --out out/train --weighting pcgrad
+    torchrun --standalone --nproc-per-node 2 -m examples.train --out out/train --weighting uw --precision bf16
+
+A run that was killed at any moment goes on when the same command is given again, and ends with the same weights, bit
+for bit on a CPU, as one that was left alone: everything random in a step follows from the seed and the step's number,
+and the rest of a run's state is in its checkpoint. Any number of processes trains the same model, to rounding.
+
+--out then holds checkpoint.pt, averaged.pt (the weights to use), loss.png and samples.png. Needs
+``pip install "dtr_kernels[demo]"``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import dtr_kernels as dtr
+from examples import digits
+
+ROUTINGS: dict[str, Callable[[], Any]] = {
+    "none": lambda: None,
+    "random": lambda: dtr.RandomRouting(digits.TIMESTEPS),
+    "dtr": lambda: dtr.DenoisingTaskRouting(digits.TIMESTEPS),
+}
+WEIGHTINGS = ("none", "uw", "pcgrad", "nash")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, and how. A checkpoint continues only under the recipe that it was made with.
+
+    Attributes:
+        routing: "none", "random" (the DTR paper's R-TR) or "dtr".
+        scope: what the routing masks, see ``dtr.nn.RoutedDiTBlock``.
+        weighting: of the clusters' losses: "none" (the mean loss), "uw" (uncertainty weighting), or gradient surgery by
+            "pcgrad" or "nash".
+        clusters: K. Every batch is spread evenly over K intervals of timesteps, whatever the weighting.
+        cluster: train on the timesteps of this one alone; None trains on all.
+        size, hidden_size, depth, num_heads: of the images and of the model.
+        steps, batch_size (of all processes together), learning_rate (its peak), precision, seed: of the training.
+
+    Raises:
+        ValueError: if an attribute is not as described.
+    """
+
+    routing: str = "dtr"
+    scope: str = "block"
+    weighting: str = "none"
+    clusters: int = 5
+    cluster: int | None = None
+    size: int = 8
+    hidden_size: int = 128
+    depth: int = 4
+    num_heads: int = 4
+    steps: int = 1000
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    precision: str = "fp32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in {
+            "routing": ROUTINGS,
+            "scope": dtr.reference.SCOPES,
+            "weighting": WEIGHTINGS,
+            "precision": PRECISIONS,
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.batch_size < self.clusters:
+            raise ValueError(
+                f"batch_size must be at least clusters ({self.clusters}), so that none is ever empty, "
+                f"got {self.batch_size}"
+            )
+        if self.cluster is not None and not (0 <= self.cluster < self.clusters and self.weighting == "none"):
+            raise ValueError(
+                f"cluster must be in 0..{self.clusters - 1} and needs weighting='none', because one cluster has "
+                f"nothing to be weighted against; got {self.cluster} and {self.weighting!r}"
+            )
+
+
+class Objective(nn.Module):
+    """The model and what turns its errors into losses: one module, so that DDP averages the gradients of all of it."""
+
+    def __init__(self, model: nn.Module, weighting: dtr.UncertaintyWeighting | None, precision: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.weighting = weighting
+        self.precision = precision
+
+    def losses(self, x: Tensor, t: Tensor, y: Tensor, velocity: Tensor) -> Tensor:
+        """The mean squared error of each sample [B], fp32."""
+        with torch.autocast(x.device.type, self.precision, enabled=self.precision != torch.float32):
+            predicted = self.model(x, t, y)
+        return (predicted.float() - velocity).square().mean(dim=(1, 2, 3))
+
+    def forward(self, clusters: Tensor, shares: Tensor, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss to differentiate, and the mean loss.
+
+        Args:
+            clusters: int [B], of each sample.
+            shares: [B], the weight of each sample in the mean of its cluster.
+            batch: what ``losses`` takes.
+        """
+        losses = self.losses(*batch)
+        if self.weighting is None:
+            return losses.mean(), losses.mean()
+        means = losses.new_zeros(len(self.weighting.log_variances)).index_add(0, clusters, losses * shares)
+        return self.weighting(means), losses.mean()
+
+
+class Training:
+    """A run: ``step`` until ``done`` is ``recipe.steps``; ``save`` and ``load`` whenever.
+
+    Args:
+        recipe: what to train.
+        images, labels: what to train on, [M, 1, size, size] and [M], on the device to train on.
+
+    With an initialised ``torch.distributed`` every process makes one and calls the same methods.
+
+    Raises:
+        ValueError: if the batch cannot be divided evenly among the processes.
+    """
+
+    def __init__(self, recipe: Recipe, images: Tensor, labels: Tensor) -> None:
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if recipe.batch_size % self.world:
+            raise ValueError(f"batch_size must be divisible by {self.world} processes, got {recipe.batch_size}")
+        self.recipe, self.images, self.labels = recipe, images, labels
+        self.done = 0
+        self.losses = torch.full((recipe.steps,), torch.nan, device=images.device)  # read without waiting for a GPU
+        self.clusters = dtr.interval_clusters(digits.TIMESTEPS, recipe.clusters)
+
+        torch.manual_seed(recipe.seed)
+        self.model = digits.make_model(
+            ROUTINGS[recipe.routing](),
+            recipe.scope,
+            size=recipe.size,
+            hidden_size=recipe.hidden_size,
+            depth=recipe.depth,
+            num_heads=recipe.num_heads,
+        ).to(images.device)
+        # The average reaches back over about a tenth of the training.
+        decay = 1 - min(10 / recipe.steps, 1)
+        self._average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval()
+
+        groups: list[dict[str, Any]] = [{"params": list(self.model.parameters())}]
+        weighting = None
+        if recipe.weighting == "uw":
+            weighting = dtr.UncertaintyWeighting(recipe.clusters).to(images.device)
+            groups.append(weighting.param_group())
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.scaler = torch.amp.GradScaler(images.device.type, enabled=recipe.precision == "fp16")
+        self.objective = Objective(self.model, weighting, PRECISIONS[recipe.precision])
+        self.surgery = None
+        self._parallel: nn.Module = self.objective
+        if recipe.weighting in ("pcgrad", "nash"):
+            # One engine by name: "auto" measures, and two runs could choose differently.
+            self.surgery = dtr.GradientSurgery(
+                self.model.named_parameters(),
+                recipe.clusters,
+                recipe.weighting,
+                engine="per_cluster",
+                process_group=dist.group.WORLD if self.world > 1 else None,
+            )
+        elif self.world > 1:
+            self._parallel = DistributedDataParallel(self.objective)
+
+    @property
+    def averaged(self) -> dtr.nn.DiT:
+        """The model with the moving average of the weights."""
+        model = self._average.module
+        assert isinstance(model, dtr.nn.DiT)
+        return model
+
+    def step(self) -> None:
+        """One optimizer step, on a batch that follows from the seed and the step's number."""
+        torch.manual_seed(self.recipe.seed * 1_000_003 + self.done + 1)  # + 1: the weights had the first
+        clusters, shares, *batch = self._batch()
+        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * self._schedule()
+        self.optimizer.zero_grad()
+        if self.surgery is None:
+            loss, mean = self._parallel(clusters, shares, *batch)
+            self.scaler.scale(loss).backward()
+        else:
+            mean = self.surgery.backward_batch(self.objective.losses, clusters, *batch, scaler=self.scaler).nanmean()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._average.update_parameters(self.model)
+        self.losses[self.done] = mean.detach()
+        self.done += 1
+
+    def _schedule(self) -> float:
+        """Linear warm-up over a twentieth of the steps, then a cosine to 0."""
+        warmup = math.ceil(0.05 * self.recipe.steps)
+        return min((self.done + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * self.done / self.recipe.steps))
+
+    def _batch(self) -> tuple[Tensor, ...]:
+        """This process's part of the batch: clusters, shares and what ``Objective.losses`` takes.
+
+        Every process draws the whole batch and takes its part, so the number of processes changes nothing.
+        """
+        recipe, device = self.recipe, self.images.device
+        if recipe.cluster is None:
+            t = self.clusters.sample(recipe.batch_size, device=device)
+        else:
+            first, end = self.clusters.bounds[recipe.cluster : recipe.cluster + 2]
+            t = torch.randint(first, end, (recipe.batch_size,), device=device)
+        clusters = self.clusters.assign(t)
+        counts = torch.zeros(recipe.clusters, device=device).index_add(0, clusters, torch.ones(len(t), device=device))
+        shares = self.world / counts[clusters]  # DDP divides by the number of processes
+        chosen = torch.randint(len(self.images), (recipe.batch_size,), device=device)
+        unlabelled = torch.rand(recipe.batch_size, device=device) < 0.1  # for classifier-free guidance
+        y = torch.where(unlabelled, digits.NULL_CLASS, self.labels[chosen])
+        x, velocity = digits.noisy(self.images[chosen], t)
+        return tuple(tensor[self.rank :: self.world] for tensor in (clusters, shares, x, t, y, velocity))
+
+    def save(self, path: Path) -> None:
+        """Writes a checkpoint, by the first process. A file at ``path`` is the old or the new one, whole, always."""
+        if self.rank:
+            return
+        state = {
+            "recipe": asdict(self.recipe),
+            "done": self.done,
+            "losses": self.losses,
+            "objective": self.objective.state_dict(),
+            "averaged": self._average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "surgery": None if self.surgery is None else self.surgery.state_dict(),
+        }
+        write_atomically(state, path)
+
+    def load(self, path: Path) -> None:
+        """Continues from a checkpoint.
+
+        Raises:
+            ValueError: if it was made with another recipe.
+        """
+        state = torch.load(path, map_location=self.images.device, weights_only=True)
+        here = asdict(self.recipe)
+        different = [name for name in here if state["recipe"].get(name) != here[name]]
+        if different:
+            name = different[0]
+            raise ValueError(
+                f"{path} was made with {name} {state['recipe'].get(name)!r}, but this run has {here[name]!r}; "
+                "give the same arguments, or another folder"
+            )
+        self.done = state["done"]
+        self.losses.copy_(state["losses"])
+        self.objective.load_state_dict(state["objective"])
+        self._average.load_state_dict(state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.surgery is not None:
+            self.surgery.load_state_dict(state["surgery"])
+        if self.world > 1:
+            dist.barrier()  # the first process may replace the file once all have read it
+
+
+def write_atomically(state: object, path: Path) -> None:
+    """``torch.save`` that leaves the old file or the new one, also if the machine fails meanwhile."""
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def run(training: Training, checkpoint: Path, save_every: int) -> bool:
+    """Trains to the end, from ``checkpoint`` where there is one; False if Ctrl-C or SIGTERM came first.
+
+    One process then finishes its step and saves it. Several cannot know of each other's signals in time: they stop
+    where they are, and go on from the last multiple of ``save_every`` steps.
+    """
+    if checkpoint.exists():
+        training.load(checkpoint)
+    stop = False
+
+    def ask_to_stop(*_: object) -> None:
+        nonlocal stop
+        stop = True
+
+    if training.world == 1:
+        before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    total = training.recipe.steps
+    with tqdm(total=total, initial=training.done, desc="training", disable=training.rank > 0, **digits.BAR) as bar:
+        while training.done < total and not stop:
+            training.step()
+            bar.update()
+            if training.done % save_every == 0 or training.done == total or stop:
+                training.save(checkpoint)
+                recent = training.losses[max(training.done - 50, 0) : training.done]
+                bar.set_postfix(loss=f"{recent.mean():.3f}")
+    if training.world == 1:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return training.done == total
+
+
+def parse_arguments(command_line: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The recipe's attributes, but for ``cluster``, and where to train."""
+    parser = argparse.ArgumentParser(prog="python -m examples.train", description="Train a small DTR-DiT on digits.")
+    parser.add_argument("--out", type=Path, default=Path("out/train"), help="folder of the run (default: out/train)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
+    parser.add_argument("--save-every", type=int, default=100, metavar="STEPS", help="default: 100")
+    choices = {
+        "routing": ROUTINGS,
+        "scope": dtr.reference.SCOPES,
+        "weighting": WEIGHTINGS,
+        "precision": PRECISIONS,
+    }
+    for field in fields(Recipe):
+        if field.name == "cluster":
+            continue
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=type(field.default),
+            default=field.default,
+            choices=choices.get(field.name),
+            metavar=None if field.name in choices else field.name.upper(),
+            help=f"default: {field.default}",
+        )
+    return parser, parser.parse_args(command_line)
+
+
+def main(command_line: list[str] | None = None) -> int:
+    parser, arguments = parse_arguments(command_line)
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: PyTorch finds no CUDA device here; use --device cpu")
+    if arguments.save_every < 1:
+        parser.error(f"argument --save-every: must be at least 1, got {arguments.save_every}")
+    if "RANK" in os.environ:  # torchrun
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        names = [field.name for field in fields(Recipe) if field.name != "cluster"]
+        recipe = Recipe(**{name: getattr(arguments, name) for name in names})
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        training = Training(recipe, *digits.load_images(device, recipe.size))
+        finished = run(training, arguments.out / "checkpoint.pt", arguments.save_every)
+    except ValueError as error:
+        parser.error(str(error))
+    if not finished:
+        print(f"stopped after {training.done} of {recipe.steps} steps; the same command goes on from there")
+        return 130
+    if training.rank == 0:
+        write_atomically(training.averaged.state_dict(), arguments.out / "averaged.pt")
+        digits.save_losses(training.losses, arguments.out / "loss.png")
+        labels = torch.arange(digits.CLASSES, device=device).repeat(8)
+        images = digits.sample(training.averaged, labels, size=recipe.size, guidance=1.5)
+        digits.save_samples(images, arguments.out / "samples.png")
+        print(f"results are in {arguments.out}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
