@@ -15,10 +15,13 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: demo test test-kernels lint gpu verify clean
+.PHONY: demo study test test-kernels lint gpu verify clean
 
 demo: $(READY)  ## train a small DTR-DiT on real digits, sample from it, compare fused and plain blocks: out/demo
 	$(RUN) -m examples.demo --out out/demo
+
+study: $(READY)  ## train with and without each method, compare: out/study and docs/study (QUICK=--quick: tiny, in a minute)
+	$(RUN) -m benchmarks study $(QUICK)
 
 test: $(READY) lint test-kernels  ## everything that needs no GPU
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks import plots, sources
 from benchmarks.cases import Goal
 from benchmarks.results import CaseResult, Run, SideResult, load_all
+from benchmarks.study import findings
 from benchmarks.suite import BENCHMARKS, block, gated_norm, window_linear
 from benchmarks.suite.block import COMPILED, FUSED, MASKED, UNROUTED
 from benchmarks.suite.surgery_projection import BMM, LOOP, MM
@@ -131,6 +132,8 @@ def generated_texts(root: Path, results: Results) -> dict[Path, str]:
         for device, runs in results.items()
         for run in runs
     }
+    for study in findings.committed(root):
+        texts[root / findings.DOCS / f"{study['plan']['name']}.md"] = findings.markdown(study)
     texts[root / DOCS] = docs_page(results, static=(root / STATIC).is_file())
     texts[root / README] = with_blocks((root / README).read_text(), results)
     return texts
@@ -434,8 +437,12 @@ def _gpu(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def _study(_: Results) -> str:
+    return findings.readme_block(sources.ROOT)
+
+
 # Blocks of the README by name: functions that write them from the results of all devices.
-BLOCKS: dict[str, Callable[[Results], str]] = {"surgery": _surgery, "blocks": _blocks, "gpu": _gpu}
+BLOCKS: dict[str, Callable[[Results], str]] = {"surgery": _surgery, "blocks": _blocks, "gpu": _gpu, "study": _study}
 
 
 def _speed_of_blocks(device: str, run: Run, peers: Sequence[str]) -> str:

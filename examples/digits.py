@@ -113,7 +113,7 @@ def save_samples(images: Tensor, path: Path) -> None:
     rows = framed.view(-1, CLASSES, *framed.shape[2:])
     figure = Figure(figsize=(CLASSES, len(rows)))
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(rows.transpose(1, 2).flatten(2, 3).flatten(0, 1), cmap="gray_r", vmin=-1, vmax=1)
+    axes.imshow(rows.transpose(1, 2).flatten(2, 3).flatten(0, 1).numpy(), cmap="gray_r", vmin=-1, vmax=1)
     axes.set_axis_off()
     figure.savefig(path, dpi=80)
 
@@ -121,10 +121,10 @@ def save_samples(images: Tensor, path: Path) -> None:
 def save_losses(losses: Tensor, path: Path) -> None:
     """Draws the loss of every training step, [steps], and its moving average."""
     width = max(len(losses) // 20, 1)
-    smooth = losses.cpu().unfold(0, width, 1).mean(dim=1)
+    smooth = losses.cpu().unfold(0, width, 1).mean(dim=1).tolist()
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
-    axes.plot(losses.cpu(), color="tab:blue", alpha=0.25, linewidth=0.7, label="each step")
+    axes.plot(losses.tolist(), color="tab:blue", alpha=0.25, linewidth=0.7, label="each step")
     axes.plot(range(width // 2, width // 2 + len(smooth)), smooth, color="tab:blue", label=f"mean of {width} steps")
     axes.set(xlabel="training step", ylabel="mean squared error of the velocity", ylim=(0, None))
     axes.legend()

@@ -172,11 +172,13 @@ def test_small_differences_beside_a_large_snr():
     assert dtr.interval_clusters(11, 4, "snr", values).bounds == (0, 1, 4, 9, 11)
 
 
-def test_differences_below_the_precision_of_fp32():
-    values = 1 + 1e-10 * np.array([0, 0, 0, 0, 0, 1, 3, 3])
-    for cost in ("snr", "log_snr"):
-        assert dtr.interval_clusters(8, 3, cost, values).bounds == (0, 5, 6, 8)
-    assert dtr.interval_clusters(8, 3, "affinity", -np.abs(values - values[:, None])).bounds == (0, 5, 6, 8)
+def test_costs_are_told_apart_in_fp64():
+    """In fp32 these would be ties, which the first intervals would win."""
+    assert dtr.interval_clusters(4, 3, "snr", [0, 1 + 1e-12, 3, 4]).bounds == (0, 1, 2, 4)
+    assert dtr.interval_clusters(4, 3, "log_snr", np.exp([0, 1 + 1e-12, 3, 4])).bounds == (0, 1, 2, 4)
+    affinity = np.eye(4)
+    affinity[1, 0], affinity[3, 2] = 0.5, 0.5 + 1e-12
+    assert dtr.interval_clusters(4, 3, "affinity", affinity).bounds == (0, 1, 2, 4)
 
 
 @pytest.mark.parametrize("cost", COSTS)

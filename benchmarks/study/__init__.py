@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks import environment
+from benchmarks import environment, sources
 from benchmarks.study import findings
 from benchmarks.study.plan import PLANS
 
@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Trains what has not been trained yet, and writes study.json, study.md and study.png.
+    """Trains what has not been trained yet, and writes the findings: JSON, a page in words and one in pictures.
+
+    The whole study without ``--out`` also writes them to docs/study.
 
     Returns:
         0; 130 after Ctrl-C.
@@ -68,16 +70,20 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"interrupted; the same command goes on from here, with what is in {folder}")
         return 130
     found = findings.collect(plan, study.findings(), environment.describe(device))
-    write(found, folder, study.samples())
-    print(findings.markdown(found))
-    print(f"results are in {folder}")
+    for target in [folder] if arguments.quick or arguments.out else [folder, sources.ROOT / findings.DOCS]:
+        _write(found, study.samples(), target)
+        print(f"results are in {target}")
+    print(f"\n{findings.as_table(found)}\n")
+    print("\n".join(findings.sentences(found)))
     return 0
 
 
-def write(study: dict[str, Any], folder: Path, samples: dict[str, Tensor]) -> None:
-    """The figures as JSON, and as a page in words and a picture."""
+def _write(study: dict[str, Any], samples: dict[str, Tensor], folder: Path) -> None:
     from benchmarks.study import page
 
-    (folder / "study.json").write_text(json.dumps(study) + "\n")
-    (folder / "study.md").write_text(findings.markdown(study))
-    page.draw(study, samples, folder / "study.png")
+    folder.mkdir(parents=True, exist_ok=True)
+    name = study["plan"]["name"]
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in study.items()]
+    (folder / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    (folder / f"{name}.md").write_text(findings.markdown(study))
+    page.draw(study, samples, folder / f"{name}.png")

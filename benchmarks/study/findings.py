@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.study.plan import METHODS, VANILLA, Plan, unit
+from benchmarks.study.plan import METHODS, PLANS, VANILLA, Plan, unit
 from benchmarks.tables import table
 from benchmarks.timing import Spread, ratio
 
-STORED = Path("docs/study/study.json")
+DOCS = Path("docs/study")
 
 
 @dataclass(frozen=True)
@@ -204,14 +204,19 @@ def setup(study: Mapping[str, Any]) -> str:
     )
 
 
+def committed(root: Path) -> list[dict[str, Any]]:
+    """The studies whose figures are in a checkout's docs, the largest first."""
+    paths = [root / DOCS / f"{name}.json" for name in reversed(PLANS)]
+    return [json.loads(path.read_text()) for path in paths if path.is_file()]
+
+
 def readme_block(root: Path) -> str:
-    """What the README says of the committed study, or that there is none."""
-    path = root / STORED
-    if not path.is_file():
-        return "The study has not been run: `make study`."
-    study = json.loads(path.read_text())
-    lines = [f"- {sentence}" for sentence in sentences(study)]
-    return "\n".join([f"{setup(study)} ([all figures](docs/study/study.md), by `{command(study)}`):", "", *lines])
+    """What the README says of the largest committed study, or that there is none."""
+    for study in committed(root):
+        lines = [f"- {sentence}" for sentence in sentences(study)]
+        page = f"[all figures]({DOCS}/{study['plan']['name']}.md)"
+        return "\n".join([f"{setup(study)} ({page}, by `{command(study)}`):", "", *lines])
+    return "The study has not been run: `make study`."
 
 
 def command(study: Mapping[str, Any]) -> str:
@@ -227,7 +232,7 @@ def markdown(study: Mapping[str, Any]) -> str:
             [
                 "# What the methods do on real digits",
                 f"{setup(study)}. Made by `{command(study)}`.",
-                "![The study on one page](study.png)",
+                f"![The study on one page]({study['plan']['name']}.png)",
                 "\n".join(f"- {sentence}" for sentence in sentences(study)),
                 "## Each method",
                 as_table(study),

@@ -88,9 +88,9 @@ def _losses(axes: Axes, study: Mapping[str, Any]) -> None:
     width = digits.TIMESTEPS / vanilla.shape[1]
     for number, method in enumerate(method for method in METHODS if method != VANILLA):
         over = binned(method) / vanilla
-        t = (torch.arange(vanilla.shape[1]) + 0.2 + 0.085 * number) * width
-        axes.plot(t, over.mean(0), "o-", color=COLOURS[method], markersize=3, linewidth=1, label=method)
-        axes.vlines(t, over.amin(0), over.amax(0), color=COLOURS[method], linewidth=1, alpha=0.7)
+        t = [(k + 0.2 + 0.085 * number) * width for k in range(vanilla.shape[1])]
+        axes.plot(t, over.mean(0).tolist(), "o-", color=COLOURS[method], markersize=3, linewidth=1, label=method)
+        axes.vlines(t, over.amin(0).tolist(), over.amax(0).tolist(), color=COLOURS[method], linewidth=1, alpha=0.7)
     axes.axhline(1, color=COLOURS[VANILLA], linewidth=1)
     for bound in range(0, digits.TIMESTEPS + 1, digits.TIMESTEPS // plan["clusters"]):
         axes.axvline(bound, color="0.85", linewidth=0.8, zorder=0)
@@ -111,7 +111,7 @@ def _samples(axes: Axes, samples: Mapping[str, Tensor]) -> None:
         rows.append(torch.cat(list(F.pad(by_class[:, 0], (1, 1, 1, 1), value=-1)), dim=1))
     picture = torch.cat(rows)
     height = len(picture) / len(rows)
-    axes.imshow(picture, cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest", aspect="equal")
+    axes.imshow(picture.numpy(), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest", aspect="equal")
     axes.set_yticks([(row + 0.5) * height - 0.5 for row in range(len(rows))], list(samples), fontsize=9)
     axes.set_xticks([])
     axes.tick_params(length=0)
@@ -146,9 +146,14 @@ def _method_rows(axes: Axes) -> None:
 
 
 def _affinity(axes: Axes, study: Mapping[str, Any]) -> None:
-    matrix = torch.tensor(study["affinity"]["matrix"])
     image = axes.imshow(
-        matrix, origin="lower", extent=(0, digits.TIMESTEPS) * 2, cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest"
+        study["affinity"]["matrix"],
+        origin="lower",
+        extent=(0, digits.TIMESTEPS) * 2,
+        cmap="RdBu",
+        vmin=-1,
+        vmax=1,
+        interpolation="nearest",
     )
     axes.figure.colorbar(image, ax=axes, label="cosine of gradients")
     steps = ", ".join(str(step) for step in study["affinity"]["steps"])
@@ -159,10 +164,11 @@ def _gaps(axes: Axes, study: Mapping[str, Any], gaps: Tensor, title: str, label:
     """A bar for each interval, and a dot for each seed."""
     count = gaps.shape[1]
     width = digits.TIMESTEPS / count
-    centres = (torch.arange(count) + 0.5) * width
-    colours = ["tab:red" if gap < 0 else "tab:blue" for gap in gaps.mean(0)]
-    axes.bar(centres, gaps.mean(0), width=0.8 * width, color=colours, alpha=0.5)
-    for of_seed in gaps:
+    centres = [(k + 0.5) * width for k in range(count)]
+    means = gaps.mean(0).tolist()
+    colours = ["tab:red" if gap < 0 else "tab:blue" for gap in means]
+    axes.bar(centres, means, width=0.8 * width, color=colours, alpha=0.5)
+    for of_seed in gaps.tolist():
         axes.plot(centres, of_seed, "o", color="black", markersize=3.5)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(xlabel="interval of timesteps (red: negative transfer)", ylabel=label, title=title)

@@ -66,7 +66,7 @@ class Plan:
 PLANS = {
     plan.name: plan
     for plan in (
-        Plan("quick", 2, 12, 20, 100, 4, 100, 200, 3, hidden_size=32, depth=2, num_heads=2),
+        Plan("quick", 2, 12, 20, 100, 4, 100, 500, 3, hidden_size=32, depth=2, num_heads=2),
         Plan("cpu", 3, 500, 128, 1000, 25, 20, 20, 15),
         # A larger model on larger images; its figures have never been made: no GPU has run it yet.
         Plan(

@@ -1,0 +1,188 @@
+"""The study: its measures against others' code, its sentences against known figures, and all of it once, very small."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+
+import benchmarks.__main__ as command_line
+from benchmarks.study import findings, units
+from benchmarks.study.judge import frechet_distance, split
+from benchmarks.study.plan import METHODS, PLANS, VANILLA
+from examples import digits
+from examples.train import Recipe, Training
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """The folder of a quick study that was interrupted twice, and the models that were trained in each part of it."""
+    folder = tmp_path_factory.mktemp("study")
+    trained: list[list[str]] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        train, specialist = units.Study.train, units.Study.specialist
+
+        def counted(self, method, seed):
+            if len(trained) == 1 and len(trained[0]) == 3:
+                raise KeyboardInterrupt
+            trained[-1].append(f"{method} {seed}")
+            return train(self, method, seed)
+
+        def stopped(self, k, seed):
+            if len(trained) == 2 and k == 1:
+                raise units.Interrupted
+            return specialist(self, k, seed)
+
+        patch.setattr(units.Study, "train", counted)
+        patch.setattr(units.Study, "specialist", stopped)
+        for expected in (130, 130, 0):
+            trained.append([])
+            assert command_line.main(["study", "--quick", "--out", str(folder)]) == expected
+    torch.set_num_threads(threads)
+    return folder, trained
+
+
+def test_an_interrupted_study_trains_every_model_once(quick):
+    _, trained = quick
+    assert [len(part) for part in trained] == [3, 6, 9]
+    assert sorted(itertools.chain(*trained)) == sorted(f"{method} {seed}" for method in METHODS for seed in range(2))
+
+
+def test_a_study_has_all_figures(quick):
+    folder, _ = quick
+    study = json.loads((folder / "quick.json").read_text())
+    plan = PLANS["quick"]
+    assert list(study["methods"]) == list(METHODS)
+    for of_method in study["methods"].values():
+        losses = torch.tensor(of_method["losses"])
+        assert losses.shape == (plan.seeds, 1000 // plan.loss_every) and losses.isfinite().all() and (losses > 0).all()
+        assert len(of_method["distance"]) == len(of_method["recognised"]) == plan.seeds
+        assert all(math.isfinite(distance) and distance > 0 for distance in of_method["distance"])
+        assert all(0 <= share <= 1 for share in of_method["recognised"])
+        assert len(of_method["seconds"]) == plan.timing_rounds
+    different = {json.dumps(of_method["losses"]) for of_method in study["methods"].values()}
+    assert len(different) == len(METHODS)
+    assert torch.tensor(study["transfer"]).shape == (plan.seeds, plan.clusters)
+    assert (torch.tensor(study["affinity"]["matrix"]).diagonal() - 1).abs().max() < 1e-6
+    assert study["real"]["training images"] + study["real"]["held-out images"] == 1797
+    assert study["commits"] and study["environment"]["command"].startswith("python -m benchmarks")
+    page = (folder / "quick.md").read_text()
+    assert page == findings.markdown(study)
+    assert all(method in page for method in METHODS) and "quick.png" in page
+    assert (folder / "quick.png").stat().st_size > 50_000
+
+
+def test_a_finished_study_trains_nothing(quick, monkeypatch):
+    folder, _ = quick
+    monkeypatch.setattr(Training, "step", lambda self: pytest.fail("something was trained again"))
+    assert command_line.main(["study", "--quick", "--out", str(folder)]) == 0
+
+
+def test_a_folder_of_another_study_is_refused(quick, capsys):
+    folder, _ = quick
+    with pytest.raises(SystemExit, match="2"):
+        command_line.main(["study", "--out", str(folder)])
+    assert "holds a study with name 'quick', and this one has 'cpu'; give another --out" in capsys.readouterr().err
+
+
+def test_every_method_sees_the_same_batches(seed):
+    images, labels = digits.load_images()
+    settings = PLANS["quick"].settings()
+    batches = []
+    for changes in METHODS.values():
+        training = Training(Recipe(seed=seed % 1000, **settings, **changes), images, labels)
+        for _ in range(2):
+            training.step()
+        torch.manual_seed(seed)
+        batches.append(training._batch())
+    for batch in batches[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(batch, batches[0], strict=True))
+
+
+def test_the_first_weights_are_the_same_for_every_method(seed):
+    images, labels = digits.load_images()
+    settings = PLANS["quick"].settings()
+    trainings = [Training(Recipe(seed=seed, **settings, **changes), images, labels) for changes in METHODS.values()]
+    for training in trainings[1:]:
+        for a, b in zip(training.model.parameters(), trainings[0].model.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_frechet_distance_by_another_root(seed):
+    a = torch.randn(200, 9) @ torch.randn(9, 9)
+    b = torch.randn(150, 9) @ torch.randn(9, 9) + torch.randn(9)
+    x, y = a.double().numpy(), b.double().numpy()
+    cov_x, cov_y = np.cov(x.T), np.cov(y.T)
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cov_x + cov_y - 2 * sqrtm(cov_x @ cov_y).real)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_frechet_distance_of_features_that_are_constant():
+    a = torch.randn(100, 4) * torch.tensor([1.0, 1, 1, 0])
+    assert frechet_distance(a, a + torch.tensor([0.0, 0, 0, 3])) == pytest.approx(9, abs=1e-6)
+
+
+def test_held_out_images_are_never_trained_on():
+    images = torch.arange(1797.0)[:, None, None, None].expand(-1, 1, 8, 8)
+    training, held_out = split(images, torch.arange(1797))
+    assert len(training.labels) == 1438 and len(held_out.labels) == 359
+    together = torch.cat([training.labels, held_out.labels])
+    assert together.sort().values.tolist() == list(range(1797))
+    assert torch.equal(training.images[:, 0, 0, 0].long(), training.labels)
+
+
+def test_changes_are_taken_seed_by_seed():
+    change = findings.Change.of([1.1, 2.0, 2.7], [1.0, 2.5, 3.0])
+    assert (change.least, change.most, change.lower) == (pytest.approx(-0.2), pytest.approx(0.1), 2)
+    assert str(change) == "-6.7% (-20.0% to +10.0%), lower in 2 of 3 seeds"
+    assert findings.Change.of([1, 2], [2, 3]).verdict == "lower in every seed"
+    assert findings.Change.of([2, 3], [1, 2]).verdict == "higher in every seed"
+
+
+def known_study():
+    """Two seeds, four timesteps in two intervals; only the figures that are asked for."""
+    return {
+        "plan": {"clusters": 2, "seeds": 2},
+        "methods": {VANILLA: {"losses": [[1.0, 3.0, 4.0, 6.0], [2.0, 2.0, 5.0, 5.0]]}},
+        "specialists": [[[1.0, 2.0], [6.0, 5.0]], [[1.0, 1.0], [5.0, 5.0]]],
+        "affinity": {"matrix": [[1, 0.9, 0.2, 0.1], [0.9, 1, 0.8, 0.3], [0.2, 0.8, 1, 0.7], [0.1, 0.3, 0.7, 1]]},
+    }
+
+
+def test_the_sign_of_gaps_and_what_is_near():
+    gaps = findings.loss_gaps(known_study())
+    torch.testing.assert_close(gaps, torch.tensor([[-0.25, 0.1], [-0.5, 0.0]], dtype=torch.float64))
+    near, far = findings.affinity_falls(known_study())
+    assert near == pytest.approx((0.9 + 0.8 + 0.7) / 3) and far == pytest.approx((0.2 + 0.1 + 0.3) / 3)
+
+
+def test_a_checkout_without_a_study(tmp_path):
+    assert findings.readme_block(tmp_path) == "The study has not been run: `make study`."
+
+
+def test_the_largest_study_is_the_readme_s(quick, tmp_path):
+    folder, _ = quick
+    study = json.loads((folder / "quick.json").read_text())
+    docs = tmp_path / findings.DOCS
+    docs.mkdir(parents=True)
+    for name in ("cpu", "cuda"):
+        study["plan"] = dict(study["plan"], name=name)
+        (docs / f"{name}.json").write_text(json.dumps(study))
+        text = findings.readme_block(tmp_path)
+        assert f"docs/study/{name}.md" in text and text.count("\n- ") == 5
+
+
+def test_committed_pages_show_their_figures():
+    for study in findings.committed(Path(__file__).parent.parent):
+        assert (Path(__file__).parent.parent / findings.DOCS / f"{study['plan']['name']}.png").is_file()
