@@ -135,7 +135,7 @@ def generated_texts(root: Path, results: Results) -> dict[Path, str]:
     for study in findings.committed(root):
         texts[root / findings.DOCS / f"{study['plan']['name']}.md"] = findings.markdown(study)
     texts[root / DOCS] = docs_page(results, static=(root / STATIC).is_file())
-    texts[root / README] = with_blocks((root / README).read_text(), results)
+    texts[root / README] = with_blocks((root / README).read_text(), readme_blocks(root, results))
     return texts
 
 
@@ -326,7 +326,13 @@ def docs_page(results: Results, static: bool) -> str:
     return "\n\n".join([*parts, _METHOD, _REPRODUCE]) + "\n"
 
 
-def with_blocks(text: str, results: Results) -> str:
+def readme_blocks(root: Path, results: Results) -> dict[str, str]:
+    """What the README says of a checkout's figures, by the names of its blocks."""
+    of_results = {name: write(results) for name, write in BLOCKS.items()}
+    return of_results | {"study": findings.readme_block(root)}
+
+
+def with_blocks(text: str, blocks: Mapping[str, str]) -> str:
     """A text with each ``<!-- begin NAME --> ... <!-- end NAME -->`` filled with the block of that name.
 
     Raises:
@@ -335,11 +341,11 @@ def with_blocks(text: str, results: Results) -> str:
     pieces = re.split(r"<!-- (begin|end) (.+?) -->", text)
     filled, open_block = pieces[0], None
     for kind, name, following in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
-        if name not in BLOCKS:
-            raise ValueError(f"README.md: no block is named {name!r}; there are {', '.join(BLOCKS)}")
+        if name not in blocks:
+            raise ValueError(f"README.md: no block is named {name!r}; there are {', '.join(blocks)}")
         if kind == "begin" and open_block is None:
             open_block = name
-            filled += f"<!-- begin {name} -->\n{BLOCKS[name](results)}\n<!-- end {name} -->"
+            filled += f"<!-- begin {name} -->\n{blocks[name]}\n<!-- end {name} -->"
         elif kind == "end" and open_block == name:
             open_block = None
             filled += following
@@ -437,12 +443,8 @@ def _gpu(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def _study(_: Results) -> str:
-    return findings.readme_block(sources.ROOT)
-
-
 # Blocks of the README by name: functions that write them from the results of all devices.
-BLOCKS: dict[str, Callable[[Results], str]] = {"surgery": _surgery, "blocks": _blocks, "gpu": _gpu, "study": _study}
+BLOCKS: dict[str, Callable[[Results], str]] = {"surgery": _surgery, "blocks": _blocks, "gpu": _gpu}
 
 
 def _speed_of_blocks(device: str, run: Run, peers: Sequence[str]) -> str:

@@ -5,21 +5,24 @@ average of the weights, autocast, checkpoints, and several processes.
     torchrun --standalone --nproc-per-node 2 -m examples.train --out out/train --weighting uw --precision bf16
 
 A run that was killed at any moment goes on when the same command is given again, and ends with the same weights, bit
-for bit on a CPU, as one that was left alone: everything random in a step follows from the seed and the step's number,
-and the rest of a run's state is in its checkpoint. Any number of processes trains the same model, to rounding.
+for bit on a CPU with as many threads, as one that was left alone: everything random in a step follows from the seed and
+the step's number, and the rest of a run's state is in its checkpoint. Any number of processes trains the same model, to
+rounding. In a step the host waits for a GPU only where fp16's scaler asks whether gradients overflowed.
 
---out then holds checkpoint.pt, averaged.pt (the weights to use), loss.png and samples.png. Needs
-``pip install "dtr_kernels[demo]"``.
+--out, which all processes must see, then holds checkpoint.pt, averaged.pt (the weights to use), loss.png and
+samples.png. Needs ``pip install "dtr_kernels[demo]"``, and "dtr_kernels[torchjd]" for --weighting nash.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,16 +31,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import dtr_kernels as dtr
 from examples import digits
 
-ROUTINGS: dict[str, Callable[[], Any]] = {
-    "none": lambda: None,
-    "random": lambda: dtr.RandomRouting(digits.TIMESTEPS),
-    "dtr": lambda: dtr.DenoisingTaskRouting(digits.TIMESTEPS),
+ROUTINGS: dict[str, Callable[[int], Any]] = {
+    "none": lambda seed: None,
+    "random": lambda seed: dtr.RandomRouting(digits.TIMESTEPS, seed=seed),
+    "dtr": lambda seed: dtr.DenoisingTaskRouting(digits.TIMESTEPS),
 }
 WEIGHTINGS = ("none", "uw", "pcgrad", "nash")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,8 +87,9 @@ class Recipe:
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        for name in ("clusters", "size", "hidden_size", "depth", "num_heads", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size < self.clusters:
             raise ValueError(
                 f"batch_size must be at least clusters ({self.clusters}), so that none is ever empty, "
@@ -153,16 +156,14 @@ class Training:
 
         torch.manual_seed(recipe.seed)
         self.model = digits.make_model(
-            ROUTINGS[recipe.routing](),
+            ROUTINGS[recipe.routing](recipe.seed),
             recipe.scope,
             size=recipe.size,
             hidden_size=recipe.hidden_size,
             depth=recipe.depth,
             num_heads=recipe.num_heads,
         ).to(images.device)
-        # The average reaches back over about a tenth of the training.
-        decay = 1 - min(10 / recipe.steps, 1)
-        self._average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval()
+        self.averaged = copy.deepcopy(self.model).eval()
 
         groups: list[dict[str, Any]] = [{"params": list(self.model.parameters())}]
         weighting = None
@@ -187,13 +188,6 @@ class Training:
         elif self.world > 1:
             self._parallel = DistributedDataParallel(self.objective)
 
-    @property
-    def averaged(self) -> dtr.nn.DiT:
-        """The model with the moving average of the weights."""
-        model = self._average.module
-        assert isinstance(model, dtr.nn.DiT)
-        return model
-
     def step(self) -> None:
         """One optimizer step, on a batch that follows from the seed and the step's number."""
         torch.manual_seed(self.recipe.seed * 1_000_003 + self.done + 1)  # + 1: the weights had the first
@@ -202,15 +196,23 @@ class Training:
             group["lr"] = peak * self._schedule()
         self.optimizer.zero_grad()
         if self.surgery is None:
-            loss, mean = self._parallel(clusters, shares, *batch)
+            loss, mean = self._parallel(self._on_device(clusters), shares, *batch)
             self.scaler.scale(loss).backward()
         else:
-            mean = self.surgery.backward_batch(self.objective.losses, clusters, *batch, scaler=self.scaler).nanmean()
+            of_clusters = self.surgery.backward_batch(self.objective.losses, clusters, *batch, scaler=self.scaler)
+            parts = self._on_device(clusters.bincount(minlength=self.recipe.clusters) / len(clusters))
+            mean = (of_clusters.nan_to_num() * parts).sum()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self._average.update_parameters(self.model)
+        self._update_average()
         self.losses[self.done] = mean.detach()
         self.done += 1
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """A moving average of the weights that reaches back over about a tenth of the training."""
+        for average, parameter in zip(self.averaged.parameters(), self.model.parameters(), strict=True):
+            average.lerp_(parameter, min(10 / self.recipe.steps, 1))
 
     def _schedule(self) -> float:
         """Linear warm-up over a twentieth of the steps, then a cosine to 0."""
@@ -218,27 +220,36 @@ class Training:
         return min((self.done + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * self.done / self.recipe.steps))
 
     def _batch(self) -> tuple[Tensor, ...]:
-        """This process's part of the batch: clusters, shares and what ``Objective.losses`` takes.
+        """This process's part of the batch: clusters, on the CPU, shares and what ``Objective.losses`` takes.
 
         Every process draws the whole batch and takes its part, so the number of processes changes nothing.
         """
         recipe, device = self.recipe, self.images.device
         if recipe.cluster is None:
-            t = self.clusters.sample(recipe.batch_size, device=device)
+            t = self.clusters.sample(recipe.batch_size)
         else:
             first, end = self.clusters.bounds[recipe.cluster : recipe.cluster + 2]
-            t = torch.randint(first, end, (recipe.batch_size,), device=device)
+            t = torch.randint(first, end, (recipe.batch_size,))
         clusters = self.clusters.assign(t)
-        counts = torch.zeros(recipe.clusters, device=device).index_add(0, clusters, torch.ones(len(t), device=device))
-        shares = self.world / counts[clusters]  # DDP divides by the number of processes
+        # DDP divides by the number of processes.
+        shares = self._on_device(self.world / clusters.bincount(minlength=recipe.clusters)[clusters])
+        t = self._on_device(t)
         chosen = torch.randint(len(self.images), (recipe.batch_size,), device=device)
         unlabelled = torch.rand(recipe.batch_size, device=device) < 0.1  # for classifier-free guidance
         y = torch.where(unlabelled, digits.NULL_CLASS, self.labels[chosen])
         x, velocity = digits.noisy(self.images[chosen], t)
         return tuple(tensor[self.rank :: self.world] for tensor in (clusters, shares, x, t, y, velocity))
 
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        """A copy for which the host does not wait."""
+        device = self.images.device
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
     def save(self, path: Path) -> None:
-        """Writes a checkpoint, by the first process. A file at ``path`` is the old or the new one, whole, always."""
+        """Writes a checkpoint, by the first process; a file at ``path`` is the old or the new one, whole, always."""
+        if self.world > 1:  # each has seen its part of the batches
+            dist.all_reduce(self.losses)
+            self.losses /= self.world
         if self.rank:
             return
         state = {
@@ -246,7 +257,7 @@ class Training:
             "done": self.done,
             "losses": self.losses,
             "objective": self.objective.state_dict(),
-            "averaged": self._average.state_dict(),
+            "averaged": self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "surgery": None if self.surgery is None else self.surgery.state_dict(),
@@ -257,9 +268,11 @@ class Training:
         """Continues from a checkpoint.
 
         Raises:
-            ValueError: if it was made with another recipe.
+            ValueError: if it was made with another recipe, or the file is none of these.
         """
         state = torch.load(path, map_location=self.images.device, weights_only=True)
+        if not isinstance(state, dict) or "recipe" not in state:
+            raise ValueError(f"{path} is no checkpoint of a training; give another folder")
         here = asdict(self.recipe)
         different = [name for name in here if state["recipe"].get(name) != here[name]]
         if different:
@@ -271,7 +284,7 @@ class Training:
         self.done = state["done"]
         self.losses.copy_(state["losses"])
         self.objective.load_state_dict(state["objective"])
-        self._average.load_state_dict(state["averaged"])
+        self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.surgery is not None:
@@ -282,43 +295,47 @@ class Training:
 
 def write_atomically(state: object, path: Path) -> None:
     """``torch.save`` that leaves the old file or the new one, also if the machine fails meanwhile."""
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def run(training: Training, checkpoint: Path, save_every: int) -> bool:
-    """Trains to the end, from ``checkpoint`` where there is one; False if Ctrl-C or SIGTERM came first.
+    """Trains to the end and saves; False if Ctrl-C or SIGTERM came.
 
     One process then finishes its step and saves it. Several cannot know of each other's signals in time: they stop
     where they are, and go on from the last multiple of ``save_every`` steps.
     """
-    if checkpoint.exists():
-        training.load(checkpoint)
-    stop = False
-
-    def ask_to_stop(*_: object) -> None:
-        nonlocal stop
-        stop = True
-
-    if training.world == 1:
-        before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     total = training.recipe.steps
-    with tqdm(total=total, initial=training.done, desc="training", disable=training.rank > 0, **digits.BAR) as bar:
-        while training.done < total and not stop:
+    bar = tqdm(total=total, initial=training.done, desc="training", disable=training.rank > 0, **digits.BAR)
+    with bar, _signals(training.world == 1) as received:
+        while training.done < total and not received:
             training.step()
             bar.update()
-            if training.done % save_every == 0 or training.done == total or stop:
+            if training.done % save_every == 0 or training.done == total or received:
                 training.save(checkpoint)
                 recent = training.losses[max(training.done - 50, 0) : training.done]
                 bar.set_postfix(loss=f"{recent.mean():.3f}")
-    if training.world == 1:
+    return not received
+
+
+@contextmanager
+def _signals(kept: bool) -> Iterator[list[int]]:
+    """Where ``kept``, Ctrl-C and SIGTERM go into the list instead of ending the process."""
+    received: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM) if kept else ()
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    try:
+        yield received
+    finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return training.done == total
 
 
 def parse_arguments(command_line: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -360,14 +377,16 @@ def main(command_line: list[str] | None = None) -> int:
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        names = [field.name for field in fields(Recipe) if field.name != "cluster"]
-        recipe = Recipe(**{name: getattr(arguments, name) for name in names})
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        given = {field.name: getattr(arguments, field.name) for field in fields(Recipe) if field.name != "cluster"}
+        recipe = Recipe(**given)
         training = Training(recipe, *digits.load_images(device, recipe.size))
-        finished = run(training, arguments.out / "checkpoint.pt", arguments.save_every)
-    except ValueError as error:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        checkpoint = arguments.out / "checkpoint.pt"
+        if checkpoint.exists():
+            training.load(checkpoint)
+    except (ValueError, FileExistsError) as error:
         parser.error(str(error))
-    if not finished:
+    if not run(training, checkpoint, arguments.save_every):
         print(f"stopped after {training.done} of {recipe.steps} steps; the same command goes on from there")
         return 130
     if training.rank == 0:

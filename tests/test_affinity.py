@@ -355,7 +355,7 @@ def test_ctrl_c_at_any_call_loses_at_most_that_call(seed, tmp_path):
         return loss(t)
 
     affinity = None
-    while affinity is None:
+    while affinity is None and interruptions < 100:
         try:
             affinity = analyse(interrupted, model, memory=MEMORY, path=path)
         except KeyboardInterrupt:
@@ -426,7 +426,7 @@ def test_a_killed_process_loses_what_came_after_the_last_save(seed, tmp_path):
 
 @pytest.mark.parametrize("torn", [False, True])
 def test_a_kill_between_any_two_writes_leaves_a_file_that_is_right(seed, tmp_path, monkeypatch, torn):
-    """From some write on nothing reaches the disk any more; that one is left out, or half done if it is of rows."""
+    """From some write on nothing reaches the disk; of rows, that one may leave rubbish."""
     monkeypatch.setattr(progress_module, "_SECONDS_BETWEEN_SAVES", 0.0)
     model, checkpoint = fixed_toy(), progress_module.Checkpoint
     loss, write, write_rows = toy_loss(model), checkpoint._write, checkpoint._write_rows
@@ -445,12 +445,12 @@ def test_a_kill_between_any_two_writes_leaves_a_file_that_is_right(seed, tmp_pat
             raise Killed
 
     def counted_rows(self, rows, first):
-        count(lambda: write_rows(self, rows[:, : rows.shape[1] // 2].clone(), first))
+        count(lambda: write_rows(self, torch.full_like(rows, math.nan), first))
         write_rows(self, rows, first)
 
     monkeypatch.setattr(checkpoint, "_write", lambda self, progress: (count(), write(self, progress)))
     monkeypatch.setattr(checkpoint, "_write_rows", counted_rows)
-    for number, fatal in enumerate(random.Random(seed).sample(range(2, 2 * PASSES), 10)):
+    for number, fatal in enumerate(random.Random(seed).sample(range(2, 2 * PASSES), 5)):
         path, writes = tmp_path / str(number), 0
         with pytest.raises(Killed):
             analyse(loss, model, memory=MEMORY, path=path)
@@ -538,7 +538,7 @@ def test_rows_that_are_gone_are_computed_again(seed, tmp_path, damage, monkeypat
         rows.unlink()
     else:
         rows.write_bytes(rows.read_bytes()[: 2 * 13 * 8 + 5 if damage == "cut" else 0])
-    stopped(loss, model, path, 1, memory=MEMORY)  # so that what is saved next is right, too
+    stopped(loss, model, path, 2, memory=MEMORY)  # so that what is saved next is right, too
     affinity = analyse(loss, model, memory=MEMORY, path=path)
     assert_same_bits(affinity, analyse(loss, model, memory=MEMORY))
 
@@ -611,7 +611,7 @@ def test_a_file_of_another_format_is_refused(seed, tmp_path, monkeypatch):
     model, path = fixed_toy(), tmp_path / "progress"
     stopped(toy_loss(model), model, path, 3)
     monkeypatch.setattr(progress_module, "FORMAT", 2)
-    refused(lambda: analyse(toy_loss(model), model, path=path), ValueError, ["format 1", "reads 2"])
+    refused(lambda: analyse(toy_loss(model), model, path=path), ValueError, ["format is 1 there and 2 here"])
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -148,7 +148,9 @@ def arguments(*folders, against=None, out=None, check=False) -> argparse.Namespa
 def checkout(tmp_path, monkeypatch):
     """A checkout of nothing but a README with all blocks, results of a CPU and a file of another kind."""
     monkeypatch.setattr(sources, "ROOT", tmp_path)
-    blocks = "\n\n".join(f"<!-- begin {name} -->\ntyped by hand\n<!-- end {name} -->" for name in report.BLOCKS)
+    blocks = "\n\n".join(
+        f"<!-- begin {name} -->\ntyped by hand\n<!-- end {name} -->" for name in (*report.BLOCKS, "study")
+    )
     (tmp_path / "README.md").write_text(f"# Title\n\n{blocks}\n\nThe end.\n")
     for run in (made_up_blocks(), *made_up_surgery()):
         run.save(tmp_path / report.RESULTS / "cpu")
@@ -394,16 +396,16 @@ def test_two_sets_of_results_are_compared():
     assert "- threads: 2 now, 8 then" in text and "- torch: 2.13.0 now, 2.14.0 then" in text and "- cores" not in text
 
 
-def test_blocks_are_replaced_and_the_rest_stays(monkeypatch):
-    monkeypatch.setattr(report, "BLOCKS", {"one": lambda results: "first", "two": lambda results: "second"})
+def test_blocks_are_replaced_and_the_rest_stays():
+    blocks = {"one": "first", "two": "second"}
     text = "before\n<!-- begin one -->\nold\n<!-- end one -->\n<!-- a comment -->\n"
     text += "<!-- begin two --><!-- end two -->after\n"
     expected = (
         "before\n<!-- begin one -->\nfirst\n<!-- end one -->\n<!-- a comment -->\n"
         "<!-- begin two -->\nsecond\n<!-- end two -->after\n"
     )
-    assert report.with_blocks(text, {}) == expected
-    assert report.with_blocks(expected, {}) == expected
+    assert report.with_blocks(text, blocks) == expected
+    assert report.with_blocks(expected, blocks) == expected
 
 
 @pytest.mark.parametrize(
@@ -418,7 +420,7 @@ def test_blocks_are_replaced_and_the_rest_stays(monkeypatch):
 )
 def test_markers_that_do_not_fit(text, message):
     with pytest.raises(ValueError) as caught:
-        report.with_blocks(text, {})
+        report.with_blocks(text, dict.fromkeys(report.BLOCKS, ""))
     assert message in str(caught.value) and "README.md" in str(caught.value)
 
 

@@ -69,11 +69,12 @@ def test_a_study_has_all_figures(quick):
         assert len(of_method["distance"]) == len(of_method["recognised"]) == plan.seeds
         assert all(math.isfinite(distance) and distance > 0 for distance in of_method["distance"])
         assert all(0 <= share <= 1 for share in of_method["recognised"])
-        assert len(of_method["seconds"]) == plan.timing_rounds
+        assert len(of_method["seconds"]) == units.TIMED_STEPS
     different = {json.dumps(of_method["losses"]) for of_method in study["methods"].values()}
     assert len(different) == len(METHODS)
     assert torch.tensor(study["transfer"]).shape == (plan.seeds, plan.clusters)
     assert (torch.tensor(study["affinity"]["matrix"]).diagonal() - 1).abs().max() < 1e-6
+    assert study["bounds"] == [0, 200, 400, 600, 800, 1000]
     assert study["real"]["training images"] + study["real"]["held-out images"] == 1797
     assert study["commits"] and study["environment"]["command"].startswith("python -m benchmarks")
     page = (folder / "quick.md").read_text()
@@ -95,18 +96,21 @@ def test_a_folder_of_another_study_is_refused(quick, capsys):
     assert "holds a study with name 'quick', and this one has 'cpu'; give another --out" in capsys.readouterr().err
 
 
-def test_every_method_sees_the_same_batches(seed):
+def test_every_method_sees_the_same_batches(seed, monkeypatch):
     images, labels = digits.load_images()
     settings = PLANS["quick"].settings()
-    batches = []
+    seen = []
     for changes in METHODS.values():
         training = Training(Recipe(seed=seed % 1000, **settings, **changes), images, labels)
-        for _ in range(2):
+        batches, draw = [], training._batch
+        monkeypatch.setattr(
+            training, "_batch", lambda batches=batches, draw=draw: batches.append(draw()) or batches[-1]
+        )
+        for _ in range(3):
             training.step()
-        torch.manual_seed(seed)
-        batches.append(training._batch())
-    for batch in batches[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(batch, batches[0], strict=True))
+        seen.append([tensor for batch in batches for tensor in batch])
+    for tensors in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(tensors, seen[0], strict=True))
 
 
 def test_the_first_weights_are_the_same_for_every_method(seed):
@@ -148,6 +152,7 @@ def test_changes_are_taken_seed_by_seed():
     assert str(change) == "-6.7% (-20.0% to +10.0%), lower in 2 of 3 seeds"
     assert findings.Change.of([1, 2], [2, 3]).verdict == "lower in every seed"
     assert findings.Change.of([2, 3], [1, 2]).verdict == "higher in every seed"
+    assert findings.Change.of([1, 2], [1, 2]).verdict == "lower in 0 of 2 seeds"
 
 
 def known_study():
@@ -165,6 +170,18 @@ def test_the_sign_of_gaps_and_what_is_near():
     torch.testing.assert_close(gaps, torch.tensor([[-0.25, 0.1], [-0.5, 0.0]], dtype=torch.float64))
     near, far = findings.affinity_falls(known_study())
     assert near == pytest.approx((0.9 + 0.8 + 0.7) / 3) and far == pytest.approx((0.2 + 0.1 + 0.3) / 3)
+
+
+def test_intervals_and_the_best_in_words():
+    study = {"bounds": [0, 200, 400, 1000]}
+    assert findings._intervals(study, torch.tensor([False, False, False])) == "no interval"
+    assert findings._intervals(study, torch.tensor([True, False, False])) == "t in 0..199"
+    assert findings._intervals(study, torch.tensor([True, False, True])) == "t in each of 0..199, 400..999"
+    study = {"methods": {method: {"distance": [2.0, 2.0]} for method in METHODS}}
+    study["methods"]["+UW"]["distance"] = [1.0, 3.0]
+    assert findings._best(study).startswith("No method")
+    study["methods"]["+UW"]["distance"] = [1.0, 1.0]
+    assert findings._best(study) == "+UW has the smallest distance in every seed."
 
 
 def test_a_checkout_without_a_study(tmp_path):

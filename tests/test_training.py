@@ -77,7 +77,7 @@ def test_every_part_of_a_checkpoint_counts(data, tmp_path, seed):
         state = torch.load(tmp_path / "whole.pt", weights_only=True)
         state[part] = {
             "objective": Training(recipe, *data).objective.state_dict(),
-            "averaged": Training(recipe, *data)._average.state_dict(),
+            "averaged": Training(recipe, *data).averaged.state_dict(),
             "optimizer": Training(recipe, *data).optimizer.state_dict(),
         }[part]
         torch.save(state, tmp_path / "part.pt")
@@ -119,7 +119,7 @@ def test_a_killed_process_goes_on_to_the_same_bits(number, left_alone, tmp_path)
     process = start(tmp_path, *LONGER)
     while process.poll() is None and not (tmp_path / "checkpoint.pt").exists():
         time.sleep(0.005)
-    time.sleep(random.random())
+    time.sleep(0.3 * random.random())
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130), err
@@ -146,7 +146,11 @@ def test_two_processes_train_the_model_of_one(weighting, data, tmp_path, seed):
     for a, b in zip(found.objective.parameters(), expected.objective.parameters(), strict=True):
         # Adam divides by the size of gradients: rounding of tiny ones becomes steps of up to the learning rate.
         assert (a - b).abs().max() <= 0.05 * recipe.learning_rate * recipe.steps
-        assert (a - b).norm() <= 1e-3 * b.norm() + 1e-6
+        assert (a - b).norm() <= 1e-2 * b.norm() + 1e-5
+        # It hides their scale, which its own averages show.
+        if b.requires_grad:
+            here, there = found.optimizer.state[a]["exp_avg"], expected.optimizer.state[b]["exp_avg"]
+            assert (here - there).norm() <= 1e-2 * there.norm() + 1e-6
 
 
 def test_a_specialist_sees_its_interval_alone(data, seed):
@@ -159,7 +163,7 @@ def test_a_specialist_sees_its_interval_alone(data, seed):
 
 def test_the_loss_falls(data, seed):
     losses = trained(replace(TINY, steps=60, batch_size=40, seed=seed), data).losses
-    assert losses[-10:].mean() < 0.8 * losses[:5].mean()
+    assert losses[-10:].mean() < 0.85 * losses[:5].mean()
 
 
 @pytest.mark.parametrize(
@@ -170,6 +174,7 @@ def test_the_loss_falls(data, seed):
         ({"weighting": "mgda"}, "weighting must be one of none, uw, pcgrad, nash, got 'mgda'"),
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
         ({"batch_size": 4}, r"batch_size must be at least clusters \(5\).*got 4"),
         ({"cluster": 5}, r"cluster must be in 0..4 .*got 5"),
         ({"cluster": 1, "weighting": "uw"}, "one cluster has nothing to be weighted against"),
@@ -185,12 +190,39 @@ def test_another_recipe_does_not_continue(data, tmp_path):
     training.save(tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="was made with scope 'block', but this run has 'branch'"):
         Training(replace(TINY, scope="branch"), *data).load(tmp_path / "checkpoint.pt")
+    torch.save(training.model.state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"weights.pt is no checkpoint of a training; give another folder"):
+        training.load(tmp_path / "weights.pt")
+
+
+def test_a_signal_in_the_last_step_is_told_and_handlers_come_back(data, tmp_path, monkeypatch):
+    training = Training(TINY, *data)
+    before = signal.getsignal(signal.SIGINT)
+    step = training.step
+
+    def interrupted_at_the_end():
+        step()
+        if training.done == TINY.steps:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(training, "step", interrupted_at_the_end)
+    assert not run(training, tmp_path / "checkpoint.pt", save_every=100)
+    assert signal.getsignal(signal.SIGINT) is before
+    again = Training(TINY, *data)
+    again.load(tmp_path / "checkpoint.pt")
+    assert again.done == TINY.steps
+    monkeypatch.setattr(training, "step", lambda: 1 / 0)
+    training.done = 0
+    with pytest.raises(ZeroDivisionError):
+        run(training, tmp_path / "checkpoint.pt", save_every=100)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_finished_run_does_nothing_more(data, tmp_path):
     training = trained(TINY, data)
     training.save(tmp_path / "checkpoint.pt")
     again = Training(TINY, *data)
+    again.load(tmp_path / "checkpoint.pt")
     assert run(again, tmp_path / "checkpoint.pt", save_every=1)
     assert_same(weights(again), weights(training))
 

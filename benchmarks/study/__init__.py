@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks import environment, sources
+from benchmarks import sources
 from benchmarks.study import findings
 from benchmarks.study.plan import PLANS
 
@@ -69,7 +69,7 @@ def main(arguments: argparse.Namespace) -> int:
     except (KeyboardInterrupt, Interrupted):
         print(f"interrupted; the same command goes on from here, with what is in {folder}")
         return 130
-    found = findings.collect(plan, study.findings(), environment.describe(device))
+    found = findings.collect(plan, study.findings(), study.clusters.bounds)
     for target in [folder] if arguments.quick or arguments.out else [folder, sources.ROOT / findings.DOCS]:
         _write(found, study.samples(), target)
         print(f"results are in {target}")

@@ -27,42 +27,47 @@ class Change:
     lower: int  # in so many seeds
     seeds: int
 
+    higher: int
+
     @classmethod
     def of(cls, method: Sequence[float], vanilla: Sequence[float]) -> Change:
         each = [a / b - 1 for a, b in zip(method, vanilla, strict=True)]
-        return cls(sum(each) / len(each), min(each), max(each), sum(change < 0 for change in each), len(each))
+        lower, higher = sum(change < 0 for change in each), sum(change > 0 for change in each)
+        return cls(sum(each) / len(each), min(each), max(each), lower, len(each), higher)
 
     @property
     def verdict(self) -> str:
         """Whether all seeds agree."""
-        if self.lower == self.seeds:
-            return "lower in every seed"
-        return "higher in every seed" if self.lower == 0 else f"lower in {self.lower} of {self.seeds} seeds"
+        if self.seeds in (self.lower, self.higher):
+            return f"{'lower' if self.lower else 'higher'} in every seed"
+        return f"lower in {self.lower} of {self.seeds} seeds"
 
     def __str__(self) -> str:
         return f"{self.mean:+.1%} ({self.least:+.1%} to {self.most:+.1%}), {self.verdict}"
 
 
-def collect(plan: Plan, found: Mapping[str, Mapping[str, Any]], environment: Mapping[str, Any]) -> dict[str, Any]:
+def collect(plan: Plan, found: Mapping[str, Mapping[str, Any]], bounds: Sequence[int]) -> dict[str, Any]:
     """Everything that a page and the README are made from, as JSON.
 
     Args:
         plan: the size of the study.
-        found: what each unit found.
-        environment: where the last of them ran.
+        found: what each unit found, and where.
+        bounds: of the clusters.
     """
     seeds = range(plan.seeds)
     runs = {method: [found[unit(method, seed)] for seed in seeds] for method in METHODS}
     specialists = [[found[unit(f"specialist {k}", seed)]["losses"] for k in range(plan.clusters)] for seed in seeds]
     return {
         "plan": asdict(plan),
-        "environment": dict(environment),
-        "commits": sorted({str(unit["commit"]) for unit in found.values()}),
-        "real": found["real"],
+        "environment": found["seconds"]["environment"],  # of what depends on the machine most
+        "commits": sorted({_commit(of_unit["environment"]) for of_unit in found.values()}),
+        "bounds": list(bounds),
+        "real": {name: value for name, value in found["real"].items() if name != "environment"},
         "methods": {
             method: {
                 "losses": [_rounded(run["losses"]) for run in of_seeds],
                 "distance": [run["distance"] for run in of_seeds],
+                "distance of as many": [run["distance of as many"] for run in of_seeds],
                 "recognised": [run["recognised"] for run in of_seeds],
                 "seconds": _rounded(found["seconds"]["seconds"][method]),
             }
@@ -75,6 +80,12 @@ def collect(plan: Plan, found: Mapping[str, Mapping[str, Any]], environment: Map
             "matrix": [_rounded(row) for row in found["affinity"]["matrix"]],
         },
     }
+
+
+def _commit(environment: Mapping[str, Any]) -> str:
+    if environment["commit"] is None:
+        return "outside of git"
+    return environment["commit"][:7] + (" and uncommitted changes" if environment["uncommitted changes"] else "")
 
 
 def _rounded(values: Sequence[float]) -> list[float]:
@@ -95,8 +106,13 @@ def distance_change(study: Mapping[str, Any], method: str) -> Change:
 
 
 def step_time(study: Mapping[str, Any], method: str) -> Spread:
-    """The time of a training step over that of vanilla."""
-    return ratio(study["methods"][method]["seconds"], study["methods"][VANILLA]["seconds"])
+    """The mean time of a training step over that of vanilla, and the percentiles of single steps' ratios.
+
+    The mean, because one of the steps solves for Nash-MTL's weights, which a median would not see.
+    """
+    seconds, of_vanilla = (study["methods"][name]["seconds"] for name in (method, VANILLA))
+    by_step = ratio(seconds, of_vanilla)
+    return Spread(sum(seconds) / sum(of_vanilla), by_step.p20, by_step.p80)
 
 
 def loss_gaps(study: Mapping[str, Any]) -> torch.Tensor:
@@ -147,33 +163,41 @@ def _over_seeds(values: Sequence[float], form: str) -> str:
 
 def _step(study: Mapping[str, Any], method: str) -> str:
     if method == VANILLA:
-        return f"{Spread.of(study['methods'][method]['seconds']).median * 1e3:.3g} ms"
+        seconds = study["methods"][method]["seconds"]
+        return f"{sum(seconds) / len(seconds) * 1e3:.3g} ms"
     spread = step_time(study, method)
     return f"{spread.median:.2f}x ({spread.p20:.2f} to {spread.p80:.2f})"
 
 
 def sentences(study: Mapping[str, Any]) -> list[str]:
     """What was found, in five sentences."""
-    plan = study["plan"]
+    plan, real = study["plan"], study["real"]
     near, far = affinity_falls(study)
     gaps = loss_gaps(study)
     by_distance = torch.tensor(study["transfer"], dtype=torch.float64)
-    better = [k for k in range(plan["clusters"]) if (gaps[:, k] < 0).all()]
-    worse = [k for k in range(plan["clusters"]) if (gaps[:, k] > 0).all()]
-    closer = [k for k in range(plan["clusters"]) if (by_distance[:, k] < 0).all()]
-    best = min(METHODS, key=lambda method: sum(study["methods"][method]["distance"]))
+    vanilla = _over_seeds(study["methods"][VANILLA]["distance of as many"], "{:.1f}")
     return [
         f"**Routing.** {_compared(study, ['+DTR (block)', '+DTR (branch)', '+R-TR'])}",
         f"**Weighting.** {_compared(study, ['+UW', '+PCGrad', '+Nash'])}",
-        f"**Both.** {_compared(study, ['+DTR+UW', '+DTR+PCGrad'])} Of all, {best} comes closest to real digits: "
-        f"{_over_seeds(study['methods'][best]['distance'], '{:.2f}')}, where held-out real digits are at "
-        f"{study['real']['distance']:.2f}.",
-        f"**Task affinity (O1).** The gradients of neighbouring timesteps have a cosine of {near:.2f}, of timesteps "
-        f"half of the process or more apart {far:.2f}.",
-        f"**Negative transfer (O2).** Of {plan['clusters']} intervals, specialists have the lower denoising loss in "
-        f"every seed in {_intervals(better)} (negative transfer), and the higher one in {_intervals(worse)}; by the "
-        f"distance of samples they are better in every seed in {_intervals(closer)}.",
+        f"**Both.** {_compared(study, ['+DTR+UW', '+DTR+PCGrad'])} {_best(study)} "
+        f"({real['as many']} samples of vanilla are at {vanilla}, as many held-out real digits at "
+        f"{real['distance of as many']:.1f}.)",
+        f"**Task affinity (O1).** Gradients at timesteps {plan['affinity_every']} apart have a cosine of {near:.2f}, "
+        f"those half of the process or more apart {far:.2f}.",
+        f"**Negative transfer (O2).** By denoising loss specialists are better in every seed in "
+        f"{_intervals(study, (gaps < 0).all(0))} (negative transfer) and worse in every seed in "
+        f"{_intervals(study, (gaps > 0).all(0))}; by the distance of samples they are better in "
+        f"{_intervals(study, (by_distance < 0).all(0))} and worse in {_intervals(study, (by_distance > 0).all(0))}.",
     ]
+
+
+def _best(study: Mapping[str, Any]) -> str:
+    """The method whose samples are closest in every seed, if there is one."""
+    seeds = zip(*(study["methods"][method]["distance"] for method in METHODS), strict=True)
+    best = {list(METHODS)[distances.index(min(distances))] for distances in seeds}
+    if len(best) > 1:
+        return "No method has the smallest distance in every seed."
+    return f"{best.pop()} has the smallest distance in every seed."
 
 
 def _compared(study: Mapping[str, Any], methods: Sequence[str]) -> str:
@@ -187,20 +211,23 @@ def _compared(study: Mapping[str, Any], methods: Sequence[str]) -> str:
     return "; ".join(parts) + "."
 
 
-def _intervals(which: Sequence[int]) -> str:
-    return "none" if not which else "interval " + ", ".join(str(k) for k in which)
+def _intervals(study: Mapping[str, Any], which: torch.Tensor) -> str:
+    """Intervals as their first and last timesteps, 0 being the clean end."""
+    bounds = study["bounds"]
+    chosen = [f"{bounds[k]}..{bounds[k + 1] - 1}" for k in range(len(which)) if which[k]]
+    return "no interval" if not chosen else ("t in " if len(chosen) == 1 else "t in each of ") + ", ".join(chosen)
 
 
 def setup(study: Mapping[str, Any]) -> str:
     """What was trained on what, where and when."""
     plan, where, real = study["plan"], study["environment"], study["real"]
-    commits = ", ".join(commit[:7] for commit in study["commits"])
     model = f"a DiT of {plan['hidden_size']} channels and {plan['depth']} blocks"
     images = f"{plan['batch_size']} images of {plan['size']} x {plan['size']}"
     return (
         f"{len(METHODS)} ways to train {model}, {plan['steps']} steps of {images}, {plan['seeds']} seeds, "
         f"K {plan['clusters']}; {real['training images']} real digits to train on and {real['held-out images']} held "
-        f"out; {where['device']}, torch {where['torch']}, commit {commits}, {str(where['date'])[:10]}"
+        f"out; {where['device']}, torch {where['torch']}, commit {', '.join(study['commits'])}, "
+        f"{str(where['date'])[:10]}"
     )
 
 
@@ -214,8 +241,9 @@ def readme_block(root: Path) -> str:
     """What the README says of the largest committed study, or that there is none."""
     for study in committed(root):
         lines = [f"- {sentence}" for sentence in sentences(study)]
-        page = f"[all figures]({DOCS}/{study['plan']['name']}.md)"
-        return "\n".join([f"{setup(study)} ({page}, by `{command(study)}`):", "", *lines])
+        path = f"{DOCS}/{study['plan']['name']}"
+        head = f"{setup(study)} ([all figures]({path}.md), by `{command(study)}`):"
+        return "\n".join([head, "", *lines, "", f"![All of the study on one page]({path}.png)"])
     return "The study has not been run: `make study`."
 
 
@@ -236,7 +264,11 @@ def markdown(study: Mapping[str, Any]) -> str:
                 "\n".join(f"- {sentence}" for sentence in sentences(study)),
                 "## Each method",
                 as_table(study),
-                _METHOD.format(accuracy=f"{real['accuracy']:.1%}", distance=f"{real['distance']:.2f}"),
+                _METHOD.format(
+                    accuracy=f"{real['accuracy']:.1%}",
+                    few=real["as many"],
+                    distance=f"{real['distance of as many']:.1f}",
+                ),
             ]
         )
         + "\n"
@@ -251,12 +283,16 @@ _METHOD = """\
   of them. With so few seeds "in every seed" is a hint and no proof, and among eight methods some agree by chance.
 - The moving average of the weights is judged. The denoising loss is the mean squared error of the predicted velocity on
   held-out images, over evenly spaced timesteps, with the same noise for every model.
-- The Frechet distance compares samples with the training images, by 64 features of a classifier trained on those (its
-  accuracy on held-out images: {accuracy}). Held-out real images are at {distance}. "Recognised" are samples that the
-  classifier takes for the class that was asked for.
+- The Frechet distance compares samples with the training images, by 64 activations of a classifier trained on those
+  (its accuracy on held-out images: {accuracy}). It grows as images get fewer, so the {few} held-out real images, at
+  {distance}, can only be compared with as many samples. "Recognised" are samples that the classifier takes for the
+  class that was asked for.
 - A specialist is trained on one interval alone, for as many steps as the shared model takes for all of them. The
   negative transfer gap is the quality with the specialist in its interval minus that of the shared model alone, lower
   being better: a negative gap is negative transfer.
 - Task affinity: cosines of the gradients of the loss at two timesteps, each over all training images with noise of its
   own, averaged over three moments of a vanilla training.
-- The time of a step is measured at the end, with all methods taking turns; the range is from p20 to p80."""
+- Random routing has a mask of its own for every seed, and runs through plain PyTorch.
+- The time of a step is the mean of 25 at the end, in which all methods take turns; one of them solves for Nash-MTL's
+  weights, as one in 25 does. The range is from p20 to p80 of single steps. Gradient surgery uses engine
+  "per_cluster"."""

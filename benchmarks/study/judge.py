@@ -44,12 +44,11 @@ class Classifier(nn.Module):
 
 def trained_classifier(training: Images, path: Path, epochs: int) -> Classifier:
     """The classifier in the file at ``path``; if there is none, one trained on these images, and saved there."""
+    torch.manual_seed(0)
     classifier = Classifier().to(training.images.device)
     if path.exists():
         classifier.load_state_dict(torch.load(path, map_location=training.images.device, weights_only=True))
         return classifier.eval()
-    torch.manual_seed(0)
-    classifier = Classifier().to(training.images.device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
     for _ in range(epochs):
         for chosen in torch.randperm(len(training.labels)).split(64):
@@ -113,7 +112,10 @@ class Judge:
         return (self.classifier(images).argmax(1) == labels).double().mean().item()
 
     def distance_of_images(self, images: Tensor) -> float:
-        """The Frechet distance between the features of these images and of the training images."""
+        """The Frechet distance between the features of these images and of the training images.
+
+        It is larger for fewer images, whatever they show, so only those of as many can be compared.
+        """
         return frechet_distance(self._features(images), self._real)
 
     def draw(self, model: Any) -> Tensor:

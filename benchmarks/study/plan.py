@@ -37,7 +37,7 @@ class Plan:
         samples: images drawn from each model, a multiple of ten.
         sampling_steps: of DDIM.
         loss_every, affinity_every: timesteps between two at which losses, and gradients, are looked at.
-        timing_rounds: how often a step of every method is timed.
+        epochs: of the classifier's training.
     """
 
     name: str
@@ -48,7 +48,6 @@ class Plan:
     sampling_steps: int
     loss_every: int
     affinity_every: int
-    timing_rounds: int
     clusters: int = 5
     size: int = 8
     hidden_size: int = 128
@@ -56,22 +55,23 @@ class Plan:
     num_heads: int = 4
     learning_rate: float = 2e-3
     precision: str = "fp32"
+    epochs: int = 40
 
     def settings(self) -> dict[str, Any]:
         """Of the recipes of all models."""
-        not_of_recipes = ("name", "seeds", "samples", "sampling_steps", "loss_every", "affinity_every", "timing_rounds")
+        not_of_recipes = ("name", "seeds", "samples", "sampling_steps", "loss_every", "affinity_every", "epochs")
         return {name: value for name, value in asdict(self).items() if name not in not_of_recipes}
 
 
 PLANS = {
     plan.name: plan
     for plan in (
-        Plan("quick", 2, 12, 20, 100, 4, 100, 500, 3, hidden_size=32, depth=2, num_heads=2),
-        Plan("cpu", 3, 500, 128, 1000, 25, 20, 20, 15),
+        Plan("quick", 2, 12, 20, 100, 4, 100, 500, hidden_size=32, depth=2, num_heads=2, epochs=2),
+        Plan("cpu", 3, 400, 128, 1000, 25, 20, 20),
         # A larger model on larger images; its figures have never been made: no GPU has run it yet.
         Plan(
             "cuda",
-            *(3, 5000, 256, 2000, 50, 10, 20, 30),
+            *(3, 2000, 256, 2000, 50, 10, 20),
             size=32,
             hidden_size=384,
             depth=12,

@@ -23,6 +23,8 @@ from examples.train import Recipe, Training, run, write_atomically
 
 # Of training: when the gradients of the timesteps are compared.
 AFFINITY_AT = (0.1, 0.3, 1.0)
+# As many steps as TorchJD's Nash-MTL goes without solving for new weights: one of them does.
+TIMED_STEPS = 25
 
 
 class Interrupted(Exception):
@@ -47,20 +49,20 @@ class Study:
         self._check_plan()
         self.clusters = dtr.interval_clusters(digits.TIMESTEPS, plan.clusters)
         self.training, self.held_out = split(*digits.load_images(device, plan.size))
-        epochs = 2 if plan.name == "quick" else 40
+        dtr.GradientSurgery([torch.zeros(1, requires_grad=True)], 1, "nash")  # raises at once where TorchJD is missing
         self.judge = Judge(
             self.training,
             self.held_out,
-            trained_classifier(self.training, folder / "classifier.pt", epochs),
+            trained_classifier(self.training, folder / "classifier.pt", plan.epochs),
             plan.samples,
             plan.sampling_steps,
             torch.arange(plan.loss_every // 2, digits.TIMESTEPS, plan.loss_every),
         )
 
     def _check_plan(self) -> None:
-        path, here = self.folder / "plan.json", asdict(self.plan)
+        path, here = self.folder / "plan.json", asdict(self.plan) | {"methods": METHODS}
         if not path.exists():
-            path.write_text(json.dumps(here, indent=2) + "\n")
+            _write(here, path)
         there = json.loads(path.read_text())
         for name in here:
             if there.get(name) != here[name]:
@@ -93,10 +95,7 @@ class Study:
 
     def do(self, name: str, function: Callable[[], dict[str, Any]]) -> None:
         """Runs a unit and keeps what it found."""
-        found = function() | {"commit": environment.describe(self.device)["commit"]}
-        unfinished = self._path(name).with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(found) + "\n")
-        os.replace(unfinished, self._path(name))
+        _write(function() | {"environment": environment.describe(self.device)}, self._path(name))
 
     def done(self, name: str) -> bool:
         return self._path(name).exists()
@@ -110,17 +109,19 @@ class Study:
             "training images": len(self.training.labels),
             "held-out images": len(self.held_out.labels),
             "accuracy": self.judge.accuracy(*self.held_out),
-            "distance": self.judge.distance_of_images(self.held_out.images),
+            "distance of as many": self.judge.distance_of_images(self.held_out.images[: self._few]),
+            "as many": self._few,
         }
 
     def train(self, method: str, seed: int) -> dict[str, Any]:
         """Trains a model of a method and judges it."""
         model = self._trained(unit(method, seed), self._recipe(seed, **METHODS[method]))
         images = self.judge.draw(model)
-        write_atomically(images[: 2 * digits.CLASSES].cpu(), self.folder / f"{unit(method, seed)} images.pt")
+        write_atomically(images[: 2 * digits.CLASSES].cpu().clone(), self.folder / f"{unit(method, seed)} images.pt")
         return {
             "losses": self.judge.losses(model).tolist(),
             "distance": self.judge.distance_of_images(images),
+            "distance of as many": self.judge.distance_of_images(images[: self._few]),
             "recognised": self.judge.accuracy(images, self.judge.classes),
         }
 
@@ -143,22 +144,32 @@ class Study:
 
     def affinity(self) -> dict[str, Any]:
         """The affinity of denoising tasks along a vanilla training, averaged over its checkpoints."""
-        training = Training(self._recipe(0, **METHODS[VANILLA]), *self.training)
         timesteps = range(self.plan.affinity_every // 2, digits.TIMESTEPS, self.plan.affinity_every)
+        training = Training(self._recipe(0, **METHODS[VANILLA]), *self.training)
         found = []
-        for part in AFFINITY_AT:
-            until = max(round(part * self.plan.steps), 1)
-            while training.done < until:
-                training.step()
-            path = self.folder / f"affinity at {until}.pt"
+        for until, weights in self._moments().items():
+            training.model.load_state_dict(torch.load(weights, map_location=self.device, weights_only=True))
+            path = self.folder / f"affinity at step {until}.pt"
             found.append(
                 dtr.task_affinity(self._mean_loss(training), training.model.parameters(), timesteps, path=path)
             )
         return {
-            "steps": [max(round(part * self.plan.steps), 1) for part in AFFINITY_AT],
+            "steps": list(self._moments()),
             "timesteps": list(timesteps),
             "matrix": dtr.TaskAffinity.average(found).matrix.tolist(),
         }
+
+    def _moments(self) -> dict[int, Path]:
+        """Files of the weights of vanilla's first training after some of its steps; it is trained again for them."""
+        steps = [max(round(part * self.plan.steps), 1) for part in AFFINITY_AT]
+        paths = {until: self.folder / f"vanilla at step {until}.pt" for until in steps}
+        training = Training(self._recipe(0, **METHODS[VANILLA]), *self.training)
+        for until, path in paths.items():
+            while training.done < until and not all(path.exists() for path in paths.values()):
+                training.step()
+            if not path.exists():
+                write_atomically(training.model.state_dict(), path)
+        return paths
 
     def _mean_loss(self, training: Training) -> Callable[[int], Tensor]:
         """The loss at a timestep over all training images, with noise of its own."""
@@ -172,23 +183,28 @@ class Study:
         return loss
 
     def seconds(self) -> dict[str, Any]:
-        """Seconds of a training step of every method, in rounds in which all take turns."""
+        """Seconds of some training steps of every method, in rounds in which all take turns."""
         trainings = {
-            method: Training(self._recipe(0, **changes), *self.training) for method, changes in METHODS.items()
+            method: Training(self._recipe(0, **changes | {"steps": 2 * TIMED_STEPS}), *self.training)
+            for method, changes in METHODS.items()
         }
         stopwatch = Stopwatch(self.device)
         timers = {method: stopwatch.timer([training.step], graph=False) for method, training in trainings.items()}
-        rounds = min(self.plan.timing_rounds, self.plan.steps - 3)
         found: dict[str, list[float]] = {method: [] for method in METHODS}
-        for number in range(-2, rounds):
+        for number in range(-2, TIMED_STEPS):
             for method, timer in timers.items():
                 taken = timer()
                 if number >= 0:  # the first rounds warm up
                     found[method].append(taken)
         return {"seconds": found}
 
+    @property
+    def _few(self) -> int:
+        """As many images as are held out, or as are drawn, if those are fewer."""
+        return min(len(self.held_out.labels), self.plan.samples)
+
     def _recipe(self, seed: int, **changes: Any) -> Recipe:
-        return Recipe(seed=seed, **self.plan.settings(), **changes)
+        return Recipe(**{"seed": seed} | self.plan.settings() | changes)
 
     def _trained(self, name: str, recipe: Recipe) -> dtr.nn.DiT:
         """The moving average of a training, which goes on where it was interrupted."""
@@ -196,6 +212,8 @@ class Study:
         if weights.exists():
             return self._averaged(name, recipe)
         training = Training(recipe, *self.training)
+        if checkpoint.exists():
+            training.load(checkpoint)
         if not run(training, checkpoint, save_every=200):
             raise Interrupted
         write_atomically(training.averaged.state_dict(), weights)
@@ -207,3 +225,13 @@ class Study:
         model = Training(recipe, *self.training).averaged
         model.load_state_dict(torch.load(self.folder / f"{name}.pt", map_location=self.device, weights_only=True))
         return model
+
+
+def _write(found: object, path: Path) -> None:
+    """JSON that is there as a whole, or not at all."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    with unfinished.open("w") as file:
+        file.write(json.dumps(found) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)

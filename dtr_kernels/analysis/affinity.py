@@ -142,7 +142,7 @@ def task_affinity(
 
     so half the memory, or twice the parameters, is twice the passes, and twice the timesteps four times. Give it what
     the device has to spare, and few timesteps at first: DiT-S/2 (33M, fp32) at 100 timesteps is 1300 passes with the
-    default of 1 GiB, 100 with 13 GB, and at 1000 timesteps 123,000 with 1 GiB.
+    default of 1 GiB, 100 with 14 GB, and at 1000 timesteps 123,000 with 1 GiB.
 
     Args:
         loss: the loss at a timestep t, a scalar, from model and data of its own: ``lambda t: denoising_loss(model,
@@ -180,7 +180,8 @@ def task_affinity(
     parameters = _flattened(trainable(named(params)))
     n = len(ascending)
     row_bytes = _row_bytes(memory, parameters, n)
-    analysis = _Analysis(loss, parameters, ascending, seed, Checkpoint(path, _problem(parameters, ascending, seed)))
+    checkpoint = Checkpoint(path, _problem(parameters, ascending, seed) if path is not None else {})
+    analysis = _Analysis(loss, parameters, ascending, seed, checkpoint)
     analysis.save()  # a path that cannot be written to is refused before the work
     chunks = _chunks(parameters, row_bytes, analysis.progress.start)
     passes = n * len(_chunks(parameters, row_bytes))
@@ -341,7 +342,10 @@ class _Analysis:
         at = 0
         for gradient, (_, part) in zip(gradients, chunk.parts, strict=True):
             piece = row[at : (at := at + part.stop - part.start)]
-            piece.copy_(gradient.to_dense().reshape(-1)[part]) if gradient is not None else piece.zero_()
+            if gradient is None:
+                piece.zero_()
+            else:
+                piece.copy_(gradient.to_dense().reshape(-1)[part])
         if not row.isfinite().all():
             first = int(row.isfinite().logical_not().nonzero()[0])
             raise ValueError(f"the gradient of loss({t}) holds inf or NaN, first in {chunk.name_at(first)}")

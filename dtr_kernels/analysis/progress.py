@@ -56,7 +56,7 @@ class Checkpoint:
 
     def __init__(self, path: str | Path | None, problem: Mapping[str, Any]) -> None:
         self.path = None if path is None else Path(path)
-        self._problem = dict(problem)
+        self._problem = {"format": FORMAT, **problem}
         self._saved: Progress | None = None
         self._saved_at = time.monotonic()
 
@@ -71,19 +71,15 @@ class Checkpoint:
         advice = "name another path, or delete the file to begin anew"
         try:
             stored = torch.load(self.path, map_location="cpu", weights_only=True)
-            version, problem = stored.pop("format"), stored.pop("problem")
-            progress = Progress(**stored)
+            difference = _difference(stored["problem"], self._problem)
+            self._saved = None if difference else Progress(**stored["progress"])
         except OSError:
             raise
         except Exception as error:  # as many kinds as there are other files
             raise ValueError(f"{self.path} does not hold the progress of task_affinity; {advice}") from error
-        if version != FORMAT:
-            raise ValueError(f"{self.path} is of format {version!r}, and this dtr_kernels reads {FORMAT}; {advice}")
-        difference = _difference(problem, self._problem)
         if difference:
             raise ValueError(f"{self.path} holds the progress of another analysis: {difference}; {advice}")
-        self._saved = progress
-        return progress
+        return self._saved
 
     def load_rows(self, buffer: Tensor, rows: int) -> int:
         """Fills the first ``rows`` rows of the buffer of the chunk in progress.
@@ -113,11 +109,12 @@ class Checkpoint:
         """
         if self.path is None:
             return
-        kept = self._saved.rows if self._saved else 0
-        if kept and self._saved and (self._saved.start, self._saved.width) != (progress.start, progress.width):
-            # The rows of another chunk are about to be overwritten, so the file must not count them any more.
-            self._write(dataclasses.replace(progress, rows=0))
-            kept = 0
+        kept = 0
+        if self._saved and self._saved.rows:
+            if (self._saved.start, self._saved.width) == (progress.start, progress.width):
+                kept = self._saved.rows
+            else:  # the file must not count rows of another chunk any more, which are about to be overwritten
+                self._write(dataclasses.replace(progress, rows=0))
         if buffer is not None and progress.rows > kept:
             self._write_rows(buffer[kept : progress.rows], kept)
         self._write(progress)
@@ -129,7 +126,7 @@ class Checkpoint:
         assert self.path is not None
         with replacing(self.path) as unfinished:
             # Given a name, PyTorch writes by itself; into a Python file it would call back, where Ctrl-C may strike.
-            torch.save({"format": FORMAT, "problem": self._problem, **vars(progress)}, unfinished)
+            torch.save({"problem": self._problem, "progress": vars(progress)}, unfinished)
         self._saved = progress
 
     def _write_rows(self, rows: Tensor, first: int) -> None:
