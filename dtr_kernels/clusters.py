@@ -8,7 +8,6 @@ a timestep belongs to is computed where the timesteps are.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtr_kernels._files import replacing
 from dtr_kernels.routing import _check_range
 
 __all__ = ["IntervalClusters", "interval_clusters"]
@@ -149,14 +149,9 @@ class IntervalClusters:
 
     def save(self, path: str | Path) -> None:
         """Writes the clusters as JSON. A reader, or another process that saves the same, never finds half a file."""
-        path = Path(path)
         text = json.dumps({"format": FORMAT, "cost": self.cost, "bounds": self.bounds}) + "\n"
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replacing(path) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> IntervalClusters:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -18,6 +17,7 @@ from benchmarks import environment
 from benchmarks.study.judge import Judge, split, trained_classifier
 from benchmarks.study.plan import METHODS, VANILLA, Plan, unit
 from benchmarks.timing import Stopwatch
+from dtr_kernels._files import replacing
 from examples import digits
 from examples.train import Recipe, Training, run, write_atomically
 
@@ -228,10 +228,5 @@ class Study:
 
 
 def _write(found: object, path: Path) -> None:
-    """JSON that is there as a whole, or not at all."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    with unfinished.open("w") as file:
-        file.write(json.dumps(found) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(found) + "\n")

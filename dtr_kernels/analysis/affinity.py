@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtr_kernels._files import replacing
 from dtr_kernels.analysis.bar import ticking
-from dtr_kernels.analysis.progress import Checkpoint, Progress, replacing
+from dtr_kernels.analysis.progress import Checkpoint, Progress
 from dtr_kernels.surgery.parameters import device_of, named, trainable
 
 # With less memory each timestep would take more passes than this.
@@ -103,7 +104,7 @@ class TaskAffinity:
 
     def save(self, path: str | Path) -> None:
         """Writes an npz file of the attributes, which takes the place of an older one when it is complete."""
-        with replacing(Path(path)) as unfinished, unfinished.open("wb") as file:
+        with replacing(path) as unfinished, unfinished.open("wb") as file:
             np.savez(file, **{name: tensor.numpy() for name, tensor in vars(self).items()})
 
     @classmethod

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from dtr_kernels._files import replacing
 
 FORMAT = 1
 _SECONDS_BETWEEN_SAVES = 30.0
@@ -154,17 +155,3 @@ def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None
         elif there[name] != value:
             return f"{name} is {there[name]} there and {value} here"
     return None
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; what is written takes the place of ``path`` when it is complete and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        yield unfinished
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import triton
 
+from dtr_kernels._files import replacing
 from dtr_kernels.ops._launch import TOKENS_PER_SUM
 
 FORMAT = 1
@@ -250,13 +251,8 @@ def write(path: Path, entries: Iterable[Tuned]) -> None:
     }
     # A line for each, so that a change of one is a change of one line.
     parts = [f' "{name}": [\n  ' + ",\n  ".join(map(json.dumps, facts)) + "\n ]" for name, facts in lines.items()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as unfinished:
         unfinished.write_text("{\n" + f' "format": {FORMAT},\n' + ",\n".join(parts) + "\n}\n", encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def merged(*lists: Iterable[Tuned]) -> list[Tuned]:
