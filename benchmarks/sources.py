@@ -12,19 +12,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-# What the speed of routed blocks, and of gradient surgery, depends on.
+# What the speed of routed blocks of DiT and of ADM, and of gradient surgery, depends on.
 BLOCKS = (
     "csrc/types.h",
     "csrc/cpu/kernels.*",
     "dtr_kernels/ops/_[clr]*.py",
     "dtr_kernels/ops/_tiles.py",
     "dtr_kernels/ops/g[ae]*.py",
-    "dtr_kernels/ops/routed_*.py",
+    "dtr_kernels/ops/routed_[lm]*.py",
     "dtr_kernels/ops/window_linear.py",
     "dtr_kernels/tuned/*.json",
-    "dtr_kernels/nn/*.py",
+    "dtr_kernels/nn/[bd]*.py",
     "dtr_kernels/routing.py",
     "dtr_kernels/reference/dit.py",  # the baseline, and what small blocks on a CPU run
+)
+RES_BLOCK = (
+    "dtr_kernels/ops/_checks.py",
+    "dtr_kernels/ops/routed_conv.py",
+    "dtr_kernels/nn/res_block.py",
+    "dtr_kernels/routing.py",
+    "dtr_kernels/reference/res_block.py",
 )
 SURGERY = (
     "csrc/types.h",
