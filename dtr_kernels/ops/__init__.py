@@ -10,6 +10,7 @@ from dtr_kernels.ops.combine import combine_, weighted_sum
 from dtr_kernels.ops.gated_residual import gated_residual
 from dtr_kernels.ops.gram import gram
 from dtr_kernels.ops.pcgrad import pcgrad_, pcgrad_coefficients, pcgrad_sum, random_order
+from dtr_kernels.ops.routed_conv import routed_conv
 from dtr_kernels.ops.routed_linear import routed_linear
 from dtr_kernels.ops.routed_mlp import routed_mlp
 
@@ -21,6 +22,7 @@ __all__ = [
     "pcgrad_coefficients",
     "pcgrad_sum",
     "random_order",
+    "routed_conv",
     "routed_linear",
     "routed_mlp",
     "weighted_sum",

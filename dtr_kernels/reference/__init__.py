@@ -19,6 +19,7 @@ from dtr_kernels.reference.dit import (
     routed_norm,
     routing_mask,
 )
+from dtr_kernels.reference.res_block import group_norm, res_block, routed_conv
 from dtr_kernels.reference.surgery import gram, pcgrad, pcgrad_coefficients, uncertainty_loss
 
 __all__ = [
@@ -28,12 +29,15 @@ __all__ = [
     "dit_block",
     "gated_residual",
     "gram",
+    "group_norm",
     "layer_norm",
     "masked",
     "mlp",
     "modulate",
     "pcgrad",
     "pcgrad_coefficients",
+    "res_block",
+    "routed_conv",
     "routed_linear",
     "routed_mlp",
     "routed_norm",

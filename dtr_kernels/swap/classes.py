@@ -11,10 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from dtr_kernels import reference
-from dtr_kernels.nn.block import Stream, advance
 from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting, RandomRouting
-from dtr_kernels.swap.dit import WindowSource
+from dtr_kernels.swap.family import Family, WindowSource
 
 Routing = DenoisingTaskRouting | RandomRouting
 
@@ -22,36 +20,44 @@ TIMESTEP_NAMES = ("t", "timestep", "timesteps")
 
 
 class ModelState:
-    """What a model and its swapped blocks share: the settings, and the window while the model's forward runs.
+    """What a model and its swapped blocks share: the settings, and the windows while the model's forward runs.
 
     With a routing it is its blocks' ``WindowSource``; without, every block has its own or is unrouted.
     """
 
-    def __init__(self, routing: Routing | None, scope: str, channels: int) -> None:
+    def __init__(self, routing: Routing | None, scope: str, channels: tuple[int, ...]) -> None:
         self.routing = routing
         self.scope = scope
         self.channels = channels
         self.running = False
-        self.window: ChannelWindow | Tensor | None = None
+        self.windows: dict[int, ChannelWindow | Tensor] = {}
 
     def __reduce__(self) -> tuple[type, tuple]:
         return ModelState, (self.routing, self.scope, self.channels)
 
-    def make_window(self, t: Tensor) -> ChannelWindow | Tensor | None:
-        """The channels that the routing activates at t [B]."""
-        if isinstance(self.routing, RandomRouting):
-            return self.routing.mask(t, self.channels)
-        return None if self.routing is None else self.routing.window(t, self.channels)
+    def make_windows(self, t: Tensor) -> dict[int, ChannelWindow | Tensor]:
+        """The channels that the routing activates at t [B], for each number of channels that blocks have."""
+        return {} if self.routing is None else {C: active_channels(self.routing, t, C) for C in self.channels}
 
-    def window_of(self, block: Any) -> ChannelWindow | Tensor | None:
-        return self.window
+    def window_of(self, block: Any) -> ChannelWindow | Tensor:
+        return self.windows[block._dtr.family.channels(block)]
+
+
+def active_channels(routing: Routing, t: Tensor, channels: int) -> ChannelWindow | Tensor:
+    """The window of each sample at t [B]; their mask [B, C] where the active channels are not neighbours.
+
+    Raises:
+        ValueError: if the routing leaves none of so few channels active.
+    """
+    return routing.mask(t, channels) if isinstance(routing, RandomRouting) else routing.window(t, channels)
 
 
 class BlockState:
     """What a swapped block knows: where its windows come from, and those of forwards whose backward may be to come."""
 
-    def __init__(self, name: str, model: ModelState, source: WindowSource | None) -> None:
+    def __init__(self, name: str, family: type[Family], model: ModelState, source: WindowSource | None) -> None:
         self.name = name
+        self.family = family
         self.model = model
         self.source = source
         # Gradient checkpointing runs a block again in the backward pass, when the model may have run for other
@@ -60,16 +66,17 @@ class BlockState:
         self._windows: WeakKeyDictionary[torch.UntypedStorage, ChannelWindow | Tensor | None] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[type, tuple]:
-        return BlockState, (self.name, self.model, self.source)
+        return BlockState, (self.name, self.family, self.model, self.source)
 
     def window(self, block: Any, c: Tensor) -> ChannelWindow | Tensor | None:
-        """The window of the forward that c [B, C] belongs to."""
+        """The window of the forward that the conditioning c belongs to."""
         if self.source is None:
             return None
         if self.model.running:
             window = self.source.window_of(block)
-            if not torch.compiler.is_compiling():  # a compiled graph recomputes without calling the block
-                self._windows[c.untyped_storage()] = window
+            # A compiled graph recomputes without calling the block, but not where the block does so itself.
+            if not torch.compiler.is_compiling() or self.family.checkpoints(block):
+                self._windows[c.untyped_storage()] = window  # breaks the graph, if there is one
             return window
         try:
             return self._windows[c.untyped_storage()]
@@ -85,41 +92,44 @@ class Swapped:
     """Base of the classes made here. Copies and pickles are made from the module's own class, which can be imported."""
 
     _dtr: Any
-    _dtr_factory: Callable[[type], type]
     _dtr_original: type
+    _dtr_method: str
+    _dtr_recipe: tuple
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         attributes: Any = super().__reduce_ex__(2)[2]
-        return _rebuild, (self._dtr_factory, self._dtr_original), attributes
+        return _rebuild, self._dtr_recipe, attributes
 
 
-def _rebuild(factory: Callable[[type], type], original: type) -> object:
-    return object.__new__(factory(original))
+def _rebuild(factory: Callable[..., type], *arguments: Any) -> object:
+    return object.__new__(factory(*arguments))
 
 
-def _derive(base: type, original: type, factory: Callable[[type], type], **methods: Any) -> type:
+def _derive(base: type, original: type, method: str, replacement: Any, recipe: tuple) -> type:
+    """A class like ``original`` with another ``method``; ``recipe`` is the function that made it and its arguments."""
     namespace = {
         "__doc__": original.__doc__,
         "__module__": original.__module__,
-        "_dtr_factory": staticmethod(factory),
         "_dtr_original": original,
+        "_dtr_method": method,
+        "_dtr_recipe": recipe,
+        method: replacement,
     }
-    return type(f"Fused{original.__name__}", (base, original), namespace | methods)
-
-
-class _FusedBlock(Swapped):
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        state: BlockState = self._dtr
-        window, scope = state.window(self, c), state.model.scope
-        if isinstance(window, Tensor):
-            return reference.dit_block(self, x, c, window, scope)
-        return advance(self, Stream(x), c, window, scope).sum()
+    return type(f"Fused{original.__name__}", (base, original), namespace)
 
 
 @functools.cache
-def block_class(original: Any) -> type:
+def block_class(original: Any, family: type[Family]) -> type:
     """The class of a swapped block of class ``original``; its ``_dtr`` is a ``BlockState``."""
-    return _derive(_FusedBlock, original, block_class)
+
+    def fused(self: Any, x: Tensor, c: Tensor) -> Tensor:
+        state: BlockState = self._dtr
+        window, scope = state.window(self, c), state.model.scope
+        if isinstance(window, Tensor):
+            return family.run_plain(self, x, c, window, scope)
+        return family.run(self, x, c, window, scope)
+
+    return _derive(Swapped, original, family.method(original), fused, (block_class, original, family))
 
 
 class _RoutedModel(Swapped):
@@ -145,14 +155,14 @@ def model_class(original: Any) -> type:
         if name not in kwargs and position >= len(args):
             raise TypeError(f"{original.__name__}.forward is routed by its argument {name!r}, which is missing")
         state: ModelState = self._dtr
-        outer = state.running, state.window
-        state.running, state.window = True, state.make_window(kwargs[name] if name in kwargs else args[position])
+        outer = state.running, state.windows
+        state.running, state.windows = True, state.make_windows(kwargs[name] if name in kwargs else args[position])
         try:
             return original.forward(self, *args, **kwargs)
         finally:
-            state.running, state.window = outer
+            state.running, state.windows = outer
 
-    return _derive(_RoutedModel, original, model_class, forward=forward)
+    return _derive(_RoutedModel, original, "forward", forward, (model_class, original))
 
 
 def timestep_argument(original: type[nn.Module]) -> tuple[str, int] | None:

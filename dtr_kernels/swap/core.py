@@ -17,61 +17,67 @@ from dtr_kernels.swap.classes import (
     BlockState,
     ModelState,
     Swapped,
+    active_channels,
     block_class,
     model_class,
     timestep_argument,
 )
 from dtr_kernels.swap.dit import DiT
+from dtr_kernels.swap.family import Family
 from dtr_kernels.swap.public_dtr import PublicDTR
 from dtr_kernels.swap.trial import trial_problem
+from dtr_kernels.swap.unet import ADM
 
 Model = TypeVar("Model", bound=nn.Module)
+Blocks = dict[str, tuple[Any, type[Family]]]
 
-# A block belongs to the first family that matches it. To swap another kind, derive its family from DiT, put in front.
-FAMILIES: list[type[DiT]] = [PublicDTR, DiT]
+# A block belongs to the first family that matches it.
+FAMILIES: list[type[Family]] = [PublicDTR, DiT, ADM]
 
 
 def swap_blocks(
     model: Model, routing: DenoisingTaskRouting | RandomRouting | None = None, scope: str = "block"
 ) -> Model:
-    """Lets the DiT blocks of a model run through the fused kernels, in place.
+    """Lets the DiT blocks of a model, or the residual blocks of a U-Net, run through the fused kernels, in place.
 
-    Known are the blocks of facebookresearch/DiT and its descendants and those of the DTR paper's public code.
-    Parameters, hooks, state_dict keys and optimizers made before stay as they are, and ``restore_blocks`` undoes it.
-    Everything is checked before anything is changed, also by comparing the output of each block with that of a DiT
-    block on a small random input.
+    Known are the blocks of facebookresearch/DiT and its descendants, those of the DTR paper's public code, and the
+    ResBlocks of guided-diffusion's U-Net (ADM), whose attention blocks stay as they are. Parameters, hooks, state_dict
+    keys and optimizers made before stay too, and ``restore_blocks`` undoes it. Everything is checked before anything is
+    changed, also by comparing the output of each block with that of the plain one on a small random input.
 
     Args:
         model: the model, or a module around it (DDP). Call swap_blocks before torch.compile.
-        routing: which channels a timestep activates. None keeps the model's own routing (the masks of the public DTR
-            code) and leaves a model that has none unrouted. A routed model must take its timesteps as the argument
-            t, timestep or timesteps of its forward: of the innermost one that runs all blocks.
+        routing: which channels a timestep activates, out of those of each block's input, which in a U-Net are more in
+            some blocks than in others. None keeps the model's own routing (the masks of the public DTR code) and leaves
+            a model that has none unrouted. A routed model must take its timesteps as the argument t, timestep or
+            timesteps of its forward: of the innermost one that runs all blocks.
         scope: what the routing masks: "block", the whole residual block as in the paper, or "branch", what attention
-            and MLP each see.
+            and MLP of a DiT block each see.
 
     Returns:
         ``model`` itself.
 
     Raises:
         TypeError: if routing is something else.
-        ValueError: if scope is unknown, the model has no DiT block, is compiled or already swapped, has a block that
-            does not compute what a DiT block does, or is routed but takes no timesteps. The message names the block
-            and says what was found, why it is in the way and what to do.
+        ValueError: if scope is unknown or one that a block does not have, if the model has no such block, is compiled
+            or already swapped, has a block that computes something else or so few channels that the routing leaves none
+            active, or is routed but takes no timesteps. The message names the block and says what was found, why it is
+            in the way and what to do.
     """
     check_scope(scope)
     if not isinstance(routing, DenoisingTaskRouting | RandomRouting | None):
         raise TypeError(f"routing must be DenoisingTaskRouting, RandomRouting or None, got {routing!r}")
     _check_untouched(model)
     blocks = _find_blocks(model)
-    state = ModelState(routing, scope, _hidden_size(blocks))
-    if routing is not None:
-        state.make_window(torch.zeros(1, dtype=torch.long, device="cpu"))  # raises if beta leaves no channel active
+    _check_settings(blocks, routing, scope)
+    state = ModelState(routing, scope, tuple(sorted({family.channels(block) for block, family in blocks.values()})))
 
     swaps: list[tuple[Any, type, ModelState | BlockState]] = []
     routed = False
     for name, (block, family) in blocks.items():
         source = state if routing is not None else family.windows(block)
-        swaps.append((block, block_class(block.__class__), BlockState(name, state, source)))
+        new_class = block_class(block.__class__, family)  # type: ignore[arg-type]  # mypy takes no class for hashable
+        swaps.append((block, new_class, BlockState(name, family, state, source)))
         routed = routed or source is not None
     if routed:
         owner = _find_owner(model, {block for block, _ in blocks.values()})
@@ -97,8 +103,10 @@ def restore_blocks(model: Model) -> Model:
     if not swapped:
         raise ValueError(f"nothing to restore: no block of this {type(model).__name__} is swapped")
     for name, module in swapped.items():
-        if "forward" in vars(module):
-            raise ValueError(f"cannot restore {_label(name, module)}: its forward was patched since; unpatch it first")
+        if module._dtr_method in vars(module):
+            raise ValueError(
+                f"cannot restore {_label(name, module)}: its {module._dtr_method} was patched since; unpatch it first"
+            )
     for module in swapped.values():
         del module._dtr
         module.__class__ = module._dtr_original
@@ -117,9 +125,9 @@ def _check_untouched(model: nn.Module) -> None:
             raise ValueError(f"cannot swap {_label(name, module)}: it is compiled; swap first, then compile")
 
 
-def _find_blocks(model: nn.Module) -> dict[str, tuple[Any, type[DiT]]]:
+def _find_blocks(model: nn.Module) -> Blocks:
     """The blocks of a model and their families by name, all of them found fit to be swapped."""
-    blocks = {}
+    blocks: Blocks = {}
     for name, module in model.named_modules():
         family = next((family for family in FAMILIES if family.matches(module)), None)
         if family is None:
@@ -129,24 +137,25 @@ def _find_blocks(model: nn.Module) -> dict[str, tuple[Any, type[DiT]]]:
             raise ValueError(f"cannot swap block {_label(name, module)}: {problem}")
         blocks[name] = module, family
     if not blocks:
-        raise ValueError(
-            f"cannot swap {_label('', model)}: it has no DiT block, a module with children norm1, attn (with qkv and "
-            "proj), norm2, mlp (with fc1, act and fc2) and adaLN_modulation"
-        )
+        kinds = dict.fromkeys(f"no {family.name}, {family.anatomy}" for family in FAMILIES)
+        raise ValueError(f"cannot swap {_label('', model)}: it has {'; and '.join(kinds)}")
     return blocks
 
 
-def _hidden_size(blocks: dict[str, tuple[Any, type[DiT]]]) -> int:
-    """The number of channels that all blocks share."""
-    sizes = {name: block.attn.qkv.in_features for name, (block, _) in blocks.items()}
-    first, size = next(iter(sizes.items()))
-    for name, other in sizes.items():
-        if other != size:
+def _check_settings(blocks: Blocks, routing: DenoisingTaskRouting | RandomRouting | None, scope: str) -> None:
+    """Raises ValueError if a block has not this scope, or if the routing leaves none of its channels active."""
+    for name, (block, family) in blocks.items():
+        if scope not in family.scopes:
             raise ValueError(
-                f"cannot swap block {name!r}: its hidden size is {other}, but that of {first!r} is {size}, and all "
-                "blocks of a model share one routing window; swap the parts of this model separately"
+                f"cannot swap block {_label(name, block)}: a {family.name} has no scope {scope!r}; use "
+                f"{' or '.join(map(repr, family.scopes))}"
             )
-    return size
+        if routing is None:
+            continue
+        try:
+            active_channels(routing, torch.zeros(1, dtype=torch.long, device="cpu"), family.channels(block))
+        except ValueError as error:
+            raise ValueError(f"cannot swap block {_label(name, block)}: {error}") from None
 
 
 def _find_owner(model: nn.Module, blocks: set[nn.Module]) -> Any:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dtr_kernels.routing import ChannelWindow
-from dtr_kernels.swap.dit import DiT, WindowSource
+from dtr_kernels.swap.dit import DiT
+from dtr_kernels.swap.family import RandomTensor, WindowSource
 
 
 class PublicDTR(DiT):
@@ -25,8 +26,9 @@ class PublicDTR(DiT):
         return MappingWindows(block.routing._unit_mapping)
 
     @staticmethod
-    def set_trial_tasks(block: Any) -> Tensor:
-        router = block.routing
+    def prepare_trial(copy: Any, c: Tensor, random: RandomTensor) -> Tensor:
+        DiT.prepare_trial(copy, c, random)
+        router = copy.routing
         router.active_task = torch.tensor([0, len(router._unit_mapping) - 1], device=router._unit_mapping.device)
         mask = router._unit_mapping[router.active_task]
         router.active_mask = mask[:, None]

@@ -1,4 +1,4 @@
-"""Does a block compute what a DiT block computes? Attributes can agree where forwards differ, so both are run."""
+"""Does a block compute what its family does? Attributes can agree where forwards differ, so both are run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtr_kernels import reference
-from dtr_kernels.swap.dit import HOOKS, DiT
+from dtr_kernels.swap.checks import HOOKS
+from dtr_kernels.swap.family import Family, Unfit
 
 
 @torch.no_grad()
-def trial_problem(block: nn.Module, family: type[DiT]) -> str | None:
-    """Compares the block's own forward with ``reference.dit_block`` on a small random input.
+def trial_problem(block: nn.Module, family: type[Family]) -> str | None:
+    """Compares the block's own forward with what its family computes, in plain PyTorch, on a small random input.
 
     Nothing of the block changes and none of its hooks run: what is tried is a copy that shares its parameters, in fp32
     if they are in 16 bits, whose rounding could hide a difference.
@@ -21,51 +21,53 @@ def trial_problem(block: nn.Module, family: type[DiT]) -> str | None:
     Returns:
         What is different, None where both agree. Blocks on the meta device hold no numbers and are not tried.
     """
-    trial: Any = _bare_copy(block)
-    weight = trial.attn.qkv.weight
-    device, dtype, C = weight.device, weight.dtype, trial.attn.qkv.in_features
+    copy: Any = _bare_copy(block)
+    weight = family.weight(copy)
+    device, dtype = weight.device, weight.dtype
     if device.type == "meta":
         return None
     if dtype in (torch.bfloat16, torch.float16):
-        _widen(trial)
+        _widen(copy)
         dtype = torch.float32
     generator = torch.Generator("cpu").manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
 
-    x, c = random(2, 3, C), random(2, C)
+    x, c = family.trial_input(copy, random)
     try:
         with torch.autocast(device.type, enabled=False):
-            modulation = list(trial.adaLN_modulation(c).shape)
-            if modulation != [2, 6 * C]:
-                return f"adaLN_modulation makes {modulation} of c [2, {C}], not six vectors [2, {C}]; do not swap it"
-            trial.adaLN_modulation = _OpenGates(trial.adaLN_modulation, random(2, 6 * C))
-            expected = reference.dit_block(trial, x, c, family.set_trial_tasks(trial))
-            size, difference = expected.abs().max().item(), (trial(x, c) - expected).abs().max().item()
+            mask = family.prepare_trial(copy, c, random)
+            return _difference(copy, family, x, c, mask)
+    except Unfit as problem:
+        return str(problem)
     except Exception as error:
         return (
-            f"it could not be compared with a DiT block: on x [2, 3, {C}] and c [2, {C}] in {dtype} that failed "
-            f"({error}); swap before sharding or offloading, and in a dtype in which its forward runs"
+            f"it could not be compared with a {family.name}: on x {list(x.shape)} and c {list(c.shape)} in {dtype} "
+            f"that failed ({error}); swap before sharding or offloading, and in a dtype in which its forward runs"
         )
-    if difference > torch.finfo(dtype).eps ** 0.5 * size:
+
+
+def _difference(copy: Any, family: type[Family], x: Tensor, c: Tensor, mask: Tensor | None) -> str | None:
+    expected = family.run_plain(copy, x, c, mask, "block")
+    size = expected.abs().max().item()
+    tolerance = torch.finfo(x.dtype).eps ** 0.5 * size
+    difference = (copy(x, c) - expected).abs().max().item()
+    if difference > tolerance:
         return (
-            "its forward computes something else than a DiT block: on a small random input, outputs of up to "
+            f"its forward computes something else than a {family.name}: on a small random input, outputs of up to "
             f"{size:.2g} differ by {difference:.2g}; leave this model unswapped"
         )
+    method = family.method(type(copy))
+    if method == "forward":
+        return None
+    vars(copy)[method] = lambda x, c: 2 * family.run_plain(copy, x, c, mask, "block")
+    if (copy(x, c) - 2 * expected).abs().max().item() > tolerance:
+        return (
+            f"its forward does not just return what its {method} computes, and swapping replaces that; leave this "
+            "model unswapped"
+        )
     return None
-
-
-class _OpenGates(nn.Module):
-    """An adaLN modulation and something random on top: that of a fresh DiT is zero, which would hide any difference."""
-
-    def __init__(self, modulation: nn.Module, random: Tensor) -> None:
-        super().__init__()
-        self.modulation = modulation
-        self.random = random
-
-    def forward(self, c: Tensor) -> Tensor:
-        return self.modulation(c) + self.random + c.repeat(1, 6)
 
 
 def _widen(copy: nn.Module) -> None:

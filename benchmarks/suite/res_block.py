@@ -1,0 +1,268 @@
+"""One residual block of ADM's U-Net: routed by our code, routed by plain PyTorch, and not routed at all."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks import sources
+from benchmarks.cases import AUTOCAST, WINDOWS, Benchmark, Case, Goal, Options
+from benchmarks.counts import ITEMSIZES, Itemsizes, Work, linear_forward, linear_gradients
+from benchmarks.suite import _peers
+from benchmarks.suite._peers import COMPILED, MASKED, SEED, UNROUTED, Axes, Cell, Forward, Gate
+from dtr_kernels import nn, reference
+from dtr_kernels.routing import ChannelWindow
+
+PASSES = ("forward", "training")
+SKIPPING = "RoutedResBlock"
+ABOUT_DENSE = (
+    f"with a window per sample, and wherever it is compiled, {SKIPPING} has dense convolutions: it is {MASKED} then"
+)
+TAPS = 9  # of a 3x3 kernel
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in ADM a block stands: its input and output channels, its input's height and width, what it does to them,
+    and the width of the conditioning."""
+
+    channels: int
+    out_channels: int
+    size: int
+    up: bool = False
+    down: bool = False
+    emb_channels: int = 1024
+
+    @property
+    def out_size(self) -> int:
+        """Height and width of the output."""
+        return 2 * self.size if self.up else self.size // 2 if self.down else self.size
+
+
+#: By the name of a "model" on the command line. 256 channels and their multiples are those of ADM for ImageNet.
+PLACES = {
+    "ADM-256x32": Place(256, 256, 32),
+    "ADM-512x16": Place(512, 512, 16),
+    "ADM-1024x8": Place(1024, 1024, 8),
+    "ADM-256x32, down": Place(256, 256, 32, down=True),
+    "ADM-512x16, up": Place(512, 512, 16, up=True),
+    "ADM-1024x16 to 512": Place(1024, 512, 16),  # of the decoder, where the encoder's output is joined on
+    "tiny": Place(64, 96, 8, emb_channels=32),
+}
+
+_COMMON: Axes = {"scope": ("block",), "window": WINDOWS, "beta": (0.8,), "pass_": PASSES}
+_CENTRE: dict[str, Axes] = {
+    "quick": {**_COMMON, "model": ("tiny",), "batch": (2,), "precision": ("fp32",)},
+    "cpu": {**_COMMON, "model": ("ADM-256x32",), "batch": (4,), "precision": ("fp32",)},
+    "cuda": {**_COMMON, "model": ("ADM-256x32",), "batch": (32,), "precision": ("bf16",)},
+}
+_SHARED: Axes = {"window": ("shared",)}
+_OTHERS: Sequence[Axes] = (
+    {**_SHARED, "model": ("ADM-512x16", "ADM-1024x8")},
+    {**_SHARED, "model": ("ADM-256x32, down", "ADM-512x16, up", "ADM-1024x16 to 512"), "pass_": ("training",)},
+    {**_SHARED, "beta": (0.5,)},
+)
+_STAR: dict[str, Sequence[Axes]] = {
+    "quick": (),
+    "cpu": (*_OTHERS, {**_SHARED, "precision": ("bf16",)}),
+    "cuda": (*_OTHERS, {**_SHARED, "precision": ("fp32", AUTOCAST)}),
+}
+
+
+def cases(options: Options) -> list[Callable[[], Case]]:
+    """A star: from its centre one thing is varied at a time. With options, all combinations of what they give.
+
+    Raises:
+        ValueError: if an option does not fit a residual block.
+    """
+    options.check_axes("res_block", "precisions", "models", "batches", "betas", "windows", "passes")
+    _peers.check_passes(options, PASSES, "a block")
+    asked = {
+        "model": options.models,
+        "batch": options.batches,
+        "precision": options.precisions,
+        "window": options.windows,
+        "beta": options.betas,
+        "pass_": options.passes,
+    }
+    given = {axis: values for axis, values in asked.items() if values}
+    size = "quick" if options.quick else options.device.type
+    cells = _cells(_CENTRE[size], [given] if given else [{}, *_STAR[size]])
+    for cell in cells:
+        if cell.model not in PLACES:
+            raise ValueError(f"--model must be one of {'; '.join(PLACES)} for res_block, got {cell.model}")
+        cell.routing.window(0, PLACES[cell.model].channels)
+    return [partial(build, cell, options.device) for cell in cells]
+
+
+def _cells(centre: Axes, changes: Sequence[Axes]) -> list[Cell]:
+    """All combinations of the centre's values, each change put in their place, every cell once."""
+    axes = list(Cell.__dataclass_fields__)
+    chosen = (
+        Cell(*values)
+        for changed in changes
+        for values in itertools.product(*({**centre, **changed}[axis] for axis in axes))
+    )
+    return list(dict.fromkeys(chosen))
+
+
+def build(cell: Cell, device: torch.device) -> Case:
+    """A forward pass, or forward and backward to the gradients of x, emb and all parameters."""
+    torch.compiler.reset()  # each case compiles for itself, and none is the one too many for PyTorch's limit
+    piece = Piece.of(cell, device)
+    routed = partial(
+        piece.side, gate=piece.gate(piece.exact(piece.mask), piece.masked), work=piece.work(piece.window.width)
+    )
+    unrouted = partial(
+        piece.side, gate=piece.gate(piece.exact(None), piece.unrouted), work=piece.work(piece.window.channels)
+    )
+    shared = piece.window.shared_start is not None
+    goal = Goal("speed-up", SKIPPING, over=MASKED, at_least=1.0)
+    return Case(
+        f"{cell.model}, batch {cell.batch}, {cell.precision}, window {cell.window}, beta {cell.beta:g}, {cell.pass_}",
+        [
+            routed(MASKED, piece.masked),
+            routed(MASKED + COMPILED, _peers.compiled(piece.masked)),
+            unrouted(UNROUTED, piece.unrouted),
+            routed(SKIPPING, piece.skipping),
+        ],
+        _coordinates(cell),
+        speedup_over=MASKED,
+        goals=[goal] if shared and device.type == "cpu" else [],
+        matrix_dtype=cell.matrix_dtype,
+        memory=piece.trains,
+        notes=[_peers.ABOUT_PEERS.replace("DiT", "block"), ABOUT_DENSE],
+    )
+
+
+def _coordinates(cell: Cell) -> Mapping[str, str | int | float]:
+    return {name: value for name, value in cell.coordinates.items() if name != "scope"}
+
+
+@dataclass(frozen=True)
+class Piece(_peers.Whole):
+    """A block, its inputs, and what is computed of them."""
+
+    cell: Cell
+    block: nn.RoutedResBlock
+    x: Tensor
+    emb: Tensor
+    cotangent: Tensor
+    mask: Tensor
+    window: ChannelWindow
+
+    @classmethod
+    def of(cls, cell: Cell, device: torch.device) -> Piece:
+        torch.manual_seed(SEED)
+        place = PLACES[cell.model]
+        B, C, O, H = cell.batch, place.channels, place.out_channels, place.out_size
+        block = nn.RoutedResBlock(C, place.emb_channels, out_channels=O, up=place.up, down=place.down)
+        _draw(block)
+        # Every channel has a mean of its own, as those of trained models have.
+        x = torch.randn(B, C, place.size, place.size) + torch.randn(B, C, 1, 1)
+        emb, cotangent = torch.randn(B, place.emb_channels), torch.randn(B, O, H, H)
+        x, emb, cotangent = (tensor.to(device, cell.dtype) for tensor in (x, emb, cotangent))
+        window = cell.routing.window(_peers.timesteps(cell, device), C)
+        mask = _peers.mask_of(window, x)
+        trains = cell.pass_ == "training"
+        block.to(device, cell.dtype)
+        return cls(cell, block, x.requires_grad_(trains), emb.requires_grad_(trains), cotangent, mask, window)
+
+    @property
+    def module(self) -> nn.RoutedResBlock:
+        return self.block
+
+    def masked(self) -> Tensor:
+        return reference.res_block(self.block, self.x, self.emb, self.mask)
+
+    def unrouted(self) -> Tensor:
+        return reference.res_block(self.block, self.x, self.emb)
+
+    def skipping(self) -> Tensor:
+        return self.block(self.x, self.emb, self.window)
+
+    def exact(self, mask: Tensor | None) -> list[Tensor]:
+        """In fp64 what a call returns."""
+        batch = (self.x, self.emb, mask)
+        return _peers.exact(reference.res_block, self.block, batch, self.cotangent if self.trains else None)
+
+    def gate(self, exact: Sequence[Tensor], eager: Forward) -> Gate:
+        """For results in this precision."""
+        return Gate(exact, self.call(self.in_precision(eager))(), self.cell.precision)
+
+    def work(self, active: int) -> Work:
+        """What the function of as many active channels needs."""
+        count = training_work if self.trains else forward_work
+        return count(PLACES[self.cell.model], self.cell.batch, active, ITEMSIZES[self.cell.precision])
+
+    def call(self, forward: Forward) -> Callable[[], list[Tensor]]:
+        if not self.trains:
+            return _peers.without_graph(forward)
+        return _peers.with_gradients(forward, [self.x, self.emb, *self.block.parameters()], self.cotangent)
+
+
+@torch.no_grad()
+def _draw(block: nn.RoutedResBlock) -> None:
+    """Random parameters that make the branch as large as the skip, and deactivated channels as large as active ones."""
+    _peers.draw(block)
+    for norm in (block.in_layers[0], block.out_layers[0]):
+        for parameter in norm.parameters():
+            parameter.normal_()
+
+
+# --- counts ----------------------------------------------------------------------------------------------------------
+
+
+def forward_work(place: Place, B: int, W: int, items: Itemsizes) -> Work:
+    """What a block of W active channels needs; W = C is the unrouted one."""
+    C, O = place.channels, place.out_channels
+    P, Q = B * place.size**2, B * place.out_size**2
+    return (
+        Work(bytes=P * W * items.stream + Q * W * items.operand)  # norm, SiLU, resampling
+        + _convolutions(place, B, W, items)
+        + linear_forward(B, place.emb_channels, 2 * O, items)
+        + Work(bytes=2 * Q * O * items.operand)  # norm, conditioning, SiLU
+        + Work(
+            bytes=Q * O * (items.operand + items.stream) + (P * C * items.stream if C == O else Q * O * items.operand)
+        )
+    )
+
+
+def training_work(place: Place, B: int, W: int, items: Itemsizes) -> Work:
+    """Its forward pass, and gradients of x, emb and the parameters: of a convolution's input and weight each by one
+    that reads and writes as much."""
+    C, O = place.channels, place.out_channels
+    P, Q = B * place.size**2, B * place.out_size**2
+    return (
+        forward_work(place, B, W, items)
+        + 2 * _convolutions(place, B, W, items)
+        + linear_gradients(B, place.emb_channels, 2 * O, items)
+        + Work(bytes=3 * Q * O * items.operand)  # the second norm
+        + Work(bytes=(P * W + 2 * P * C) * items.stream + Q * W * items.operand)  # the first, added to that of the skip
+    )
+
+
+def _convolutions(place: Place, B: int, W: int, items: Itemsizes) -> Work:
+    """The branch's two and the skip's. To the first a deactivated channel of a sample is one number, which each of the
+    kernel's taps multiplies once."""
+    C, O, Q = place.channels, place.out_channels, B * place.out_size**2
+    constants = Work(2 * TAPS * B * (C - W) * O, TAPS * (C - W) * O * items.stream)
+    skip = Work() if C == O else _convolution(Q, C, O, 1, items)
+    return _convolution(Q, W, O, TAPS, items) + constants + _convolution(Q, O, O, TAPS, items) + skip
+
+
+def _convolution(pixels: int, K: int, O: int, taps: int, items: Itemsizes) -> Work:
+    return Work(2 * taps * pixels * K * O, pixels * (K + O) * items.operand + taps * K * O * items.stream)
+
+
+BENCHMARK = Benchmark(
+    "res_block",
+    "A routed residual block of ADM: RoutedResBlock, the masked reference and the unrouted block.",
+    cases,
+    sources=sources.RES_BLOCK,
+)

@@ -1,0 +1,152 @@
+"""The first half of ADM's routed residual block: GroupNorm, SiLU, resampling and a 3x3 convolution of m * x, without
+the deactivated channels.
+
+A group of channels outside the window is a group of zeros. GroupNorm makes exactly 0 of it before its affine
+parameters, so its channels reach the convolution as constants over space, the same for every sample,
+
+    v[c] = SiLU(norm_bias[c]),
+
+since resampling (nearest, or the mean of neighbours) keeps what is constant. To the output a constant channel adds its
+value times the sum of the kernel's taps that fall inside the image: one number for the interior and one for each edge
+and corner. For all of them together these are the convolution of an image of min(H, 3) x min(W, 3) pixels,
+
+    out = Conv(u, weight[:, touched], bias) + stretched(Conv(v[others], weight[:, others])),
+
+where u are the normalised channels of the groups that the window touches. In a group that it cuts, a deactivated
+channel is constant too, SiLU((0 - mean) * rstd * norm_weight[c] + norm_bias[c]), with statistics over the whole group,
+zeros included. These channels, at most two groups less two channels, go through norm and convolution with the active
+ones: taking them out costs as much as it saves (ADM has 32 groups).
+
+That is for a window that the whole batch shares, and where it pays. With one window per sample the convolution is
+dense: on a CPU it takes longer to gather weights for a grouped convolution, or to run one per sample. Inside
+torch.compile it is dense as well, since every first channel would need a graph of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dtr_kernels import reference
+from dtr_kernels.ops._checks import DTYPES, _check_tensor, check_linear, check_window
+from dtr_kernels.reference.res_block import Resampling
+from dtr_kernels.routing import ChannelWindow
+
+# When skipping pays, measured on a CPU. A convolution copies a slice of the weight before it reads it, which takes as
+# long as using the slice at this many positions. Whatever else skipping adds takes as long as this many products of an
+# input and a weight at each of the kernel's taps.
+_POSITIONS_PER_COPY = 150
+_LEAST_PRODUCTS = 3 << 20
+
+
+def routed_conv(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    num_groups: int,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: ChannelWindow | None = None,
+    resample: Resampling | None = None,
+) -> Tensor:
+    """Conv3x3(resample(SiLU(GroupNorm(m * x)))), over the groups that the window touches where the batch shares it.
+
+    Equal to the dense convolution of masked input (DTR paper, equation 6), because a group without an active channel
+    leaves the norm as constants that are known beforehand. With a window per sample, inside torch.compile, and where
+    the image is too small for skipping to pay, it is the dense convolution of masked input.
+
+    Args:
+        x: [B, C, H, W], fp32, bf16, fp16 or fp64.
+        norm_weight, norm_bias: affine parameters of the norm [C], any floating dtype.
+        num_groups: of the norm; divides C. The norm runs in fp32 (fp64 for fp64) and its result is in x's dtype.
+        eps: added to the variance.
+        weight, bias: of the convolution, which has a border of one zero, [O, C, 3, 3] and [O] (or None), in x's dtype;
+            autocast casts them.
+        window: active channels of each sample; None for all.
+        resample: between SiLU and the convolution, from any number of channels [B, K, H, W] to as many
+            [B, K, H', W'], each by itself, and a constant channel to the same constant. None for no resampling.
+
+    Returns:
+        [B, O, H', W'] in the dtype of a convolution of x.
+
+    Raises:
+        TypeError: if a tensor is not floating point.
+        ValueError: if shapes, dtypes, devices, num_groups or the window do not fit x.
+    """
+    _check(x, norm_weight, norm_bias, num_groups, weight, bias)
+    window = check_window(x.movedim(1, -1), window)
+    norm, conv = (norm_weight, norm_bias, num_groups, eps), (weight, bias)
+    if window is None:
+        return reference.routed_conv(x, *norm, *conv, resample=resample)
+    if window.shared_start is None or torch.compiler.is_compiling():
+        return reference.routed_conv(x, *norm, *conv, window.mask(), resample)
+    first, last = _touched(window.shared_start, window, num_groups)
+    if not _pays(x, weight, last - first, resample):
+        return reference.routed_conv(x, *norm, *conv, window.mask(), resample)
+
+    start, end = window.shared_start, window.shared_start + window.width
+    z = F.pad(x[:, start:end], (0, 0, 0, 0, start - first, last - end))
+    groups = (last - first) * num_groups // window.channels
+    u = F.silu(reference.group_norm(z, groups, norm_weight[first:last], norm_bias[first:last], eps))
+    u = u if resample is None else resample(u)
+    return _conv_among_constants(u, first, F.silu(norm_bias.to(x.dtype)), weight, bias)
+
+
+def _check(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, num_groups: int, weight: Tensor, bias: Tensor | None
+) -> None:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be floating point (fp32 to fp16, or fp64), got {x.dtype}; convert it with x.float()")
+    if x.dim() != 4:
+        raise ValueError(f"x must have shape [B, C, H, W], got {list(x.shape)}")
+    C = x.shape[1]
+    if num_groups < 1 or C % num_groups:
+        raise ValueError(f"num_groups must divide the {C} channels of x, got {num_groups}")
+    for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        _check_tensor(name, vector, (C,), x)
+    if tuple(weight.shape[1:]) != (C, 3, 3):
+        raise ValueError(f"weight must have shape [O, {C}, 3, 3], got {list(weight.shape)}")
+    check_linear(x, "", weight[:, :, 0, 0], bias, C)  # dtypes and devices, which are those of each of its taps
+
+
+def _touched(start: int, window: ChannelWindow, num_groups: int) -> tuple[int, int]:
+    """The first channel of the groups that a window from ``start`` touches, and the one after their last."""
+    end = start + window.width
+    if not 0 <= start <= end <= window.channels:
+        raise ValueError(
+            f"window starts at channel {start}, but {window.width} of {window.channels} channels start in "
+            f"0..{window.channels - window.width}"
+        )
+    per_group = window.channels // num_groups
+    return start // per_group * per_group, -(-end // per_group) * per_group
+
+
+def _pays(x: Tensor, weight: Tensor, kept: int, resample: Resampling | None) -> bool:
+    """Whether it saves time to convolve ``kept`` channels alone."""
+    one = x[:1, :1].detach()
+    positions = len(x) * (one if resample is None else resample(one)).numel()
+    O, C = weight.shape[:2]
+    return O * (positions * (C - kept) - _POSITIONS_PER_COPY * kept) > _LEAST_PRODUCTS
+
+
+def _conv_among_constants(u: Tensor, first: int, constants: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution of an image whose channels from number ``first`` on are u [B, K, H, W], and whose others have
+    the values that ``constants`` [C] holds for them."""
+    kept, H, W = u.shape[1:]
+    sizes = [first, kept, len(constants) - first - kept]
+    before, _, after = constants.split(sizes)
+    # One split instead of slices: its backward pass writes the weight's gradient once.
+    weight_before, weight_kept, weight_after = weight.split(sizes, dim=1)
+    others = torch.cat([before, after])[:, None, None].expand(1, -1, min(H, 3), min(W, 3))
+    added = F.conv2d(others, torch.cat([weight_before, weight_after], dim=1), padding=1)
+    return F.conv2d(u, weight_kept, bias, padding=1).add_(_stretched(_stretched(added, 2, H), 3, W))
+
+
+def _stretched(image: Tensor, dim: int, size: int) -> Tensor:
+    """The image with the second of its three rows (or columns) repeated until there are ``size``; of fewer, itself."""
+    if size <= 3:
+        return image
+    edge, interior, other_edge = image.split(1, dim)
+    return torch.cat([edge, interior.repeat_interleave(size - 2, dim), other_edge], dim)

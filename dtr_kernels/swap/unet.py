@@ -1,0 +1,149 @@
+"""Residual blocks of guided-diffusion's U-Net (ADM) and its descendants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtr_kernels import reference
+from dtr_kernels.nn.res_block import RoutedResBlock, _for_any_channels, run
+from dtr_kernels.routing import ChannelWindow
+from dtr_kernels.swap.checks import call_problems, dropout_problems, missing_problems, parameter_problems
+from dtr_kernels.swap.family import Family, RandomTensor
+
+_PARTS = ("in_layers", "emb_layers", "out_layers")
+_NEEDED = (
+    "in_layers.2",
+    "emb_layers.1.in_features",
+    "out_layers.3",
+    "skip_connection",
+    "h_upd",
+    "x_upd",
+    "use_scale_shift_norm",
+)
+# Of these the fused block calls the first, whatever they are, and reads the parameters of the second.
+_CALLED = ("emb_layers", "out_layers.1", "out_layers.2", "out_layers.3", "x_upd", "skip_connection")
+_READ = ("in_layers.0", "in_layers.2", "out_layers.0")
+
+
+class ADM(Family):
+    """The family of guided-diffusion's ResBlock. Its own checkpointing calls ``_forward``, so that is what changes."""
+
+    name = "U-Net residual block"
+    anatomy = "a module with children in_layers, emb_layers, out_layers and skip_connection, as guided-diffusion's"
+    scopes = ("block",)
+
+    @staticmethod
+    def matches(block: nn.Module) -> bool:
+        return set(_PARTS) <= dict(block.named_children()).keys()
+
+    @staticmethod
+    def problems(block: Any) -> Iterator[str]:
+        if isinstance(block, RoutedResBlock):
+            yield "it runs the fused kernels as it is; give it its window when calling it"
+        yield from missing_problems(block, _NEEDED, ADM.name)
+        yield from call_problems(block, tuple(dict.fromkeys(("forward", ADM.method(type(block))))), _CALLED)
+        yield from _layer_problems(block)
+        yield from parameter_problems(block, _CALLED + _READ)
+        yield from dropout_problems(block, _CALLED)
+        yield from _function_problems(block)
+
+    @staticmethod
+    def channels(block: Any) -> int:
+        return block.in_layers[2].in_channels
+
+    @staticmethod
+    def weight(block: Any) -> Tensor:
+        return block.in_layers[2].weight
+
+    @staticmethod
+    def method(kind: type) -> str:
+        return "_forward" if hasattr(kind, "_forward") else "forward"
+
+    @staticmethod
+    def checkpoints(block: Any) -> bool:
+        return getattr(block, "use_checkpoint", False)
+
+    @staticmethod
+    def run(block: Any, x: Tensor, c: Tensor, window: ChannelWindow | None, scope: str) -> Tensor:
+        return run(block, x, c, window)
+
+    @staticmethod
+    def run_plain(block: Any, x: Tensor, c: Tensor, mask: Tensor | None, scope: str) -> Tensor:
+        return reference.res_block(block, x, c, mask)
+
+    @staticmethod
+    def trial_input(copy: Any, random: RandomTensor) -> tuple[Tensor, Tensor]:
+        return random(2, ADM.channels(copy), 4, 6), random(2, copy.emb_layers[1].in_features)
+
+    @staticmethod
+    def prepare_trial(copy: Any, c: Tensor, random: RandomTensor) -> Tensor | None:
+        copy.out_layers[3] = _Open(copy.out_layers[3])
+        copy.eval()  # so that dropout is the same for both, as it does nothing
+        return None
+
+
+class _Open(nn.Module):
+    """A convolution and its input on top: that of a fresh ADM is zero, which would hide any difference before it."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.conv(h) + h
+
+
+def _layer_problems(block: Any) -> Iterator[str]:
+    for name, length in (("in_layers", 3), ("out_layers", 4)):
+        layers = getattr(block, name)
+        if not isinstance(layers, nn.Sequential) or len(layers) != length:
+            found = f"{type(layers).__name__} of {len(layers)} layers"
+            yield f"{name} is {found}, not nn.Sequential of {length}; leave this model unswapped"
+    conv = block.in_layers[2]
+    if not isinstance(conv, nn.Conv2d) or type(conv).forward is not nn.Conv2d.forward:
+        yield f"in_layers.2 is {type(conv).__name__}, but the kernels read an nn.Conv2d's weight; leave it unswapped"
+    geometry = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+    if geometry != ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros"):
+        yield f"in_layers.2 is {conv}, but the fused convolution is 3 x 3 with padding 1; leave this model unswapped"
+    for name, channels in (("in_layers.0", conv.in_channels), ("out_layers.0", conv.out_channels)):
+        norm = attrgetter(name)(block)
+        if not isinstance(norm, nn.GroupNorm):
+            yield f"{name} is {type(norm).__name__}, but the fused norm is nn.GroupNorm; leave this model unswapped"
+        if norm.weight is None:
+            yield f"{name} has no affine parameters, which the fused norm reads; use affine=True"
+        if norm.num_channels != channels:
+            yield f"{name} normalises {norm.num_channels} channels next to in_layers.2, which is {conv}"
+
+
+def _function_problems(block: Any) -> Iterator[str]:
+    """Modules in whose place the fused block calls functions."""
+    z = torch.linspace(-4, 4, 33, device="cpu")
+    if not torch.allclose(block.in_layers[1](z.clone()), F.silu(z), atol=1e-5):
+        yield f"in_layers.1 is {block.in_layers[1]}, but the fused block computes nn.SiLU()"
+    if not _resamples(block):
+        yield (
+            f"h_upd is {block.h_upd}, but the fused block resamples to the nearest neighbour times 2, to the mean of "
+            "2 x 2, or not at all; leave this model unswapped"
+        )
+
+
+@torch.no_grad()
+def _resamples(block: Any) -> bool:
+    """Whether h_upd is one of the three that are known, and is so for any number of channels as the fused block has it.
+
+    All three leave a constant image constant, which the skipping of channels rests on.
+    """
+    u = torch.randn(2, ADM.channels(block), 4, 4, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    resample = _for_any_channels(block.h_upd) or nn.Identity()
+    try:
+        whole, part = block.h_upd(u), resample(u[:, :1])
+    except Exception:
+        return False
+    known = u, F.interpolate(u, scale_factor=2, mode="nearest"), F.avg_pool2d(u, 2)
+    return torch.equal(part, whole[:, :1]) and any(torch.equal(whole, image) for image in known)
