@@ -21,7 +21,7 @@ from benchmarks.counts import ITEMSIZES
 from benchmarks.suite import _peers
 from benchmarks.suite import res_block as suite
 from dtr_kernels import ops, reference
-from dtr_kernels.nn.res_block import RoutedResBlock, run
+from dtr_kernels.nn.res_block import RoutedResBlock, run_res_block
 from dtr_kernels.routing import ChannelWindow
 from dtr_kernels.verify import compare
 
@@ -106,7 +106,7 @@ def out_and_gradients(function, block, x, emb):
 
 
 def assert_equal_to_oracle(block, x, emb, window):
-    found = out_and_gradients(lambda *args: run(*args, window), block, x, emb)
+    found = out_and_gradients(lambda *args: run_res_block(*args, window), block, x, emb)
     mask = mask_of(window, x)
     expected = out_and_gradients(lambda *args: reference.res_block(*args, mask), block, x, emb)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
@@ -219,10 +219,10 @@ def test_channels_are_skipped(seed, images):
     form = Form({}, 32, 8, (6, 5))
     block, (x, emb) = random_block(form), random_inputs(form)
     window = shared(9, 13, 32)  # of groups 2 to 5
-    branch = run(block, x, emb, window) - x
+    branch = run_res_block(block, x, emb, window) - x
     assert images == [(1, 16, 3, 3), (3, 16, 6, 5), (3, 32, 6, 5)]
     x[:, :9] = x[:, 22:] = float("inf")
-    torch.testing.assert_close((run(block, x, emb, window) - x)[:, 9:22], branch[:, 9:22])
+    torch.testing.assert_close((run_res_block(block, x, emb, window) - x)[:, 9:22], branch[:, 9:22])
 
 
 @torch.no_grad()
@@ -238,7 +238,7 @@ def test_skipping_where_it_pays(seed, images):
         images.clear()
         form = Form(options, 32, 8, (size, size))
         block, (x, emb) = random_block(form, dtype=torch.float32), random_inputs(form, 4, dtype=torch.float32)
-        run(block, x, emb, window)
+        run_res_block(block, x, emb, window)
         assert images[:-1] == convolved
 
 
@@ -432,7 +432,7 @@ def test_resampling_modules_of_guided_diffusion(seed, name):
     foreign = copy.deepcopy(block)
     for upd in ("h_upd", "x_upd"):
         setattr(foreign, upd, Insists(12, torch.nn.AvgPool2d(2) if name == "down" else None))
-    assert torch.equal(run(foreign, x, emb, shared(3, 4)), run(block, x, emb, shared(3, 4)))
+    assert torch.equal(run_res_block(foreign, x, emb, shared(3, 4)), run_res_block(block, x, emb, shared(3, 4)))
 
 
 def test_dropout_follows_training(seed):

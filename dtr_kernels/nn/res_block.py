@@ -14,10 +14,10 @@ from dtr_kernels.ops._checks import _check_shape, _check_tensor
 from dtr_kernels.reference.res_block import Resampling, rest_of_branch
 from dtr_kernels.routing import ChannelWindow
 
-__all__ = ["RoutedResBlock", "run"]
+__all__ = ["RoutedResBlock", "for_any_channels", "run_res_block"]
 
 
-def run(block: Any, x: Tensor, emb: Tensor, window: ChannelWindow | None) -> Tensor:
+def run_res_block(block: Any, x: Tensor, emb: Tensor, window: ChannelWindow | None) -> Tensor:
     """One routed residual block of ADM, S(x) + h(m * x, emb), whose branch skips channels where the batch shares them.
 
     That is the DTR paper's equation 6 where the skip S is the identity; for blocks that change channels or resolution
@@ -49,12 +49,12 @@ def run(block: Any, x: Tensor, emb: Tensor, window: ChannelWindow | None) -> Ten
         conv.weight,
         conv.bias,
         window,
-        _for_any_channels(block.h_upd),
+        for_any_channels(block.h_upd),
     )
     return block.skip_connection(block.x_upd(x)) + rest_of_branch(block, h, emb)
 
 
-def _for_any_channels(resample: Any) -> Resampling | None:
+def for_any_channels(resample: Any) -> Resampling | None:
     """A block's resampling as a function of any number of channels; None for none.
 
     guided-diffusion's modules, which are not PyTorch's own, insist on the channels of the block.
@@ -147,7 +147,7 @@ class RoutedResBlock(nn.Module):
         if isinstance(window, Tensor):
             _check_shape("window, a mask,", window, (x.shape[0], self.channels), x)
             return reference.res_block(self, x, emb, window)
-        return run(self, x, emb, window)
+        return run_res_block(self, x, emb, window)
 
 
 def _resampling(up: bool, down: bool) -> nn.Module:

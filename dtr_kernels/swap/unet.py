@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtr_kernels import reference
-from dtr_kernels.nn.res_block import RoutedResBlock, _for_any_channels, run
+from dtr_kernels.nn.res_block import RoutedResBlock, for_any_channels, run_res_block
 from dtr_kernels.routing import ChannelWindow
 from dtr_kernels.swap.checks import call_problems, dropout_problems, missing_problems, parameter_problems
 from dtr_kernels.swap.family import Family, RandomTensor
@@ -71,7 +71,7 @@ class ADM(Family):
 
     @staticmethod
     def run(block: Any, x: Tensor, c: Tensor, window: ChannelWindow | None, scope: str) -> Tensor:
-        return run(block, x, c, window)
+        return run_res_block(block, x, c, window)
 
     @staticmethod
     def run_plain(block: Any, x: Tensor, c: Tensor, mask: Tensor | None, scope: str) -> Tensor:
@@ -140,7 +140,7 @@ def _resamples(block: Any) -> bool:
     All three leave a constant image constant, which the skipping of channels rests on.
     """
     u = torch.randn(2, ADM.channels(block), 4, 4, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    resample = _for_any_channels(block.h_upd) or nn.Identity()
+    resample = for_any_channels(block.h_upd) or nn.Identity()
     try:
         whole, part = block.h_upd(u), resample(u[:, :1])
     except Exception:
