@@ -15,7 +15,7 @@ from scipy.linalg import sqrtm
 import benchmarks.__main__ as command_line
 from benchmarks.study import findings, units
 from benchmarks.study.judge import frechet_distance, split
-from benchmarks.study.plan import METHODS, PLANS, VANILLA
+from benchmarks.study.plan import METHODS, PLANS, TIMED_STEPS, VANILLA
 from examples import digits
 from examples.train import Recipe, Training
 
@@ -69,7 +69,7 @@ def test_a_study_has_all_figures(quick):
         assert len(of_method["distance"]) == len(of_method["recognised"]) == plan.seeds
         assert all(math.isfinite(distance) and distance > 0 for distance in of_method["distance"])
         assert all(0 <= share <= 1 for share in of_method["recognised"])
-        assert len(of_method["seconds"]) == units.TIMED_STEPS
+        assert len(of_method["seconds"]) == TIMED_STEPS
     different = {json.dumps(of_method["losses"]) for of_method in study["methods"].values()}
     assert len(different) == len(METHODS)
     assert torch.tensor(study["transfer"]).shape == (plan.seeds, plan.clusters)

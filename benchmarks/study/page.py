@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.study.findings import loss_gaps, losses_of, setup, step_time
+from benchmarks.study.findings import loss_gaps, losses_of, setup, step_seconds, step_time
 from benchmarks.study.plan import METHODS, VANILLA
 from examples import digits
 
@@ -129,8 +129,7 @@ def _seconds(axes: Axes, study: Mapping[str, Any]) -> None:
         axes.hlines(row, spread.p20, spread.p80, color="black", linewidth=1)
     _method_rows(axes)
     axes.axvline(1, color="black", linewidth=0.8)
-    seconds = study["methods"][VANILLA]["seconds"]
-    milliseconds = sum(seconds) / len(seconds) * 1e3
+    milliseconds = step_seconds(study, VANILLA) * 1e3
     axes.set(xlabel=f"over vanilla's {milliseconds:.3g} ms; line: p20 to p80", title="Time of a training step")
 
 

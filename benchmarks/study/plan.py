@@ -20,6 +20,11 @@ METHODS: dict[str, dict[str, str]] = {
     "+DTR+PCGrad": {"routing": "dtr", "weighting": "pcgrad"},
 }
 
+#: Nash-MTL solves for new weights at the first of so many steps, and that many are timed, after two to warm up. So the
+#: one with this index solves.
+TIMED_STEPS = 25
+SOLVING = TIMED_STEPS - 2
+
 
 def unit(what: str, seed: int) -> str:
     """The name of a piece of work that is done for every seed."""
