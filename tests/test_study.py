@@ -174,9 +174,9 @@ def test_the_sign_of_gaps_and_what_is_near():
 
 def test_intervals_and_the_best_in_words():
     study = {"bounds": [0, 200, 400, 1000]}
-    assert findings._intervals(study, torch.tensor([False, False, False])) == "no interval"
-    assert findings._intervals(study, torch.tensor([True, False, False])) == "t in 0..199"
-    assert findings._intervals(study, torch.tensor([True, False, True])) == "t in each of 0..199, 400..999"
+    assert findings._intervals(study, torch.tensor([False, False, False])) == "nowhere"
+    assert findings._intervals(study, torch.tensor([True, False, False])) == "at t 0..199"
+    assert findings._intervals(study, torch.tensor([True, False, True])) == "at t 0..199, 400..999"
     study = {"methods": {method: {"distance": [2.0, 2.0]} for method in METHODS}}
     study["methods"]["+UW"]["distance"] = [1.0, 3.0]
     assert findings._best(study).startswith("No method")

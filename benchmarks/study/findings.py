@@ -186,10 +186,10 @@ def sentences(study: Mapping[str, Any]) -> list[str]:
         f"{real['distance of as many']:.1f}.)",
         f"**Task affinity (O1).** Gradients at timesteps {plan['affinity_every']} apart have a cosine of {near:.2f}, "
         f"those half of the process or more apart {far:.2f}.",
-        f"**Negative transfer (O2).** By denoising loss specialists are better in every seed in "
-        f"{_intervals(study, (gaps < 0).all(0))} (negative transfer) and worse in every seed in "
-        f"{_intervals(study, (gaps > 0).all(0))}; by the distance of samples they are better in "
-        f"{_intervals(study, (by_distance < 0).all(0))} and worse in {_intervals(study, (by_distance > 0).all(0))}.",
+        f"**Negative transfer (O2).** By denoising loss specialists are better in every seed "
+        f"{_intervals(study, (gaps < 0).all(0))} (negative transfer) and worse in every seed "
+        f"{_intervals(study, (gaps > 0).all(0))}; by the distance of samples they are better "
+        f"{_intervals(study, (by_distance < 0).all(0))} and worse {_intervals(study, (by_distance > 0).all(0))}.",
     ]
 
 
@@ -217,7 +217,7 @@ def _intervals(study: Mapping[str, Any], which: torch.Tensor) -> str:
     """Intervals as their first and last timesteps, 0 being the clean end."""
     bounds = study["bounds"]
     chosen = [f"{bounds[k]}..{bounds[k + 1] - 1}" for k in range(len(which)) if which[k]]
-    return "no interval" if not chosen else ("t in " if len(chosen) == 1 else "t in each of ") + ", ".join(chosen)
+    return "at t " + ", ".join(chosen) if chosen else "nowhere"
 
 
 def setup(study: Mapping[str, Any]) -> str:

@@ -145,14 +145,14 @@ def _affinity(axes: Axes, study: Mapping[str, Any]) -> None:
         study["affinity"]["matrix"],
         origin="lower",
         extent=(0, digits.TIMESTEPS) * 2,
-        cmap="RdBu",
+        cmap="RdBu_r",
         vmin=-1,
         vmax=1,
         interpolation="nearest",
     )
     axes.figure.colorbar(image, ax=axes, label="cosine of gradients")
     steps = ", ".join(str(step) for step in study["affinity"]["steps"])
-    axes.set(xlabel="timestep", ylabel="timestep", title=f"Task affinity, vanilla at steps {steps}")
+    axes.set(xlabel="timestep", ylabel="timestep", title=f"Task affinity, steps {steps}")
 
 
 def _gaps(axes: Axes, study: Mapping[str, Any], gaps: Tensor, title: str, label: str) -> None:
@@ -165,4 +165,5 @@ def _gaps(axes: Axes, study: Mapping[str, Any], gaps: Tensor, title: str, label:
     for of_seed in gaps.tolist():
         axes.plot(centres, of_seed, "o", color="black", markersize=3.5)
     axes.axhline(0, color="black", linewidth=0.8)
+    axes.margins(y=0.1)
     axes.set(xlabel="interval of timesteps (red: negative transfer)", ylabel=label, title=title)
