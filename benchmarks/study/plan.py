@@ -20,10 +20,10 @@ METHODS: dict[str, dict[str, str]] = {
     "+DTR+PCGrad": {"routing": "dtr", "weighting": "pcgrad"},
 }
 
-#: Nash-MTL solves for new weights at the first of so many steps, and that many are timed, after two to warm up. So the
-#: one with this index solves.
-TIMED_STEPS = 25
-SOLVING = TIMED_STEPS - 2
+#: Nash-MTL solves for new weights at the first of so many steps. As many are timed, after two to warm up: so the last
+#: but one solves.
+TIMED_STEPS, WARM_UP = 25, 2
+SOLVING = -WARM_UP
 
 
 def unit(what: str, seed: int) -> str:

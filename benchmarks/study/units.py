@@ -15,7 +15,7 @@ from torch import Tensor
 import dtr_kernels as dtr
 from benchmarks import environment
 from benchmarks.study.judge import Judge, split, trained_classifier
-from benchmarks.study.plan import METHODS, SOLVING, TIMED_STEPS, VANILLA, Plan, unit
+from benchmarks.study.plan import METHODS, TIMED_STEPS, VANILLA, WARM_UP, Plan, unit
 from benchmarks.timing import Stopwatch
 from dtr_kernels._files import replacing
 from examples import digits
@@ -189,7 +189,7 @@ class Study:
         stopwatch = Stopwatch(self.device)
         timers = {method: stopwatch.timer([training.step], graph=False) for method, training in trainings.items()}
         found: dict[str, list[float]] = {method: [] for method in METHODS}
-        for number in range(SOLVING - TIMED_STEPS, TIMED_STEPS):
+        for number in range(-WARM_UP, TIMED_STEPS):
             for method, timer in timers.items():
                 taken = timer()
                 if number >= 0:  # the first rounds warm up
