@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0 triton==3.7.1
 # The CUDA compiler for machines that have none (100 MB): CUDA kernels compile, and are tested to, on all of them.
 NVCC ?= nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
 # Tests run on all cores, a thread each; PARALLEL= (empty) runs them one by one, without pytest-xdist.
-PARALLEL ?= -n auto --dist loadscope
+PARALLEL ?= -n auto
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
 ifeq ($(VENV),)
@@ -28,7 +28,7 @@ study: $(READY)  ## train with and without each method, compare: out/study and d
 test: $(READY) lint test-kernels  ## everything that needs no GPU
 
 test-kernels: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs $(PARALLEL) tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs $(PARALLEL) $(if $(PARALLEL),--dist loadfile) tests
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest -q $(PARALLEL) tests/test_ops.py -m "not gpu"
 
 lint: $(READY)
