@@ -68,12 +68,6 @@ def angle(t: Tensor) -> Tensor:
     return (math.pi / 2 * (t + 1) / TIMESTEPS)[:, None, None, None]
 
 
-def signal_to_noise() -> Tensor:
-    """SNR [T] of the process, cot(phi)^2."""
-    phi = angle(torch.arange(TIMESTEPS, dtype=torch.float64)).flatten()
-    return (phi.cos() / phi.sin()).square()
-
-
 def noisy(images: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """x_t of images under fresh noise, and the velocity to predict from it, both like images."""
     phi, noise = angle(t), torch.randn_like(images)

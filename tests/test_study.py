@@ -149,7 +149,7 @@ def test_held_out_images_are_never_trained_on():
 
 def test_changes_are_taken_seed_by_seed():
     change = findings.Change.of([1.1, 2.0, 2.7], [1.0, 2.5, 3.0])
-    assert (change.least, change.most, change.lower) == (pytest.approx(-0.2), pytest.approx(0.1), 2)
+    assert change.each == pytest.approx((0.1, -0.2, -0.1))
     assert str(change) == "-6.7% (-20.0% to +10.0%), lower in 2 of 3 seeds"
     assert findings.Change.of([1, 2], [2, 3]).verdict == "lower in every seed"
     assert findings.Change.of([2, 3], [1, 2]).verdict == "higher in every seed"

@@ -19,31 +19,28 @@ DOCS = Path("docs/study")
 
 @dataclass(frozen=True)
 class Change:
-    """A method against vanilla, with the same seeds: relative differences, negative where the method's is lower."""
+    """A method against vanilla: relative differences, negative where the method's is lower, of each seed."""
 
-    mean: float
-    least: float
-    most: float
-    lower: int  # in so many seeds
-    seeds: int
-
-    higher: int
+    each: tuple[float, ...]
 
     @classmethod
     def of(cls, method: Sequence[float], vanilla: Sequence[float]) -> Change:
-        each = [a / b - 1 for a, b in zip(method, vanilla, strict=True)]
-        lower, higher = sum(change < 0 for change in each), sum(change > 0 for change in each)
-        return cls(sum(each) / len(each), min(each), max(each), lower, len(each), higher)
+        return cls(tuple(a / b - 1 for a, b in zip(method, vanilla, strict=True)))
+
+    @property
+    def mean(self) -> float:
+        return sum(self.each) / len(self.each)
 
     @property
     def verdict(self) -> str:
         """Whether all seeds agree."""
-        if self.seeds in (self.lower, self.higher):
-            return f"{'lower' if self.lower else 'higher'} in every seed"
-        return f"lower in {self.lower} of {self.seeds} seeds"
+        lower, higher = sum(change < 0 for change in self.each), sum(change > 0 for change in self.each)
+        if len(self.each) in (lower, higher):
+            return f"{'lower' if lower else 'higher'} in every seed"
+        return f"lower in {lower} of {len(self.each)} seeds"
 
     def __str__(self) -> str:
-        return f"{self.mean:+.1%} ({self.least:+.1%} to {self.most:+.1%}), {self.verdict}"
+        return f"{self.mean:+.1%} ({min(self.each):+.1%} to {max(self.each):+.1%}), {self.verdict}"
 
 
 def collect(plan: Plan, found: Mapping[str, Mapping[str, Any]], bounds: Sequence[int]) -> dict[str, Any]:
