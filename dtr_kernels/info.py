@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,38 +12,23 @@ import triton
 
 import dtr_kernels
 from dtr_kernels.ops import _cpu
-from dtr_kernels.ops._gradients import why_plain
-from dtr_kernels.ops._launch import LEAST_ELEMENTS_ON_CPU, kernel_path
+from dtr_kernels.ops._gradients import why_plain as surgery_why_plain
+from dtr_kernels.ops._launch import LEAST_ELEMENTS_ON_CPU, kernel_path, why_plain
 from dtr_kernels.ops._tiles import configuration
 from dtr_kernels.ops._tuned import KINDS, Tuned, user_file
+from dtr_kernels.ops.window_linear import _LEAST_ELEMENTS_OF_A_SLICE as LEAST_OF_A_SLICE
 
 __all__ = ["collect", "show"]
 
-_REASONS = {
-    "triton": "Triton kernels",
-    "cpu": "compiled CPU kernels",
-    "plain": "plain PyTorch (the reference)",
-}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_WHAT_RUNS = {
-    "routed_blocks": "routed_linear, routed_mlp and gated_residual",
-    "gradient_surgery": "gradient surgery (gram, pcgrad_, pcgrad_sum, combine_ and weighted_sum)",
-}
 # Of ops that are tuned alike, the most that are named.
 _MOST_OPS = 3
 
 
 def collect() -> dict[str, Any]:
-    """Versions, devices, which tiles the kernels of each GPU use, the extension's build, and for each device and dtype
-    which implementation of the ops runs."""
-    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-
-    def table(path: Callable[[torch.device, torch.dtype], str]) -> dict[str, dict[str, str]]:
-        return {
-            device: {str(dtype).removeprefix("torch."): path(torch.device(device), dtype) for dtype in _DTYPES}
-            for device in devices
-        }
-
+    """Versions, devices, which tiles the kernels of each GPU use, the extension's build, and for each op, device and
+    dtype what computes it and why that is not faster."""
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     return {
         "dtr_kernels": dtr_kernels.__version__,
         "python": platform.python_version(),
@@ -52,7 +38,13 @@ def collect() -> dict[str, Any]:
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
         "tiles": [_tiles(i) for i in range(torch.cuda.device_count())],
         "extension": _cpu.unavailable or _cpu.kernels.build_config(),
-        "paths": {"routed_blocks": table(_routing_path), "gradient_surgery": table(_surgery_path)},
+        "ops": {
+            op: {
+                str(device): {str(dtype).removeprefix("torch."): path(device, dtype) for dtype in _DTYPES}
+                for device in devices
+            }
+            for op, path in _PATHS.items()
+        },
     }
 
 
@@ -97,25 +89,51 @@ def _joined(words: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def _routing_path(device: torch.device, dtype: torch.dtype) -> str:
+def _fused_path(device: torch.device, dtype: torch.dtype) -> str:
     path = kernel_path(torch.empty(0, device=device, dtype=dtype))
+    if path == "triton":
+        return "Triton kernels"
     if path == "cpu":
-        return f"{_REASONS[path]} (plain PyTorch below {LEAST_ELEMENTS_ON_CPU} elements of x, where it is faster)"
-    if path != "plain":
-        return _REASONS[path]
-    why = "Triton kernels do not compute in fp64" if device.type != "cpu" else _cpu.unavailable
-    return f"{_REASONS[path]}: {why}"
+        return f"compiled CPU kernels; below {LEAST_ELEMENTS_ON_CPU:,} elements of x plain PyTorch, which is faster"
+    return f"plain PyTorch (the reference): {why_plain(torch.empty(0, device=device, dtype=dtype))}"
+
+
+def _linear_path(device: torch.device, dtype: torch.dtype) -> str:
+    path = _fused_path(device, dtype)
+    if path.startswith("Triton"):
+        return f"{path}, and cuBLAS where a batch shares an aligned window that is known as a Python number"
+    if not path.startswith("compiled"):
+        return path
+    if dtype.itemsize < 4:
+        return f"{path}; dense GEMMs, since a CPU repacks slices of a 16-bit weight at every call"
+    return f"{path}; GEMMs on slices of the weight where they are for {LEAST_OF_A_SLICE:,} elements or more, else dense"
+
+
+def _conv_path(device: torch.device, dtype: torch.dtype) -> str:
+    return (
+        "PyTorch's convolution of the groups that the window touches, where a batch shares a window that is known as a "
+        "Python number, outside torch.compile; else dense"
+    )
 
 
 def _surgery_path(device: torch.device, dtype: torch.dtype) -> str:
-    why = why_plain(device, dtype)
+    why = surgery_why_plain(device, dtype)
     return f"PyTorch ops: {why}" if why else "CUDA kernels" if device.type == "cuda" else "compiled CPU kernels"
+
+
+_PATHS: dict[str, Callable[[torch.device, torch.dtype], str]] = {
+    "routed_linear": _linear_path,
+    "routed_mlp": _linear_path,
+    "gated_residual": _fused_path,
+    "routed_conv": _conv_path,
+    **dict.fromkeys(("gram", "combine_", "weighted_sum", "pcgrad_", "pcgrad_sum"), _surgery_path),
+}
 
 
 def show() -> None:
     """Prints ``collect()`` for people."""
     facts = collect()
-    paths, extension, tiles = facts.pop("paths"), facts.pop("extension"), facts.pop("tiles")
+    ops, extension, tiles = facts.pop("ops"), facts.pop("extension"), facts.pop("tiles")
     for name, value in facts.items():
         print(f"{name:12} {', '.join(value) or 'none' if isinstance(value, list) else value}")
     for index, source in enumerate(tiles):
@@ -126,8 +144,14 @@ def show() -> None:
         print(f"{'extension':12} compiler {extension['compiler']}, instruction set {extension['instruction_set']}")
         cuda = f"CUDA {extension['cuda']} for {' '.join(extension['architectures'])}"
         print(f"{'':12} {cuda if extension['cuda'] else 'no CUDA kernels: ' + extension['no_cuda_reason']}")
-    for name, by_device in paths.items():
-        print(f"\nWhat runs {_WHAT_RUNS[name]}:")
-        for device, by_dtype in by_device.items():
+    alike: dict[str, list[str]] = {}
+    for op, by_device in ops.items():
+        alike.setdefault(json.dumps(by_device), []).append(op)
+    for table, names in alike.items():
+        print(f"\nWhat computes {_joined(names)}:")
+        for device, by_dtype in json.loads(table).items():
+            by_path: dict[str, list[str]] = {}
             for dtype, path in by_dtype.items():
-                print(f"  {device:8} {dtype:9} {path}")
+                by_path.setdefault(path, []).append(dtype)
+            for path, dtypes in by_path.items():
+                print(f"  {device}, {_joined(dtypes)}: {path}")

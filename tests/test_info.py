@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import dtr_kernels
 from benchmarks import environment
 from dtr_kernels import info
 from dtr_kernels.ops import _cpu, _tiles, _tuned
@@ -31,13 +32,21 @@ def built(monkeypatch):
     return lambda config: monkeypatch.setattr(_cpu.kernels, "build_config", lambda: config)
 
 
-def test_covers_every_device_and_dtype():
-    facts = json.loads(json.dumps(info.collect()))
-    assert set(facts["paths"]) == {"routed_blocks", "gradient_surgery"}
-    for by_device in facts["paths"].values():
+def test_covers_every_op_device_and_dtype():
+    ops = json.loads(json.dumps(info.collect()))["ops"]
+    helpers = {"pcgrad_coefficients", "random_order"}  # K x K numbers, not gradients
+    assert set(ops) == set(dtr_kernels.ops.__all__) - helpers
+    for by_device in ops.values():
         assert len(by_device) == 1 + torch.cuda.device_count()
         for by_dtype in by_device.values():
             assert set(by_dtype) == {"float32", "bfloat16", "float16", "float64"}
+
+
+def test_says_why_plain_pytorch_runs(monkeypatch, capsys):
+    monkeypatch.setattr(_cpu, "unavailable", "the extension was lost")
+    monkeypatch.setattr(_cpu, "kernels", None)
+    info.show()
+    assert "plain PyTorch (the reference): the extension was lost" in capsys.readouterr().out
 
 
 def test_shows_the_cuda_build(built, capsys):
@@ -57,8 +66,8 @@ def test_surgery_says_why_pytorch_ops_run(monkeypatch, capsys):
     monkeypatch.setattr(_cpu, "kernels", None)
     facts = info.collect()
     assert facts["extension"] == "the extension was lost"
-    assert facts["paths"]["gradient_surgery"]["cpu"]["float32"] == "PyTorch ops: the extension was lost"
-    assert "fp64" in facts["paths"]["gradient_surgery"]["cpu"]["float64"]
+    assert facts["ops"]["gram"]["cpu"]["float32"] == "PyTorch ops: the extension was lost"
+    assert "fp64" in facts["ops"]["gram"]["cpu"]["float64"]
     info.show()
     assert "extension    the extension was lost" in capsys.readouterr().out
 
@@ -155,5 +164,5 @@ def test_says_where_the_tiles_of_a_gpu_are_from():
 
 @pytest.mark.gpu
 def test_a_gpu_runs_cuda_kernels_or_says_why_not():
-    for dtype, path in info.collect()["paths"]["gradient_surgery"]["cuda:0"].items():
+    for dtype, path in info.collect()["ops"]["gram"]["cuda:0"].items():
         assert path == "CUDA kernels" or path.startswith("PyTorch ops: "), (dtype, path)

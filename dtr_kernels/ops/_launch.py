@@ -42,13 +42,37 @@ def chosen_path(x: Tensor) -> str:
     transforms and forward-mode differentiation.
     """
     path = kernel_path(x)
-    if path == "cpu" and x.numel() < LEAST_ELEMENTS_ON_CPU:
-        return "plain"
-    if not torch.compiler.is_compiling() and (
+    return "plain" if _is_small(x, path) or _is_transformed() else path
+
+
+def why_plain(x: Tensor) -> str | None:
+    """Why ``chosen_path`` is "plain" for x, for people; None where it is not."""
+    path = kernel_path(x)
+    if path == "plain":
+        if x.device.type == "cuda":
+            return "Triton kernels do not compute in fp64; use fp32, bf16 or fp16"
+        if x.device.type == "cpu":
+            return _cpu.unavailable
+        return f"there are no kernels for {x.device.type}, only for CUDA GPUs and CPUs"
+    if _is_small(x, path):
+        return (
+            f"x has {x.numel():,} elements, and on a CPU plain PyTorch is faster below {LEAST_ELEMENTS_ON_CPU:,}; use "
+            "a larger batch"
+        )
+    if _is_transformed():
+        return "inside torch.func transforms and forward-mode differentiation only PyTorch's own ops work"
+    return None
+
+
+def _is_small(x: Tensor, path: str) -> bool:
+    return path == "cpu" and x.numel() < LEAST_ELEMENTS_ON_CPU
+
+
+def _is_transformed() -> bool:
+    """Whether a functorch transform or forward-mode differentiation is at work; tracing for torch.compile is neither."""
+    return not torch.compiler.is_compiling() and (
         forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
-        return "plain"
-    return path
+    )
 
 
 def in_dtype_of(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:

@@ -78,14 +78,10 @@ def routed_conv(
     _check(x, norm_weight, norm_bias, num_groups, weight, bias)
     window = check_window(x.movedim(1, -1), window)
     norm, conv = (norm_weight, norm_bias, num_groups, eps), (weight, bias)
-    if window is None:
-        return reference.routed_conv(x, *norm, *conv, resample=resample)
-    if window.shared_start is None or torch.compiler.is_compiling():
-        return reference.routed_conv(x, *norm, *conv, window.mask(), resample)
-    first, last = _touched(window.shared_start, window, num_groups)
-    if not _pays(x, weight, last - first, resample):
-        return reference.routed_conv(x, *norm, *conv, window.mask(), resample)
+    if window is None or window.shared_start is None or why_dense(x, num_groups, weight, window, resample):
+        return reference.routed_conv(x, *norm, *conv, None if window is None else window.mask(), resample)
 
+    first, last = _touched(window.shared_start, window, num_groups)
     start, end = window.shared_start, window.shared_start + window.width
     z = F.pad(x[:, start:end], (0, 0, 0, 0, start - first, last - end))
     groups = (last - first) * num_groups // window.channels
@@ -121,6 +117,20 @@ def _touched(start: int, window: ChannelWindow, num_groups: int) -> tuple[int, i
         )
     per_group = window.channels // num_groups
     return start // per_group * per_group, -(-end // per_group) * per_group
+
+
+def why_dense(
+    x: Tensor, num_groups: int, weight: Tensor, window: ChannelWindow | None, resample: Resampling | None
+) -> str | None:
+    """Why ``routed_conv`` convolves all channels of x [B, C, H, W]; None where it skips the deactivated ones."""
+    if window is None:
+        return "unrouted"
+    if window.shared_start is None:
+        return "each sample has a window of its own; one timestep for the batch, as a Python number, would be faster"
+    if torch.compiler.is_compiling():
+        return "inside torch.compile every first channel would need a graph of its own"
+    first, last = _touched(window.shared_start, window, num_groups)
+    return None if _pays(x, weight, last - first, resample) else "the batch of images is too small for skipping to pay"
 
 
 def _pays(x: Tensor, weight: Tensor, kept: int, resample: Resampling | None) -> bool:

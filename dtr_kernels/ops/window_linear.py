@@ -372,6 +372,29 @@ def prefers_cublas(start: Tensor | None, shared_start: int | None, weight: Tenso
     return shared_start is not None and shared_start * weight.element_size() % 16 == 0
 
 
+def gemm_path(x: Tensor, start: Tensor | None, shared_start: int | None, weight: Tensor) -> str:
+    """Which GEMM computes a routed layer of x [B, N, C], and why not the faster one, for people."""
+    if kernel_path(x) == "cpu":
+        if start is None:
+            return "a dense GEMM of all channels: unrouted"
+        if weight.element_size() < 4:
+            return "a dense GEMM: in 16-bit dtypes a CPU repacks a slice of the weight at every call"
+        elements = _elements_of_a_slice(x, start.tolist(), x.shape[-1])
+        if elements < _LEAST_ELEMENTS_OF_A_SLICE:
+            return (
+                f"a dense GEMM: a slice of the weight would be for {elements:,} elements, and pays from "
+                f"{_LEAST_ELEMENTS_OF_A_SLICE:,} on; use a larger batch at one timestep, or more tokens"
+            )
+        return "GEMMs on slices of the weight"
+    if start is None:
+        return "cuBLAS on the whole weight: unrouted"
+    if prefers_cublas(start, shared_start, weight):
+        return "cuBLAS on a slice of the weight"
+    if shared_start is None:
+        return "the Triton window GEMM: cuBLAS needs one timestep for the batch, given as a Python number"
+    return f"the Triton window GEMM: cuBLAS is slow on a slice that starts at channel {shared_start}, which is unaligned"
+
+
 def window_linear_forward(
     u: Tensor,
     mean_rstd: Tensor | None,
@@ -644,11 +667,14 @@ def _slices(u: Tensor, start: Tensor, channels: int) -> list[tuple[slice, int]] 
     if u.element_size() < 4:
         return None
     starts = start.tolist()
-    shared = len(set(starts)) == 1
-    tokens = u.shape[1] * (u.shape[0] if shared else 1)
-    if tokens * channels < _LEAST_ELEMENTS_OF_A_SLICE:
+    if _elements_of_a_slice(u, starts, channels) < _LEAST_ELEMENTS_OF_A_SLICE:
         return None
+    shared = len(set(starts)) == 1
     return [(slice(0, len(starts)), starts[0])] if shared else [(slice(b, b + 1), s) for b, s in enumerate(starts)]
+
+
+def _elements_of_a_slice(u: Tensor, starts: list[int], channels: int) -> int:
+    return channels * u.shape[1] * (u.shape[0] if len(set(starts)) == 1 else 1)
 
 
 def _add_slice_product(out: Tensor, u: Tensor, weight: Tensor, start: int) -> Tensor:
