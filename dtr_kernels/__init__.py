@@ -1,10 +1,12 @@
 """Kernels for diffusion training as multi-task learning: Denoising Task Routing and gradient surgery."""
 
-from dtr_kernels import nn, ops, reference
+from dtr_kernels import nn, ops, reference, swap
 from dtr_kernels.analysis import TaskAffinity, negative_transfer_gaps, task_affinity
 from dtr_kernels.clusters import IntervalClusters, interval_clusters
+from dtr_kernels.explanation import explain
 from dtr_kernels.plotting import plot_affinity, plot_clusters, plot_routing
 from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting, RandomRouting
+from dtr_kernels.sampling import Sampler
 from dtr_kernels.surgery import GradientSurgery, UncertaintyWeighting
 from dtr_kernels.swap import restore_blocks, swap_blocks
 
@@ -16,8 +18,10 @@ __all__ = [
     "GradientSurgery",
     "IntervalClusters",
     "RandomRouting",
+    "Sampler",
     "TaskAffinity",
     "UncertaintyWeighting",
+    "explain",
     "interval_clusters",
     "negative_transfer_gaps",
     "nn",
@@ -27,6 +31,7 @@ __all__ = [
     "plot_routing",
     "reference",
     "restore_blocks",
+    "swap",
     "swap_blocks",
     "task_affinity",
 ]

@@ -134,6 +134,84 @@ class DiT(nn.Module):
         return unconditional + cfg_scale * (conditional - unconditional)
 
 
+class TimestepEmbedder(nn.Module):
+    """Sines and cosines of the timestep, whatever its range, and an MLP."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t):
+        frequencies = 10000 ** -(torch.arange(128, device=t.device) / 128)
+        angles = t[:, None].float() * frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype))
+
+
+class FinalLayer(nn.Module):
+    """The adaptive norm and the linear layer after the blocks."""
+
+    def __init__(self, dim, out):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(dim, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=2)
+        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+
+
+class PatchEmbed(nn.Module):
+    """Patches of 2 x 2 as tokens."""
+
+    def __init__(self, channels, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, kernel_size=2, stride=2)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).mT
+
+
+class SiT(nn.Module):
+    """A class-conditional model of latents [B, 4, 8, 8] around given blocks, with the attributes of SiT.
+
+    SiT is built as facebookresearch/DiT is, and differs in what its timesteps are: times in [0, 1], from noise at 0 to
+    data at 1. Here too every gate is open.
+    """
+
+    def __init__(self, blocks, dim, x_embedder=None):
+        super().__init__()
+        self.in_channels, self.out_channels, self.patch_size = 4, 8, 2
+        self.x_embedder = x_embedder or PatchEmbed(4, dim)
+        self.t_embedder = TimestepEmbedder(dim)
+        self.y_embedder = nn.Embedding(10, dim)
+        self.pos_embed = nn.Parameter(torch.randn(1, 16, dim), requires_grad=False)
+        self.blocks = nn.ModuleList(blocks)
+        self.final_layer = FinalLayer(dim, 4 * self.out_channels)
+        for block in self.blocks:
+            nn.init.normal_(block.adaLN_modulation[-1].weight, std=dim**-0.5)
+            nn.init.normal_(block.adaLN_modulation[-1].bias, std=0.5)
+
+    def unpatchify(self, x):
+        patches = x.unflatten(2, (2, 2, self.out_channels)).unflatten(1, (4, 4))
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+    def forward(self, x, t, y):
+        """Latents [B, 4, 8, 8], times [B], labels [B] -> [B, 4, 8, 8]."""
+        x = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(y)
+        for block in self.blocks:
+            x = block(x, c)
+        return self.unpatchify(self.final_layer(x, c))[:, :4]
+
+    def forward_with_cfg(self, x, t, y, cfg_scale):
+        """Guidance by the second half of the labels, for the images of the first half."""
+        half = x[: len(x) // 2]
+        conditional, unconditional = self.forward(torch.cat([half, half]), t, y).chunk(2)
+        guided = unconditional + cfg_scale * (conditional - unconditional)
+        return torch.cat([guided, guided])
+
+
 DIM, HEADS, DEPTH, TIMESTEPS = 32, 4, 2, 50
 
 
@@ -159,3 +237,8 @@ def public_dtr(mapping: Tensor | None = None, reentrant: bool | None = None) -> 
     """A model of the public DTR code's shape."""
     mapping = window_mapping() if mapping is None else mapping
     return DiT([DTRBlock(DIM, HEADS, mapping.clone()) for _ in range(DEPTH)], DIM, reentrant)
+
+
+def sit(**attn_options) -> SiT:
+    """A model of SiT's shape."""
+    return SiT([DiTBlock(DIM, HEADS, **attn_options) for _ in range(DEPTH)], DIM)

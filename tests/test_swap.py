@@ -163,22 +163,6 @@ def test_warns_once_where_masks_are_not_windows():
     assert len(caught) == 1
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_blocks_of_timms_layers(qk_norm):
-    try:
-        from timm.models.vision_transformer import Attention, Mlp
-    except Exception as error:  # timm imports torchvision, which fails in its own ways where it does not fit torch
-        pytest.skip(f"timm cannot be imported: {error}")
-    model = facebook_dit()
-    for block in model.blocks:
-        block.attn = Attention(DIM, num_heads=4, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm)
-        block.mlp = Mlp(DIM, 4 * DIM, act_layer=functools.partial(nn.GELU, approximate="tanh"))
-    expected = results(model)
-    routed = results(oracle(model, paper_mask))
-    assert_same(results(swap_blocks(model)), expected)
-    assert_same(results(swap_blocks(restore_blocks(model), ROUTING)), routed)
-
-
 # --- where the timesteps come from
 
 
@@ -620,4 +604,4 @@ def test_restore_refusals():
     model.forward = functools.partial(model.forward)
     with pytest.raises(ValueError, match="cannot restore this FusedDiT: its forward was patched since"):
         restore_blocks(model)
-    assert type(model.blocks[0]).__name__ == "FusedDiTBlock"
+    assert repr(model.blocks[0]).startswith("FusedDiTBlock(")

@@ -98,7 +98,7 @@ def test_without_routing_keeps_the_models_own_function(options):
     expected = results(model, inputs)
     assert swap_blocks(model) is model
     assert type(model) is UNetModel
-    assert {type(block).__name__ for block in model.res_blocks()} == {"FusedResBlock"}
+    assert {block._get_name() for block in model.res_blocks()} == {"FusedResBlock"}
     assert_same(results(model, inputs), expected)
 
 

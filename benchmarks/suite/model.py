@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import sources
 from benchmarks.cases import AUTOCAST, PASSES, Benchmark, Case, Options
-from benchmarks.counts import ITEMSIZES, Work, adamw_step, dit_forward, dit_training
+from benchmarks.counts import ITEMSIZES, NOT_COUNTED, Work, adamw_step, dit_forward, dit_training
 from benchmarks.suite import _peers
 from benchmarks.suite._models import TINY, make_dit
 from benchmarks.suite._peers import (
@@ -32,8 +32,10 @@ from benchmarks.suite._peers import (
     Gate,
 )
 from dtr_kernels import nn, reference
+from dtr_kernels.sampling import Sampler
 
 FUSED = "DiT"
+REMEMBERED = "Sampler"
 # Strength of guidance, and the label that stands for no label: the models here have no class for it.
 GUIDANCE, NO_LABEL = 4.0, 0
 
@@ -82,6 +84,8 @@ def build(cell: Cell, device: torch.device) -> Case:
         routed(FUSED, piece.fused),
         routed(FUSED + COMPILED, _peers.compiled(piece.fused)),
     ]
+    if isinstance(piece, GuidedStep):
+        sides.append(routed(REMEMBERED, piece.remembered(), work=NOT_COUNTED))
 
     notes = [
         _peers.ABOUT_PEERS,
@@ -95,7 +99,11 @@ def build(cell: Cell, device: torch.device) -> Case:
             "finds the same parameters; peak MB is above parameters, gradients and the optimizer's state"
         )
     if cell.pass_ == "sampling":
-        notes.append(f"batch {cell.batch} is {2 * cell.batch} samples for the model: with labels, and without")
+        notes += [
+            f"batch {cell.batch} is {2 * cell.batch} samples for the model: with labels, and without",
+            f"{REMEMBERED} has met this timestep before: it reads the modulations it has remembered instead of the "
+            "weights that make them, which is less work than the others have",
+        ]
     return Case(
         f"{cell.model}, {cell}",
         sides,
@@ -245,6 +253,12 @@ class GuidedStep(Prediction):
         labels = torch.cat([self.y, torch.full_like(self.y, NO_LABEL)])
         out = self.model.forward_with_cfg(torch.cat([self.x, self.x]), self.t, labels, GUIDANCE)
         return ddim(self.x, out[: len(self.x), : self.model.in_channels])
+
+    def remembered(self) -> Forward:
+        """The step by a ``Sampler``. (On a GPU the stopwatch makes a CUDA graph of it, as of the other sides.)"""
+        labels = torch.cat([self.y, torch.full_like(self.y, NO_LABEL)])
+        sampler = Sampler(self.model.eval(), guidance_scale=GUIDANCE, y=labels)
+        return lambda: ddim(self.x, sampler(self.x, self.t)[:, : self.model.in_channels])
 
 
 def _signal(t: int) -> float:

@@ -69,7 +69,7 @@ def _is_small(x: Tensor, path: str) -> bool:
 
 
 def _is_transformed() -> bool:
-    """Whether a functorch transform or forward-mode differentiation is at work; tracing for torch.compile is neither."""
+    """Whether a functorch transform or forward-mode differentiation is at work; torch.compile is neither."""
     return not torch.compiler.is_compiling() and (
         forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
     )

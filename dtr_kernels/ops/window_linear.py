@@ -376,7 +376,7 @@ def gemm_path(x: Tensor, start: Tensor | None, shared_start: int | None, weight:
     """Which GEMM computes a routed layer of x [B, N, C], and why not the faster one, for people."""
     if kernel_path(x) == "cpu":
         if start is None:
-            return "a dense GEMM of all channels: unrouted"
+            return "a dense GEMM: every channel is read"
         if weight.element_size() < 4:
             return "a dense GEMM: in 16-bit dtypes a CPU repacks a slice of the weight at every call"
         elements = _elements_of_a_slice(x, start.tolist(), x.shape[-1])
@@ -387,12 +387,14 @@ def gemm_path(x: Tensor, start: Tensor | None, shared_start: int | None, weight:
             )
         return "GEMMs on slices of the weight"
     if start is None:
-        return "cuBLAS on the whole weight: unrouted"
+        return "cuBLAS: every channel is read"
     if prefers_cublas(start, shared_start, weight):
         return "cuBLAS on a slice of the weight"
     if shared_start is None:
         return "the Triton window GEMM: cuBLAS needs one timestep for the batch, given as a Python number"
-    return f"the Triton window GEMM: cuBLAS is slow on a slice that starts at channel {shared_start}, which is unaligned"
+    return (
+        f"the Triton window GEMM: cuBLAS is slow on a slice that starts at channel {shared_start}, which is unaligned"
+    )
 
 
 def window_linear_forward(

@@ -1,5 +1,18 @@
-"""Fused blocks for models that exist: ``swap_blocks`` and its undoing, ``restore_blocks``."""
+"""Fused blocks for models that exist: ``swap_blocks`` and its undoing, ``restore_blocks``; families of blocks."""
 
-from dtr_kernels.swap.core import restore_blocks, swap_blocks
+from dtr_kernels.swap.core import one_timestep, restore_blocks, swap_blocks
+from dtr_kernels.swap.family import Family
+from dtr_kernels.swap.registry import register_family
+from dtr_kernels.swap.views import AttentionLayers, Layers, MlpLayers, StackedLinear
 
-__all__ = ["restore_blocks", "swap_blocks"]
+__all__ = [
+    "AttentionLayers",
+    "Family",
+    "Layers",
+    "MlpLayers",
+    "StackedLinear",
+    "one_timestep",
+    "register_family",
+    "restore_blocks",
+    "swap_blocks",
+]

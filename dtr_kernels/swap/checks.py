@@ -5,14 +5,23 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.nn.functional as F
 from torch import nn
+
+from dtr_kernels.nn.block import RoutedDiTBlock
+from dtr_kernels.swap.views import Layers, linear_layers
+
+if TYPE_CHECKING:
+    from dtr_kernels.swap.family import Family
 
 # Attributes of torch.nn.Module that hold the hooks around its forward.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def has(block: nn.Module, path: str) -> bool:
+def has(block: Any, path: str) -> bool:
     """Whether the block has an attribute, given as a dotted path."""
     try:
         attrgetter(path)(block)
@@ -25,24 +34,30 @@ def _within(name: str, paths: tuple[str, ...]) -> bool:
     return any(name == path or name.startswith(path + ".") for path in paths)
 
 
-def missing_problems(block: nn.Module, needed: tuple[str, ...], name: str) -> Iterator[str]:
-    """Attributes that the block has not."""
+# --- of any block
+
+
+def missing_problems(block: Any, needed: tuple[str, ...], name: str) -> Iterator[str]:
+    """Attributes, given as dotted paths, that the block has not."""
     missing = [path for path in needed if not has(block, path)]
     if missing:
         yield f"it has no {', '.join(missing)}, which a {name} has; leave this model unswapped"
 
 
-def call_problems(block: nn.Module, methods: tuple[str, ...], called: tuple[str, ...]) -> Iterator[str]:
-    """Methods of more or less than x and the conditioning, and code attached to modules that would not be called.
+def call_problems(block: nn.Module, family: type[Family], called: tuple[str, ...]) -> Iterator[str]:
+    """Methods of other arguments than the family's, and code attached to modules that would not be called.
 
-    ``methods`` are those through which the block is called, ``called`` the parts that still are when it is swapped.
+    ``called`` are the parts that still are when the block is swapped.
     """
-    for method in methods:
-        parameters = list(inspect.signature(getattr(type(block), method)).parameters)[1:]
-        if len(parameters) != 2:
+    expected = list(inspect.signature(family.arguments).parameters.values())
+    for method in dict.fromkeys(("forward", family.method(type(block)))):
+        names = list(inspect.signature(getattr(type(block), method)).parameters)[1:]
+        required = [parameter for parameter in expected if parameter.default is parameter.empty]
+        optional = [parameter.name for parameter in expected[len(required) :]]
+        if len(names) < len(required) or names[len(required) :] != optional[: len(names) - len(required)]:
             yield (
-                f"its {method} takes ({', '.join(parameters)}), but only one that takes x and the conditioning can be "
-                "replaced; leave it unswapped"
+                f"its {method} takes ({', '.join(names)}), but the one that would replace it takes "
+                f"({', '.join(parameter.name for parameter in expected)}); leave it unswapped"
             )
         if method != "forward" and method in vars(block):
             yield f"the {method} of its instance was patched, which would be lost; swap first, then patch it"
@@ -66,3 +81,78 @@ def parameter_problems(block: nn.Module, used: tuple[str, ...]) -> Iterator[str]
     for name, _ in block.named_parameters():
         if not _within(name, used):
             yield f"it has a parameter {name}, which the fused forward would not use; leave this model unswapped"
+
+
+# --- of a block that computes what a DiT block does
+
+_PARTS = ("norm1", "attn.qkv", "attn.num_heads", "attn.proj", "norm2", "mlp.fc1", "mlp.act", "mlp.fc2")
+
+
+def dit_block_problems(block: Any, family: type[Family]) -> Iterator[str]:
+    """What keeps a block from being computed as a DiT block of the layers that its family names."""
+    if isinstance(block, RoutedDiTBlock):
+        yield "it runs the fused kernels as it is; give dtr_kernels.nn.DiT its routing when constructing it"
+    try:
+        layers = family.layers(block)
+    except Exception as error:
+        yield f"it is not made as a {family.name} is ({error}); leave this model unswapped"
+        return
+    yield from missing_problems(layers, _PARTS, family.name)
+    names = {id(module): name for name, module in block.named_modules()}
+    calls = (layers.attn.proj, *(getattr(layers.attn, norm, None) for norm in ("q_norm", "k_norm")))
+    reads = [layer for whole in (layers.attn.qkv, layers.mlp.fc1, layers.mlp.fc2) for layer in linear_layers(whole)]
+    called = (*family.called, *(names[id(part)] for part in (*calls, layers.adaLN_modulation) if id(part) in names))
+    yield from call_problems(block, family, called)
+    yield from _linear_problems(layers, names)
+    yield from _norm_problems(layers, names)
+    for name in ("gate", "rope"):
+        if getattr(layers.attn, name, None) is not None:
+            yield f"attn.{name} is set, which the fused attention leaves out; construct the attention without it"
+    yield from dropout_problems(block)
+    yield from parameter_problems(block, (*called, *(names[id(layer)] for layer in reads if id(layer) in names)))
+    act, z = layers.mlp.act, torch.linspace(-4, 4, 33, device="cpu")
+    if not torch.allclose(act(z), F.gelu(z, approximate="tanh"), atol=1e-5):
+        yield f'{names.get(id(act), "mlp.act")} is {act}, but the fused MLP computes nn.GELU(approximate="tanh")'
+
+
+def _linear_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
+    attn, mlp = layers.attn, layers.mlp
+    named = {
+        path: [(names.get(id(layer), path), layer) for layer in linear_layers(attrgetter(path)(layers))]
+        for path in ("attn.qkv", "mlp.fc1", "mlp.fc2", "attn.proj")
+    }
+    for name, layer in (*named["attn.qkv"], *named["mlp.fc1"], *named["mlp.fc2"]):
+        if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+            yield f"{name} is {type(layer).__name__}, but the kernels read an nn.Linear's weight; merge it into one"
+    C = attn.qkv.in_features
+    if attn.num_heads < 1 or C % attn.num_heads:
+        yield f"attn.num_heads is {attn.num_heads}, which does not divide the hidden size {C}"
+    expected = {"attn.qkv": (C, 3 * C), "mlp.fc1": (C, mlp.fc1.out_features), "mlp.fc2": (mlp.fc1.out_features, C)}
+    if isinstance(attn.proj, nn.Linear):
+        expected["attn.proj"] = (C, C)
+    for path, (inputs, outputs) in expected.items():
+        for name, layer in named[path]:
+            part = outputs // len(named[path])
+            if (layer.in_features, layer.out_features) != (inputs, part):
+                yield (
+                    f"{name} maps {layer.in_features} features to {layer.out_features}, but {named['attn.qkv'][0][0]} "
+                    f"reads a hidden size of {C}, for which it must map {inputs} to {part}; leave this model unswapped"
+                )
+    if len({layer.bias is None for _, layer in named["attn.qkv"]}) > 1:
+        yield f"some of {', '.join(name for name, _ in named['attn.qkv'])} have a bias and some not; give all one"
+
+
+def _norm_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
+    C = layers.attn.qkv.in_features
+    for path, norm in (("norm1", layers.norm1), ("norm2", layers.norm2)):
+        name = names.get(id(norm), path)
+        if not isinstance(norm, nn.LayerNorm):
+            yield f"{name} is {type(norm).__name__}; the fused norm is nn.LayerNorm without affine parameters"
+        elif norm.weight is not None or norm.bias is not None:
+            yield f"{name} has affine parameters, which the fused norm has not; use elementwise_affine=False"
+        elif tuple(norm.normalized_shape) != (C,):
+            yield f"{name} normalises shape {list(norm.normalized_shape)}, but the hidden size is {C}"
+    # Norms that some versions of timm put elsewhere. q_norm and k_norm are called, so those may be anything.
+    for path, part in (("attn.norm", layers.attn), ("mlp.norm", layers.mlp)):
+        if not isinstance(getattr(part, "norm", nn.Identity()), nn.Identity):
+            yield f"{path} is not nn.Identity, and the fused forward leaves it out; construct the block without it"

@@ -5,10 +5,12 @@ So parameters, attributes, hooks, isinstance and state_dict stay what they were,
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dtr_kernels.nn.block import check_scope
 from dtr_kernels.routing import DenoisingTaskRouting, RandomRouting
@@ -16,34 +18,35 @@ from dtr_kernels.swap.classes import (
     TIMESTEP_NAMES,
     BlockState,
     ModelState,
+    NoiseLevel,
+    RoutedModel,
     Swapped,
     active_channels,
     block_class,
     model_class,
     timestep_argument,
 )
-from dtr_kernels.swap.dit import DiT
 from dtr_kernels.swap.family import Family
-from dtr_kernels.swap.public_dtr import PublicDTR
+from dtr_kernels.swap.registry import FAMILIES, family_of
 from dtr_kernels.swap.trial import trial_problem
-from dtr_kernels.swap.unet import ADM
 
 Model = TypeVar("Model", bound=nn.Module)
 Blocks = dict[str, tuple[Any, type[Family]]]
 
-# A block belongs to the first family that matches it.
-FAMILIES: list[type[Family]] = [PublicDTR, DiT, ADM]
-
 
 def swap_blocks(
-    model: Model, routing: DenoisingTaskRouting | RandomRouting | None = None, scope: str = "block"
+    model: Model,
+    routing: DenoisingTaskRouting | RandomRouting | None = None,
+    scope: str = "block",
+    noise_level: NoiseLevel | None = None,
 ) -> Model:
     """Lets the DiT blocks of a model, or the residual blocks of a U-Net, run through the fused kernels, in place.
 
-    Known are the blocks of facebookresearch/DiT and its descendants, those of the DTR paper's public code, and the
-    ResBlocks of guided-diffusion's U-Net (ADM), whose attention blocks stay as they are. Parameters, hooks, state_dict
-    keys and optimizers made before stay too, and ``restore_blocks`` undoes it. Everything is checked before anything is
-    changed, also by comparing the output of each block with that of the plain one on a small random input.
+    Known are the blocks of facebookresearch/DiT and its descendants (SiT), those of diffusers' DiTTransformer2DModel,
+    those of the DTR paper's public code, and the ResBlocks of guided-diffusion's U-Net (ADM), whose attention blocks
+    stay as they are; ``dtr_kernels.swap.register_family`` makes others known. Parameters, hooks, state_dict keys and
+    optimizers made before stay too, and ``restore_blocks`` undoes it. Everything is checked before anything is changed,
+    also by comparing the output of each block with that of the plain one on a small random input.
 
     Args:
         model: the model, or a module around it (DDP). Call swap_blocks before torch.compile.
@@ -53,24 +56,30 @@ def swap_blocks(
             timesteps of its forward: of the innermost one that runs all blocks.
         scope: what the routing masks: "block", the whole residual block as in the paper, or "branch", what attention
             and MLP of a DiT block each see.
+        noise_level: where the model's timesteps are not what the routing takes (integers 0..T-1, or floating-point
+            noise levels in [0, 1], where 1 is noise), a function that makes that of them, [B] to [B]. SiT counts the
+            other way round, from noise at 0 to data at 1: ``def noise_level(t): return 1 - t``. It must be a function
+            that can be imported, which copies of the model in other processes do; a lambda cannot.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        TypeError: if routing is something else.
-        ValueError: if scope is unknown or one that a block does not have, if the model has no such block, is compiled
-            or already swapped, has a block that computes something else or so few channels that the routing leaves none
-            active, or is routed but takes no timesteps. The message names the block and says what was found, why it is
-            in the way and what to do.
+        TypeError: if routing or noise_level is something else.
+        ValueError: if scope is unknown or one that a block does not have, if noise_level cannot be imported or has no
+            routing to serve, if the model has no such block, is compiled or already swapped, has a block that computes
+            something else or so few channels that the routing leaves none active, or is routed but takes no timesteps.
+            The message names the block and says what was found, why it is in the way and what to do.
     """
     check_scope(scope)
     if not isinstance(routing, DenoisingTaskRouting | RandomRouting | None):
         raise TypeError(f"routing must be DenoisingTaskRouting, RandomRouting or None, got {routing!r}")
+    _check_noise_level(noise_level, routing)
     _check_untouched(model)
     blocks = _find_blocks(model)
     _check_settings(blocks, routing, scope)
-    state = ModelState(routing, scope, tuple(sorted({family.channels(block) for block, family in blocks.values()})))
+    channels = tuple(sorted({family.channels(block) for block, family in blocks.values()}))
+    state = ModelState(routing, scope, channels, noise_level)
 
     swaps: list[tuple[Any, type, ModelState | BlockState]] = []
     routed = False
@@ -113,8 +122,74 @@ def restore_blocks(model: Model) -> Model:
     return model
 
 
-def _label(name: str, module: object) -> str:
-    return f"{name!r} ({type(module).__name__})" if name else f"this {type(module).__name__}"
+def one_timestep(model: nn.Module) -> Callable[[Tensor, int | float, Mapping[str, Any]], Any]:
+    """How to call a swapped model for a batch of one timestep that the host knows, as in sampling.
+
+    The window is then known to the host too, so that kernels read one slice of each weight.
+
+    Args:
+        model: after ``swap_blocks``; the module itself whose forward takes the timesteps, not one around it.
+
+    Returns:
+        A function of the model's first argument x [B, ...], the timestep and the other arguments by name, which returns
+        what the model does.
+
+    Raises:
+        TypeError: if no block of the model is swapped.
+        ValueError: if the model takes no timesteps, or is around the one whose timesteps route it.
+    """
+    swapped_blocks: list[Any] = [module for module in model.modules() if is_block(module)]
+    if not swapped_blocks:
+        raise TypeError(f"no block of this {model._get_name()} is swapped; call swap_blocks first")
+    argument = timestep_argument(type(model))
+    if argument is None or any(isinstance(module, RoutedModel) and module is not model for module in model.modules()):
+        raise ValueError(
+            f"this {model._get_name()} is not the module that takes the timesteps of its blocks, as "
+            f"{', '.join(TIMESTEP_NAMES)}; give the model inside it"
+        )
+    state: ModelState = swapped_blocks[0]._dtr.model
+
+    def call(x: Tensor, t: int | float, conditioning: Mapping[str, Any]) -> Any:
+        state.shared_t = t
+        try:
+            return model(x, **{argument[0]: torch.full((x.shape[0],), t, device=x.device)}, **conditioning)
+        finally:
+            state.shared_t = None
+
+    return call
+
+
+def is_block(module: object) -> bool:
+    """Whether a module is a swapped block; the model whose timesteps route its blocks is swapped too, and is none."""
+    return isinstance(module, Swapped) and isinstance(module._dtr, BlockState)
+
+
+def swap_problem(block: nn.Module) -> str | None:
+    """Why a block of a known family cannot be swapped, None if it can."""
+    family = family_of(block)
+    assert family is not None
+    return next(family.problems(block), None) or trial_problem(block, family)
+
+
+def _label(name: str, module: Any) -> str:
+    kind = module._get_name()
+    return f"{name!r} ({kind})" if name else f"this {kind}"
+
+
+def _check_noise_level(noise_level: Any, routing: Any) -> None:
+    if noise_level is None:
+        return
+    if not callable(noise_level):
+        raise TypeError(f"noise_level must be a function of the timesteps or None, got {noise_level!r}")
+    if routing is None:
+        raise ValueError("noise_level says what a given routing takes for the model's timesteps; give a routing too")
+    try:
+        pickle.dumps(noise_level)
+    except Exception as error:
+        raise ValueError(
+            f"noise_level must be a function that can be imported, as saved models find it by its name, got "
+            f"{noise_level!r} ({error}); define it by def at the top of a module"
+        ) from None
 
 
 def _check_untouched(model: nn.Module) -> None:
@@ -129,15 +204,16 @@ def _find_blocks(model: nn.Module) -> Blocks:
     """The blocks of a model and their families by name, all of them found fit to be swapped."""
     blocks: Blocks = {}
     for name, module in model.named_modules():
-        family = next((family for family in FAMILIES if family.matches(module)), None)
+        family = family_of(module)
         if family is None:
             continue
-        problem = next(family.problems(module), None) or trial_problem(module, family)
+        problem = swap_problem(module)
         if problem is not None:
             raise ValueError(f"cannot swap block {_label(name, module)}: {problem}")
         blocks[name] = module, family
     if not blocks:
-        kinds = dict.fromkeys(f"no {family.name}, {family.anatomy}" for family in FAMILIES)
+        known = ((family.name, family.anatomy or f"such as {family.__qualname__} matches") for family in FAMILIES)
+        kinds = dict.fromkeys(f"no {name}, {anatomy}" for name, anatomy in known)
         raise ValueError(f"cannot swap {_label('', model)}: it has {'; and '.join(kinds)}")
     return blocks
 

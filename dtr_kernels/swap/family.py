@@ -7,7 +7,11 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from dtr_kernels import reference
+from dtr_kernels.nn.block import Stream, advance
 from dtr_kernels.routing import ChannelWindow
+from dtr_kernels.swap.checks import dit_block_problems
+from dtr_kernels.swap.views import Layers, linear_layers
 
 RandomTensor = Callable[..., Tensor]
 
@@ -24,75 +28,107 @@ class Unfit(Exception):
 
 
 class Family:
-    """A kind of blocks that can be swapped. To add one, derive from this and put the class into ``core.FAMILIES``.
+    """A kind of blocks that can be swapped. To add one, derive from this and decorate it with ``register_family``.
 
-    Never instantiated: a block belongs to the class itself, which copies and pickles of the block find by its name.
+    What is not overridden is said of blocks that compute what a DiT block computes, so that for those ``matches`` and
+    ``layers`` are enough. Never instantiated: a block belongs to the class itself, which copies and pickles of the
+    block find by its name.
 
     Attributes:
         name: what its blocks are called in messages.
         anatomy: what such a block is known by.
         scopes: what its routing can mask, see ``swap_blocks``.
+        called: parts of a block, as paths within it, that a function among its ``layers`` calls. Modules among the
+            ``layers`` need not be named.
     """
 
-    name: str
-    anatomy: str
-    scopes: tuple[str, ...]
+    name: str = "DiT block"
+    anatomy: str = ""
+    scopes: tuple[str, ...] = reference.SCOPES
+    called: tuple[str, ...] = ()
 
-    @staticmethod
-    def matches(block: nn.Module) -> bool:
+    @classmethod
+    def matches(cls, block: nn.Module) -> bool:
         """Whether the module is meant to be a block of this family; ``problems`` says whether it can be swapped."""
         raise NotImplementedError
 
-    @staticmethod
-    def problems(block: Any) -> Iterator[str]:
+    @classmethod
+    def layers(cls, block: Any) -> Layers:
+        """The block by the names of facebookresearch/DiT's."""
+        return Layers(block.norm1, block.attn, block.norm2, block.mlp, block.adaLN_modulation)
+
+    @classmethod
+    def arguments(cls, x: Any, c: Any) -> tuple[Tensor, Any]:
+        """What the block was called with, as its input x and its conditioning c, which ``adaLN_modulation`` takes.
+
+        Override it with the arguments of the blocks' own method: those without a default may have other names there.
+        """
+        return x, c
+
+    @classmethod
+    def marker(cls, c: Any) -> Tensor:
+        """The tensor of the conditioning that tells the forwards of a model apart, as no two of other timesteps pass
+        the same one. By it a block that gradient checkpointing runs again finds its window."""
+        return c
+
+    @classmethod
+    def problems(cls, block: Any) -> Iterator[str]:
         """Why the block cannot be swapped: what was found, why it is in the way, what to do; nothing for a good block.
 
         Only the first is asked for, so that a question may rely on those before it.
         """
-        raise NotImplementedError
+        return dit_block_problems(block, cls)
 
-    @staticmethod
-    def channels(block: Any) -> int:
+    @classmethod
+    def channels(cls, block: Any) -> int:
         """The number of channels C that a routing chooses from: those of the block's input."""
-        raise NotImplementedError
+        return cls.layers(block).attn.qkv.in_features
 
-    @staticmethod
-    def weight(block: Any) -> Tensor:
+    @classmethod
+    def weight(cls, block: Any) -> Tensor:
         """The weight that the block's input meets first, which is of the dtype and on the device of that input."""
-        raise NotImplementedError
+        return linear_layers(cls.layers(block).attn.qkv)[0].weight
 
-    @staticmethod
-    def method(kind: type) -> str:
+    @classmethod
+    def conditioned(cls, block: Any) -> tuple[nn.Module, ...]:
+        """The parts of a block that see nothing but the conditioning, and whose results a ``Sampler`` remembers."""
+        modulation = cls.layers(block).adaLN_modulation
+        return (modulation,) if isinstance(modulation, nn.Module) else ()
+
+    @classmethod
+    def method(cls, kind: type) -> str:
         """The method of blocks of class ``kind`` that computes a block, and that swapping replaces."""
         return "forward"
 
-    @staticmethod
-    def checkpoints(block: Any) -> bool:
+    @classmethod
+    def checkpoints(cls, block: Any) -> bool:
         """Whether the block itself, and not its model, sees to it that the backward pass runs ``method`` again."""
         return False
 
-    @staticmethod
-    def windows(block: Any) -> WindowSource | None:
+    @classmethod
+    def windows(cls, block: Any) -> WindowSource | None:
         """The source of the block's own windows, None where the block is unrouted."""
         return None
 
-    @staticmethod
-    def run(block: Any, x: Tensor, c: Tensor, window: ChannelWindow | None, scope: str) -> Tensor:
+    @classmethod
+    def run(cls, block: Any, x: Tensor, c: Any, window: ChannelWindow | None, scope: str) -> Tensor:
         """The block's output for input x and conditioning c, by the fused kernels."""
-        raise NotImplementedError
+        return advance(cls.layers(block), Stream(x), c, window, scope).sum()
 
-    @staticmethod
-    def run_plain(block: Any, x: Tensor, c: Tensor, mask: Tensor | None, scope: str) -> Tensor:
+    @classmethod
+    def run_plain(cls, block: Any, x: Tensor, c: Any, mask: Tensor | None, scope: str) -> Tensor:
         """The same in plain PyTorch; mask [B, C], 1 where active."""
-        raise NotImplementedError
+        return reference.dit_block(cls.layers(block), x, c, mask, scope)
 
-    @staticmethod
-    def trial_input(copy: Any, random: RandomTensor) -> tuple[Tensor, Tensor]:
-        """Small inputs x and c of two samples; ``random(*shape)`` is normally distributed, in the block's dtype."""
-        raise NotImplementedError
+    @classmethod
+    def trial_input(cls, copy: Any, random: RandomTensor) -> tuple[Any, ...]:
+        """Small arguments of the block for two samples; ``random(*shape)`` is normally distributed, in the block's
+        dtype and on its device."""
+        C = cls.channels(copy)
+        return random(2, 3, C), random(2, C)
 
-    @staticmethod
-    def prepare_trial(copy: Any, c: Tensor, random: RandomTensor) -> Tensor | None:
+    @classmethod
+    def prepare_trial(cls, copy: Any, c: Any, random: RandomTensor) -> Tensor | None:
         """Opens in a copy of a block whatever is closed before training, and would hide all differences behind it.
 
         Returns:
@@ -101,4 +137,37 @@ class Family:
         Raises:
             Unfit: if something is in the way that only a trial shows.
         """
-        raise NotImplementedError
+        modulation, C = cls.layers(copy).adaLN_modulation, cls.channels(copy)
+        shape = list(modulation(c).shape)
+        if shape != [2, 6 * C]:
+            raise Unfit(
+                f"adaLN_modulation makes {shape} of c {list(c.shape)}, not six vectors [2, {C}]; do not swap it"
+            )
+        path = next((name for name, module in copy.named_modules() if module is modulation), None)
+        if path is None:
+            raise Unfit(
+                "its family makes adaLN_modulation a function, in which gates that are zero before training would hide "
+                "all differences; override prepare_trial, which opens them"
+            )
+        open_gates(copy, path, random(2, 6 * C))
+        return None
+
+
+def open_gates(copy: nn.Module, path: str, noise: Tensor) -> None:
+    """Puts noise [2, 6C] and its own input on top of what the module at ``path`` makes of two samples.
+
+    That of a fresh DiT is zero, and would hide any difference.
+    """
+    parent, _, name = path.rpartition(".")
+    setattr(copy.get_submodule(parent), name, _OpenGates(copy.get_submodule(path), noise))
+
+
+class _OpenGates(nn.Module):
+    def __init__(self, modulation: nn.Module, noise: Tensor) -> None:
+        super().__init__()
+        self.modulation = modulation
+        self.noise = noise
+
+    def forward(self, c: Tensor) -> Tensor:
+        width = self.noise.shape[1]
+        return self.modulation(c) + self.noise + c.repeat(1, -(-width // c.shape[1]))[:, :width]

@@ -17,17 +17,17 @@ from dtr_kernels.swap.family import RandomTensor, WindowSource
 class PublicDTR(DiT):
     """Blocks with ``routing._unit_mapping`` [T, C] and ``routing.active_task`` [B], which the model's forward sets."""
 
-    @staticmethod
-    def matches(block: nn.Module) -> bool:
+    @classmethod
+    def matches(cls, block: nn.Module) -> bool:
         return DiT.matches(block) and hasattr(getattr(block, "routing", None), "_unit_mapping")
 
-    @staticmethod
-    def windows(block: Any) -> WindowSource:
+    @classmethod
+    def windows(cls, block: Any) -> WindowSource:
         return MappingWindows(block.routing._unit_mapping)
 
-    @staticmethod
-    def prepare_trial(copy: Any, c: Tensor, random: RandomTensor) -> Tensor:
-        DiT.prepare_trial(copy, c, random)
+    @classmethod
+    def prepare_trial(cls, copy: Any, c: Tensor, random: RandomTensor) -> Tensor:
+        super().prepare_trial(copy, c, random)
         router = copy.routing
         router.active_task = torch.tensor([0, len(router._unit_mapping) - 1], device=router._unit_mapping.device)
         mask = router._unit_mapping[router.active_task]

@@ -34,25 +34,26 @@ def trial_problem(block: nn.Module, family: type[Family]) -> str | None:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
 
-    x, c = family.trial_input(copy, random)
+    inputs = family.trial_input(copy, random)
     try:
         with torch.autocast(device.type, enabled=False):
-            mask = family.prepare_trial(copy, c, random)
-            return _difference(copy, family, x, c, mask)
+            mask = family.prepare_trial(copy, family.arguments(*inputs)[1], random)
+            return _difference(copy, family, inputs, mask)
     except Unfit as problem:
         return str(problem)
     except Exception as error:
+        shapes = " and ".join(str(list(tensor.shape)) for tensor in inputs if isinstance(tensor, Tensor))
         return (
-            f"it could not be compared with a {family.name}: on x {list(x.shape)} and c {list(c.shape)} in {dtype} "
-            f"that failed ({error}); swap before sharding or offloading, and in a dtype in which its forward runs"
+            f"it could not be compared with a {family.name}: on inputs of shape {shapes} in {dtype} that failed "
+            f"({error}); swap before sharding or offloading, and in a dtype in which its forward runs"
         )
 
 
-def _difference(copy: Any, family: type[Family], x: Tensor, c: Tensor, mask: Tensor | None) -> str | None:
-    expected = family.run_plain(copy, x, c, mask, "block")
+def _difference(copy: Any, family: type[Family], inputs: tuple[Any, ...], mask: Tensor | None) -> str | None:
+    expected = family.run_plain(copy, *family.arguments(*inputs), mask, "block")
     size = expected.abs().max().item()
-    tolerance = torch.finfo(x.dtype).eps ** 0.5 * size
-    difference = (copy(x, c) - expected).abs().max().item()
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5 * size
+    difference = (copy(*inputs) - expected).abs().max().item()
     if difference > tolerance:
         return (
             f"its forward computes something else than a {family.name}: on a small random input, outputs of up to "
@@ -61,8 +62,8 @@ def _difference(copy: Any, family: type[Family], x: Tensor, c: Tensor, mask: Ten
     method = family.method(type(copy))
     if method == "forward":
         return None
-    vars(copy)[method] = lambda x, c: 2 * family.run_plain(copy, x, c, mask, "block")
-    if (copy(x, c) - 2 * expected).abs().max().item() > tolerance:
+    vars(copy)[method] = lambda *args: 2 * family.run_plain(copy, *family.arguments(*args), mask, "block")
+    if (copy(*inputs) - 2 * expected).abs().max().item() > tolerance:
         return (
             f"its forward does not just return what its {method} computes, and swapping replaces that; leave this "
             "model unswapped"

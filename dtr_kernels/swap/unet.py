@@ -38,51 +38,55 @@ class ADM(Family):
     anatomy = "a module with children in_layers, emb_layers, out_layers and skip_connection, as guided-diffusion's"
     scopes = ("block",)
 
-    @staticmethod
-    def matches(block: nn.Module) -> bool:
+    @classmethod
+    def matches(cls, block: nn.Module) -> bool:
         return set(_PARTS) <= dict(block.named_children()).keys()
 
-    @staticmethod
-    def problems(block: Any) -> Iterator[str]:
+    @classmethod
+    def problems(cls, block: Any) -> Iterator[str]:
         if isinstance(block, RoutedResBlock):
             yield "it runs the fused kernels as it is; give it its window when calling it"
-        yield from missing_problems(block, _NEEDED, ADM.name)
-        yield from call_problems(block, tuple(dict.fromkeys(("forward", ADM.method(type(block))))), _CALLED)
+        yield from missing_problems(block, _NEEDED, cls.name)
+        yield from call_problems(block, cls, _CALLED)
         yield from _layer_problems(block)
         yield from parameter_problems(block, _CALLED + _READ)
         yield from dropout_problems(block, _CALLED)
         yield from _function_problems(block)
 
-    @staticmethod
-    def channels(block: Any) -> int:
+    @classmethod
+    def channels(cls, block: Any) -> int:
         return block.in_layers[2].in_channels
 
-    @staticmethod
-    def weight(block: Any) -> Tensor:
+    @classmethod
+    def conditioned(cls, block: Any) -> tuple[nn.Module, ...]:
+        return (block.emb_layers,)
+
+    @classmethod
+    def weight(cls, block: Any) -> Tensor:
         return block.in_layers[2].weight
 
-    @staticmethod
-    def method(kind: type) -> str:
+    @classmethod
+    def method(cls, kind: type) -> str:
         return "_forward" if hasattr(kind, "_forward") else "forward"
 
-    @staticmethod
-    def checkpoints(block: Any) -> bool:
+    @classmethod
+    def checkpoints(cls, block: Any) -> bool:
         return getattr(block, "use_checkpoint", False)
 
-    @staticmethod
-    def run(block: Any, x: Tensor, c: Tensor, window: ChannelWindow | None, scope: str) -> Tensor:
+    @classmethod
+    def run(cls, block: Any, x: Tensor, c: Tensor, window: ChannelWindow | None, scope: str) -> Tensor:
         return run_res_block(block, x, c, window)
 
-    @staticmethod
-    def run_plain(block: Any, x: Tensor, c: Tensor, mask: Tensor | None, scope: str) -> Tensor:
+    @classmethod
+    def run_plain(cls, block: Any, x: Tensor, c: Tensor, mask: Tensor | None, scope: str) -> Tensor:
         return reference.res_block(block, x, c, mask)
 
-    @staticmethod
-    def trial_input(copy: Any, random: RandomTensor) -> tuple[Tensor, Tensor]:
-        return random(2, ADM.channels(copy), 4, 6), random(2, copy.emb_layers[1].in_features)
+    @classmethod
+    def trial_input(cls, copy: Any, random: RandomTensor) -> tuple[Tensor, Tensor]:
+        return random(2, cls.channels(copy), 4, 6), random(2, copy.emb_layers[1].in_features)
 
-    @staticmethod
-    def prepare_trial(copy: Any, c: Tensor, random: RandomTensor) -> Tensor | None:
+    @classmethod
+    def prepare_trial(cls, copy: Any, c: Tensor, random: RandomTensor) -> Tensor | None:
         copy.out_layers[3] = _Open(copy.out_layers[3])
         copy.eval()  # so that dropout is the same for both, as it does nothing
         return None

@@ -1,0 +1,237 @@
+"""What runs in a model, block by block, and why not something faster: ``dtr_kernels.explain``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dtr_kernels.nn import RoutedDiTBlock, RoutedResBlock
+from dtr_kernels.nn.block import Stream
+from dtr_kernels.nn.res_block import for_any_channels
+from dtr_kernels.ops._launch import kernel_path, why_plain
+from dtr_kernels.ops.routed_conv import why_dense
+from dtr_kernels.ops.window_linear import gemm_path
+from dtr_kernels.routing import ChannelWindow
+from dtr_kernels.swap.classes import block_input
+from dtr_kernels.swap.core import is_block, swap_problem
+from dtr_kernels.swap.registry import family_of
+
+__all__ = ["BlockReport", "Explanation", "explain"]
+
+KERNELS = {"triton": "Triton kernels", "cpu": "compiled CPU kernels"}
+
+
+@dataclass
+class BlockReport:
+    """What ran in one block.
+
+    Attributes:
+        name: of the block in its model.
+        kind: its class, before a swap.
+        routing: the channels it saw, in words.
+        input: shape, dtype and device of its input, in words; None where the batch did not reach it.
+        ops: the fused ops that ran, each with its path and why that was not a faster one; empty where plain PyTorch
+            ran.
+        why_plain: why plain PyTorch ran, and what to do about it; None where fused ops did.
+    """
+
+    name: str
+    kind: str
+    routing: str = "unrouted"
+    input: str | None = None
+    ops: dict[str, str] = field(default_factory=dict)
+    why_plain: str | None = None
+
+
+@dataclass
+class Explanation:
+    """What ``explain`` found; ``str`` is a page for people, ``as_dict`` holds the same for JSON.
+
+    Attributes:
+        blocks: one report for each block, in the model's order.
+    """
+
+    blocks: list[BlockReport]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it in dicts, lists and strings."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        fused = sum(bool(report.ops) for report in self.blocks)
+        lines = [f"{fused} of {len(self.blocks)} blocks run fused ops"]
+        for names, report in _alike(self.blocks):
+            lines += [
+                "",
+                f"{names} ({report.kind}): {report.routing}" + (f", x {report.input}" if report.input else ""),
+            ]
+            lines += [f"  {op:16} {path}" for op, path in report.ops.items()]
+            lines += [f"  plain PyTorch    {report.why_plain}"] if report.why_plain else []
+        return "\n".join(lines)
+
+
+def _alike(blocks: Sequence[BlockReport]) -> Iterator[tuple[str, BlockReport]]:
+    """Neighbours of which everything but the name is the same, under one name."""
+    groups: list[list[BlockReport]] = []
+    for report in blocks:
+        same = groups and asdict(report) | {"name": ""} == asdict(groups[-1][-1]) | {"name": ""}
+        groups[-1 if same else len(groups) :] = [[*groups[-1], report]] if same else [[report]]
+    for group in groups:
+        first, last = group[0].name or "the model itself", group[-1].name
+        yield (first if len(group) == 1 else f"{first} to {last}, {len(group)} blocks"), group[0]
+
+
+def explain(model: nn.Module, batch: Tensor | Sequence[Any] | Mapping[str, Any]) -> Explanation:
+    """Says which kernels run in each block of a model for a batch, and why not faster ones.
+
+    The batch goes once through the model, without gradients and in the model's own mode; random number generators are
+    put back. What ran is watched, not guessed. Blocks that could be swapped and are not are named with what is in the
+    way. Blocks are those of ``swap_blocks``, swapped or not, ``RoutedDiTBlock`` and ``RoutedResBlock``.
+
+    Args:
+        model: any module; not compiled, since a compiled model no longer runs its blocks one by one.
+        batch: the arguments of its forward: a tuple or list, a dict of keywords, or one tensor.
+
+    Returns:
+        ``Explanation``; print it.
+
+    Raises:
+        TypeError: if batch is something else.
+        ValueError: if the model has no such block or is compiled.
+    """
+    arguments, keywords = _arguments(batch)
+    blocks = {name: module for name, module in model.named_modules() if _is_known(module)}
+    if not blocks:
+        raise ValueError(f"this {type(model).__name__} has no block that could be fused; see dtr_kernels.swap_blocks")
+    for name, module in model.named_modules():
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            raise ValueError(f"{name or 'the model'} is compiled; explain the model before torch.compile")
+
+    watch = _Watch()
+    devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"})
+    with ExitStack() as stack:
+        for name, block in blocks.items():
+            stack.enter_context(watch.block(name, block))
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(watch)
+        model(*arguments, **keywords)
+    return Explanation([watch.reports[name] for name in blocks])
+
+
+def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return tuple(batch), {}
+    raise TypeError(f"batch must hold the arguments of the model's forward, as a tuple or a dict, got {batch!r}")
+
+
+def _is_known(module: nn.Module) -> bool:
+    return isinstance(module, RoutedDiTBlock | RoutedResBlock) or family_of(module) is not None
+
+
+class _Watch(TorchDispatchMode):
+    """Writes down which of our ops run in which block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reports: dict[str, BlockReport] = {}
+        self._running: list[BlockReport] = []
+
+    @contextmanager
+    def block(self, name: str, block: Any) -> Iterator[None]:
+        """Watches a block while the context is open."""
+        report = self.reports[name] = BlockReport(name, _kind(block), why_plain="the batch did not reach this block")
+
+        def enter(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            self._running.append(report)
+            _describe(report, block, arguments, keywords)
+
+        def leave(*_: Any) -> None:
+            self._running.pop()
+
+        handles = [
+            block.register_forward_pre_hook(enter, with_kwargs=True),
+            block.register_forward_hook(leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if function.namespace == "dtr_kernels" and self._running:
+            op = function._schema.name.split("::")[1]
+            self._running[-1].ops[op] = _path(op, args)
+        return function(*args, **(kwargs or {}))
+
+
+def _kind(block: Any) -> str:
+    return type(block).__name__
+
+
+def _describe(report: BlockReport, block: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    """Fills in what is known before a block runs."""
+    x, window = _input_and_window(block, arguments, keywords)
+    report.input = f"{list(x.shape)} in {str(x.dtype).removeprefix('torch.')} on {x.device}"
+    report.routing = _in_words(window)
+    report.why_plain = _why_plain(block, x, window)
+    if report.why_plain is None and hasattr(block, "in_layers"):  # what it skips it skips by PyTorch's convolution
+        report.ops["routed_conv"] = "PyTorch's convolution of the groups that the window touches"
+
+
+def _input_and_window(block: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Tensor, Any]:
+    if is_block(block):
+        x, c = block_input(block, arguments, keywords)
+        return x, block._dtr.window(block, c)
+    x = arguments[0] if arguments else next(iter(keywords.values()))
+    window = keywords.get("window", arguments[2] if len(arguments) > 2 else None)
+    return x.x if isinstance(x, Stream) else x, window
+
+
+def _in_words(window: ChannelWindow | Tensor | None) -> str:
+    if window is None:
+        return "unrouted"
+    if isinstance(window, Tensor):
+        return f"a mask that is no window, of {window.shape[1]} channels"
+    if window.shared_start is not None:
+        return f"channels {window.shared_start} to {window.shared_start + window.width - 1} of {window.channels}"
+    return f"{window.width} of {window.channels} channels, a window per sample"
+
+
+def _why_plain(block: Any, x: Tensor, window: ChannelWindow | Tensor | None) -> str | None:
+    """Why plain PyTorch is about to compute a block; None if fused ops are."""
+    if not isinstance(block, RoutedDiTBlock | RoutedResBlock) and not is_block(block):
+        problem = swap_problem(block)
+        return f"it is not swapped: {problem}" if problem else "it is not swapped; call dtr_kernels.swap_blocks(model)"
+    if isinstance(window, Tensor):
+        return "masks that are no windows (RandomRouting) skip nothing"
+    if hasattr(block, "in_layers"):  # a residual block of a U-Net
+        norm, _, conv = block.in_layers
+        why = why_dense(x, norm.num_groups, conv.weight, window, for_any_channels(block.h_upd))
+        return why and f"its first convolution is dense: {why}"
+    return why_plain(x)
+
+
+def _path(op: str, args: tuple[Any, ...]) -> str:
+    x = args[0]
+    path = KERNELS.get(kernel_path(x), "plain PyTorch")
+    if op == "routed_linear":
+        start, shared_start = args[7], args[9]
+        return f"{path}; {gemm_path(x, start, shared_start, args[5])}"
+    if op == "routed_mlp":
+        start, keep_branch = args[9], args[11]
+        if kernel_path(x) == "cpu":
+            return f"{path}; {gemm_path(x, None if keep_branch else start, None, args[5])}"
+        return f"{path}; GELU in the same kernel as the first GEMM"
+    return path

@@ -1,0 +1,75 @@
+"""A DiT block by the names that the fused forward and the oracle read, whatever the block itself calls its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Layers(NamedTuple):
+    """What a DiT block computes with. The parts are the block's own, or stand for some of them.
+
+    Attributes:
+        norm1: the norm before the attention, of which ``eps`` is read.
+        attn: ``AttentionLayers``, or the block's own attention with these attributes; also ``q_norm`` and ``k_norm``
+            where it has them, which are called.
+        norm2: the norm before the MLP, of which ``eps`` is read.
+        mlp: ``MlpLayers``, or the block's own MLP with these attributes.
+        adaLN_modulation: makes shift, scale and gate of attention and MLP, [B, 6C], of the conditioning. To supply
+            them instead, ``layers._replace(adaLN_modulation=lambda c: vectors)``.
+    """
+
+    norm1: Any
+    attn: Any
+    norm2: Any
+    mlp: Any
+    adaLN_modulation: Callable[[Any], Tensor]
+
+
+class AttentionLayers(NamedTuple):
+    """Self-attention: ``qkv`` an nn.Linear of C to 3C features or a ``StackedLinear``, ``proj`` any module."""
+
+    qkv: Any
+    proj: nn.Module
+    num_heads: int
+
+
+class MlpLayers(NamedTuple):
+    """fc2(act(fc1(x))); ``act`` is compared with GELU in its tanh form, and not called."""
+
+    fc1: Any
+    act: Callable[[Tensor], Tensor]
+    fc2: Any
+
+
+class StackedLinear(NamedTuple):
+    """Linear layers of one input as a single one, such as separate queries, keys and values.
+
+    The weights are copied into one tensor at each use, and the gradients split.
+    """
+
+    layers: tuple[nn.Linear, ...]
+
+    @property
+    def in_features(self) -> int:
+        return self.layers[0].in_features
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.cat([*(layer.weight for layer in self.layers)])
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.layers[0].bias is None else torch.cat([*(layer.bias for layer in self.layers)])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def linear_layers(layer: Any) -> tuple[Any, ...]:
+    """The layers whose weights are read where ``layer`` is."""
+    return layer.layers if isinstance(layer, StackedLinear) else (layer,)
