@@ -58,12 +58,12 @@ class IntervalClusters:
 
     @property
     def num_timesteps(self) -> int:
-        """T."""
+        """T, the number of timesteps."""
         return self.bounds[-1]
 
     @property
     def num_clusters(self) -> int:
-        """K."""
+        """K, the number of clusters."""
         return len(self.bounds) - 1
 
     @overload
@@ -230,7 +230,7 @@ def interval_clusters(num_timesteps: int, k: int, cost: str = "timestep", values
     lengths the timestep cost always gives.
 
     Args:
-        num_timesteps: T.
+        num_timesteps: T, the number of timesteps.
         k: K, the number of clusters, 1 to T.
         cost: "timestep", "snr", "log_snr" or "affinity".
         values: what the cost is made from, a tensor, array or sequence. "snr" and "log_snr": the SNR itself at every

@@ -196,7 +196,7 @@ class RandomRouting:
     The subset is not a window, so blocks run it through the plain PyTorch path, where nothing is skipped.
 
     Args:
-        num_timesteps: T.
+        num_timesteps: T, the number of timesteps.
         beta: ratio of active channels, in (0, 1].
         seed: of the subsets; the same seed gives the same subsets on every device.
 

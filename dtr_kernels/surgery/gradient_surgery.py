@@ -199,8 +199,8 @@ class GradientSurgery:
             The mean loss of each cluster [K] in this process, detached and unscaled; NaN where it has no samples.
 
         Raises:
-            As ``backward``, and one_pass.Unsupported if the model uses a parameter in a way that the engine asked for
-            does not know.
+            TypeError, ValueError, RuntimeError: as ``backward``.
+            one_pass.Unsupported: if the model uses a parameter in a way that the engine asked for does not know.
         """
         if not callable(loss):
             raise TypeError(f"loss must be a function of the batch's tensors, got {type(loss).__name__}")

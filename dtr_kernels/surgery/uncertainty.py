@@ -17,7 +17,7 @@ class UncertaintyWeighting(nn.Module):
     steps a second against PCGrad's 1.523 and 2.108 without either (LDM on FFHQ).
 
     Args:
-        num_clusters: K.
+        num_clusters: K, the number of clusters.
 
     Raises:
         ValueError: if num_clusters is not a positive integer.
