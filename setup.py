@@ -1,44 +1,26 @@
-"""Builds the extension ``dtr_kernels._C`` with ninja; everything else is declared in pyproject.toml.
+"""Builds the extension ``dtr_kernels._C`` as dtr_kernels/_build.py says; pyproject.toml declares everything else.
 
-It takes a C++17 compiler, and nvcc for the CUDA kernels; no PyTorch, no GPU, no network. Where a compiler is missing or
-fails, the package installs with what could be built and says so here; ``python -m dtr_kernels info`` says it later.
-
-Read from the environment: CXX, CXXFLAGS, LDFLAGS; CUDA_HOME; TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"); MAX_JOBS;
-DTR_CUDA=0 (build without CUDA kernels).
+Where a compiler is missing or fails, the package installs with what could be built and says so here;
+``python -m dtr_kernels info`` says it later. With DTR_CUDA=13.0 it is built with CUDA 13.0 or not at all, and the
+version says so.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import importlib.util
 import re
-import shlex
 import shutil
-import subprocess
 import sys
-import sysconfig
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
-USUAL_ARCHITECTURES = ("sm_80", "sm_90", "sm_100")  # Ampere, Hopper, Blackwell; and PTX of the last for later GPUs
-# OpenMP is compiled in but not linked: the symbols come from the runtime that PyTorch has loaded.
-CXX_FLAGS = "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -fopenmp -fno-math-errno -fno-trapping-math"
-NVCC_FLAGS = "-std=c++17 -O3 -DNDEBUG -Xcompiler=-fPIC,-fvisibility=hidden -Xfatbin=-compress-all --threads=4"
-AGAIN = "install this package again (pip install -v --force-reinstall --no-deps)"
-
-
-@dataclass
-class Cuda:
-    """What the CUDA kernels are built with, or why they are not."""
-
-    missing: str | None = None
-    nvcc: str = ""
-    version: str | None = None
-    architectures: list[str] = field(default_factory=list)  # in nvcc's words: sm_90, and compute_90 for PTX
-    libraries: list[Path] = field(default_factory=list)
+# By its path: the package imports PyTorch, which the build does not need.
+spec = importlib.util.spec_from_file_location("_build", "dtr_kernels/_build.py")
+_build = sys.modules["_build"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_build)
 
 
 class BuildExtension(build_ext):
@@ -46,11 +28,13 @@ class BuildExtension(build_ext):
         # setuptools builds editable installs in a folder that it deletes; a lasting one recompiles only what changed.
         folder = Path("build/editable" if self.editable_mode else self.build_temp)
         target = Path(self.get_ext_fullpath(extension.name))
-        cuda = find_cuda()
-        error = build(extension.sources, folder, target, cuda)
+        cuda = _build.find_cuda()
+        error = _build.build(Path(), folder, target, cuda)
+        if error and required:
+            sys.exit(f"DTR_CUDA={required}: {error}")
         if error and not cuda.missing:
-            cuda = Cuda(missing=f"{cuda.nvcc} {cuda.version} failed; see what it says and {AGAIN}")
-            error = build(extension.sources, folder, target, cuda)
+            cuda = _build.Cuda(missing=f"{cuda.nvcc} {cuda.version} failed; see what it says and {_build.AGAIN}")
+            error = _build.build(Path(), folder, target, cuda)
         if error:
             target.unlink(missing_ok=True)  # an older build's
             print(f"dtr_kernels: built without compiled kernels: {error}", flush=True)
@@ -63,163 +47,22 @@ class BuildExtension(build_ext):
         super().copy_extensions_to_source()
 
 
-def build(sources: list[str], folder: Path, target: Path, cuda: Cuda) -> str | None:
-    """Compiles what has changed and links target; returns what went wrong."""
-    if sys.platform != "linux":
-        return "they need Linux"
-    try:
-        import pybind11
-    except ImportError:
-        return "pybind11 is missing; pip install pybind11"
-    if not (ninja := find_ninja()):
-        return "ninja is missing; pip install ninja"
-    if not (compiler := find_compiler()):
-        return f"no C++ compiler was found; install g++ or set CXX and {AGAIN}"
-    folder.mkdir(parents=True, exist_ok=True)
-    header = folder / "build_config.h"
-    if not header.exists() or header.read_text() != config_header(cuda):
-        header.write_text(config_header(cuda))
-    rules = commands(compiler, [str(folder), sysconfig.get_path("include"), pybind11.get_include()], cuda)
-    (folder / "build.ninja").write_text(ninja_file(sources, folder, target, rules))
-    done = subprocess.run([ninja, "-f", str(folder / "build.ninja"), "-j", str(jobs())])
-    return f"{compiler} failed; see what it says and {AGAIN}" if done.returncode else None
+class BuildPython(build_py):
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:  # the sources go with the package, for python -m dtr_kernels build
+            copy = Path(self.build_lib, "dtr_kernels", "csrc")
+            shutil.rmtree(copy, ignore_errors=True)  # an older build's
+            shutil.copytree("csrc", copy)
 
 
-def commands(compiler: str, includes: list[str], cuda: Cuda) -> dict[str, str]:
-    """The build's parameters: the command of each ninja rule, in which $in and $out stand for files."""
-    cxx = f"{compiler} {CXX_FLAGS} {os.environ.get('CXXFLAGS', '')}"
-    link = f"-shared {os.environ.get('LDFLAGS', '')}"
-    rules = {
-        "cxx": f"{cxx} -MMD -MF $out.d -c $in -o $out",
-        "binding": f"{cxx} {shlex.join(f'-I{path}' for path in includes)} -MMD -MF $out.d -c $in -o $out",
-    }
-    if not cuda.missing:
-        program = [word for word in shlex.split(compiler) if not word.startswith("-")][-1]  # "ccache g++ -pthread"
-        host = "" if os.environ.get("NVCC_CCBIN") else f"-ccbin {shlex.quote(program)}"
-        codes = " ".join(f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in cuda.architectures)
-        rules["nvcc"] = f"{shlex.quote(cuda.nvcc)} {host} {NVCC_FLAGS} {codes} -MD -MF $out.d -c $in -o $out"
-        # The CUDA runtime is linked in and stays hidden: another one in the process must not be called in its place.
-        link += f" {shlex.join(f'-L{path}' for path in cuda.libraries)} -lcudart_static -Wl,--exclude-libs,ALL"
-        link += " -ldl -lrt -lpthread"
-    return rules | {"link": f"{compiler} $in -o $out {link}"}
-
-
-def ninja_file(sources: list[str], folder: Path, target: Path, rules: dict[str, str]) -> str:
-    """The text of build.ninja: an object for each source, all linked into target."""
-
-    def escaped(path: str | Path) -> str:
-        return re.sub(r"([$ :])", r"$\1", str(path))
-
-    lines = [f"builddir = {escaped(folder)}"]
-    for name, command in rules.items():
-        literal = re.sub(r"\$(?!(in|out)\b)", "$$", command)
-        lines += [f"rule {name}", f"  command = {literal}"]
-        if name != "link":
-            lines += ["  depfile = $out.d", "  deps = gcc"]
-    objects = []
-    for source in sources:
-        rule = "nvcc" if source.endswith(".cu") else "binding" if source.endswith("bindings.cpp") else "cxx"
-        if rule in rules:
-            objects += [escaped(folder / f"{source}.o")]
-            lines += [f"build {objects[-1]}: {rule} {escaped(source)}"]
-    lines += [f"build {escaped(target)}: link {' '.join(objects)}"]
-    return "\n".join(lines) + "\n"
-
-
-def config_header(cuda: Cuda) -> str:
-    """The text of build_config.h: what csrc/bindings.cpp tells of its own build."""
-    strings = {
-        "kCudaVersion": cuda.version,
-        "kArchitectures": " ".join(cuda.architectures),
-        "kNoCudaReason": cuda.missing,
-    }
-    lines = [] if cuda.missing else ["#define DTR_CUDA"]
-    for name, text in strings.items():
-        literal = "nullptr" if text is None else json.dumps(text, ensure_ascii=False)
-        lines += [f"constexpr const char* {name} = {literal};"]
-    return "\n".join(lines) + "\n"
-
-
-def find_ninja() -> str | None:
-    try:
-        from ninja import BIN_DIR
-    except ImportError:
-        BIN_DIR = ""
-    # In an isolated build BIN_DIR is another environment's, and the PATH leads to ninja.
-    return shutil.which("ninja", path=BIN_DIR) or shutil.which("ninja")
-
-
-def find_compiler() -> str | None:
-    for command in [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++"]:
-        if shutil.which(shlex.split(command)[0]):
-            return command
-    return None
-
-
-def find_cuda() -> Cuda:
-    if os.environ.get("DTR_CUDA") == "0":
-        return Cuda(missing=f"DTR_CUDA=0 was set; unset it and {AGAIN}")
-    if not (nvcc := find_nvcc()):
-        return Cuda(missing=f"nvcc was not found; put it on the PATH or set CUDA_HOME and {AGAIN}")
-    try:
-        version = re.search(r"V([\d.]+)", output(nvcc, "--version"))[1]
-        supported = output(nvcc, "--list-gpu-code").split()
-        root = Path(re.search(r"TOP=(.*)", output(nvcc, "--dryrun", "-c", "none.cu"))[1])  # nvcc may be a wrapper
-    except (OSError, subprocess.CalledProcessError, TypeError) as error:
-        return Cuda(missing=f"{nvcc} does not work ({error}); repair it or set CUDA_HOME and {AGAIN}")
-    architectures = asked_architectures(nvcc, supported) or usual_architectures(supported)
-    if not architectures:
-        return Cuda(missing=f"{nvcc} is too old for {USUAL_ARCHITECTURES[0]}; set CUDA_HOME to a newer one and {AGAIN}")
-    libraries = [folder for name in ("lib64", "lib", "targets/*/lib") for folder in sorted(root.glob(name))]
-    return Cuda(None, nvcc, version, architectures, libraries)
-
-
-def find_nvcc() -> str | None:
-    """From CUDA_HOME, from the PATH, or from the compiler packages on PyPI (nvidia-cuda-nvcc and its companions)."""
-    home = os.environ.get("CUDA_HOME")
-    if found := (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc"):
-        return found
-    # In an isolated build sys.path lacks the environment that is installed into.
-    for packages in [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]:
-        for folder in Path(packages).glob("nvidia/cu*/bin"):
-            if found := shutil.which("nvcc", path=folder):
-                return found
-    return None
-
-
-def usual_architectures(supported: list[str]) -> list[str]:
-    usual = [name for name in USUAL_ARCHITECTURES if name in supported]
-    return usual + [name.replace("sm", "compute") for name in usual[-1:]]
-
-
-def asked_architectures(nvcc: str, supported: list[str]) -> list[str]:
-    """TORCH_CUDA_ARCH_LIST in nvcc's words, empty if unset. Exits where it is not one, or nvcc does not support it."""
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    architectures = []
-    for name in re.findall(r"[^;\s]+", asked):
-        parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
-        if not parts:
-            sys.exit(f"TORCH_CUDA_ARCH_LIST={asked!r}: {name!r} is not an architecture like 8.0, 9.0a or 10.0+PTX")
-        number = parts[1] + parts[2]
-        if f"sm_{number}" not in supported:
-            sys.exit(f"TORCH_CUDA_ARCH_LIST={asked!r}: {nvcc} does not support {name}, only {' '.join(supported)}")
-        architectures += [f"sm_{number}{parts[3]}"] + [f"compute_{number}{parts[3]}"] * bool(parts[4])
-    return list(dict.fromkeys(architectures))
-
-
-def jobs() -> int:
-    """How many compilers run at once: MAX_JOBS, or one for each core and each 2 GB of memory."""
-    if asked := os.environ.get("MAX_JOBS"):
-        if not asked.isdecimal() or not int(asked):
-            sys.exit(f"MAX_JOBS={asked!r} must be a whole number, 1 or more")
-        return int(asked)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(len(os.sched_getaffinity(0)), memory // 2_000_000_000))
-
-
-def output(*command: str) -> str:
-    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
-
-
-sources = [str(path) for path in sorted(Path("csrc").rglob("*.c*"), reverse=True) if path.suffix in (".cpp", ".cu")]
-setup(ext_modules=[Extension("dtr_kernels._C", sources, optional=True)], cmdclass={"build_ext": BuildExtension})
+required = None if _build.asked_cuda() == "0" else _build.asked_cuda()
+version = re.search(r'^__version__ = "(.+)"', Path("dtr_kernels/__init__.py").read_text(), re.MULTILINE)[1]
+if required and "sdist" not in sys.argv:  # a source distribution is for every CUDA version
+    version += f"+cu{required.replace('.', '')}"
+setup(
+    version=version,
+    license="MIT",
+    ext_modules=[Extension("dtr_kernels._C", _build.sources(Path()), optional=True)],
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
+)

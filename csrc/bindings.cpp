@@ -3,12 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
-#include "build_config.h"  // written by setup.py
+#include "build_config.h"  // written by dtr_kernels/_build.py
+#include "checks.h"
 #include "cpu/kernels.h"
 #include "surgery.h"
 
@@ -22,23 +23,42 @@ struct InstructionSet {
     const SurgeryKernels& surgery;
 };
 
-const InstructionSet& best() {
+// What this processor runs, the best first.
+std::vector<InstructionSet> instruction_sets() {
+    std::vector<InstructionSet> sets;
 #if defined(__x86_64__)
-    static const InstructionSet chosen =
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
-            ? InstructionSet{avx512_kernels, avx512_surgery}
-        : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? InstructionSet{avx2_kernels, avx2_surgery}
-                                                                          : InstructionSet{baseline_kernels, baseline_surgery};
-#else
-    static const InstructionSet chosen{baseline_kernels, baseline_surgery};
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        sets.push_back({avx512_kernels, avx512_surgery});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back({avx2_kernels, avx2_surgery});
 #endif
-    return chosen;
+    sets.push_back({baseline_kernels, baseline_surgery});
+    return sets;
 }
 
-const Kernels& kernels() { return best().kernels; }
+// The one that the environment variable DTR_ISA names, or the best.
+InstructionSet choose() {
+    const std::vector<InstructionSet> sets = instruction_sets();
+    const char* asked = std::getenv("DTR_ISA");
+    if (!asked || !*asked) return sets.front();
+    std::string names;
+    for (const InstructionSet& set : sets) {
+        if (set.kernels.isa == std::string(asked)) return set;
+        names += std::string(" ") + set.kernels.isa;
+    }
+    throw py::value_error("DTR_ISA=" + std::string(asked) + " is none of the instruction sets that run here:" + names);
+}
+
+const InstructionSet& chosen() {
+    static const InstructionSet set = choose();
+    return set;
+}
+
+const Kernels& kernels() { return chosen().kernels; }
 
 template <class Args>
 void run(void (*kernel)(const Args&), const Args& args) {
+    if (!has_work(args)) return;
+    check(args);
     py::gil_scoped_release unlocked;
     kernel(args);
 }
@@ -47,46 +67,6 @@ template <class T>
 T* address(uintptr_t pointer) {
     return reinterpret_cast<T*>(pointer);
 }
-
-std::vector<void*> addresses(const std::vector<uintptr_t>& pointers) {
-    std::vector<void*> out;
-    for (uintptr_t pointer : pointers) out.push_back(address<void>(pointer));
-    return out;
-}
-
-void check_clusters(int64_t clusters) {
-    if (clusters < 1 || clusters > kMaxClusters)
-        throw py::value_error("clusters must be 1 to " + std::to_string(kMaxClusters) + ", got " + std::to_string(clusters));
-}
-
-// Gradients with the arrays that they point to.
-struct OwnedGradients {
-    Type type;
-    int64_t K;
-    std::vector<void*> data;
-    std::vector<int64_t> sizes;
-
-    OwnedGradients(Type type, int64_t clusters, const std::vector<uintptr_t>& pointers, std::vector<int64_t> lengths)
-        : type(type), K(clusters), data(addresses(pointers)), sizes(std::move(lengths)) {
-        if (type == Type::f64) throw py::value_error("type must be f32, bf16 or f16, got f64");
-        check_clusters(K);
-        if (data.size() != K * sizes.size())
-            throw py::value_error("pointers must hold clusters * len(sizes) = " + std::to_string(K * sizes.size()) +
-                                  " addresses, got " + std::to_string(data.size()));
-        for (int64_t size : sizes)
-            if (size < 0) throw py::value_error("sizes must not be negative, got " + std::to_string(size));
-    }
-
-    Gradients view() const { return {type, K, static_cast<int64_t>(sizes.size()), data.data(), sizes.data()}; }
-
-    // Where a sum over the gradients goes: one address for each segment.
-    std::vector<void*> targets(const std::vector<uintptr_t>& pointers) const {
-        if (pointers.size() != sizes.size())
-            throw py::value_error("out_pointers must hold " + std::to_string(sizes.size()) + " addresses, one for each segment, got " +
-                                  std::to_string(pointers.size()));
-        return addresses(pointers);
-    }
-};
 
 #ifdef DTR_CUDA
 // Runs a function of dtr::cuda, which returns null or what went wrong.
@@ -110,12 +90,7 @@ PYBIND11_MODULE(_C, m) {
         return Rows{reinterpret_cast<void*>(data), type, stride};
     }));
     py::class_<Shape>(m, "Shape").def(py::init([](int64_t B, int64_t N, int64_t C, uintptr_t start, int64_t width, int64_t chunk) {
-        const auto* first = reinterpret_cast<const int32_t*>(start);
-        for (int64_t b = 0; first && b < B; ++b)
-            if (first[b] < 0 || first[b] > C - width)
-                throw py::value_error("window.start must be in 0.." + std::to_string(C - width) + " (channels - width), got " +
-                                      std::to_string(first[b]) + " for sample " + std::to_string(b));
-        return Shape{B, N, C, first, width, chunk};
+        return Shape{B, N, C, address<const int32_t>(start), width, chunk};
     }));
 
     m.def("norm_forward", [](Shape shape, double eps, bool keep_branch, Type stream_type, Rows x, Rows branch, Rows stream, Rows u,
@@ -147,20 +122,22 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init<Type, int64_t, const std::vector<uintptr_t>&, std::vector<int64_t>>(), py::arg("type"), py::arg("clusters"),
              py::arg("pointers"), py::arg("sizes"));
     m.def("gram", [](const OwnedGradients& gradients, uintptr_t out) {
+        gradients.check_gram(address<double>(out));
         py::gil_scoped_release unlocked;
-        best().surgery.gram(gradients.view(), address<double>(out));
+        chosen().surgery.gram(gradients.view(), address<double>(out));
     });
     m.def("combine", [](const OwnedGradients& gradients, uintptr_t coefficients) {
+        gradients.check_combine(address<double>(coefficients));
         py::gil_scoped_release unlocked;
-        best().surgery.combine(gradients.view(), address<double>(coefficients));
+        chosen().surgery.combine(gradients.view(), address<double>(coefficients));
     });
     m.def("weighted_sum", [](const OwnedGradients& gradients, uintptr_t weights, const std::vector<uintptr_t>& out_pointers) {
-        const std::vector<void*> out = gradients.targets(out_pointers);
+        const std::vector<void*> out = gradients.check_weighted_sum(address<double>(weights), out_pointers);
         py::gil_scoped_release unlocked;
-        best().surgery.weighted_sum(gradients.view(), address<double>(weights), out.data());
+        chosen().surgery.weighted_sum(gradients.view(), address<double>(weights), out.data());
     });
     m.def("pcgrad_coefficients", [](int64_t clusters, uintptr_t gram, uintptr_t order, uintptr_t out) {
-        check_clusters(clusters);
+        check_pcgrad(clusters, address<double>(gram), address<int64_t>(order), address<double>(out));
         py::gil_scoped_release unlocked;
         pcgrad_coefficients(clusters, address<double>(gram), address<int64_t>(order), address<double>(out));
     });
@@ -179,21 +156,23 @@ PYBIND11_MODULE(_C, m) {
     auto gpu = m.def_submodule("cuda", "Gradient surgery on device pointers, queued on a stream.");
     gpu.def("gram_workspace", [](const OwnedGradients& gradients) { return cuda::gram_workspace(gradients.view()); });
     gpu.def("gram", [](const OwnedGradients& gradients, uintptr_t out, uintptr_t workspace, uintptr_t stream) {
+        gradients.check_gram(address<double>(out), address<double>(workspace), cuda::gram_workspace(gradients.view()));
         queue([&] { return cuda::gram(gradients.view(), address<double>(out), address<double>(workspace), address<void>(stream)); });
     });
     gpu.def("pcgrad_coefficients", [](int64_t clusters, uintptr_t gram, uintptr_t order, uintptr_t out, uintptr_t stream) {
-        check_clusters(clusters);
+        check_pcgrad(clusters, address<double>(gram), address<int64_t>(order), address<double>(out));
         queue([&] {
             return cuda::pcgrad_coefficients(clusters, address<double>(gram), address<int64_t>(order), address<double>(out),
                                              address<void>(stream));
         });
     });
     gpu.def("combine", [](const OwnedGradients& gradients, uintptr_t coefficients, uintptr_t stream) {
+        gradients.check_combine(address<double>(coefficients));
         queue([&] { return cuda::combine(gradients.view(), address<double>(coefficients), address<void>(stream)); });
     });
     gpu.def("weighted_sum", [](const OwnedGradients& gradients, uintptr_t weights, const std::vector<uintptr_t>& out_pointers,
                                uintptr_t stream) {
-        const std::vector<void*> out = gradients.targets(out_pointers);
+        const std::vector<void*> out = gradients.check_weighted_sum(address<double>(weights), out_pointers);
         queue([&] { return cuda::weighted_sum(gradients.view(), address<double>(weights), out.data(), address<void>(stream)); });
     });
     gpu.def("unsupported", [] {

@@ -1,4 +1,4 @@
-"""Command line: ``python -m dtr_kernels info`` and ``python -m dtr_kernels verify``."""
+"""Command line: ``python -m dtr_kernels info``, ``verify`` and ``build``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from dtr_kernels import info, verify
+from dtr_kernels import _just_in_time, info, verify
 
 
 def main() -> int:
@@ -20,6 +20,12 @@ def main() -> int:
     check = commands.add_parser("verify", help="compare the kernels with the oracle here and print a table of errors")
     check.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     check.add_argument("--seed", type=int, help="of the random inputs; default: a fresh one, printed")
+    commands.add_parser(
+        "build",
+        help="compile the extension for this machine, to be used in place of the installed one",
+        description=_just_in_time.build.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     arguments = parser.parse_args()
 
     if arguments.command == "info":
@@ -27,6 +33,9 @@ def main() -> int:
             print(json.dumps(info.collect(), indent=2))
         else:
             info.show()
+        return 0
+    if arguments.command == "build":
+        _just_in_time.build()
         return 0
     try:
         device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))

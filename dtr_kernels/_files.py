@@ -1,4 +1,4 @@
-"""Files that are written as a whole or not at all."""
+"""The folder of what is kept on this machine, and files that are written as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """$DTR_KERNELS_CACHE, $XDG_CACHE_HOME/dtr_kernels or ~/.cache/dtr_kernels; there need not be one."""
+    own, shared = os.environ.get("DTR_KERNELS_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    # A home that is unknown, as in some containers, stays "~", where no file is found.
+    return Path(own) if own else Path(shared or os.path.expanduser("~/.cache")) / "dtr_kernels"
 
 
 @contextmanager

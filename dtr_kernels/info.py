@@ -144,6 +144,7 @@ def show() -> None:
         print(f"{'extension':12} compiler {extension['compiler']}, instruction set {extension['instruction_set']}")
         cuda = f"CUDA {extension['cuda']} for {' '.join(extension['architectures'])}"
         print(f"{'':12} {cuda if extension['cuda'] else 'no CUDA kernels: ' + extension['no_cuda_reason']}")
+        print(f"{'':12} {_cpu.kernels.__file__}")
     alike: dict[str, list[str]] = {}
     for op, by_device in ops.items():
         alike.setdefault(json.dumps(by_device), []).append(op)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
+
+from dtr_kernels import _build
 
 pytest.importorskip("pybind11")
 if not shutil.which("g++"):
@@ -45,21 +46,14 @@ def project(tmp_path_factory):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     (folder / "dtr_kernels").mkdir()
+    shutil.copy(_build.__file__, folder / "dtr_kernels")
     (folder / "dtr_kernels" / "__init__.py").write_text('__version__ = "0"\n')
     return folder
 
 
-@pytest.fixture(scope="module")
-def functions(project):
-    """What setup.py defines."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("setuptools.setup", lambda **_: None)
-        return runpy.run_path(str(project / "setup.py"))
-
-
 @pytest.fixture
-def nvcc(functions):
-    found = functions["find_nvcc"]()
+def nvcc():
+    found = _build.find_nvcc()
     if not found:
         pytest.skip("NOT RUN: needs nvcc")
     return found
@@ -170,10 +164,10 @@ def test_cuda_switched_off(project):
     check_cpu_only(*build(project, DTR_CUDA="0"), "DTR_CUDA=0 was set")
 
 
-def test_no_nvcc(project, functions, tmp_path, monkeypatch):
+def test_no_nvcc(project, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", path_without("nvcc", tmp_path))
     monkeypatch.delenv("CUDA_HOME", raising=False)
-    if found := functions["find_nvcc"]():
+    if found := _build.find_nvcc():
         pytest.skip(f"NOT RUN: this environment has {found}")
     check_cpu_only(*build(project), "nvcc was not found; put it on the PATH or set CUDA_HOME")
 
@@ -187,13 +181,49 @@ def test_nvcc_that_fails_to_compile(project, nvcc, tmp_path):
     assert "surgery.cu: broken" in printed
 
 
-def test_nvcc_that_does_not_run(functions, tmp_path, monkeypatch):
+def test_nvcc_that_does_not_run(tmp_path, monkeypatch):
     fake = script(tmp_path / "bin" / "nvcc", "exit 1")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert functions["find_cuda"]().missing.startswith(f"{fake} does not work")
+    monkeypatch.delenv("DTR_CUDA", raising=False)
+    assert _build.find_cuda().missing.startswith(f"{fake} does not work")
+    assert _build.find_nvcc("99.0") is None
 
 
-def test_where_nvcc_is_looked_for(functions, tmp_path, monkeypatch):
+def test_nvcc_of_a_version(tmp_path, monkeypatch):
+    """The first one of that version, wherever others come first."""
+    at_home = script(tmp_path / "home" / "bin" / "nvcc", "echo release 12.8, V12.8.93")
+    on_path = script(tmp_path / "bin" / "nvcc", "echo release 13.2, V13.2.51")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", f"{on_path.parent}{os.pathsep}{os.environ['PATH']}")
+    found = {version: _build.find_nvcc(version) for version in ("12.8", "13.2", "3.2", "2.8")}
+    assert found == {"12.8": str(at_home), "13.2": str(on_path), "3.2": None, "2.8": None}
+
+
+def test_a_cuda_version_that_is_not_there_stops_the_build(project):
+    done = run_setup(project, DTR_CUDA="9.9")
+    assert done.returncode != 0
+    sentence = done.stderr.splitlines()[-1]
+    assert sentence.startswith("DTR_CUDA=9.9: nvcc of CUDA 9.9 was not found; put it on the PATH or set CUDA_HOME")
+
+
+@pytest.mark.parametrize("asked", ["13", "none", "0.0", "13.0.88"])
+def test_a_cuda_version_that_is_none_stops_the_build(project, asked):
+    done = run_setup(project, DTR_CUDA=asked)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1] == f"DTR_CUDA={asked!r} must be 0, or a CUDA version like 13.0"
+
+
+def test_a_cuda_version_that_fails_to_compile_stops_the_build(project, nvcc, tmp_path):
+    """Where CUDA kernels were asked for, nothing is built without them."""
+    answers = f'case "$*" in *--version*|*--list-gpu-code*|*--dryrun*) exec "{nvcc}" "$@";; esac'
+    script(tmp_path / "bin" / "nvcc", f"{answers}; exit 1")
+    version = ".".join(version_of(nvcc).split(".")[:2])
+    done = run_setup(project, DTR_CUDA=version, CUDA_HOME=str(tmp_path), MAX_JOBS="1")
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith(f"DTR_CUDA={version}: g++ failed; see what it says")
+
+
+def test_where_nvcc_is_looked_for(tmp_path, monkeypatch):
     """CUDA_HOME before the PATH before the packages of PyPI."""
     packaged = script(tmp_path / "site-packages" / "nvidia" / "cu13" / "bin" / "nvcc", "")
     on_path = script(tmp_path / "bin" / "nvcc", "")
@@ -202,7 +232,7 @@ def test_where_nvcc_is_looked_for(functions, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(on_path.parent))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     for expected in (at_home, on_path, packaged):
-        assert functions["find_nvcc"]() == str(expected)
+        assert _build.find_nvcc() == str(expected)
         expected.unlink()
 
 
@@ -216,9 +246,8 @@ def test_where_nvcc_is_looked_for(functions, tmp_path, monkeypatch):
         (" ; ", []),
     ],
 )
-def test_architectures_asked_for(functions, monkeypatch, listed, expected):
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-    assert functions["asked_architectures"]("nvcc", ["sm_80", "sm_90", "sm_100"]) == expected
+def test_architectures_asked_for(listed, expected):
+    assert _build.asked_architectures(listed, "nvcc", ["sm_80", "sm_90", "sm_100"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -229,8 +258,29 @@ def test_architectures_asked_for(functions, monkeypatch, listed, expected):
         (["sm_70"], []),
     ],
 )
-def test_usual_architectures(functions, supported, expected):
-    assert functions["usual_architectures"](supported) == expected
+def test_usual_architectures(supported, expected):
+    assert _build.usual_architectures(supported) == expected
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs_on", "not_on"),
+    [
+        (["sm_80"], [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (10, 0)]),
+        (["sm_86"], [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        (["sm_90a"], [(9, 0)], [(8, 0), (9, 1), (10, 0)]),
+        (["sm_100f"], [(10, 0), (10, 3)], [(9, 0), (11, 0)]),
+        (["compute_80"], [(8, 0), (9, 0), (12, 1)], [(7, 5)]),
+        (["compute_90a"], [(9, 0)], [(8, 9), (9, 1), (10, 0)]),
+        (["compute_100f"], [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+        (["sm_80", "sm_100", "compute_100"], [(8, 6), (10, 0), (12, 0)], [(9, 0)]),
+        ([], [], [(9, 0)]),
+    ],
+)
+def test_which_gpus_a_build_has_code_for(architectures, runs_on, not_on):
+    for capability in runs_on:
+        assert _build.has_code_for(*capability, architectures), capability
+    for capability in not_on:
+        assert not _build.has_code_for(*capability, architectures), capability
 
 
 @pytest.mark.parametrize(

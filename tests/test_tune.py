@@ -297,7 +297,7 @@ def test_what_another_process_adds_meanwhile_stays(path):
 
 
 def test_without_a_home_a_file_must_be_given(monkeypatch):
-    monkeypatch.setattr(_tuned.os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("DTR_KERNELS_CACHE", raising=False)
     with pytest.raises(ValueError, match=r"home folder is unknown, .* --out"):

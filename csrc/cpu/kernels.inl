@@ -20,8 +20,6 @@ inline uint16_t to_bf16(float value) {
     return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
 }
 
-inline int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
-
 inline char* at(const Rows& rows, int64_t row, int64_t column = 0) {
     return static_cast<char*>(rows.data) + (row * rows.stride + column) * size_of(rows.type);
 }

@@ -5,14 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dtr_kernels import _just_in_time
+
 try:
     # PyTorch must be imported first: it brings the OpenMP runtime that the extension runs on.
+    _just_in_time.load()
     from dtr_kernels import _C as kernels
 except ImportError as error:
     kernels = None  # type: ignore[assignment]
     unavailable: str | None = (
-        f"the compiled CPU kernels are missing ({error}); install a C++ compiler and then this package again "
-        "(pip install --force-reinstall --no-deps)"
+        f"the compiled CPU kernels are missing ({error}); install a C++ compiler, and run python -m dtr_kernels build "
+        "or install this package again (pip install --force-reinstall --no-deps)"
     )
 else:
     unavailable = None
@@ -42,9 +45,5 @@ def rows(x: Tensor | None) -> kernels.Rows:
 
 
 def shape(B: int, N: int, C: int, start: Tensor | None, width: int, chunk: int = 1) -> kernels.Shape:
-    """Sizes of a batch and its windows; ``chunk`` is the number of tokens per partial sum.
-
-    Raises:
-        ValueError: if a window reaches outside of the channels, where the kernels would leave the tensors.
-    """
+    """Sizes of a batch and its windows; ``chunk`` is the number of tokens per partial sum."""
     return kernels.Shape(B, N, C, 0 if start is None else start.data_ptr(), width, chunk)

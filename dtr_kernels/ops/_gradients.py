@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from dtr_kernels._build import has_code_for
 from dtr_kernels.ops import _cpu
 
 MOST_CLUSTERS = 64
@@ -132,6 +133,14 @@ def _cuda_unavailable(device: torch.device) -> str | None:
         return _cpu.unavailable
     if not hasattr(_cpu.kernels, "cuda"):
         return f"the extension was built without CUDA kernels: {_cpu.kernels.build_config()['no_cuda_reason']}"
+    architectures = _cpu.kernels.build_config()["architectures"]
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8 and not has_code_for(major, minor, architectures):
+        return (
+            f"the extension was built for {' '.join(architectures)}, and {torch.cuda.get_device_name(device)} has "
+            f"compute capability {major}.{minor}; run python -m dtr_kernels build, which builds one for it with your "
+            f"nvcc, or install this package again with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+        )
     with torch.cuda.device(device):
         return _cpu.kernels.cuda.unsupported()
 

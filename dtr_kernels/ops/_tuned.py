@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 
 import triton
 
-from dtr_kernels._files import replacing
+from dtr_kernels._files import cache_folder, replacing
 from dtr_kernels.ops._launch import TOKENS_PER_SUM
 
 FORMAT = 1
@@ -77,6 +76,9 @@ _LIMITS = {
     "block": (16, 1 << 16),
     "warps": (1, 32),
 }
+
+
+_MOST_CHANNELS = 1 << 24
 
 
 def power_of_two(n: int) -> int:
@@ -156,8 +158,8 @@ class Tuned:
             return f"op must be one of {', '.join(KINDS)}"
         if self.dtype not in _DTYPES:
             return f"dtype must be one of {', '.join(_DTYPES)}"
-        if not _is_integer(self.channels) or self.channels < 1:
-            return "channels must be a whole number of at least 1"
+        if not _is_integer(self.channels) or not 1 <= self.channels <= _MOST_CHANNELS:
+            return f"channels must be a whole number between 1 and {_MOST_CHANNELS:,}"
         if not _is_integer(self.rows) or self.rows != rows_class(self.rows):
             return f"rows must be 16, 32, 64 or {MOST_ROWS}, got {self.rows!r}"
         if not all(isinstance(seconds, float) and seconds > 0 for seconds in (self.seconds, self.default_seconds)):
@@ -200,12 +202,8 @@ def packaged_file(gpu: str) -> Path:
 
 
 def user_file(gpu: str) -> Path:
-    """Where the user's cache keeps them: in $DTR_KERNELS_CACHE, $XDG_CACHE_HOME/dtr_kernels or
-    ~/.cache/dtr_kernels."""
-    own, shared = os.environ.get("DTR_KERNELS_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    # A home that is unknown, as in some containers, stays "~", where no file is found.
-    folder = Path(own) if own else Path(shared or os.path.expanduser("~/.cache")) / "dtr_kernels"
-    return folder / "tuned" / f"{slug(gpu)}.json"
+    """Where the user's cache keeps them; there need not be such a file."""
+    return cache_folder() / "tuned" / f"{slug(gpu)}.json"
 
 
 def packaged() -> list[Tuned]:

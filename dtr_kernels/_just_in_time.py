@@ -1,0 +1,103 @@
+"""The extension that ``python -m dtr_kernels build`` compiles for this machine, kept in the user's cache.
+
+For a GPU that the installed one has no code for, for a machine with nvcc where the installed one has no CUDA kernels,
+and where the installed one does not load. It is loaded in place of that; nothing compiles at import.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import stat
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import torch
+
+from dtr_kernels import _build
+from dtr_kernels._files import cache_folder, replacing
+
+PACKAGE = Path(__file__).parent
+# The sources are in an installed package, or next to the package in a checkout.
+ROOT = PACKAGE if (PACKAGE / "csrc").is_dir() else PACKAGE.parent
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+
+
+def path() -> Path:
+    """Where it is, if there is one. The folder's name says Python's ABI and what it is compiled from, so that one of
+    other sources is never found."""
+    digest = hashlib.sha256()
+    for file in [Path(_build.__file__), *sorted(ROOT.glob("csrc/**/*.*"))]:
+        digest.update(f"{file.name}\0".encode() + file.read_bytes())
+    folder = f"{sysconfig.get_config_var('SOABI')}-{digest.hexdigest()[:16]}"
+    return cache_folder() / "extension" / folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def load() -> None:
+    """Makes it ``dtr_kernels._C``, if there is one.
+
+    Raises:
+        ImportError: if it does not load, as on a machine with older libraries that shares the folder, or if somebody
+            else could have put it there.
+    """
+    if not (cache_folder() / "extension").is_dir():
+        return
+    file = path()
+    if not file.exists():
+        return
+    for part in _parts(file):
+        status = part.stat()
+        if not part.is_absolute() or status.st_uid not in (0, os.getuid()) or status.st_mode & _WRITABLE_BY_OTHERS:
+            raise ImportError(
+                f"{part} is not loaded: its path must be absolute, and nobody but its owner, you or root, may write to "
+                "it; delete it, or set DTR_KERNELS_CACHE to a folder of your own"
+            )
+    spec = importlib.util.spec_from_file_location("dtr_kernels._C", file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module
+
+
+def _parts(file: Path) -> tuple[Path, ...]:
+    """What must not be another user's: the file and the folders made for it."""
+    return file, file.parent, file.parent.parent
+
+
+def build() -> Path:
+    """Compiles the extension for this machine's Python, GPUs and nvcc, to be used in place of the installed one.
+
+    Takes a C++ compiler, ninja and pybind11 (pip install ninja pybind11), and nvcc. Reads from the environment:
+
+      CXX, CXXFLAGS, LDFLAGS   the C++ compiler, further options
+      CUDA_HOME                whose nvcc to use; otherwise the one on the PATH, or that of PyPI's nvidia-cuda-nvcc
+      TORCH_CUDA_ARCH_LIST     what to build for, like "8.0;9.0+PTX"; otherwise the GPUs of this machine
+      DTR_CUDA                 0: without CUDA kernels; 13.0: with nvcc of that version
+      MAX_JOBS                 how many compilers run at once
+      DTR_KERNELS_CACHE        where it is kept; otherwise ~/.cache/dtr_kernels
+    """
+    if not _build.sources(ROOT):
+        sys.exit(f"the C++ sources are missing from {ROOT}; install this package again")
+    cuda = _build.find_cuda(os.environ.get("TORCH_CUDA_ARCH_LIST") or _architectures_here())
+    if cuda.missing and _build.asked_cuda() != "0":
+        sys.exit(f"{cuda.missing}; set DTR_CUDA=0 to build without CUDA kernels")
+    target = path()
+    if not target.is_absolute():
+        sys.exit(f"DTR_KERNELS_CACHE must be an absolute path, got {os.environ.get('DTR_KERNELS_CACHE')!r}")
+    with replacing(target) as unfinished, tempfile.TemporaryDirectory() as folder:
+        if error := _build.build(ROOT, Path(folder), unfinished, cuda):
+            sys.exit(f"dtr_kernels: not built: {error}")
+    for part in _parts(target):
+        part.chmod(part.stat().st_mode & ~_WRITABLE_BY_OTHERS)
+    what = "without CUDA kernels" if cuda.missing else f"with CUDA {cuda.version} for {' '.join(cuda.architectures)}"
+    print(f"built {what}: {target}\nIt is used in place of the installed one until that folder is deleted.")
+    return target
+
+
+def _architectures_here() -> str:
+    """As TORCH_CUDA_ARCH_LIST lists them; those below 8.0 (Ampere) have no kernels."""
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(found) if major >= 8)

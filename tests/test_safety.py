@@ -1,0 +1,270 @@
+"""The extension refuses what can be known to be wrong, and no code here runs what it reads or fetches anything.
+
+`make test-sanitize` calls the extension at random under sanitizers; this is its small part that needs none.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fuzz_cases import Draw, calls, issue, wrong
+
+from dtr_kernels.ops import _cpu
+
+ROOT = Path(__file__).parent.parent
+needs_extension = pytest.mark.skipif(_cpu.kernels is None, reason=f"NOT RUN: {_cpu.unavailable}")
+FUNCTIONS = sorted(calls(_cpu.kernels)) if _cpu.kernels else []
+CASES = 12
+
+# --- the extension's boundary ----------------------------------------------------------------------------------------
+
+
+def functions_of(module) -> Iterator[str]:
+    for name, member in vars(module).items():
+        if not name.startswith("_") and not isinstance(member, type):
+            yield from (f"{name}.{inner}" for inner in functions_of(member)) if name == "cuda" else [name]
+
+
+@needs_extension
+def test_every_function_is_fuzzed():
+    assert sorted(functions_of(_cpu.kernels)) == FUNCTIONS
+
+
+@needs_extension
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_wrong_calls_are_refused(function):
+    mistakes = set()
+    for case in range(CASES):
+        call = calls(_cpu.kernels)[function](Draw(f"{function} {case}"))
+        for what, arguments in wrong(call):
+            try:
+                issue(_cpu.kernels, function, arguments)
+            except (ValueError, TypeError):
+                mistakes.add(what)
+            else:
+                pytest.fail(f"case {case} accepts: {what}")
+    assert len(mistakes) > (0 if not call.arguments else 10)
+
+
+_RIGHT_CALLS = """
+import sys
+import torch  # brings the OpenMP runtime
+sys.path.insert(0, sys.argv[1])
+from fuzz_boundary import load
+from fuzz_cases import Draw, calls
+kernels = load(sys.argv[2])
+for function, make in calls(kernels).items():
+    for case in range(int(sys.argv[3])):
+        if not function.startswith("cuda."):
+            make(Draw(f"{function} {case}")).run(kernels)
+print(kernels.build_config()["instruction_set"])
+"""
+
+
+def run_right_calls(instruction_set: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: the extension chooses its kernels once."""
+    command = [sys.executable, "-c", _RIGHT_CALLS, str(ROOT / "tests"), _cpu.kernels.__file__, "40"]
+    return subprocess.run(command, env=os.environ | {"DTR_ISA": instruction_set}, capture_output=True, text=True)
+
+
+@needs_extension
+@pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"])
+def test_right_calls_with_each_instruction_set(instruction_set):
+    """Odd sizes, strides, addresses, windows and dtypes against NumPy; what a processor lacks is refused by name."""
+    done = run_right_calls(instruction_set)
+    if done.returncode:
+        assert "is none of the instruction sets that run here: " in done.stderr, done.stderr
+        assert f" {instruction_set}" not in done.stderr.partition("run here:")[2], done.stderr
+        assert instruction_set != "baseline"
+    else:
+        assert done.stdout.strip() == instruction_set
+
+
+@needs_extension
+def test_an_unknown_instruction_set_is_refused():
+    assert "ValueError: DTR_ISA=mmx is none of the instruction sets" in run_right_calls("mmx").stderr
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": {"data": 0}}, "x must not be null"),
+        ({"x": {"type": 9}}, r"x must be f32, f64, bf16 or f16, got Type\(9\)"),
+        ({"x": {"stride": -4}}, "x.stride must not be negative, got -4"),
+        ({"out": {"stride": 1}}, "out.stride must be 8 or more for rows that are written, got 1"),
+        ({"gate": {"type": 1}}, "gate must be f32 here, got f64"),
+        ({"gate": {"data": 1}}, "gate must be at a multiple of 4 bytes, got 1"),
+        ({"branch": {"stride": 1 << 60}}, "branch must end within the address space"),
+        ({"shape": {"C": 0}}, "C must be 1 to 16777216, got 0"),
+        ({"shape": {"N": 1 << 50}}, "N must be 0 to 70368744177664, got"),
+        ({"shape": {"width": 9}}, "width must be 1 to 8, got 9"),
+        ({"shape": {"chunk": 0}}, "chunk must be 1 to 1073741824, got 0"),
+    ],
+)
+def test_messages_name_the_argument(change, message):
+    kernels = _cpu.kernels
+    rows = {"type": 0, "stride": 8}
+    arguments = {"shape": {"B": 2, "N": 3, "C": 8, "start": 0, "width": 8, "chunk": 1}}
+    # Never read, as every call is refused.
+    arguments |= {name: {"data": 4096 * n} | rows for n, name in enumerate(("x", "branch", "out", "gate"), 1)}
+    for name, values in change.items():
+        arguments[name] |= values
+    shape = kernels.Shape(*arguments.pop("shape").values())
+    with pytest.raises(ValueError, match=message):
+        kernels.residual_forward(
+            shape, *(kernels.Rows(x["data"], kernels.Type(x["type"]), x["stride"]) for x in arguments.values())
+        )
+
+
+@needs_extension
+def test_overlaps_are_named():
+    kernels = _cpu.kernels
+    with pytest.raises(
+        ValueError, match=r"^out \(0x1000 to 0x1020\), which is written, must not overlap pointers\[1\] "
+    ):
+        kernels.gram(kernels.Gradients(kernels.Type.f32, 2, [8192, 4096 + 16], [4]), 4096)
+    with pytest.raises(ValueError, match=r"pointers\[2\] .*, which is written, must not overlap pointers\[1\] "):
+        kernels.combine(kernels.Gradients(kernels.Type.f32, 2, [4096, 8200, 8192, 65536], [4, 4]), 1 << 20)
+
+
+@needs_extension
+def test_windows_are_looked_at_again_in_every_call():
+    call = calls(_cpu.kernels)["expand"](Draw("windows"))
+    (start,) = call.keeps
+    call.run(_cpu.kernels)
+    start._memory[-1] = call.arguments["shape"].C
+    with pytest.raises(ValueError, match=r"window.start must be in 0\.\.\d+ \(channels - width\), got"):
+        issue(_cpu.kernels, "expand", list(call.plain().values()))
+
+
+# --- files, shells, downloads ----------------------------------------------------------------------------------------
+
+# (where, what `refused` says): why it may be.
+ALLOWED = {
+    ("tests/", "pickle.loads"): "models that the test has just pickled",
+    ("tests/test_swap.py", "torch.load without weights_only=True"): "a whole model that the test has just saved",
+}
+# Modules that run what they read, or that fetch or serve files.
+# fmt: off
+_MODULES = [
+    "dill", "cloudpickle", "marshal", "shelve", "joblib", "yaml", "jsonpickle", "torch.package",
+    "torch.hub", "torch.utils.model_zoo", "huggingface_hub", "urllib", "urllib3", "requests", "http", "httpx",
+    "aiohttp", "ftplib", "smtplib", "telnetlib", "socketserver", "xmlrpc", "wget", "gdown", "pty", "code",
+]
+_NAMES = [
+    "pickle.load", "pickle.loads", "pickle.Unpickler", "pandas.read_pickle", "eval", "exec", "__import__", "os.system",
+    "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "asyncio.create_subprocess_shell",
+    "tempfile.mktemp",
+]
+# fmt: on
+_NAMES += [
+    f"os.{how}{which}" for how in ("exec", "spawn") for which in ("l", "le", "lp", "lpe", "v", "ve", "vp", "vpe")
+]
+# Of these calls an argument must have this value.
+_ARGUMENTS = {"torch.load": ("weights_only", True), "numpy.load": ("allow_pickle", False)}
+_SHELLS = {"sh", "bash", "dash", "zsh", "/bin/sh", "/bin/bash"}
+
+
+def refused(source: str) -> Iterator[str]:
+    """What a file does that this project does without."""
+    tree = ast.parse(source)
+    full_names = {}
+    for node in ast.walk(tree):
+        for alias in node.names if isinstance(node, ast.Import | ast.ImportFrom) else ():
+            module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            full_names[alias.asname or alias.name.partition(".")[0]] = (
+                module + alias.name if alias.asname or module else alias.name.partition(".")[0]
+            )
+            if _belongs_to(module + alias.name, _MODULES):
+                yield module + alias.name
+
+    def full_name(node: ast.expr) -> str:
+        first, dot, rest = ast.unparse(node).partition(".")
+        return full_names.get(first, first) + dot + rest
+
+    for node in ast.walk(tree):
+        if (isinstance(node, ast.Name) and full_name(node) in _NAMES) or (
+            isinstance(node, ast.Attribute) and full_name(node) in _NAMES + _MODULES
+        ):
+            yield full_name(node)
+        if not isinstance(node, ast.Call):
+            continue
+        name = full_name(node.func)
+        given = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
+        if name in _ARGUMENTS or "shell" in given:
+            argument, value = _ARGUMENTS.get(name, ("shell", False))
+            if given.get(argument) is not value:
+                yield f"{name} without {argument}={value}"
+        for command in node.args:
+            if isinstance(command, ast.List) and command.elts and getattr(command.elts[0], "value", None) in _SHELLS:
+                yield f"{name} with a shell"
+
+
+def _belongs_to(name: str, modules: list[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def python_files() -> list[Path]:
+    folders = ("dtr_kernels", "benchmarks", "examples", "tests", "docs")
+    return [
+        *ROOT.glob("*.py"),
+        ROOT / ".ci" / "gpu",
+        *(path for name in folders for path in (ROOT / name).rglob("*.py")),
+    ]
+
+
+def test_nothing_runs_what_it_reads_or_fetches_anything():
+    found = [
+        (path.relative_to(ROOT).as_posix(), what)
+        for path in python_files()
+        for what in refused(path.read_text("utf-8"))
+    ]
+    needed = set()
+    for file, what in found:
+        reasons = [(where, allowed) for where, allowed in ALLOWED if file.startswith(where) and allowed == what]
+        assert reasons, f"{file}: {what}"
+        needed.update(reasons)
+    assert needed == ALLOWED.keys()
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("import torch\ntorch.load(path)", "torch.load without weights_only=True"),
+        ("import torch\ntorch.load(path, weights_only=False)", "torch.load without weights_only=True"),
+        ("from torch import load as read\nread(path, weights_only=choice)", "torch.load without weights_only=True"),
+        ("import numpy as np\nnp.load(path)", "numpy.load without allow_pickle=False"),
+        ("import pickle\npickle.loads(data)", "pickle.loads"),
+        ("import yaml", "yaml"),
+        ("from pickle import Unpickler as Reader\nReader(file)", "pickle.Unpickler"),
+        ("list(map(eval, texts))", "eval"),
+        ("from urllib.request import urlopen", "urllib.request.urlopen"),
+        ("from torch import hub", "torch.hub"),
+        ("import torch\ntorch.hub.load(name)", "torch.hub"),
+        ("eval(text)", "eval"),
+        ("import os\nos.system(text)", "os.system"),
+        ("from os import popen\npopen(text)", "os.popen"),
+        ("import subprocess\nsubprocess.run(text, shell=True)", "subprocess.run without shell=False"),
+        ("import subprocess as s\ns.run(text, shell=choice)", "subprocess.run without shell=False"),
+        ("import subprocess\nsubprocess.run(['bash', '-c', text])", "subprocess.run with a shell"),
+        ("import tempfile\ntempfile.mktemp()", "tempfile.mktemp"),
+    ],
+)
+def test_what_is_refused(source, what):
+    assert list(refused(source)) == [what]
+
+
+def test_what_is_not_refused():
+    source = """
+import subprocess, numpy as np, torch, torch.nn.functional as F
+torch.load(path, map_location="cpu", weights_only=True), np.load(path, allow_pickle=False)
+subprocess.run(["g++", path], check=True), subprocess.run([*command], shell=False), model.eval(), F.linear(x, w)
+"""
+    assert list(refused(source)) == []
