@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -90,9 +91,10 @@ def _alike(blocks: Sequence[BlockReport]) -> Iterator[tuple[str, BlockReport]]:
 def explain(model: nn.Module, batch: Tensor | Sequence[Any] | Mapping[str, Any]) -> Explanation:
     """Says which kernels run in each block of a model for a batch, and why not faster ones.
 
-    The batch goes once through the model, without gradients and in the model's own mode; random number generators are
-    put back. What ran is watched, not guessed. Blocks that could be swapped and are not are named with what is in the
-    way. Blocks are those of ``swap_blocks``, swapped or not, ``RoutedDiTBlock`` and ``RoutedResBlock``.
+    The batch goes once through the model, without gradients and in the model's own mode; random number generators and
+    buffers are put back. Fused ops are watched while they run; of a block that is called more than once the last call
+    counts. Blocks that could be swapped and are not are named with what is in the way. Blocks are those of
+    ``swap_blocks``, swapped or not, ``RoutedDiTBlock`` and ``RoutedResBlock``.
 
     Args:
         model: any module; not compiled, since a compiled model no longer runs its blocks one by one.
@@ -120,9 +122,22 @@ def explain(model: nn.Module, batch: Tensor | Sequence[Any] | Mapping[str, Any])
             stack.enter_context(watch.block(name, block))
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(_kept([buffer for buffer in model.buffers() if not buffer.is_meta]))
         stack.enter_context(watch)
         model(*arguments, **keywords)
     return Explanation([watch.reports[name] for name in blocks])
+
+
+@contextmanager
+def _kept(buffers: list[Tensor]) -> Iterator[None]:
+    """Puts buffers back, such as the statistics that BatchNorm keeps in training."""
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, old in zip(buffers, before, strict=True):
+            if not torch.equal(buffer, old):
+                buffer.copy_(old)
 
 
 def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -136,7 +151,11 @@ def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _is_known(module: nn.Module) -> bool:
-    return isinstance(module, RoutedDiTBlock | RoutedResBlock) or family_of(module) is not None
+    return _is_ours(module) or family_of(module) is not None
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return isinstance(module, RoutedDiTBlock | RoutedResBlock)
 
 
 class _Watch(TorchDispatchMode):
@@ -150,7 +169,9 @@ class _Watch(TorchDispatchMode):
     @contextmanager
     def block(self, name: str, block: Any) -> Iterator[None]:
         """Watches a block while the context is open."""
-        report = self.reports[name] = BlockReport(name, _kind(block), why_plain="the batch did not reach this block")
+        report = self.reports[name] = BlockReport(
+            name, type(block).__name__, why_plain="the batch did not reach this block"
+        )
 
         def enter(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             self._running.append(report)
@@ -158,6 +179,8 @@ class _Watch(TorchDispatchMode):
 
         def leave(*_: Any) -> None:
             self._running.pop()
+            if not report.ops and report.why_plain is None:
+                report.why_plain = "its forward was replaced, and called no fused op"
 
         handles = [
             block.register_forward_pre_hook(enter, with_kwargs=True),
@@ -176,27 +199,22 @@ class _Watch(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def _kind(block: Any) -> str:
-    return type(block).__name__
-
-
 def _describe(report: BlockReport, block: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     """Fills in what is known before a block runs."""
-    x, window = _input_and_window(block, arguments, keywords)
+    if is_block(block):
+        x, c = block_input(block, arguments, keywords)
+        window = block._dtr.window(block, c)
+    else:
+        named = inspect.signature(block.forward).bind(*arguments, **keywords).arguments
+        x = next(iter(named.values()))
+        window = named.get("window") if _is_ours(block) else None
+    x = x.x if isinstance(x, Stream) else x
     report.input = f"{list(x.shape)} in {str(x.dtype).removeprefix('torch.')} on {x.device}"
-    report.routing = _in_words(window)
+    report.routing = _in_words(window) if _is_ours(block) or is_block(block) else "as the model has it"
+    report.ops = {}
     report.why_plain = _why_plain(block, x, window)
     if report.why_plain is None and hasattr(block, "in_layers"):  # what it skips it skips by PyTorch's convolution
         report.ops["routed_conv"] = "PyTorch's convolution of the groups that the window touches"
-
-
-def _input_and_window(block: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Tensor, Any]:
-    if is_block(block):
-        x, c = block_input(block, arguments, keywords)
-        return x, block._dtr.window(block, c)
-    x = arguments[0] if arguments else next(iter(keywords.values()))
-    window = keywords.get("window", arguments[2] if len(arguments) > 2 else None)
-    return x.x if isinstance(x, Stream) else x, window
 
 
 def _in_words(window: ChannelWindow | Tensor | None) -> str:
@@ -211,7 +229,7 @@ def _in_words(window: ChannelWindow | Tensor | None) -> str:
 
 def _why_plain(block: Any, x: Tensor, window: ChannelWindow | Tensor | None) -> str | None:
     """Why plain PyTorch is about to compute a block; None if fused ops are."""
-    if not isinstance(block, RoutedDiTBlock | RoutedResBlock) and not is_block(block):
+    if not _is_ours(block) and not is_block(block):
         problem = swap_problem(block)
         return f"it is not swapped: {problem}" if problem else "it is not swapped; call dtr_kernels.swap_blocks(model)"
     if isinstance(window, Tensor):

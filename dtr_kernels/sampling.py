@@ -7,7 +7,8 @@ every batch and is remembered; and as every step launches the same kernels on th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from numbers import Integral, Real
@@ -22,6 +23,9 @@ from dtr_kernels.swap.core import is_block, one_timestep
 
 __all__ = ["Sampler"]
 
+# A step changes the model's modules while it runs, and several samplers may share a model.
+_LOCK = threading.Lock()
+
 
 class Sampler:
     """Calls a routed model at one timestep after another, with the conditioning it is given here.
@@ -29,7 +33,7 @@ class Sampler:
     Windows come from the timestep as a number, so kernels read one slice of each weight. Modulations are computed at
     the first step at a timestep and remembered, in one row for all samples that have the same conditioning; later
     batches read them instead of the weights that make them, which are a third of a DiT's. Nothing of this changes
-    a result but for rounding.
+    a result but for rounding. Copies and pickles begin without memory.
 
     Example::
 
@@ -38,37 +42,51 @@ class Sampler:
             x = scheduler.step(sampler(x, t), t, x).prev_sample
 
     Args:
-        model: ``dtr_kernels.nn.DiT``, or a model after ``swap_blocks``, in eval mode and not compiled.
+        model: ``dtr_kernels.nn.DiT``, or a model after ``swap_blocks``, in eval mode and not compiled. When its weights
+            change in place, what is remembered is dropped; after any other change call ``forget``.
         guidance_scale: for classifier-free guidance; None for none. Then the conditioning holds 2B samples, those
             wanted followed by those of no class, and both go through the model in one batch.
+        remember: keep modulations: for each timestep, block and different conditioning 6 C numbers. Without it, every
+            step computes them.
         cuda_graphs: capture a CUDA graph at the first step at each timestep and replay it later. For x of one shape
             and dtype, on a GPU. All graphs share their memory.
         conditioning: the other arguments of the model's forward by their names, such as y=labels. Tensors among them
-            have one entry per sample.
+            have one entry per sample, and are copied.
 
     Raises:
         TypeError: if the model is neither.
-        ValueError: if it is in training mode or compiled, or if the conditioning's tensors do not fit each other.
+        ValueError: if it is compiled, or if the conditioning's tensors do not fit each other.
     """
 
     def __init__(
-        self, model: nn.Module, guidance_scale: float | None = None, cuda_graphs: bool = False, **conditioning: Any
+        self,
+        model: nn.Module,
+        guidance_scale: float | None = None,
+        remember: bool = True,
+        cuda_graphs: bool = False,
+        **conditioning: Any,
     ) -> None:
         self.model = model
         self.guidance_scale = guidance_scale
+        self.remember = remember
         self.cuda_graphs = cuda_graphs
-        self.conditioning = conditioning
+        self._conditioning = {
+            name: value.clone() if isinstance(value, Tensor) else value for name, value in conditioning.items()
+        }
         self._at = _at_one_timestep(model)
-        self._conditioned = _conditioned(model)
-        self._batch, self._first, self._rows = _distinct(conditioning)
-        self._known: dict[tuple[int, int | float], Tensor] = {}
-        self._graphs: dict[int | float, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._input: Tensor | None = None
+        self._batch = _samples(self._conditioning)
         if guidance_scale is not None and self._batch is not None and self._batch % 2:
             raise ValueError(
                 f"with guidance the conditioning must hold 2B samples, those wanted and then as many of no class, got "
                 f"{self._batch}"
             )
+        self._conditioned = _conditioned(model) if remember else []
+        self._weights = list(model.parameters())
+        self._kind: type | None = None  # of timestep: int or float
+        self.forget()
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _make, (self.model, self.guidance_scale, self.remember, self.cuda_graphs, self._conditioning)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor | int | float) -> Tensor:
@@ -80,61 +98,60 @@ class Sampler:
                 tensor that holds one, for which the host waits if it is on a GPU.
 
         Returns:
-            What the model returns for x, [B, ...], its ``sample`` where that is not a tensor. With guidance, the first
-            ``channels`` of its channels are guided, and others (a learned variance) are those with conditioning.
+            What the model returns for x, [B, ...]: its ``sample`` or its first element where that is not a tensor. With
+            guidance, the first ``channels`` of its channels are guided, and others (a learned variance) are those with
+            conditioning.
 
         Raises:
             ValueError: if x does not have as many samples as the conditioning, the model is in training mode, t is not
-                one number, or, with CUDA graphs, x is not on a GPU or of another shape than at the first step.
+                one number or is an integer at one step and not at another, or, with CUDA graphs, x is not on a GPU or
+                of another shape than at the first step.
+            RuntimeError: if a block's modulation turns out to depend on more than timestep and conditioning.
         """
         if self.model.training:
             raise ValueError("the model is in training mode, where labels may be dropped; call model.eval()")
         number = _number(t)
         samples = x.shape[0] * (1 if self.guidance_scale is None else 2)
-        if self._batch is not None and samples != self._batch:
+        if self._batch is None:
+            self._batch = samples
+        if samples != self._batch:
             raise ValueError(
-                f"the conditioning has {self._batch} samples, but x [{x.shape[0]}, ...] needs {samples}; make a "
-                "Sampler for each batch size"
+                f"this Sampler is for {self._batch} samples, but x [{x.shape[0]}, ...] makes {samples}; make one for "
+                "each batch size"
             )
-        return self._replay(x, number) if self.cuda_graphs else self._step(x, number)
+        self._kind = self._kind or type(number)
+        if type(number) is not self._kind:
+            raise ValueError(
+                f"t was of type {self._kind.__name__} before and is {number!r} now, which routing tells apart"
+            )
+        with _LOCK:
+            self._forget_if_weights_changed()
+            return self._replay(x, number) if self.cuda_graphs else self._step(x, number)
 
     def forget(self) -> None:
-        """Drops remembered modulations and graphs: call it after the model's weights have changed."""
-        self._known.clear()
-        self._graphs.clear()
-        self._input = None
+        """Drops remembered modulations and graphs."""
+        self._modulations = _Modulations(*_distinct(self._conditioning, self._batch))
+        self._graphs: dict[int | float, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._input: Tensor | None = None
+        self._versions = _versions(self._weights)
+
+    def _forget_if_weights_changed(self) -> None:
+        if _versions(self._weights) != self._versions:
+            self.forget()
 
     def _step(self, x: Tensor, t: int | float) -> Tensor:
         batch = x if self.guidance_scale is None else torch.cat([x, x])
-        with self._remembering(t):
-            out = self._at(batch, t, self.conditioning)
-        out = out if isinstance(out, Tensor) else out[0]  # diffusers' outputs are tuples, and so is return_dict=False
+        autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+        with self._modulations.remembered(self._conditioned, (t, x.dtype, autocast)):
+            out = self._at(batch, t, self._conditioning)
+        if not isinstance(out, Tensor):
+            out = out.sample if hasattr(out, "sample") else out[0]
         if self.guidance_scale is None:
             return out
         wanted, unconditional = out.chunk(2)
         C = x.shape[1]
         guided = unconditional[:, :C] + self.guidance_scale * (wanted[:, :C] - unconditional[:, :C])
         return torch.cat([guided, wanted[:, C:]], dim=1)
-
-    @contextmanager
-    def _remembering(self, t: int | float) -> Iterator[None]:
-        """Lets the modules that see the conditioning alone return what they returned for it at t before."""
-        for number, module in enumerate(self._conditioned):
-            vars(module)["forward"] = partial(self._recall, (number, t), module.forward)
-        try:
-            yield
-        finally:
-            for module in self._conditioned:
-                del vars(module)["forward"]
-
-    def _recall(
-        self, key: tuple[int, int | float], compute: Callable[..., Tensor], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        if key not in self._known:
-            out = compute(*args, **kwargs)
-            self._known[key] = out if self._first is None else out[self._first]
-        known = self._known[key]
-        return known if self._rows is None else known[self._rows]
 
     def _replay(self, x: Tensor, t: int | float) -> Tensor:
         if x.device.type != "cuda":
@@ -157,7 +174,8 @@ class Sampler:
         stream = torch.cuda.Stream(x.device)
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):
-            self._step(x, t)  # compiles kernels and fills the memory of modulations
+            for _ in range(2):  # kernels are compiled, modulations computed; and then those are checked
+                self._step(x, t)
         torch.cuda.current_stream(x.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
@@ -166,7 +184,77 @@ class Sampler:
         return graph, out
 
 
-def _at_one_timestep(model: nn.Module) -> Callable[[Tensor, int | float, dict[str, Any]], Any]:
+class _Modulations:
+    """What modules that see timestep and conditioning alone have returned.
+
+    Args:
+        first: of each different conditioning, one sample that has it. None: every sample has its own.
+        rows: which of these each sample has.
+    """
+
+    def __init__(self, first: Tensor | None, rows: Tensor | None) -> None:
+        self._first = first
+        self._rows = rows
+        self._known: dict[tuple[Any, ...], Tensor] = {}
+        self._calls: dict[int, int] = {}
+        self._computed: set[int] = set()  # modules that are checked once when they compute,
+        self._repeated: set[int] = set()  # and once when they need not
+
+    @contextmanager
+    def remembered(self, modules: list[Any], when: tuple[Any, ...]) -> Iterator[None]:
+        """Lets modules return what they returned at the same timestep before."""
+        patched = [vars(module).get("forward") for module in modules]
+        self._calls.clear()
+        for number, module in enumerate(modules):
+            vars(module)["forward"] = partial(self._recall, number, when, module.forward)
+        try:
+            yield
+        finally:
+            for module, forward in zip(modules, patched, strict=True):
+                if forward is None:
+                    del vars(module)["forward"]
+                else:
+                    vars(module)["forward"] = forward
+
+    def _recall(
+        self, module: int, when: tuple[Any, ...], compute: Callable[..., Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        # Blocks may share a module, which each of them calls with a conditioning of its own.
+        call = self._calls[module] = self._calls.get(module, 0) + 1
+        key = (module, call, *when)
+        if key not in self._known:
+            out = compute(*args, **kwargs)
+            self._known[key] = out if self._first is None else out[self._first]
+            if module not in self._computed:
+                self._computed.add(module)
+                self._check(out, self._of_all(key))
+            return out
+        if module not in self._repeated:
+            self._repeated.add(module)
+            self._check(compute(*args, **kwargs), self._of_all(key))
+        return self._of_all(key)
+
+    def _of_all(self, key: tuple[Any, ...]) -> Tensor:
+        known = self._known[key]
+        return known if self._rows is None else known[self._rows]
+
+    @staticmethod
+    def _check(out: Tensor, remembered: Tensor) -> None:
+        """Refuses modulations that depend on more. On a GPU the host waits, so this is not done at every step."""
+        if out.numel() and (out - remembered).abs().max() > torch.finfo(out.dtype).eps ** 0.5 * out.abs().max():
+            raise RuntimeError(
+                "a block's modulation differs between samples, or steps, of one timestep and one conditioning, so it "
+                "depends on something else too; give Sampler remember=False"
+            )
+
+
+def _make(
+    model: nn.Module, guidance_scale: float | None, remember: bool, cuda_graphs: bool, conditioning: dict[str, Any]
+) -> Sampler:
+    return Sampler(model, guidance_scale, remember, cuda_graphs, **conditioning)
+
+
+def _at_one_timestep(model: nn.Module) -> Callable[[Tensor, int | float, Mapping[str, Any]], Any]:
     """How to call the model for a timestep that the host knows."""
     if any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules()):
         raise ValueError("the model is compiled; give Sampler the model itself, and use cuda_graphs=True on a GPU")
@@ -177,10 +265,16 @@ def _at_one_timestep(model: nn.Module) -> Callable[[Tensor, int | float, dict[st
 
 def _conditioned(model: nn.Module) -> list[Any]:
     """The modules whose result depends on timestep and conditioning alone."""
-    modules: list[Any] = [module for module in model.modules() if isinstance(module, RoutedDiTBlock | FinalLayer)]
-    own = [module.adaLN_modulation for module in modules]
+    own: list[Any] = [module for module in model.modules() if isinstance(module, RoutedDiTBlock | FinalLayer)]
     swapped: list[Any] = [module for module in model.modules() if is_block(module)]
-    return own + [part for block in swapped for part in block._dtr.family.conditioned(block)]
+    parts = [module.adaLN_modulation for module in own]
+    parts += [part for block in swapped for part in block._dtr.family.conditioned(block)]
+    return list(dict.fromkeys(parts))
+
+
+def _versions(weights: list[nn.Parameter]) -> list[tuple[int, int]]:
+    """Changes when a weight is written or moved. Inference tensors count no writing."""
+    return [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
 
 
 def _number(t: Any) -> int | float:
@@ -193,22 +287,32 @@ def _number(t: Any) -> int | float:
     return int(t) if isinstance(t, Integral) else float(t)
 
 
-def _distinct(conditioning: dict[str, Any]) -> tuple[int | None, Tensor | None, Tensor | None]:
-    """How many samples the conditioning has, one sample for each that is different, and which of these each is like.
-
-    None where there are no tensors; the indices are None where all samples are different.
-    """
-    tensors = {name: value for name, value in conditioning.items() if isinstance(value, Tensor)}
-    sizes = {name: len(value) if value.dim() else 0 for name, value in tensors.items()}
+def _samples(conditioning: Mapping[str, Any]) -> int | None:
+    """How many samples the conditioning has; None where no tensor says so."""
+    sizes = {
+        name: len(value) if value.dim() else 0 for name, value in conditioning.items() if isinstance(value, Tensor)
+    }
     if len(set(sizes.values())) > 1:
         raise ValueError(f"the conditioning's tensors must have one entry per sample, got {sizes}")
-    if not tensors:
-        return None, None, None
-    B = next(iter(sizes.values()))
-    rows = torch.cat([value.reshape(B, -1).double() for value in tensors.values()], dim=1)
-    different, like = torch.unique(rows, dim=0, return_inverse=True)
-    if len(different) == B:
-        return B, None, None
-    index = torch.arange(B, device=rows.device)
-    first = torch.full((len(different),), B, device=rows.device).scatter_reduce(0, like, index, "amin")
-    return B, first, like
+    return next(iter(sizes.values()), None)
+
+
+def _distinct(conditioning: Mapping[str, Any], samples: int | None) -> tuple[Tensor | None, Tensor | None]:
+    """One sample for each conditioning that is different, and which of these each sample is like.
+
+    None where all samples are different, or may be for all that is known of other objects than tensors.
+    """
+    others = [value for value in conditioning.values() if not isinstance(value, Tensor)]
+    if not samples or not all(isinstance(value, Real | None) for value in others):
+        return None, None
+    tensors = [value.reshape(samples, -1) for value in conditioning.values() if isinstance(value, Tensor)]
+    if not tensors or any(tensor.is_complex() for tensor in tensors):
+        return None, None
+    device = tensors[0].device
+    like = [torch.unique(tensor, dim=0, return_inverse=True)[1].to(device) for tensor in tensors]
+    different, rows = torch.unique(torch.stack(like), dim=1, return_inverse=True)
+    if different.shape[1] == samples:
+        return None, None
+    index = torch.arange(samples, device=device)
+    first = torch.full((different.shape[1],), samples, device=device).scatter_reduce(0, rows, index, "amin")
+    return first, rows

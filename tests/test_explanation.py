@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -112,6 +113,35 @@ def test_blocks_called_by_keywords():
 
     model = dtr.swap_blocks(Model(), ROUTING)
     assert list(only(dtr.explain(model, (torch.randn(2, 16, C), torch.tensor([3, 17]))))["ops"]) == FUSED
+
+
+def test_a_block_that_is_not_called_as_most_are():
+    class Turned(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = facebook_dit().blocks[0]
+            self.norm = torch.nn.BatchNorm1d(16)
+
+        def forward(self, x, c):
+            return self.block(c=c, x=self.norm(x))
+
+    model = Turned()
+    before = copy.deepcopy(model.state_dict())
+    report = only(dtr.explain(model, (torch.randn(2, 16, C), torch.randn(2, C))))
+    assert report["input"].startswith("[2, 16, 32]") and report["routing"] == "as the model has it"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with_rope = facebook_dit().blocks[0]
+    with_rope.forward = lambda x, c, rope: x
+    report = only(dtr.explain(with_rope, (torch.randn(2, 16, C), torch.randn(2, C), (None, None))))
+    assert report["why_plain"].startswith("it is not swapped")
+
+
+def test_a_swapped_block_whose_forward_was_replaced():
+    model = dtr.swap_blocks(facebook_dit())
+    for block in model.blocks:
+        block.forward = lambda x, c: x
+    report = only(dtr.explain(model, (torch.randn(2, 3, 8, 8), torch.tensor([3, 17]), torch.tensor([0, 1]))))
+    assert report["why_plain"] == "its forward was replaced, and called no fused op"
 
 
 def test_unets():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -204,15 +206,138 @@ def test_modulations_are_computed_once_for_each_timestep(modulated, swapped):
     assert rows == [3, 3, 3, 3]
     for module in sampler._conditioned:  # what is kept: of the two samples of one class, one
         assert module.__dict__.get("forward") is None
-    assert {len(known) for known in sampler._known.values()} == {2}
-    assert all(torch.equal(sampler(x, t), out) for t, out in zip((999, 500), first, strict=True))
-    assert rows == [3, 3, 3, 3]
+    assert {len(known) for known in sampler._modulations._known.values()} == {2}
+    for _ in range(2):
+        assert all(torch.equal(sampler(x, t), out) for t, out in zip((999, 500), first, strict=True))
+        assert rows == [3, 3, 3, 3, 3, 3]  # each once more, to see whether that gives the same
 
     with torch.no_grad():
         model.blocks[0].adaLN_modulation[1].bias.add_(1)
-    assert torch.equal(sampler(x, 500), first[1])
-    sampler.forget()
-    assert (sampler(x, 500) - first[1]).abs().max() > 1e-3
+    assert (sampler(x, 500) - first[1]).abs().max() > 1e-3, "the weights have changed"
+    dtr.Sampler(model, remember=False, y=y)(x, 500)
+    assert len(sampler._modulations._known) == len(dict.fromkeys(sampler._conditioned))
+
+
+def test_samples_are_alike_only_where_all_of_the_conditioning_is():
+    model = make_model()
+    calls = []
+
+    def forward(x, t, y, extra=None, scale=1.0):
+        calls.append((extra, scale))
+        return dtr.nn.DiT.forward(model, x, t, y)
+
+    model.forward = forward
+    x, alike = torch.randn(3, 2, SIZE, SIZE), torch.tensor([1, 1, 1])
+    for conditioning, kept in [
+        ({"y": alike}, 1),
+        ({"y": alike, "scale": 2.0, "extra": None}, 1),
+        ({"y": LABELS[:3]}, 2),
+        ({"y": alike, "extra": torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 2.0]])}, 2),
+        ({"y": alike, "extra": torch.tensor([2**60, 2**60 + 1, 2**60])}, 2),
+        ({"y": alike, "extra": ["a", "b", "a"]}, 3),
+        ({"y": alike, "extra": {"mask": alike}}, 3),
+    ]:
+        sampler = dtr.Sampler(model, **conditioning)
+        torch.testing.assert_close(sampler(x, 5), dtr.nn.DiT.forward(model, x, 5, conditioning["y"]))
+        assert {len(known) for known in sampler._modulations._known.values()} == {kept}, conditioning
+
+
+class Drifting(torch.nn.Module):
+    """A model whose conditioning is not all that its blocks are given."""
+
+    def __init__(self, of_images):
+        super().__init__()
+        model = facebook_dit()
+        self.y_embedder, self.blocks, self.of_images = model.y_embedder, model.blocks, of_images
+
+    def forward(self, x, t, y):
+        c = self.y_embedder(y) + self.of_images * x.mean((1, 2))[:, None]
+        for block in self.blocks:
+            x = block(x, c)
+        return x
+
+
+def test_a_model_whose_modulation_depends_on_more_is_refused():
+    x, y = torch.randn(2, 9, 32), torch.tensor([1, 2])
+    steady, drifting = (dtr.swap_blocks(Drifting(of).eval(), ROUTING) for of in (0.0, 3.0))
+    sampler = dtr.Sampler(steady, y=y)
+    assert torch.equal(sampler(x, 5), sampler(x, 5))
+    with pytest.raises(RuntimeError, match="depends on something else too; give Sampler remember=False"):
+        dtr.Sampler(drifting, y=torch.tensor([1, 1]))(x, 5)
+    sampler = dtr.Sampler(drifting, y=y)
+    sampler(x, 5)
+    with pytest.raises(RuntimeError, match="depends on something else too"):
+        sampler(x + torch.randn(2, 1, 1), 5)
+    sampler = dtr.Sampler(drifting, remember=False, y=y)
+    torch.testing.assert_close(sampler(x, 5), drifting(x, torch.tensor([5, 5]), y))
+
+
+def test_a_modulation_that_blocks_share():
+    model, x = facebook_dit().eval(), torch.randn(3, 3, SIZE, SIZE)
+    model.blocks[1].adaLN_modulation = model.blocks[0].adaLN_modulation
+    dtr.swap_blocks(model, ROUTING)
+    sampler = dtr.Sampler(model, y=LABELS[:3])
+    for _ in range(3):
+        torch.testing.assert_close(sampler(x, 5), model(x, torch.tensor([5] * 3), LABELS[:3]))
+
+
+def test_the_callers_tensors_and_dtypes_may_change():
+    model, x, y = make_model(), torch.randn(3, 2, SIZE, SIZE), LABELS[:3].clone()
+    sampler = dtr.Sampler(model, y=y)
+    expected = sampler(x, 5)
+    y.fill_(0)
+    assert torch.equal(sampler(x, 5), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = sampler(x, 5)
+    assert torch.equal(sampler(x, 5), expected) and not torch.equal(narrow, expected)
+    model.double()
+    torch.testing.assert_close(sampler(x.double(), 5).float(), expected)
+
+
+def test_timesteps_first():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = facebook_dit()
+
+        def forward(self, t, images, y):
+            return self.inner.forward(images, t, y)
+
+    model = dtr.swap_blocks(Model().eval(), None)
+    x, y = torch.randn(3, 3, SIZE, SIZE), LABELS[:3]
+    torch.testing.assert_close(dtr.Sampler(model, y=y)(x, 5), model(torch.tensor([5] * 3), x, y))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda sampler: pickle.loads(pickle.dumps(sampler))])
+def test_copies_run_a_model_of_their_own(clone):
+    sampler, x = dtr.Sampler(make_model(), guidance_scale=2.0, y=LABELS), torch.randn(3, 2, SIZE, SIZE)
+    expected = sampler(x, 5)
+    other = clone(sampler)
+    assert torch.equal(other(x, 5), expected)
+    with torch.no_grad():
+        for parameter in sampler.model.parameters():
+            parameter.zero_()
+    assert torch.equal(other(x, 5), expected) and not sampler(x, 5).any()
+
+
+def test_threads_that_share_a_model():
+    model, x = make_model(), torch.randn(3, 2, SIZE, SIZE)
+    samplers = [dtr.Sampler(model, y=torch.tensor([k, k, k])) for k in range(CLASSES)]
+    expected = [model(x, 5, torch.tensor([k, k, k])) for k in range(CLASSES)]
+    with ThreadPoolExecutor(CLASSES) as threads:
+        for _ in range(10):
+            for out, right in zip(threads.map(lambda sampler: sampler(x, 5), samplers), expected, strict=True):
+                torch.testing.assert_close(out, right)
+
+
+def test_a_forward_of_the_users_own_is_kept():
+    model, x = make_model(), torch.randn(3, 2, SIZE, SIZE)
+    layer = model.blocks[0].adaLN_modulation
+    layer.forward = lambda c: 2 * torch.nn.Sequential.forward(layer, c)
+    own = layer.forward
+    out = dtr.Sampler(model, y=LABELS[:3])(x, 5)
+    assert layer.forward is own
+    torch.testing.assert_close(out, model(x, 5, LABELS[:3]))
 
 
 def test_a_failed_step_leaves_the_model_as_it_was():
@@ -237,13 +362,15 @@ def test_one_sampler_is_not_disturbed_by_another():
 def test_refusals():
     model, x = make_model(), torch.randn(3, 2, SIZE, SIZE)
     sampler = dtr.Sampler(model, y=LABELS[:3])
+    sampler(x, 5)
     for wrong, error, says in [
         (lambda: dtr.Sampler(facebook_dit(), y=LABELS), TypeError, "no block of this DiT is swapped"),
         (lambda: dtr.Sampler(torch.compile(make_model()), y=LABELS), ValueError, "the model is compiled"),
         (lambda: dtr.Sampler(model, y=LABELS, z=LABELS[:2]), ValueError, "one entry per sample"),
         (lambda: dtr.Sampler(model, guidance_scale=2.0, y=LABELS[:3]), ValueError, "must hold 2B samples"),
-        (lambda: sampler(x[:2], 5), ValueError, "the conditioning has 3 samples, but"),
+        (lambda: sampler(x[:2], 5), ValueError, "this Sampler is for 3 samples, but"),
         (lambda: sampler(x, torch.tensor([5, 5, 5])), ValueError, "one timestep for the whole batch"),
+        (lambda: sampler(x, 5.0), ValueError, "t was of type int before and is 5.0 now"),
         (lambda: sampler(x, "5"), ValueError, "must be a number"),
         (lambda: sampler(x, T), ValueError, "0..999|0 to 999|out of range|between"),
         (lambda: dtr.Sampler(model, cuda_graphs=True, y=LABELS[:3])(x, 5), ValueError, "needs x on a GPU"),
@@ -279,7 +406,8 @@ def test_cuda_graphs_replay_every_timestep(swapped):
 def test_no_step_waits_for_the_gpu():
     model, x = make_model().cuda(), torch.randn(3, 2, SIZE, SIZE, device="cuda")
     sampler = dtr.Sampler(model, y=LABELS[:3].cuda())
-    sampler(x, 5)
+    for _ in range(2):  # what is remembered is checked once
+        sampler(x, 5)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for t in (5, 4):

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from models import DIM, TIMESTEPS, DiT, DiTBlock, facebook_dit, public_dtr, random_mapping
+import torch.nn.functional as F
+from models import DIM, HEADS, TIMESTEPS, Attention, DiT, DiTBlock, facebook_dit, public_dtr, random_mapping
 from models import window_mapping as windows
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -522,7 +523,7 @@ REFUSED_BLOCKS = {
     "MLP input": (change("mlp.fc1", nn.Linear(OTHER_DIM, 4 * DIM)), "mlp.fc1 maps 64 features"),
     "MLP output": (change("mlp.fc2", nn.Linear(4 * DIM, OTHER_DIM)), "mlp.fc2 maps 128 features to 64"),
     "projection": (change("attn.proj", nn.Linear(DIM, OTHER_DIM)), "attn.proj maps 32 features to 64"),
-    "wrapped linear": (change("attn.qkv", LowRankLinear(DIM, 3 * DIM)), "attn.qkv is LowRankLinear"),
+    "wrapped linear": (change("attn.qkv", LowRankLinear(DIM, 3 * DIM)), "attn.qkv is test_swap.LowRankLinear"),
     "missing layer": (lambda block: delattr(block.mlp, "fc2"), "it has no mlp.fc2"),
     "layer scale": (change("attn.gamma", nn.Parameter(torch.ones(DIM))), "has a parameter attn.gamma"),
     "inner hook": (lambda block: block.attn.qkv.register_forward_hook(print), "attn.qkv has hooks"),
@@ -588,6 +589,55 @@ def test_refuses_a_model_and_changes_nothing(make, arguments, error, message):
     with pytest.raises(error, match=message):
         swap_blocks(model, **arguments)
     assert snapshot(model) == before
+
+
+class Adapter(nn.Linear):
+    """A linear layer and something on top, as LoRA's."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def wrap(block):
+    qkv = block.attn.qkv
+    block.attn.qkv = Adapter(qkv.in_features, qkv.out_features)
+
+
+def patch(block):
+    block.mlp.fc1.forward = lambda x: x
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        wrap,
+        patch,
+        lambda block: block.mlp.fc2.register_forward_hook(print),
+        lambda block: nn.utils.weight_norm(block.mlp.fc1),
+    ],
+    ids=["wrapped", "patched", "hooked", "old weight norm"],
+)
+@pytest.mark.parametrize("routing", [ROUTING, RANDOM], ids=["DTR", "random"])
+def test_layers_that_were_changed_after_the_swap_are_not_ignored(change, routing):
+    model = dtr.swap_blocks(facebook_dit(), routing)
+    change(model.blocks[1])
+    with pytest.raises(RuntimeError, match=r"a swapped block was changed: (Linear|Adapter)"):
+        model(*batch())
+    dtr.restore_blocks(model)
+
+
+def test_attention_to_neighbours_alone_is_refused():
+    class Local(Attention):
+        def forward(self, x):
+            near = (torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])).abs() <= 8
+            q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim)).transpose(1, 3).unbind(2)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=near)
+            return self.proj(out.transpose(1, 2).flatten(2))
+
+    model = facebook_dit()
+    model.blocks[0].attn = Local(DIM, HEADS)
+    with pytest.raises(ValueError, match="its forward computes something else than a DiT block"):
+        swap_blocks(model)
 
 
 def test_compiled_blocks_are_refused():

@@ -126,7 +126,7 @@ def why_dense(
     if window is None:
         return "unrouted"
     if window.shared_start is None:
-        return "each sample has a window of its own; one timestep for the batch, as a Python number, would be faster"
+        return "each sample has a window of its own; dtr.Sampler, for one timestep that the host knows, skips channels"
     if torch.compiler.is_compiling():
         return "inside torch.compile every first channel would need a graph of its own"
     first, last = _touched(window.shared_start, window, num_groups)

@@ -63,7 +63,11 @@ def call_problems(block: nn.Module, family: type[Family], called: tuple[str, ...
             yield f"the {method} of its instance was patched, which would be lost; swap first, then patch it"
     for name, module in block.named_modules():
         if "forward" in vars(module):
-            yield f"the forward of {name or 'its instance'} was patched, which would be lost; swap first, then patch it"
+            yield (
+                f"the forward of {name} was patched, which would be lost; leave this model unswapped"
+                if name
+                else "the forward of its instance was patched, which would be lost; swap first, then patch it"
+            )
         if name and any(getattr(module, hooks) for hooks in HOOKS) and not _within(name, called):
             yield f"{name} has hooks, which would never run; remove them, or put them on the block itself"
 
@@ -115,6 +119,22 @@ def dit_block_problems(block: Any, family: type[Family]) -> Iterator[str]:
         yield f'{names.get(id(act), "mlp.act")} is {act}, but the fused MLP computes nn.GELU(approximate="tanh")'
 
 
+def refuse_changes(layers: Layers) -> None:
+    """Raises RuntimeError if one of the layers whose weights are read would by now compute something else, such as one
+    that an adapter (LoRA) has wrapped since the swap, or that has hooks."""
+    for whole in (layers.attn.qkv, layers.mlp.fc1, layers.mlp.fc2):
+        for layer in linear_layers(whole):
+            if not _is_linear(layer) or "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks:
+                raise RuntimeError(
+                    f"a swapped block was changed: {layer} was wrapped or patched, or given hooks, which the fused "
+                    "forward does not call; call restore_blocks, or merge what was added into the weight"
+                )
+
+
+def _is_linear(layer: Any) -> bool:
+    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+
+
 def _linear_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
     attn, mlp = layers.attn, layers.mlp
     named = {
@@ -122,8 +142,9 @@ def _linear_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
         for path in ("attn.qkv", "mlp.fc1", "mlp.fc2", "attn.proj")
     }
     for name, layer in (*named["attn.qkv"], *named["mlp.fc1"], *named["mlp.fc2"]):
-        if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
-            yield f"{name} is {type(layer).__name__}, but the kernels read an nn.Linear's weight; merge it into one"
+        if not _is_linear(layer):
+            kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+            yield f"{name} is {kind}, but the kernels read an nn.Linear's weight; merge it into one"
     C = attn.qkv.in_features
     if attn.num_heads < 1 or C % attn.num_heads:
         yield f"attn.num_heads is {attn.num_heads}, which does not divide the hidden size {C}"

@@ -5,6 +5,7 @@ So parameters, attributes, hooks, isinstance and state_dict stay what they were,
 
 from __future__ import annotations
 
+import inspect
 import pickle
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -125,14 +126,15 @@ def restore_blocks(model: Model) -> Model:
 def one_timestep(model: nn.Module) -> Callable[[Tensor, int | float, Mapping[str, Any]], Any]:
     """How to call a swapped model for a batch of one timestep that the host knows, as in sampling.
 
-    The window is then known to the host too, so that kernels read one slice of each weight.
+    The window of a routing that ``swap_blocks`` was given is then known to the host too, so that kernels read one slice
+    of each weight.
 
     Args:
         model: after ``swap_blocks``; the module itself whose forward takes the timesteps, not one around it.
 
     Returns:
-        A function of the model's first argument x [B, ...], the timestep and the other arguments by name, which returns
-        what the model does.
+        A function of the model's first argument beside the timesteps, x [B, ...], the timestep, and the other arguments
+        by name, which returns what the model does.
 
     Raises:
         TypeError: if no block of the model is swapped.
@@ -148,11 +150,13 @@ def one_timestep(model: nn.Module) -> Callable[[Tensor, int | float, Mapping[str
             f"{', '.join(TIMESTEP_NAMES)}; give the model inside it"
         )
     state: ModelState = swapped_blocks[0]._dtr.model
+    times, _ = argument
+    images = next(name for name in list(inspect.signature(type(model).forward).parameters)[1:] if name != times)
 
     def call(x: Tensor, t: int | float, conditioning: Mapping[str, Any]) -> Any:
         state.shared_t = t
         try:
-            return model(x, **{argument[0]: torch.full((x.shape[0],), t, device=x.device)}, **conditioning)
+            return model(**{images: x, times: torch.full((x.shape[0],), t, device=x.device)}, **conditioning)
         finally:
             state.shared_t = None
 

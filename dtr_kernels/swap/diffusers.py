@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dtr_kernels.swap.checks import has, missing_problems
-from dtr_kernels.swap.family import Family, RandomTensor, open_gates
+from dtr_kernels.swap.family import TRIAL_TOKENS, Family, RandomTensor, open_gates
 from dtr_kernels.swap.views import AttentionLayers, Layers, MlpLayers, StackedLinear
 
 # Of the attention that the fused one computes. Classes of diffusers by their names, as it is not imported here.
@@ -115,7 +115,7 @@ class Diffusers(Family):
 
     @classmethod
     def trial_input(cls, copy: Any, random: RandomTensor) -> tuple[Any, ...]:
-        x = random(2, 3, cls.channels(copy))
+        x = random(2, TRIAL_TOKENS, cls.channels(copy))
         last = copy.norm1.emb.class_embedder.embedding_table.num_embeddings - 1
         timestep, class_labels = (torch.tensor(values, device=x.device) for values in ([1, 30], [0, last]))
         return x, None, None, None, timestep, None, class_labels

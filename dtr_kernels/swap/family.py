@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from dtr_kernels import reference
 from dtr_kernels.nn.block import Stream, advance
 from dtr_kernels.routing import ChannelWindow
-from dtr_kernels.swap.checks import dit_block_problems
+from dtr_kernels.swap.checks import dit_block_problems, refuse_changes
 from dtr_kernels.swap.views import Layers, linear_layers
 
 RandomTensor = Callable[..., Tensor]
+# Enough that attention to neighbours alone shows.
+TRIAL_TOKENS = 48
 
 
 class WindowSource(Protocol):
@@ -113,19 +115,23 @@ class Family:
     @classmethod
     def run(cls, block: Any, x: Tensor, c: Any, window: ChannelWindow | None, scope: str) -> Tensor:
         """The block's output for input x and conditioning c, by the fused kernels."""
-        return advance(cls.layers(block), Stream(x), c, window, scope).sum()
+        layers = cls.layers(block)
+        refuse_changes(layers)
+        return advance(layers, Stream(x), c, window, scope).sum()
 
     @classmethod
     def run_plain(cls, block: Any, x: Tensor, c: Any, mask: Tensor | None, scope: str) -> Tensor:
         """The same in plain PyTorch; mask [B, C], 1 where active."""
-        return reference.dit_block(cls.layers(block), x, c, mask, scope)
+        layers = cls.layers(block)
+        refuse_changes(layers)
+        return reference.dit_block(layers, x, c, mask, scope)
 
     @classmethod
     def trial_input(cls, copy: Any, random: RandomTensor) -> tuple[Any, ...]:
         """Small arguments of the block for two samples; ``random(*shape)`` is normally distributed, in the block's
         dtype and on its device."""
         C = cls.channels(copy)
-        return random(2, 3, C), random(2, C)
+        return random(2, TRIAL_TOKENS, C), random(2, C)
 
     @classmethod
     def prepare_trial(cls, copy: Any, c: Any, random: RandomTensor) -> Tensor | None:

@@ -58,7 +58,8 @@ def register_family(family: NewFamily) -> NewFamily:
         raise ValueError(f"{name} has no method matches(block), which says whether a module is one of its blocks")
     for method, default in inspect.getmembers(Family, inspect.ismethod):
         expected, own = (list(inspect.signature(f).parameters) for f in (default, getattr(family, method)))
-        if method != "arguments" and len(own) != len(expected):
+        bound = inspect.ismethod(getattr(family, method))
+        if not bound or (method != "arguments" and len(own) != len(expected)):
             raise ValueError(
                 f"{name}.{method} takes ({', '.join(own)}), but is called with ({', '.join(expected)}), and on the "
                 "class: make it a class method"
