@@ -112,7 +112,10 @@ REFUSED_BLOCKS = {
         "mlp.norm is not nn.Identity",
     ),
     "activation": (lambda: block(mlp=Mlp(C, 4 * C)), "mlp.act is GELU(approximate='none')"),
-    "convolution": (lambda: block(mlp=Mlp(C, 4 * C, act_layer=approx_gelu, use_conv=True)), "mlp.fc1 is torch.nn.modules.conv.Conv2d"),
+    "convolution": (
+        lambda: block(mlp=Mlp(C, 4 * C, act_layer=approx_gelu, use_conv=True)),
+        "mlp.fc1 is torch.nn.modules.conv.Conv2d",
+    ),
     "head size": (lambda: block(Attention(C, HEADS, attn_head_dim=16)), "attn.qkv maps 32 features to 192"),
     "SwiGLU": (lambda: block(mlp=SwiGLU(C, 4 * C)), "it has no mlp.fc1, which a DiT block has"),
     "drop path": (lambda: with_drop_path(block()), "drop_path drops with probability 0.2"),

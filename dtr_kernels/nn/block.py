@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtr_kernels import ops, reference
+from dtr_kernels.nn._torchscript import NoTorchScript
 from dtr_kernels.ops._checks import check_block, check_window
 from dtr_kernels.ops._launch import chosen_path
 from dtr_kernels.routing import ChannelWindow
@@ -109,7 +110,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
 
-class RoutedDiTBlock(nn.Module):
+class RoutedDiTBlock(NoTorchScript, nn.Module):
     """A DiT block (adaLN-Zero) that computes only the active channels of each sample.
 
     state_dict keys are those of facebookresearch/DiT's block.
@@ -150,8 +151,13 @@ class RoutedDiTBlock(nn.Module):
 
         Raises:
             ValueError: if shapes, devices or the window do not fit x.
-            TypeError: if x is not floating point.
+            TypeError: if x is not floating point, or neither a tensor nor a Stream.
         """
+        if type(x) is tuple:
+            raise TypeError(
+                "x must be a tensor or a Stream, got a tuple, which reentrant checkpointing makes of a Stream; "
+                "checkpoint the blocks of a DiT with use_reentrant=False"
+            )
         stream = x if isinstance(x, Stream) else Stream(x)
         check_block(stream.x, c, window if isinstance(window, Tensor) else None, self.attn.qkv.in_features)
         if isinstance(window, Tensor):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dtr_kernels import ops
+from dtr_kernels.nn._torchscript import NoTorchScript
 from dtr_kernels.nn.block import RoutedDiTBlock, Stream
 from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting, RandomRouting
 
@@ -79,7 +80,7 @@ class FinalLayer(nn.Module):
         return out
 
 
-class DiT(nn.Module):
+class DiT(NoTorchScript, nn.Module):
     """Class-conditional diffusion transformer whose blocks compute only the channels that the timestep activates.
 
     state_dict keys and shapes are those of facebookresearch/DiT, whose checkpoints load into it. Checkpoints of the DTR

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtr_kernels import ops, reference
+from dtr_kernels.nn._torchscript import NoTorchScript
 from dtr_kernels.ops._checks import _check_shape, _check_tensor
 from dtr_kernels.reference.res_block import Resampling, rest_of_branch
 from dtr_kernels.routing import ChannelWindow
@@ -66,7 +67,7 @@ def for_any_channels(resample: Any) -> Resampling | None:
     return getattr(resample, "op", partial(F.interpolate, scale_factor=2, mode="nearest"))
 
 
-class RoutedResBlock(nn.Module):
+class RoutedResBlock(NoTorchScript, nn.Module):
     """A residual block of ADM, S(x) + h(m * x, emb), that skips deactivated channels where the batch shares a window.
 
     h is GroupNorm, SiLU, resampling, 3x3 convolution, conditioning by emb, GroupNorm, SiLU, dropout and 3x3

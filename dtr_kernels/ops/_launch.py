@@ -65,7 +65,8 @@ def why_plain(x: Tensor) -> str | None:
 
 
 def _is_small(x: Tensor, path: str) -> bool:
-    return path == "cpu" and x.numel() < LEAST_ELEMENTS_ON_CPU
+    # An exported graph is one for all sizes of its batch: a comparison would bind it to one side of the limit.
+    return path == "cpu" and not torch.compiler.is_exporting() and x.numel() < LEAST_ELEMENTS_ON_CPU
 
 
 def _is_transformed() -> bool:

@@ -57,7 +57,18 @@ class GradientBuffer:
             key: torch.zeros(clusters, _rounded_up(n, _ALIGNMENT * slices), dtype=key[0], device=device)
             for key, n in lengths.items()
         }
-        self._rows = [self.split({key: t[k] for key, t in self.tensors.items()}) for k in range(clusters)]
+        self._rows = self._views(clusters)
+
+    def _views(self, clusters: int) -> list[list[Tensor]]:
+        return [self.split({key: t[k] for key, t in self.tensors.items()}) for k in range(clusters)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # pickle would give each row's views a memory of their own, and later gradients would not reach the tensors.
+        return {**vars(self), "_rows": len(self._rows)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._rows = self._views(state["_rows"])
 
     def fits(self, parameters: Mapping[str, Tensor]) -> bool:
         """Whether the parameters are still those it was made for, of the same shapes, dtypes, device and layouts."""

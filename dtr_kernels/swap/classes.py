@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from dtr_kernels.nn._torchscript import NoTorchScript
 from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting, RandomRouting
 from dtr_kernels.swap.family import Family, WindowSource
 
@@ -91,8 +92,7 @@ class BlockState:
             return None
         if self.model.running:
             window = self.source.window_of(block)
-            # A compiled graph recomputes without calling the block, but not where the block does so itself.
-            if not torch.compiler.is_compiling() or self.family.checkpoints(block):
+            if self._may_run_again(block):
                 storage, view = _memory(self.family.marker(c))
                 self._windows.setdefault(storage, {})[view] = window  # breaks the graph, if there is one
             return window
@@ -106,13 +106,20 @@ class BlockState:
                 "compiled, compile the whole model"
             ) from None
 
+    def _may_run_again(self, block: Any) -> bool:
+        """Whether the backward pass may call the block. A compiled graph recomputes without, but where the block itself
+        sees to it; torch.func knows no checkpointing, and its tensors have no memory."""
+        if torch.compiler.is_compiling():
+            return self.family.checkpoints(block)
+        return torch._C._functorch.peek_interpreter_stack() is None
+
 
 def _memory(marker: Tensor) -> tuple[torch.UntypedStorage, tuple]:
     """Where a tensor lives, and which part of that it is: microbatches may be slices of one tensor of timesteps."""
     return marker.untyped_storage(), (marker.storage_offset(), marker.shape, marker.stride())
 
 
-class Swapped:
+class Swapped(NoTorchScript):
     """Base of the classes made here. Copies and pickles are made from the module's own class, which can be imported.
 
     These classes have the names of the modules' own: other libraries find classes by them and write them into files.

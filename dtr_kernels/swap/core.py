@@ -106,8 +106,8 @@ def restore_blocks(model: Model) -> Model:
         ``model`` itself.
 
     Raises:
-        ValueError: if nothing in ``model`` is swapped, or if a forward was patched since, which would go on calling
-            the swapped one.
+        ValueError: if nothing in ``model`` is swapped, if a forward was patched since, which would go on calling the
+            swapped one, or if a class was changed since, as ``fully_shard`` does.
     """
     swapped: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, Swapped)}
     if not swapped:
@@ -116,6 +116,11 @@ def restore_blocks(model: Model) -> Model:
         if module._dtr_method in vars(module):
             raise ValueError(
                 f"cannot restore {_label(name, module)}: its {module._dtr_method} was patched since; unpatch it first"
+            )
+        if "_dtr_original" not in vars(type(module)):
+            raise ValueError(
+                f"cannot restore {_label(name, module)}: its class was changed since, as fully_shard does, which would "
+                "be lost; restore the model before it is sharded"
             )
     for module in swapped.values():
         del module._dtr
