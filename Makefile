@@ -69,6 +69,7 @@ build/tools/.ready:
 	touch $@
 
 test-wheel:  ## WHEEL=dist/... with TORCH="torch==2.8.0 triton==3.4.0": info and verify in a fresh environment
+	@test -n "$(WHEEL)" || { echo 'which wheel? make test-wheel WHEEL=dist/...' >&2; exit 1; }
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(PYTHON) -m venv "$$folder" \
 		&& "$$folder/bin/python" -m pip install --quiet $(TORCH) "$(abspath $(WHEEL))" \
 		&& cd "$$folder" && export DTR_KERNELS_CACHE="$$folder/cache" \

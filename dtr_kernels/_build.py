@@ -73,9 +73,14 @@ def build(root: Path, folder: Path, target: Path, cuda: Cuda) -> str | None:
 
 def commands(compiler: str, includes: list[str], cuda: Cuda) -> dict[str, str]:
     """The build's parameters: the command of each ninja rule, in which $in and $out stand for files."""
-    cxx = f"{compiler} {CXX_FLAGS} {os.environ.get('CXXFLAGS', '')}"
+    # Quoted word by word: ninja gives the command to a shell, which is to find nothing in it to run.
+    compiler, cxx_flags, link_flags = (
+        shlex.join(shlex.split(words))
+        for words in (compiler, os.environ.get("CXXFLAGS", ""), os.environ.get("LDFLAGS", ""))
+    )
+    cxx = f"{compiler} {CXX_FLAGS} {cxx_flags}"
     # Conversions of fp16 are linked in: of the shared libgcc only those of GCC 12 and later have them.
-    link = f"-shared {os.environ.get('LDFLAGS', '')} -lgcc"
+    link = f"-shared {link_flags} -lgcc"
     rules = {
         "cxx": f"{cxx} -MMD -MF $out.d -c $in -o $out",
         "binding": f"{cxx} {shlex.join(f'-I{path}' for path in includes)} -MMD -MF $out.d -c $in -o $out",

@@ -13,6 +13,7 @@ import stat
 import sys
 import sysconfig
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -39,27 +40,36 @@ def path() -> Path:
 def load() -> None:
     """Makes it ``dtr_kernels._C``, if there is one.
 
-    Raises:
-        ImportError: if it does not load, as on a machine with older libraries that shares the folder, or if somebody
-            else could have put it there.
+    Warns if it does not load, as on a machine with older libraries that shares the folder, or if somebody else could
+    have put it there; then the installed one is used.
     """
-    if not (cache_folder() / "extension").is_dir():
+    if not os.path.isdir(
+        cache_folder() / "extension"
+    ):  # also False where this user may not look: HOME may be another's
         return
     file = path()
     if not file.exists():
         return
+    try:
+        _check_trusted(file)
+        spec = importlib.util.spec_from_file_location("dtr_kernels._C", file)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        warnings.warn(f"the extension that was built here is not used: {error}", stacklevel=2)
+    else:
+        sys.modules[spec.name] = module
+
+
+def _check_trusted(file: Path) -> None:
     for part in _parts(file):
         status = part.stat()
         if not part.is_absolute() or status.st_uid not in (0, os.getuid()) or status.st_mode & _WRITABLE_BY_OTHERS:
             raise ImportError(
-                f"{part} is not loaded: its path must be absolute, and nobody but its owner, you or root, may write to "
-                "it; delete it, or set DTR_KERNELS_CACHE to a folder of your own"
+                f"{part}: the path must be absolute, and nobody but its owner, you or root, may write to it; delete it "
+                "or set DTR_KERNELS_CACHE to a folder of your own"
             )
-    spec = importlib.util.spec_from_file_location("dtr_kernels._C", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules[spec.name] = module
 
 
 def _parts(file: Path) -> tuple[Path, ...]:
@@ -86,10 +96,14 @@ def build() -> Path:
         sys.exit(f"{cuda.missing}; set DTR_CUDA=0 to build without CUDA kernels")
     target = path()
     if not target.is_absolute():
-        sys.exit(f"DTR_KERNELS_CACHE must be an absolute path, got {os.environ.get('DTR_KERNELS_CACHE')!r}")
+        sys.exit(f"the cache must be an absolute path, got {cache_folder()}; set DTR_KERNELS_CACHE to one")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"the cache {cache_folder()} cannot be used ({error}); set DTR_KERNELS_CACHE to a folder of your own")
     with replacing(target) as unfinished, tempfile.TemporaryDirectory() as folder:
-        if error := _build.build(ROOT, Path(folder), unfinished, cuda):
-            sys.exit(f"dtr_kernels: not built: {error}")
+        if failure := _build.build(ROOT, Path(folder), unfinished, cuda):
+            sys.exit(f"dtr_kernels: not built: {failure}")
     for part in _parts(target):
         part.chmod(part.stat().st_mode & ~_WRITABLE_BY_OTHERS)
     what = "without CUDA kernels" if cuda.missing else f"with CUDA {cuda.version} for {' '.join(cuda.architectures)}"

@@ -154,23 +154,23 @@ def test_an_extension_that_others_could_have_written_is_not_loaded(sources, part
         folder.chmod(0o755)
     parts = [file, *file.parents]
     parts[part].chmod(parts[part].stat().st_mode | 0o020)
-    with pytest.raises(ImportError, match="is not loaded: its path must be absolute, and nobody but its owner"):
+    with pytest.warns(match="not used: .* the path must be absolute, and nobody but its owner"):
         _just_in_time.load()
     parts[part].chmod(parts[part].stat().st_mode & ~0o020)
-    with pytest.raises(ImportError, match="too short"):  # the loader has looked at the empty file
+    with pytest.warns(match="too short"):  # the loader has looked at the empty file
         _just_in_time.load()
 
 
 def test_the_cache_must_not_depend_on_the_working_folder(sources, monkeypatch):
     monkeypatch.setenv("DTR_KERNELS_CACHE", "cache")
     monkeypatch.chdir(sources.parent)
-    with pytest.raises(SystemExit, match="must be an absolute path, got 'cache'"):
+    with pytest.raises(SystemExit, match="must be an absolute path, got cache"):
         monkeypatch.setattr(_build, "find_cuda", lambda listed: _build.Cuda())
         _just_in_time.build()
     file = _just_in_time.path()
     file.parent.mkdir(parents=True, mode=0o755)
     file.touch(0o644)
-    with pytest.raises(ImportError, match="must be absolute"):
+    with pytest.warns(match="must be absolute"):
         _just_in_time.load()
 
 
