@@ -28,6 +28,9 @@ class Work:
     def __add__(self, other: Work) -> Work:
         return Work(self.flops + other.flops, self.bytes + other.bytes)
 
+    def __sub__(self, other: Work) -> Work:
+        return Work(self.flops - other.flops, self.bytes - other.bytes)
+
     def __rmul__(self, times: int) -> Work:
         return Work(times * self.flops, times * self.bytes)
 
@@ -329,6 +332,11 @@ def dit_forward(
         + norm_forward(B, N, C, C, items, branch=True)
         + linear_forward(B * N, C, patch_outputs, items)
     )
+
+
+def dit_modulations(B: int, C: int, depth: int, items: Itemsizes) -> Work:
+    """Of a DiT's forward pass what makes the vectors that its blocks and its final layer are modulated with."""
+    return depth * linear_forward(B, C, 6 * C, items) + linear_forward(B, C, 2 * C, items)
 
 
 def dit_training(

@@ -14,6 +14,7 @@ from dtr_kernels import nn, reference
 from dtr_kernels.ops import window_linear as linear_ops
 from dtr_kernels.ops.gated_norm import gated_norm_backward, gated_norm_forward
 from dtr_kernels.ops.gated_residual import gated_residual_backward, gated_residual_forward
+from dtr_kernels.sampling import Sampler
 
 CPU = torch.device("cpu")
 BF16, FP32, AUTOCAST = ITEMSIZES["bf16"], ITEMSIZES["fp32"], ITEMSIZES["autocast"]
@@ -197,6 +198,18 @@ def test_operations_of_the_reference_model(seed):
     assert counted(lambda: reference.dit(model, x, t, y)) == counts.dit_forward(**sizes).flops
     training = counted(lambda: reference.dit(model, x, t, y).sum().backward())
     assert training == counts.dit_training(**sizes, heads=4).flops
+
+
+def test_operations_that_a_sampler_leaves_out(seed, monkeypatch):
+    monkeypatch.setattr("dtr_kernels.ops._launch.LEAST_ELEMENTS_ON_CPU", 1 << 30)  # kernels are not counted
+    model = make_dit(TINY, CPU, torch.float32).eval()
+    B, C = 3, model.hidden_size
+    x = torch.randn(B, model.in_channels, model.input_size, model.input_size)
+    sampler = Sampler(model, y=torch.arange(B))
+    for _ in range(2):  # modulations are computed, then compared once
+        sampler(x, 5)
+    left_out = counted(lambda: model(x, 5, torch.arange(B))) - counted(lambda: sampler(x, 5))
+    assert left_out == counts.dit_modulations(B, C, len(model.blocks), FP32).flops > 0
 
 
 # --- by what launchers touch -----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import sources
 from benchmarks.cases import AUTOCAST, PASSES, Benchmark, Case, Options
-from benchmarks.counts import ITEMSIZES, NOT_COUNTED, Work, adamw_step, dit_forward, dit_training
+from benchmarks.counts import ITEMSIZES, Work, adamw_step, dit_forward, dit_modulations, dit_training
 from benchmarks.suite import _peers
 from benchmarks.suite._models import TINY, make_dit
 from benchmarks.suite._peers import (
@@ -85,7 +85,7 @@ def build(cell: Cell, device: torch.device) -> Case:
         routed(FUSED + COMPILED, _peers.compiled(piece.fused)),
     ]
     if isinstance(piece, GuidedStep):
-        sides.append(routed(REMEMBERED, piece.remembered(), work=NOT_COUNTED))
+        sides.append(routed(REMEMBERED, piece.remembered(), work=piece.work(active) - piece.modulations()))
 
     notes = [
         _peers.ABOUT_PEERS,
@@ -260,6 +260,11 @@ class GuidedStep(Prediction):
         sampler = Sampler(self.model.eval(), guidance_scale=GUIDANCE, y=labels)
         return lambda: ddim(self.x, sampler(self.x, self.t)[:, : self.model.in_channels])
 
+    def modulations(self) -> Work:
+        """The part of a step that a ``Sampler`` remembers."""
+        model = self.model
+        return dit_modulations(2 * len(self.x), model.hidden_size, len(model.blocks), ITEMSIZES[self.cell.precision])
+
 
 def _signal(t: int) -> float:
     """What is left of the image's variance at timestep t, with DDPM's linear schedule."""
@@ -280,5 +285,5 @@ BENCHMARK = Benchmark(
     "model",
     "A whole DiT, routed by our kernels, by the masked reference, and unrouted: training and guided sampling.",
     cases,
-    sources=sources.BLOCKS,
+    sources=(*sources.BLOCKS, "dtr_kernels/sampling.py"),
 )
