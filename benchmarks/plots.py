@@ -36,6 +36,7 @@ MARKERS = {
     "low_memory|not in place": "X",
     "dispatched": "d",
     "slices|fused block": ">",
+    "Sampler": "*",
 }
 
 # Inches.

@@ -592,7 +592,8 @@ def test_sides_of_one_picture_look_different():
     ]
     hows = ["", ", compiled", ", max-autotune", ", autocast"]
     blocks = [what + how for what in ("reference", "unrouted", FUSED) for how in hows]
-    for sides in ([*projections, "pcgrad_sum", "pcgrad_"], steps, blocks):
+    models = [what + how for what in ("reference", "unrouted", "DiT") for how in hows] + ["Sampler"]
+    for sides in ([*projections, "pcgrad_sum", "pcgrad_"], steps, blocks, models):
         assert len({plots.style(side) for side in sides}) == len(sides)
 
 
