@@ -20,12 +20,12 @@ from dtr_kernels.ops.routed_conv import why_dense
 from dtr_kernels.ops.window_linear import gemm_path
 from dtr_kernels.routing import ChannelWindow
 from dtr_kernels.swap.classes import block_input
-from dtr_kernels.swap.core import is_block, swap_problem
+from dtr_kernels.swap.core import is_block, is_compiled, swap_problem
 from dtr_kernels.swap.registry import family_of
 
 __all__ = ["BlockReport", "Explanation", "explain"]
 
-KERNELS = {"triton": "Triton kernels", "cpu": "compiled CPU kernels"}
+_KERNELS = {"triton": "Triton kernels", "cpu": "compiled CPU kernels"}
 
 
 @dataclass
@@ -112,7 +112,7 @@ def explain(model: nn.Module, batch: Tensor | Sequence[Any] | Mapping[str, Any])
     if not blocks:
         raise ValueError(f"this {type(model).__name__} has no block that could be fused; see dtr_kernels.swap_blocks")
     for name, module in model.named_modules():
-        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+        if is_compiled(module):
             raise ValueError(f"{name or 'the model'} is compiled; explain the model before torch.compile")
 
     watch = _Watch()
@@ -243,7 +243,7 @@ def _why_plain(block: Any, x: Tensor, window: ChannelWindow | Tensor | None) -> 
 
 def _path(op: str, args: tuple[Any, ...]) -> str:
     x = args[0]
-    path = KERNELS.get(kernel_path(x), "plain PyTorch")
+    path = _KERNELS.get(kernel_path(x), "plain PyTorch")
     if op == "routed_linear":
         start, shared_start = args[7], args[9]
         return f"{path}; {gemm_path(x, start, shared_start, args[5])}"

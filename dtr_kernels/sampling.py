@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dtr_kernels.nn import DiT, RoutedDiTBlock
 from dtr_kernels.nn.dit import FinalLayer
-from dtr_kernels.swap.core import is_block, one_timestep
+from dtr_kernels.swap.core import is_block, is_compiled, one_timestep
 
 __all__ = ["Sampler"]
 
@@ -131,7 +131,7 @@ class Sampler:
     def forget(self) -> None:
         """Drops remembered modulations and graphs."""
         self._modulations = _Modulations(*_distinct(self._conditioning, self._batch))
-        self._graphs: dict[int | float, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._input: Tensor | None = None
         self._versions = _versions(self._weights)
 
@@ -141,8 +141,7 @@ class Sampler:
 
     def _step(self, x: Tensor, t: int | float) -> Tensor:
         batch = x if self.guidance_scale is None else torch.cat([x, x])
-        autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-        with self._modulations.remembered(self._conditioned, (t, x.dtype, autocast)):
+        with self._modulations.remembered(self._conditioned, _when(x, t)):
             out = self._at(batch, t, self._conditioning)
         if not isinstance(out, Tensor):
             out = out.sample if hasattr(out, "sample") else out[0]
@@ -164,9 +163,10 @@ class Sampler:
                 f"{self._input.device}, got {list(x.shape)} in {x.dtype} on {x.device}; make another Sampler"
             )
         self._input.copy_(x)
-        if t not in self._graphs:
-            self._graphs[t] = self._capture(self._input, t)
-        graph, out = self._graphs[t]
+        when = _when(x, t)
+        if when not in self._graphs:
+            self._graphs[when] = self._capture(self._input, t)
+        graph, out = self._graphs[when]
         graph.replay()
         return out.clone()  # the next graph writes into the same memory
 
@@ -224,18 +224,19 @@ class _Modulations:
         key = (module, call, *when)
         if key not in self._known:
             out = compute(*args, **kwargs)
-            self._known[key] = out if self._first is None else out[self._first]
+            known = out if self._first is None else out[self._first]
             if module not in self._computed:
+                self._check(out, self._of_all(known))
                 self._computed.add(module)
-                self._check(out, self._of_all(key))
+            self._known[key] = known
             return out
+        remembered = self._of_all(self._known[key])
         if module not in self._repeated:
+            self._check(compute(*args, **kwargs), remembered)
             self._repeated.add(module)
-            self._check(compute(*args, **kwargs), self._of_all(key))
-        return self._of_all(key)
+        return remembered
 
-    def _of_all(self, key: tuple[Any, ...]) -> Tensor:
-        known = self._known[key]
+    def _of_all(self, known: Tensor) -> Tensor:
         return known if self._rows is None else known[self._rows]
 
     @staticmethod
@@ -248,6 +249,12 @@ class _Modulations:
             )
 
 
+def _when(x: Tensor, t: int | float) -> tuple[Any, ...]:
+    """What a modulation depends on that may change from step to step."""
+    device = x.device.type
+    return t, x.dtype, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def _make(
     model: nn.Module, guidance_scale: float | None, remember: bool, cuda_graphs: bool, conditioning: dict[str, Any]
 ) -> Sampler:
@@ -256,7 +263,7 @@ def _make(
 
 def _at_one_timestep(model: nn.Module) -> Callable[[Tensor, int | float, Mapping[str, Any]], Any]:
     """How to call the model for a timestep that the host knows."""
-    if any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules()):
+    if any(is_compiled(module) for module in model.modules()):
         raise ValueError("the model is compiled; give Sampler the model itself, and use cuda_graphs=True on a GPU")
     if isinstance(model, DiT):
         return lambda x, t, conditioning: model(x, t, **conditioning)

@@ -262,12 +262,15 @@ def test_a_model_whose_modulation_depends_on_more_is_refused():
     steady, drifting = (dtr.swap_blocks(Drifting(of).eval(), ROUTING) for of in (0.0, 3.0))
     sampler = dtr.Sampler(steady, y=y)
     assert torch.equal(sampler(x, 5), sampler(x, 5))
-    with pytest.raises(RuntimeError, match="depends on something else too; give Sampler remember=False"):
-        dtr.Sampler(drifting, y=torch.tensor([1, 1]))(x, 5)
+    sampler = dtr.Sampler(drifting, y=torch.tensor([1, 1]))
+    for _ in range(3):  # at every attempt
+        with pytest.raises(RuntimeError, match="depends on something else too; give Sampler remember=False"):
+            sampler(x, 5)
     sampler = dtr.Sampler(drifting, y=y)
     sampler(x, 5)
-    with pytest.raises(RuntimeError, match="depends on something else too"):
-        sampler(x + torch.randn(2, 1, 1), 5)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="depends on something else too"):
+            sampler(x + torch.randn(2, 1, 1), 5)
     sampler = dtr.Sampler(drifting, remember=False, y=y)
     torch.testing.assert_close(sampler(x, 5), drifting(x, torch.tensor([5, 5]), y))
 

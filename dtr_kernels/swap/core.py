@@ -173,6 +173,11 @@ def is_block(module: object) -> bool:
     return isinstance(module, Swapped) and isinstance(module._dtr, BlockState)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is called through torch.compile: wrapped by it, or by its own ``compile()``."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
 def swap_problem(block: nn.Module) -> str | None:
     """Why a block of a known family cannot be swapped, None if it can."""
     family = family_of(block)
@@ -205,7 +210,7 @@ def _check_untouched(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Swapped):
             raise ValueError(f"cannot swap {_label(name, module)}: it is swapped already; call restore_blocks first")
-        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+        if is_compiled(module):
             raise ValueError(f"cannot swap {_label(name, module)}: it is compiled; swap first, then compile")
 
 
