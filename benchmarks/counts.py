@@ -67,12 +67,10 @@ _START = 4
 # --- element-wise kernels --------------------------------------------------------------------------------------------
 
 
-def norm_forward(
-    B: int, N: int, C: int, W: int, items: Itemsizes, branch: bool = False, keep_branch: bool = False
-) -> Work:
-    """``gated_norm_forward``: the stream (with a branch), the next layer's input on the active channels (all of them
-    with ``keep_branch``), and each token's mean and rstd."""
-    T, written = B * N, C if keep_branch else W
+def norm_forward(B: int, N: int, C: int, W: int, items: Itemsizes, branch: bool = False, compact: bool = False) -> Work:
+    """``gated_norm_forward``: the stream (with a branch), the next layer's input on all channels (on active ones if
+    ``compact``), and each token's mean and rstd."""
+    T, written = B * N, W if compact else C
     work = T * (C if branch else W) * items.stream  # x
     work += (T + 2 * B) * written * items.operand  # u, shift and scale
     work += 2 * T * _STATISTIC + _starts(B, C, W)
@@ -88,15 +86,16 @@ def norm_backward(
     W: int,
     items: Itemsizes,
     branch: bool = False,
-    keep_branch: bool = False,
+    compact: bool = False,
     dstream: bool = True,
 ) -> Work:
     """``gated_norm_backward``: gradients of x, branch, gate, shift and scale.
 
     Args:
+        compact: whether the gradient that it is given has active channels only, and of the others their sum.
         dstream: whether the gradient of the stream is added, on the way to that of x.
     """
-    T, seen = B * N, C if keep_branch else W
+    T, seen = B * N, W if compact else C
     work = T * (W + C) * items.stream  # x and its gradient
     work += (T + B) * seen * items.operand  # du, scale
     work += 2 * T * _STATISTIC + _starts(B, C, W)
@@ -248,7 +247,7 @@ def _known_of_tokens(B: int, N: int, C: int, W: int) -> Work:
 def block_forward(B: int, N: int, C: int, W: int, H: int, items: Itemsizes, scope: str) -> Work:
     """A routed block that stands alone, from its input to its output, both [B, N, C]."""
     return (
-        norm_forward(B, N, C, W, items)
+        norm_forward(B, N, C, W, items, compact=True)
         + _between_norms_forward(B, N, C, W, H, items, scope)
         + gated_residual_forward(B, N, C, items)
     )
@@ -261,7 +260,7 @@ def block_training(B: int, N: int, C: int, W: int, H: int, heads: int, items: It
         + _kept_for_backward(B, N, H, heads, items)
         + gated_residual_backward(B, N, C, items)
         + _between_norms_backward(B, N, C, W, H, heads, items, scope)
-        + norm_backward(B, N, C, W, items)
+        + norm_backward(B, N, C, W, items, compact=True)
     )
 
 
@@ -273,7 +272,7 @@ def _between_norms_forward(B: int, N: int, C: int, W: int, H: int, items: Itemsi
         + window_linear_forward(B, N, C, W, 3 * C, items)
         + attention_forward(B, N, C, items)
         + linear_forward(B * N, C, C, items)
-        + norm_forward(B, N, C, W, items, branch=True, keep_branch=scope == "block")
+        + norm_forward(B, N, C, W, items, branch=True, compact=scope == "branch")
         + gelu_linear_forward(B, N, C, fc1_width, H, items, write_pre=False)
         + linear_forward(B * N, H, C, items)
     )
@@ -290,7 +289,7 @@ def _between_norms_backward(B: int, N: int, C: int, W: int, H: int, heads: int, 
         linear_weight_gradient(B * N, H, C, items)
         + gelu_linear_backward(B, N, H, C, items, write_act=False)
         + window_linear_gradients(B, N, C, fc1_width, H, items)
-        + norm_backward(B, N, C, W, items, branch=True, keep_branch=scope == "block")
+        + norm_backward(B, N, C, W, items, branch=True, compact=scope == "branch")
         + linear_gradients(B * N, C, C, items)
         + attention_backward(B, N, C, heads, items)
         + window_linear_gradients(B, N, C, W, 3 * C, items)
@@ -325,8 +324,8 @@ def dit_forward(
     """
     return (
         _embedding_forward(B, N, C, patch_inputs, items)
-        + norm_forward(B, N, C, W, items)
-        + (depth - 1) * norm_forward(B, N, C, W, items, branch=True)
+        + norm_forward(B, N, C, W, items, compact=True)
+        + (depth - 1) * norm_forward(B, N, C, W, items, branch=True, compact=True)
         + depth * _between_norms_forward(B, N, C, W, H, items, scope)
         + linear_forward(B, C, 2 * C, items)
         + norm_forward(B, N, C, C, items, branch=True)
@@ -374,8 +373,8 @@ def dit_training(
         + norm_backward(B, N, C, C, items, branch=True, dstream=False)
         + linear_gradients(B, C, 2 * C, items)
         + depth * block
-        + (depth - 1) * norm_backward(B, N, C, W, items, branch=True)
-        + norm_backward(B, N, C, W, items)
+        + (depth - 1) * norm_backward(B, N, C, W, items, branch=True, compact=True)
+        + norm_backward(B, N, C, W, items, compact=True)
         + _embedding_backward(B, N, C, patch_inputs, items)
     )
 

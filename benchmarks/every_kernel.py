@@ -31,10 +31,12 @@ from dtr_kernels.ops import _launch, _tiles
 from dtr_kernels.ops._gradients import why_plain
 
 # ``dtr_kernels.ops`` has functions of the same names.
-gated_norm, gated_residual, window_linear = LAUNCHERS = [
-    importlib.import_module(f"dtr_kernels.ops.{name}") for name in ("gated_norm", "gated_residual", "window_linear")
+gated_norm, gated_residual, gelu, window_linear = LAUNCHERS = [
+    importlib.import_module(f"dtr_kernels.ops.{name}")
+    for name in ("gated_norm", "gated_residual", "gelu", "window_linear")
 ]
 _EPS = 1e-6
+_FUSED, _UNFUSED = _tiles.Crossover(1), _tiles.Crossover(_tiles.NEVER)
 # Errors that rounding explains: the root mean square of found - exact, over that of exact or 1 if that is larger.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 
@@ -126,32 +128,35 @@ class _Inputs:
 def routed_calls(size: Size, dtype: torch.dtype, device: torch.device) -> Iterator[Call]:
     """Each launcher of routed blocks in each of its modes. On the device "meta" only ``run`` can be called."""
     inputs = _Inputs(size, dtype, device)
-    for routed, update, keep_branch in [
-        (False, False, False),
-        (False, True, False),
-        (True, False, False),
-        (True, True, False),
-        (True, True, True),
+    for routed, update, compact, keep_branch in [
+        (False, False, False, False),
+        (False, True, False, False),
+        (True, False, True, False),
+        (True, True, True, False),
+        (True, False, False, False),
+        (True, True, False, False),
+        (True, True, False, True),
     ]:
-        yield from _Norm(inputs, routed, update, keep_branch).calls()
+        yield from _Norm(inputs, routed, update, compact, keep_branch).calls()
     yield from _Linear(inputs).calls()
     yield from _Residual(inputs).calls()
 
 
 class _Norm:
-    """The fused norm: with a window or without, with a pending update or without, masked before it or after."""
+    """The fused norm: with a window or without, with a pending update or without, masked before it or after, and with
+    an output of active channels or of all."""
 
-    def __init__(self, inputs: _Inputs, routed: bool, update: bool, keep_branch: bool) -> None:
+    def __init__(self, inputs: _Inputs, routed: bool, update: bool, compact: bool, keep_branch: bool) -> None:
         B, N, C = inputs.size
-        self.inputs, self.update, self.keep_branch = inputs, update, keep_branch
+        self.inputs, self.update, self.compact, self.keep_branch = inputs, update, compact, keep_branch
         self.start = inputs.start if routed else None
         self.mask = inputs.mask if routed else None
         self.width = inputs.size.width if routed else C
-        self.compact = routed and not keep_branch
         self.x, self.branch, self.dstream = (inputs.random(B, N, C) for _ in range(3))
         self.du = inputs.random_rows(B, N, self.width) if self.compact else inputs.random(B, N, C)
         self.inactive = inputs.random(B, N)
-        self.mode = ("routed" if routed else "unrouted") + (", update" if update else "")
+        self.mode = ("routed" if routed else "unrouted") + (", compact" if compact else "")
+        self.mode += ", update" if update else ""
         if keep_branch:
             self.mode += " not masked"
 
@@ -195,6 +200,7 @@ class _Norm:
             self.width,
             _EPS,
             inputs.dtype,
+            self.compact,
             self.keep_branch,
             write_stream,
         )
@@ -219,6 +225,7 @@ class _Norm:
             inputs.statistic(rstd),
             self.start,
             self.width,
+            self.compact,
             self.keep_branch,
             x_is_stream,
         )
@@ -236,7 +243,8 @@ class _Norm:
 
 
 class _Linear:
-    """The linear layer over windows, alone and with GELU after it, and the linear layer after that."""
+    """The linear layer over windows, alone and with GELU after it, and the linear layer after that; GELU in the GEMM's
+    epilogue and in a pass of its own."""
 
     def __init__(self, inputs: _Inputs) -> None:
         B, N, C = inputs.size
@@ -260,9 +268,15 @@ class _Linear:
             (False, False, True),
         ]:
             mode = ("routed" if routed else "unrouted") + ("" if bias else ", no bias")
-            run, exact = (partial(f, routed, bias, write_pre) for f in (self._run_linear_gelu, self._exact_linear_gelu))
-            yield call("linear_gelu_forward", mode + ("" if write_pre else ", GELU alone"), run, exact)
-        yield call("gelu_linear_backward", "unrouted", self._run_gelu_linear, self._exact_gelu_linear)
+            mode += "" if write_pre else ", GELU alone"
+            exact = partial(self._exact_linear_gelu, routed, bias, write_pre)
+            for fused in (True, False):
+                run = partial(self._run_linear_gelu, routed, bias, write_pre, fused)
+                yield call("linear_gelu_forward", mode + ("" if fused else ", by a pass"), run, exact)
+        for fused in (True, False):
+            run = partial(self._run_gelu_linear, fused)
+            mode = "unrouted" + ("" if fused else ", by a pass")
+            yield call("gelu_linear_backward", mode, run, self._exact_gelu_linear)
 
     def _formula(
         self, u: Tensor, mean_rstd: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor
@@ -296,15 +310,16 @@ class _Linear:
         u, mean_rstd, *rest = torch.autograd.grad(self._formula(*leaves), leaves, self.dout.exact)
         return [u, -mean_rstd, *rest]  # of the norm's output, which is -mean * rstd
 
-    def _run_linear_gelu(self, routed: bool, bias: bool, write_pre: bool) -> Sequence[Tensor]:
+    def _run_linear_gelu(self, routed: bool, bias: bool, write_pre: bool, fused: bool) -> Sequence[Tensor]:
         arguments = self._routed() if routed else [self.x.given, None, *self._routed()[2:]]
-        pre, act = window_linear.linear_gelu_forward(
-            *arguments,
-            self.fc1.given,
-            self.fc1_bias.given if bias else None,
-            self.inputs.start if routed else None,
-            write_pre,
-        )
+        with _tiles.forced("gelu_forward", _FUSED if fused else _UNFUSED):
+            pre, act = window_linear.linear_gelu_forward(
+                *arguments,
+                self.fc1.given,
+                self.fc1_bias.given if bias else None,
+                self.inputs.start if routed else None,
+                write_pre,
+            )
         return [pre, act] if write_pre else [act]
 
     def _exact_linear_gelu(self, routed: bool, bias: bool, write_pre: bool) -> Sequence[Tensor]:
@@ -315,8 +330,9 @@ class _Linear:
         act = F.gelu(pre, approximate="tanh")
         return [pre, act] if write_pre else [act]
 
-    def _run_gelu_linear(self) -> Sequence[Tensor]:
-        return window_linear.gelu_linear_backward(self.x.given, self.pre.given, self.fc2.given)
+    def _run_gelu_linear(self, fused: bool) -> Sequence[Tensor]:
+        with _tiles.forced("gelu_backward", _FUSED if fused else _UNFUSED):
+            return window_linear.gelu_linear_backward(self.x.given, self.pre.given, self.fc2.given)
 
     def _exact_gelu_linear(self) -> Sequence[Tensor]:
         pre = self.pre.exact.requires_grad_()
@@ -450,9 +466,11 @@ def compiling(arch: int, only: str | None = None) -> Iterator[list[Launch]]:
         return _tiles.tile_for(op, *problem)  # type: ignore[call-overload]
 
     def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+        nonlocal asked
         if only in (None, asked):
             name = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__.strip('_').removesuffix('_kernel')}"
             launches.append(Launch(name, asked, options, kernel.warmup(*args, grid=(programs,), **options)))
+        asked = ""  # the next kernel may have one tile for all sizes
 
     instead = {"launch": launch, "tile_for": tile_for, "kernel_path": lambda x: "triton", "capability": lambda x: arch}
     with ExitStack() as stack:

@@ -77,10 +77,29 @@ def _python(text: str) -> str:
         if isinstance(node, documented) and ast.get_docstring(node) is not None
     }
     tokens = [
-        token.string
-        for token in tokenize.generate_tokens(io.StringIO(text).readline)
-        if token.type not in (tokenize.COMMENT, tokenize.NL)
-        and not (token.type == tokenize.STRING and token.start[0] in docstrings)
+        string
+        for kind, string, line in _tokens(text)
+        if kind not in (tokenize.COMMENT, tokenize.NL) and not (kind == tokenize.STRING and line in docstrings)
     ]
     # Indentation counts as a level, whatever its width.
     return " ".join(token if token.strip() else repr(token.strip(" ")) for token in tokens)
+
+
+def _tokens(text: str) -> Iterable[tuple[int, str, int]]:
+    """Kind, text and first line of each token. From Python 3.12 on an f-string is several tokens; here it is one."""
+    lines = text.splitlines(keepends=True)
+    depth, begin = 0, (0, 0)
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        name = tokenize.tok_name[token.type]
+        if name in ("FSTRING_START", "TSTRING_START"):
+            begin = begin if depth else token.start
+            depth += 1
+        elif name in ("FSTRING_END", "TSTRING_END"):
+            depth -= 1
+            if not depth:
+                (first, left), (last, right) = begin, token.end
+                whole = "".join(lines[first - 1 : last])
+                end = len(whole) - len(lines[last - 1]) + right
+                yield tokenize.STRING, whole[left:end], first
+        elif not depth:
+            yield token.type, token.string, token.start[0]

@@ -34,7 +34,7 @@ from benchmarks.every_kernel import Launch, Size, binaries
 from benchmarks.measure import BAR
 from benchmarks.tables import table
 from dtr_kernels.ops import _cpu
-from dtr_kernels.ops._tiles import Tuned, forced, packaged
+from dtr_kernels.ops._tiles import Crossover, Tuned, forced, packaged
 
 WIDTHS = (384, 768, 1024, 1152)  # of DiT-S, B, L and XL
 TOKENS = (256, 16)  # of patches of 2 and of 8, in latents of 32 x 32
@@ -401,7 +401,11 @@ def jobs_for(architectures: Sequence[int]) -> list[Callable[[], list[Row]]]:
     jobs: list[Callable[[], list[Row]]] = [
         partial(rows_of_launchers, arch, dtype, Size(8, tokens, width)) for arch, dtype, tokens, width in problems
     ]
-    tuned = [entry for entry in packaged() if entry.measurement.capability in architectures]
+    tuned = [
+        entry
+        for entry in packaged()
+        if entry.measurement.capability in architectures and not isinstance(entry.tile, Crossover)
+    ]
     return jobs + [partial(rows_of_tuned, entry) for entry in tuned]
 
 

@@ -1,7 +1,12 @@
-"""``python -m benchmarks tune``: finds the fastest tile of every Triton kernel on this machine's GPU.
+"""``python -m benchmarks tune``: finds the fastest tile of every Triton kernel on this machine's GPU, and from how many
+tokens on the GEMMs among them beat cuBLAS.
 
 A candidate must compile, spill no registers and compute what plain PyTorch computes in fp64. It replaces the default
-tile only if it is faster by more than the measurements scatter.
+tile only if it is faster by more than the measurements scatter. Crossovers come after the tiles, and are timed with
+them.
+
+Times are of CUDA graphs wherever a call can be recorded, without what the host takes to launch kernels. A small batch
+that is run without graphs may wait for the host longer than the kernels take; crossovers do not take that into account.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -35,19 +40,25 @@ from benchmarks.cases import DTYPES, dtype_name
 from benchmarks.measure import BAR, one_line
 from benchmarks.timing import Spread, Stopwatch, copies, ratio
 from dtr_kernels.nn import DiT_models
-from dtr_kernels.ops import _tuned
+from dtr_kernels.ops import _tiles, _tuned
 from dtr_kernels.ops._launch import empty_rows
 from dtr_kernels.ops._tiles import capability, default_tile, forced
-from dtr_kernels.ops._tuned import KINDS, GemmTile, Measurement, RowTile, SumTile, Tile, Tuned
+from dtr_kernels.ops._tuned import KINDS, NEVER, Crossover, GemmTile, Measurement, RowTile, SumTile, Tile, Tuned
 
 # ``dtr_kernels.ops`` has functions of the same names.
-gated_norm, gated_residual, window_linear = LAUNCHERS = [
-    importlib.import_module(f"dtr_kernels.ops.{name}") for name in ("gated_norm", "gated_residual", "window_linear")
+gated_norm, gated_residual, gelu, window_linear = LAUNCHERS = [
+    importlib.import_module(f"dtr_kernels.ops.{name}")
+    for name in ("gated_norm", "gated_residual", "gelu", "window_linear")
 ]
 # Of the kernels and of what hands them their tensors.
-SOURCES = ("dtr_kernels/ops/_launch.py", "dtr_kernels/ops/g[ae]*.py", "dtr_kernels/ops/window_linear.py")
+SOURCES = (
+    "dtr_kernels/ops/_launch.py",
+    "dtr_kernels/ops/g[ae]*.py",
+    "dtr_kernels/ops/routed_linear.py",
+    "dtr_kernels/ops/window_linear.py",
+)
 MODELS = ("DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2")
-# A tile must be faster than the default by this share, in four of five rounds.
+# A tile must be faster than the default by this share, and our GEMM than cuBLAS, in four of five rounds.
 MARGIN = 0.02
 # Rounds that choose the finalists among the candidates, and those that compare the finalists with the default.
 ROUNDS, FINAL_ROUNDS, FINALISTS = 7, 40, 4
@@ -55,6 +66,8 @@ ROUNDS, FINAL_ROUNDS, FINALISTS = 7, 40, 4
 # tf32, where that is allowed. Of what a wrong tile computes, elements are off by about one.
 BOUNDS = {torch.float32: 0.005, torch.bfloat16: 0.03, torch.float16: 0.005}
 _EPS = 1e-6
+# The two ways of an op with a crossover.
+OURS, CUBLAS = Crossover(1), Crossover(NEVER)
 
 
 class NotTuned(Exception):
@@ -63,7 +76,8 @@ class NotTuned(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """What a tile is chosen for: one op on a batch of ``batch`` samples with ``tokens`` tokens of ``channels``."""
+    """What a tile is chosen for: one op on a batch of ``batch`` samples with ``tokens`` tokens of ``channels``; and a
+    crossover, up to that batch."""
 
     op: str
     dtype: torch.dtype
@@ -89,7 +103,7 @@ class Problem:
 
 
 class Choice(NamedTuple):
-    """The tile that was chosen, and seconds of a call with it and with the default."""
+    """The tile or crossover that was chosen, and seconds of a call with it and with the default."""
 
     tile: Tile
     seconds: float
@@ -103,7 +117,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what ``main`` reads."""
     parser.add_argument("--model", nargs="+", default=MODELS, metavar="NAME", help=f"default: {' '.join(MODELS)}")
     parser.add_argument("--dtype", nargs="+", default=("bf16", "fp32"), choices=DTYPES, help="default: bf16 fp32")
-    parser.add_argument("--batch", type=positive, default=32, metavar="B", help="samples in a batch; default: 32")
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        default=32,
+        metavar="B",
+        help="samples in a batch, for crossovers also half of them, a quarter, ...; default: 32",
+    )
     parser.add_argument("--ops", nargs="+", default=tuple(KINDS), choices=KINDS, metavar="OP", help=", ".join(KINDS))
     parser.add_argument("--seconds", type=positive, help="start nothing more after as long, and keep what is tuned")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to add to; default: in the user's cache")
@@ -125,7 +145,7 @@ def main(arguments: argparse.Namespace) -> int:
     tuning.run(problems, lambda problem: choose_on(problem, device, stopwatch), arguments.seconds)
     if tuning.found:
         print(table(tuning.found))
-        print(f"{len(tuning.found)} tuned tiles are in {path}")
+        print(f"{len(tuning.found)} tuned tiles and crossovers are in {path}")
     for problem, reason in tuning.failures.items():
         print(f"not tuned: {problem}: {reason}", file=sys.stderr)
     if tuning.interrupted:
@@ -149,12 +169,13 @@ def cached_file(gpu: str) -> Path:
 
 
 def problems_of(models: Sequence[str], precisions: Sequence[str], ops: Sequence[str], batch: int) -> list[Problem]:
-    """What is to be tuned, none of it twice.
+    """What is to be tuned, none of it twice, the crossovers of a model in a dtype after its tiles.
 
     Raises:
         ValueError: if there is no model of a name.
     """
     problems: dict[tuple[Any, ...], Problem] = {}
+    ops = sorted(ops, key=lambda op: KINDS[op] is Crossover)
     for model, precision, op in itertools.product(models, precisions, ops):
         if model not in DiT_models:
             raise ValueError(f"argument --model: there is no {model}; there are {', '.join(DiT_models)}")
@@ -220,7 +241,8 @@ class Tuning:
                     return
                 progress.set_postfix_str(str(problem))
                 try:
-                    choice = choose(problem)
+                    with used(self.path):
+                        choice = choose(problem)
                 except (NotTuned, RuntimeError) as error:  # such as too little memory for the batch
                     self.failures[problem] = str(error).strip().partition("\n")[0]
                 else:
@@ -234,6 +256,17 @@ class Tuning:
             progress.close()
 
 
+@contextmanager
+def used(path: Path) -> Iterator[None]:
+    """Inside, kernels run with the tiles of a file as it is now: it takes the place of the user's."""
+    with mock.patch.object(_tiles, "user_file", lambda gpu: path):
+        _tiles.forget()
+        try:
+            yield
+        finally:
+            _tiles.forget()
+
+
 def table(found: Sequence[Tuned]) -> str:
     """What was found, a line for each problem."""
     lines = [f"{'op':22} {'dtype':9} {'width':>5} {'rows':>4} {'default':>10} {'best':>10} {'gain':>6}  tile"]
@@ -241,6 +274,8 @@ def table(found: Sequence[Tuned]) -> str:
         default, best = (f"{1e6 * seconds:.1f} µs" for seconds in (entry.default_seconds, entry.seconds))
         gain = f"{entry.default_seconds / entry.seconds - 1:.1%}"
         tile = " ".join(f"{name} {value}" for name, value in entry.tile._asdict().items())
+        if isinstance(entry.tile, Crossover):
+            tile = str(entry.tile)
         op, dtype, width, rows = entry.key
         lines.append(f"{op:22} {dtype:9} {width:5} {rows:4} {default:>10} {best:>10} {gain:>6}  {tile}")
     return "\n".join(lines)
@@ -270,10 +305,7 @@ def choose(default: Tile, tiles: Sequence[Tile], bound: float, trial: Trial) -> 
     """
     others = [tile for tile in tiles if tile != default]
     unusable = trial.unusable([default, *others])
-    if default in unusable and unusable[default] != SPILLS:
-        raise NotTuned(f"the default tile does not run: {unusable[default]}")
-    if not (error := trial.error(default)) <= bound:
-        raise NotTuned(f"the default tile is wrong: error {error:.1e}, allowed {bound:.1e}")
+    _require("the default tile", default, unusable, bound, trial)
     right = [tile for tile in others if tile not in unusable and trial.error(tile) <= bound]
     timers = {tile: trial.timer(tile) for tile in [default, *right]}
     seconds = alternating(timers, ROUNDS)
@@ -281,9 +313,49 @@ def choose(default: Tile, tiles: Sequence[Tile], bound: float, trial: Trial) -> 
     seconds = alternating({tile: timers[tile] for tile in [default, *finalists]}, FINAL_ROUNDS)
     medians = {tile: Spread.of(seconds[tile]).median for tile in seconds}
     best = min(medians, key=medians.__getitem__)
-    if ratio(seconds[default], seconds[best]).p20 <= 1 + MARGIN:
+    if not _clearly_faster(seconds[best], seconds[default]):
         best = default
     return Choice(best, medians[best], medians[default])
+
+
+def choose_crossover(
+    problem: Problem, default: Crossover, bound: float, trial_of: Callable[[Problem], Trial]
+) -> Choice:
+    """The fewest tokens from which on our GEMM is clearly faster, among those of the problem's batch, half of it, a
+    quarter, ... until it is not; never if it is not for the whole batch. Seconds are those of the whole batch.
+
+    Raises:
+        NotTuned: if either of the two does not run, or is wrong.
+    """
+    found = CUBLAS
+    medians: dict[Tile, float] = {}
+    for halvings in range(problem.batch.bit_length()):
+        smaller = replace(problem, batch=problem.batch >> halvings)
+        trial = trial_of(smaller)
+        unusable = trial.unusable([OURS, CUBLAS])
+        for name, way in (("our GEMM", OURS), ("cuBLAS", CUBLAS)):
+            _require(f"{name}, for {smaller.batch} samples,", way, unusable, bound, trial)
+        seconds = alternating({way: trial.timer(way) for way in (OURS, CUBLAS)}, FINAL_ROUNDS)
+        medians = medians or {way: Spread.of(taken).median for way, taken in seconds.items()}
+        if not _clearly_faster(seconds[OURS], seconds[CUBLAS]):
+            break
+        # The power of two between these tokens and the half of them.
+        found = Crossover(1 << ((smaller.tokens * smaller.batch).bit_length() - 1))
+    largest = problem.tokens * problem.batch
+    taken, by_default = (medians[OURS if way.tokens <= largest else CUBLAS] for way in (found, default))
+    return Choice(found, taken, by_default)
+
+
+def _require(what: str, tile: Tile, unusable: dict[Tile, str], bound: float, trial: Trial) -> None:
+    """Spilled registers make a kernel slow, not wrong."""
+    if unusable.get(tile, SPILLS) != SPILLS:
+        raise NotTuned(f"{what} does not run: {unusable[tile]}")
+    if not (error := trial.error(tile)) <= bound:
+        raise NotTuned(f"{what} is wrong: error {error:.1e}, allowed {bound:.1e}")
+
+
+def _clearly_faster(seconds: Sequence[float], than: Sequence[float]) -> bool:
+    return ratio(than, seconds).p20 > 1 + MARGIN
 
 
 def alternating(timers: dict[Tile, Callable[[], float]], rounds: int) -> dict[Tile, list[float]]:
@@ -306,6 +378,7 @@ def candidates(problem: Problem, arch: int, shared_memory: int) -> list[Tile]:
     """Tiles worth a try: of those that a kernel can run with, the ones that fit a multiprocessor.
 
     Args:
+        problem: of an op whose kernel has a tile.
         arch: compute capability, 80, 90, ...
         shared_memory: bytes that one program may have.
     """
@@ -364,11 +437,12 @@ SPILLS = "it spills registers"
 
 def choose_on(problem: Problem, device: torch.device, stopwatch: Stopwatch) -> Choice:
     """Solves a problem on a GPU."""
-    arch = capability(torch.empty(0, device=device))
-    trial = TrialOnGpu(problem, device, stopwatch)
-    return choose(
-        problem.default(arch), candidates(problem, arch, max_shared_mem(device.index)), BOUNDS[problem.dtype], trial
-    )
+    arch, bound = capability(torch.empty(0, device=device)), BOUNDS[problem.dtype]
+    default = problem.default(arch)
+    if isinstance(default, Crossover):
+        return choose_crossover(problem, default, bound, lambda smaller: TrialOnGpu(smaller, device, stopwatch))
+    tiles = candidates(problem, arch, max_shared_mem(device.index))
+    return choose(default, tiles, bound, TrialOnGpu(problem, device, stopwatch))
 
 
 class Launch(NamedTuple):
@@ -539,21 +613,47 @@ def pieces(inputs: Inputs) -> list[Piece]:
     return {
         "forward": lambda i: [_forward(i, gelu=False)],
         # After a window in scope "branch", on all channels in scope "block".
-        "forward_gelu": lambda i: [_forward(i, gelu=True)] + ([_unrouted_gelu(i)] if i.N >= _tuned.MOST_ROWS else []),
+        "forward_gelu": lambda i: (
+            [_forward(i, gelu=True)]
+            + ([_ours("gelu_forward", _gelu_forward(i, write_pre=True))] if i.N >= _tuned.MOST_ROWS else [])
+        ),
         "input_gradient": lambda i: [_input_gradient(i)],
-        "gelu_input_gradient": lambda i: [_gelu_input_gradient(i)],
+        "gelu_input_gradient": lambda i: [_ours("gelu_backward", _gelu_backward(i))],
         "weight_gradient": lambda i: [_weight_gradient(i)],
         "token_sums": lambda i: [_token_sums(i)],
-        "norm_forward": lambda i: [_norm_forward(i, update=False)],
-        "norm_forward_update": lambda i: [_norm_forward(i, True, keep_branch) for keep_branch in (False, True)],
-        "norm_backward": lambda i: [_norm_backward(i, update=False)],
+        "norm_forward": lambda i: [_norm_forward(i, False, compact) for compact in (True, False)],
+        "norm_forward_update": lambda i: [
+            _norm_forward(i, True, compact, keep_branch)
+            for compact, keep_branch in ((True, False), (False, False), (False, True))
+        ],
+        "norm_backward": lambda i: [_norm_backward(i, False, compact) for compact in (True, False)],
         "norm_backward_update": lambda i: [
-            _norm_backward(i, True, keep_branch, x_is_stream)
-            for keep_branch, x_is_stream in ((False, True), (False, False), (True, False))
+            _norm_backward(i, True, compact, keep_branch, x_is_stream)
+            for compact, keep_branch, x_is_stream in (
+                (True, False, True),
+                (True, False, False),
+                (False, False, True),
+                (False, False, False),
+                (False, True, False),
+            )
         ],
         "residual_forward": lambda i: [_residual_forward(i)],
         "residual_backward": lambda i: [_residual_backward(i)],
+        "windows_forward": lambda i: [_windows_forward(i)],
+        "windows_backward": lambda i: [_windows_backward(i)],
+        "gelu_forward": lambda i: [_gelu_forward(i, write_pre) for write_pre in (True, False)],
+        "gelu_backward": lambda i: [_gelu_backward(i)],
     }[inputs.op](inputs)
+
+
+def _ours(crossover: str, piece: Piece) -> Piece:
+    """The same by our GEMM, however few tokens there are."""
+
+    def launch() -> Sequence[Tensor]:
+        with forced(crossover, OURS):
+            return piece.launch()
+
+    return piece._replace(launch=launch)
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -575,15 +675,17 @@ def _forward(i: Inputs, gelu: bool) -> Piece:
     return Piece(launch, exact)
 
 
-def _unrouted_gelu(i: Inputs) -> Piece:
+def _gelu_forward(i: Inputs, write_pre: bool) -> Piece:
     u, weight, bias = i.random(i.B, i.N, i.C), i.weight(4 * i.C, i.C), i.random(4 * i.C)
+    shift, scale = i.modulation(2)
+    first = 0 if write_pre else 1
 
     def launch() -> Sequence[Tensor]:
-        return window_linear._launch_forward(u, weight, bias, None, None, None, gelu=True, write_out=True)
+        return window_linear.linear_gelu_forward(u, None, shift, scale, weight, bias, None, write_pre)[first:]
 
     def exact() -> Sequence[Tensor]:
         out = F.linear(u.double(), weight.double(), bias.double())
-        return out, _gelu(out)
+        return (out, _gelu(out))[first:]
 
     return Piece(launch, exact)
 
@@ -598,7 +700,7 @@ def _input_gradient(i: Inputs) -> Piece:
     return Piece(launch, lambda: (i.windows(g.double() @ weight.double()),))
 
 
-def _gelu_input_gradient(i: Inputs) -> Piece:
+def _gelu_backward(i: Inputs) -> Piece:
     g, weight, pre = i.random(i.B, i.N, i.C), i.weight(i.C, 4 * i.C), i.random(i.B, i.N, 4 * i.C)
 
     def exact() -> Sequence[Tensor]:
@@ -660,45 +762,55 @@ def _in_fp64(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if t is None else t.double() for t in tensors]
 
 
-def _norm_forward(i: Inputs, update: bool, keep_branch: bool = False) -> Piece:
+def _norm_forward(i: Inputs, update: bool, compact: bool, keep_branch: bool = False) -> Piece:
     inputs = _norm_inputs(i, update)
 
     def launch() -> Sequence[Tensor]:
-        stream, *others = gated_norm.gated_norm_forward(*inputs, i.start, i.W, _EPS, i.dtype, keep_branch)
+        stream, *others = gated_norm.gated_norm_forward(*inputs, i.start, i.W, _EPS, i.dtype, compact, keep_branch)
         return [stream, *others] if update else others
 
     def exact() -> Sequence[Tensor]:
         stream, u, mean, rstd = _norm(i, _in_fp64(inputs), keep_branch)
-        others = (u if keep_branch else i.windows(u), mean, rstd)
+        others = (i.windows(u) if compact else u, mean, rstd)
         return (stream, *others) if update else others
 
     return Piece(launch, exact)
 
 
-def _norm_backward(i: Inputs, update: bool, keep_branch: bool = False, x_is_stream: bool = False) -> Piece:
+def _norm_with_gradients(
+    i: Inputs, inputs: Sequence[Tensor | None], keep_branch: bool, x_is_stream: bool
+) -> tuple[list[Tensor], Norm]:
+    """The inputs that there are, in fp64 and with gradients, and the outputs."""
+    wide = _in_fp64(inputs)
+    if x_is_stream:
+        wide[0] -= wide[2][:, None] * wide[1]  # type: ignore[index, operator]
+    leaves = [t.requires_grad_() for t in wide if t is not None]
+    return leaves, _norm(i, wide, keep_branch)
+
+
+def _statistics(i: Inputs, inputs: Sequence[Tensor | None], keep_branch: bool, x_is_stream: bool) -> list[Tensor]:
+    """The norm's mean and rstd, as its forward pass keeps them."""
+    with torch.no_grad():
+        return [t.float() for t in _norm_with_gradients(i, inputs, keep_branch, x_is_stream)[1][2:]]
+
+
+def _norm_backward(
+    i: Inputs, update: bool, compact: bool, keep_branch: bool = False, x_is_stream: bool = False
+) -> Piece:
     inputs = _norm_inputs(i, update)
     x, branch, gate, _, scale = inputs
     assert scale is not None
     dstream, full_du = i.random(i.B, i.N, i.C), i.random(i.B, i.N, i.C)
-    du = full_du if keep_branch else i.compact(full_du)
+    du = i.compact(full_du) if compact else full_du
     # What the linear layer knows of deactivated channels: the sum of the gradients of the norm's output.
     inactive = (full_du.double() * (1 + scale.double()[:, None]) * (1 - i.mask)).sum(-1).float()
-
-    def forward() -> tuple[list[Tensor | None], Norm]:
-        """The inputs, in fp64 and with gradients, and the outputs."""
-        wide = _in_fp64(inputs)
-        if x_is_stream:
-            wide[0] -= wide[2][:, None] * wide[1]  # type: ignore[index, operator]
-        return [t if t is None else t.requires_grad_() for t in wide], _norm(i, wide, keep_branch)
-
-    with torch.no_grad():
-        mean, rstd = (t.float() for t in forward()[1][2:])
+    mean, rstd = _statistics(i, inputs, keep_branch, x_is_stream)
 
     def launch() -> Sequence[Tensor]:
         found = gated_norm.gated_norm_backward(
             du,
             dstream,
-            None if keep_branch else inactive,
+            inactive if compact else None,
             x,
             branch,
             gate,
@@ -707,19 +819,52 @@ def _norm_backward(i: Inputs, update: bool, keep_branch: bool = False, x_is_stre
             rstd,
             i.start,
             i.W,
+            compact,
             keep_branch,
             x_is_stream,
         )
         return [t for t in found if t is not None]
 
     def exact() -> Sequence[Tensor]:
-        leaves, norm = forward()
+        leaves, norm = _norm_with_gradients(i, inputs, keep_branch, x_is_stream)
         *others, dshift, dscale = torch.autograd.grad(
-            (norm.stream, norm.u), [t for t in leaves if t is not None], (dstream.double(), full_du.double())
+            (norm.stream, norm.u), leaves, (dstream.double(), full_du.double())
         )
         # Of deactivated channels the linear layer adds these.
-        seen = 1 if keep_branch else i.mask[:, 0]
+        seen = i.mask[:, 0] if compact else 1
         return *others, dshift * seen, dscale * seen
+
+    return Piece(launch, exact)
+
+
+def _windows_forward(i: Inputs) -> Piece:
+    inputs, weight, bias = _norm_inputs(i, update=True), i.weight(3 * i.C, i.C), i.random(3 * i.C)
+
+    def launch() -> Sequence[Tensor]:
+        return torch.ops.dtr_kernels.routed_linear(*inputs, weight, bias, i.start, i.W, None, _EPS)
+
+    def exact() -> Sequence[Tensor]:
+        norm = _norm(i, _in_fp64(inputs), keep_branch=False)
+        return norm.stream, F.linear(norm.u, weight.double(), bias.double()), norm.mean, norm.rstd
+
+    return Piece(launch, exact)
+
+
+def _windows_backward(i: Inputs) -> Piece:
+    inputs, weight, bias = _norm_inputs(i, update=True), i.weight(3 * i.C, i.C), i.random(3 * i.C)
+    dstream, dout = i.random(i.B, i.N, i.C), i.random(i.B, i.N, 3 * i.C)
+    mean_rstd = _statistics(i, inputs, keep_branch=False, x_is_stream=True)
+
+    def launch() -> Sequence[Tensor]:
+        return torch.ops.dtr_kernels.routed_linear_backward(
+            dstream, dout, *inputs, weight, *mean_rstd, i.start, i.W, None, _EPS, True, True
+        )
+
+    def exact() -> Sequence[Tensor]:
+        leaves, norm = _norm_with_gradients(i, inputs, keep_branch=False, x_is_stream=True)
+        parameters = [t.double().requires_grad_() for t in (weight, bias)]
+        outputs, gradients = (norm.stream, F.linear(norm.u, *parameters)), (dstream.double(), dout.double())
+        return torch.autograd.grad(outputs, [*leaves, *parameters], gradients)
 
     return Piece(launch, exact)
 

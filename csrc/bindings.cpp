@@ -93,20 +93,15 @@ PYBIND11_MODULE(_C, m) {
         return Shape{B, N, C, address<const int32_t>(start), width, chunk};
     }));
 
-    m.def("norm_forward", [](Shape shape, double eps, bool keep_branch, Type stream_type, Rows x, Rows branch, Rows stream, Rows u,
-                             Rows gate, Rows shift, Rows scale, Rows mean, Rows rstd) {
-        run(kernels().norm_forward, NormForward{shape, x, branch, stream, u, gate, shift, scale, mean, rstd, eps, keep_branch, stream_type});
+    m.def("norm_forward", [](Shape shape, double eps, bool compact, bool keep_branch, Type stream_type, Rows x, Rows branch, Rows stream,
+                             Rows u, Rows gate, Rows shift, Rows scale, Rows mean, Rows rstd) {
+        run(kernels().norm_forward, NormForward{shape, x, branch, stream, u, gate, shift, scale, mean, rstd, eps, compact, keep_branch,
+                                                stream_type});
     });
-    m.def("norm_backward", [](Shape shape, bool keep_branch, bool x_is_stream, Rows du, Rows dstream, Rows x, Rows branch, Rows dx,
-                              Rows dbranch, Rows gate, Rows scale, Rows mean, Rows rstd, Rows inactive, Rows sums) {
+    m.def("norm_backward", [](Shape shape, bool compact, bool keep_branch, bool x_is_stream, Rows du, Rows dstream, Rows x, Rows branch,
+                              Rows dx, Rows dbranch, Rows gate, Rows scale, Rows mean, Rows rstd, Rows inactive, Rows sums) {
         run(kernels().norm_backward, NormBackward{shape, du, dstream, x, branch, dx, dbranch, gate, scale, mean, rstd, inactive, sums,
-                                                  keep_branch, x_is_stream});
-    });
-    m.def("expand", [](Shape shape, Rows u, Rows dense, Rows mean_rstd, Rows factor, Rows shift) {
-        run(kernels().expand, Expand{shape, u, dense, mean_rstd, factor, shift});
-    });
-    m.def("split", [](Shape shape, Rows ddense, Rows du, Rows mean_rstd, Rows factor, Rows inactive, Rows sums) {
-        run(kernels().split, Split{shape, ddense, du, mean_rstd, factor, inactive, sums});
+                                                  compact, keep_branch, x_is_stream});
     });
     m.def("residual_forward", [](Shape shape, Rows x, Rows branch, Rows out, Rows gate) {
         run(kernels().residual_forward, ResidualForward{shape, x, branch, out, gate});

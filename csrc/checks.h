@@ -16,7 +16,7 @@
 
 namespace dtr {
 
-// Each thread widens up to 8 rows at a time in a buffer of its own: at most 1 GiB.
+// Each thread widens up to 7 rows at a time in a buffer of its own: at most 1 GiB.
 constexpr int64_t kMostChannels = 1 << 24;
 constexpr int64_t kMostTokensInASum = 1 << 30;
 constexpr int64_t kMostElements = int64_t{1} << 50;  // so that no product of sizes overflows
@@ -155,9 +155,6 @@ public:
     void absent(const char* name, const Rows& x, const char* unless) {
         if (x.data) refuse(std::string(name) + " must be null without " + unless);
     }
-    void needs_windows() {
-        if (!s_.start) refuse("start must not be null");
-    }
     void refuse_overlaps() { memory_.refuse_overlaps(); }
 
 private:
@@ -181,6 +178,14 @@ private:
     Memory memory_;
 };
 
+// How norm_forward and norm_backward mask.
+template <class Args>
+void check_masking(const Args& a) {
+    if (a.compact && !a.shape.start) refuse("compact must be false without start");
+    if (a.compact && a.keep_branch) refuse("compact must be false with keep_branch");
+    if (a.keep_branch && !a.branch.data) refuse("keep_branch must be false without branch");
+}
+
 inline void check(const NormForward& a) {
     const Shape& s = a.shape;
     Table table(s, "x", a.x.type);
@@ -191,9 +196,9 @@ inline void check(const NormForward& a) {
         if (a.stream.data) table.writes_tokens("stream", a.stream, s.C);
     } else {
         table.absent("stream", a.stream, "branch");
-        if (a.keep_branch) refuse("keep_branch must be false without branch");
     }
-    table.writes_tokens("u", a.u, s.start && !a.keep_branch ? s.width : s.C);
+    check_masking(a);
+    table.writes_tokens("u", a.u, a.compact ? s.width : s.C);
     table.reads_vectors("shift", a.shift);
     table.reads_vectors("scale", a.scale);
     table.writes_statistics("mean", a.mean);
@@ -205,9 +210,9 @@ inline void check(const NormForward& a) {
 
 inline void check(const NormBackward& a) {
     const Shape& s = a.shape;
-    const bool compact = s.start && !a.keep_branch;
     Table table(s, "x", a.x.type);
-    table.reads_tokens("du", a.du, compact ? s.width : s.C);
+    check_masking(a);
+    table.reads_tokens("du", a.du, a.compact ? s.width : s.C);
     if (a.dstream.data) table.reads_tokens("dstream", a.dstream, s.C);
     table.reads_tokens("x", a.x, s.C);
     table.writes_tokens("dx", a.dx, s.C);
@@ -217,39 +222,14 @@ inline void check(const NormBackward& a) {
         table.reads_vectors("gate", a.gate);
     } else {
         table.absent("dbranch", a.dbranch, "branch");
-        if (a.keep_branch) refuse("keep_branch must be false without branch");
     }
     table.reads_vectors("scale", a.scale);
     table.reads_statistics("mean", a.mean);
     table.reads_statistics("rstd", a.rstd);
-    if (compact) table.reads_statistics("inactive", a.inactive);
+    if (a.compact) table.reads_statistics("inactive", a.inactive);
+    else table.absent("inactive", a.inactive, "compact");
     table.writes_sums("sums", a.sums, a.branch.data ? 3 : 2);
     if (a.keep_branch && a.x_is_stream) refuse("x_is_stream must be false with keep_branch");
-    table.refuse_overlaps();
-}
-
-inline void check(const Expand& a) {
-    const Shape& s = a.shape;
-    Table table(s, "u", a.u.type);
-    table.needs_windows();
-    table.reads_tokens("u", a.u, s.width);
-    table.writes_tokens("dense", a.dense, s.C);
-    table.reads_statistics("mean_rstd", a.mean_rstd);
-    table.reads_vectors("factor", a.factor);
-    table.reads_vectors("shift", a.shift);
-    table.refuse_overlaps();
-}
-
-inline void check(const Split& a) {
-    const Shape& s = a.shape;
-    Table table(s, "ddense", a.ddense.type);
-    table.needs_windows();
-    table.reads_tokens("ddense", a.ddense, s.C);
-    table.writes_tokens("du", a.du, s.width);
-    table.reads_statistics("mean_rstd", a.mean_rstd);
-    table.reads_vectors("factor", a.factor);
-    table.writes_statistics("inactive", a.inactive);
-    table.writes_sums("sums", a.sums, 2);
     table.refuse_overlaps();
 }
 

@@ -24,6 +24,7 @@ class Shape:
 def norm_forward(
     shape: Shape,
     eps: float,
+    compact: bool,
     keep_branch: bool,
     stream_type: Type,
     x: Rows,
@@ -38,6 +39,7 @@ def norm_forward(
 ) -> None: ...
 def norm_backward(
     shape: Shape,
+    compact: bool,
     keep_branch: bool,
     x_is_stream: bool,
     du: Rows,
@@ -53,8 +55,6 @@ def norm_backward(
     inactive: Rows,
     sums: Rows,
 ) -> None: ...
-def expand(shape: Shape, u: Rows, dense: Rows, mean_rstd: Rows, factor: Rows, shift: Rows) -> None: ...
-def split(shape: Shape, ddense: Rows, du: Rows, mean_rstd: Rows, factor: Rows, inactive: Rows, sums: Rows) -> None: ...
 def residual_forward(shape: Shape, x: Rows, branch: Rows, out: Rows, gate: Rows) -> None: ...
 def residual_backward(shape: Shape, dout: Rows, branch: Rows, dbranch: Rows, gate: Rows, sums: Rows) -> None: ...
 def gelu(size: int, pre: Rows, act: Rows, dact: Rows, dpre: Rows) -> None: ...

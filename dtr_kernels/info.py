@@ -14,8 +14,9 @@ import dtr_kernels
 from dtr_kernels.ops import _cpu
 from dtr_kernels.ops._gradients import why_plain as surgery_why_plain
 from dtr_kernels.ops._launch import LEAST_ELEMENTS_ON_CPU, kernel_path, why_plain
-from dtr_kernels.ops._tiles import configuration
-from dtr_kernels.ops._tuned import KINDS, Tuned, user_file
+from dtr_kernels.ops._tiles import Configuration, configuration, tuned_for
+from dtr_kernels.ops._tiles import crossover as default_crossover
+from dtr_kernels.ops._tuned import KINDS, Crossover, Tuned, user_file
 from dtr_kernels.ops.window_linear import _LEAST_ELEMENTS_OF_A_SLICE as LEAST_OF_A_SLICE
 
 __all__ = ["collect", "show"]
@@ -23,11 +24,13 @@ __all__ = ["collect", "show"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Of ops that are tuned alike, the most that are named.
 _MOST_OPS = 3
+# What crossovers are told for: tokens of a sample, and channels, as the models DiT-S/2 to DiT-XL/2 have them.
+_TOKENS, _WIDTHS = 256, (384, 768, 1024, 1152)
 
 
 def collect() -> dict[str, Any]:
-    """Versions, devices, which tiles the kernels of each GPU use, the extension's build, and for each op, device and
-    dtype what computes it and why that is not faster."""
+    """Versions, devices, which tiles the kernels of each GPU use and where they replace cuBLAS, the extension's build,
+    and for each op, device and dtype what computes it and why that is not faster."""
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     return {
         "dtr_kernels": dtr_kernels.__version__,
@@ -37,6 +40,7 @@ def collect() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
         "tiles": [_tiles(i) for i in range(torch.cuda.device_count())],
+        "crossovers": [_crossovers(i) for i in range(torch.cuda.device_count())],
         "extension": _cpu.unavailable or _cpu.kernels.build_config(),
         "ops": {
             op: {
@@ -56,8 +60,7 @@ def _gpu(index: int) -> str:
 def _tiles(index: int) -> str:
     """Where the tiles of a GPU's Triton kernels are from. A file that cannot be used makes a warning."""
     gpu = torch.cuda.get_device_name(index)
-    major, minor = torch.cuda.get_device_capability(index)
-    tuned = configuration(gpu, 10 * major + minor)
+    tuned = _configuration(index)
     sources = [f"user's file ({user_file(gpu)}): {_summary(tuned.user)}"] if tuned.user else []
     if tuned.packaged:
         latest = max((entry.measurement for entry in tuned.packaged), key=lambda measurement: measurement.date)
@@ -66,6 +69,40 @@ def _tiles(index: int) -> str:
     if not sources:
         return f"defaults: not tuned for {gpu}; run python -m benchmarks tune from a checkout"
     return "; ".join([*sources, "defaults otherwise"])
+
+
+def _configuration(index: int) -> Configuration:
+    return configuration(torch.cuda.get_device_name(index), _capability(index))
+
+
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def _crossovers(index: int) -> list[str]:
+    """From how many tokens of a batch on our GEMMs run instead of cuBLAS on a GPU, and where that is from."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for op in (op for op, kind in KINDS.items() if kind is Crossover):
+        dtypes: dict[str, list[str]] = {}
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            dtypes.setdefault(_crossover(index, op, dtype), []).append(str(dtype).removeprefix("torch."))
+        for crossover, names in dtypes.items():
+            alike.setdefault((_joined(names), crossover), []).append(op)
+    return [f"{_joined(ops)} in {dtypes}: {crossover}" for (dtypes, crossover), ops in alike.items()]
+
+
+def _crossover(index: int, op: str, dtype: torch.dtype) -> str:
+    gpu = _configuration(index)
+    widths: dict[str, list[str]] = {}
+    for channels in _WIDTHS:
+        tuned = tuned_for(gpu, op, dtype, _TOKENS, channels)
+        source = "default" if tuned is None else "user's file" if tuned in gpu.user else "packaged file"
+        crossover = default_crossover(op, dtype, channels, _capability(index)) if tuned is None else tuned.tile
+        widths.setdefault(f"{crossover} ({source})", []).append(str(channels))
+    if len(widths) == 1:
+        return next(iter(widths))
+    return ", ".join(f"{crossover} with {_joined(channels)} channels" for crossover, channels in widths.items())
 
 
 def _summary(entries: Sequence[Tuned]) -> str:
@@ -101,7 +138,10 @@ def _fused_path(device: torch.device, dtype: torch.dtype) -> str:
 def _linear_path(device: torch.device, dtype: torch.dtype) -> str:
     path = _fused_path(device, dtype)
     if path.startswith("Triton"):
-        return f"{path}, and cuBLAS where a batch shares an aligned window that is known as a Python number"
+        return (
+            f"{path}; of GEMMs those that the crossovers choose, else cuBLAS, which also runs where a batch shares an "
+            "aligned window that is known as a Python number"
+        )
     if not path.startswith("compiled"):
         return path
     if dtype.itemsize < 4:
@@ -133,11 +173,16 @@ _PATHS: dict[str, Callable[[torch.device, torch.dtype], str]] = {
 def show() -> None:
     """Prints ``collect()`` for people."""
     facts = collect()
-    ops, extension, tiles = facts.pop("ops"), facts.pop("extension"), facts.pop("tiles")
+    ops, extension, tiles, crossovers = (facts.pop(name) for name in ("ops", "extension", "tiles", "crossovers"))
     for name, value in facts.items():
         print(f"{name:12} {', '.join(value) or 'none' if isinstance(value, list) else value}")
     for index, source in enumerate(tiles):
         print(f"{'tiles':12} cuda:{index}: {source}")
+    for index, lines in enumerate(crossovers):
+        what = f"tokens of a batch from which on our GEMM runs instead of cuBLAS, {_TOKENS} a sample"
+        print(f"{'crossovers':12} cuda:{index}, {what}:")
+        for line in lines:
+            print(f"{'':12} {line}")
     if isinstance(extension, str):
         print(f"{'extension':12} {extension}")
     else:

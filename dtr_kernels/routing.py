@@ -115,8 +115,10 @@ def _window_starts(t: Tensor, num_timesteps: int, alpha: float, travel: int) -> 
     else:
         _check_range(t, num_timesteps - 1, f"the routing was made for num_timesteps={num_timesteps}")
         time = t.double() / max(num_timesteps - 1, 1)
-    # The exponent as a tensor: for small integers PyTorch would multiply, and differ from pow in the last bit.
-    return (time ** torch.tensor(alpha, dtype=torch.float64) * travel).round().to(torch.int32)
+    # The exponent as a tensor on t's device: for small integers PyTorch would multiply, and differ from pow in the last
+    # bit.
+    exponent = torch.full((), alpha, dtype=torch.float64, device=t.device)
+    return (time**exponent * travel).round().to(torch.int32)
 
 
 @_window_starts.register_fake

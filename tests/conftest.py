@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ if os.environ.get("TRITON_INTERPRET"):
     from repaired_interpreter import repair
 
     repair()
+
+from dtr_kernels.ops import _tiles
+from dtr_kernels.ops._tiles import NEVER, Crossover, CrossoverOp
 
 
 def pytest_collection_modifyitems(items):
@@ -37,13 +41,29 @@ def nan_in_uninitialised_memory():
 
 
 @pytest.fixture(autouse=True)
-def kernels_at_every_size(monkeypatch):
-    """On a CPU small tensors would take the plain path, and tests of the kernels would compare it with itself.
+def convolutions_in_fp32(monkeypatch):
+    """On a GPU cuDNN would multiply fp32 in tf32, which no bound of a test allows for."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
-    Slices of the weight, which only long samples are worth there, begin between the tests' small and large sizes.
+
+@pytest.fixture(autouse=True)
+def kernels_at_every_size(monkeypatch):
+    """Small tensors would take the plain path on a CPU and cuBLAS on a GPU, and tests of the kernels compare neither.
+
+    Slices of the weight, which only long samples are worth on a CPU, begin between the tests' small and large sizes.
     """
     monkeypatch.setattr("dtr_kernels.ops._launch.LEAST_ELEMENTS_ON_CPU", 0)
     monkeypatch.setattr("dtr_kernels.ops.window_linear._LEAST_ELEMENTS_OF_A_SLICE", 1 << 12)
+    for op in get_args(CrossoverOp):
+        monkeypatch.setitem(_tiles._forced, op, Crossover(1))
+
+
+@pytest.fixture
+def dense_products(monkeypatch, kernels_at_every_size):
+    """What runs where windows do not pay: PyTorch's products on all channels, and GELU in a pass of its own."""
+    monkeypatch.setattr("dtr_kernels.ops.window_linear._LEAST_ELEMENTS_OF_A_SLICE", sys.maxsize)
+    for op in get_args(CrossoverOp):
+        monkeypatch.setitem(_tiles._forced, op, Crossover(NEVER))
 
 
 @pytest.fixture

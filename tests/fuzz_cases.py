@@ -152,7 +152,7 @@ class Call:
         expected: computes the results, by the names of the arguments that hold them; None for random bits.
         optional: arguments that may be absent. in_place: pairs of arguments that may be the same memory.
         addresses: whether operands are passed as bare addresses instead of Rows.
-        keeps: operands that arguments point to.
+        keeps: operands that arguments point to. through: a type that numbers are rounded to on the way.
     """
 
     function: str
@@ -162,6 +162,7 @@ class Call:
     in_place: tuple[tuple[str, str], ...] = ()
     addresses: bool = False
     keeps: list[Operand] = field(default_factory=list)
+    through: str | None = None
 
     def operands(self) -> dict[str, Operand]:
         return {name: x for name, x in self.arguments.items() if isinstance(x, Operand)}
@@ -193,7 +194,7 @@ class Call:
         if not self.in_place:
             for operand in everything:
                 operand.assert_nothing_else_written()
-        worst = max((_TOLERANCE.get(x.type, 0) for x in everything), default=0)
+        worst = max(_TOLERANCE.get(type, 0) for type in [self.through, *(x.type for x in everything)])
         for name, right in expected.items():
             argument = self.arguments[name]
             results = argument if isinstance(argument, list) else self.keeps if name == "gradients" else [argument]
@@ -316,7 +317,7 @@ def norm_forward(draw: Draw) -> Call:
     stream_type, x = batch.leading(), batch.tokens(batch.C)
     branch, gate = (batch.tokens(batch.C), batch.vectors()) if update else (None, None)
     stream = batch.tokens(batch.C, stream_type, result=True) if update and draw.flag() else None
-    compact = batch.routed and not keep
+    compact = batch.routed and not keep and draw.flag()
     u = batch.tokens(batch.width if compact else batch.C, result=True)
     shift, scale = batch.vectors(), batch.vectors()
     mean, rstd = batch.statistics(result=True), batch.statistics(result=True)
@@ -332,8 +333,12 @@ def norm_forward(draw: Draw) -> Call:
         out = {"u": batch.compact(z) if compact else z, "mean": mu, "rstd": r}
         return out | {"stream": x_ + added} if stream else out
 
-    arguments = {"shape": batch.shape(), "eps": eps, "keep_branch": keep, "stream_type": Enum(TYPES[stream_type])}
-    arguments |= {
+    arguments = {
+        "shape": batch.shape(),
+        "eps": eps,
+        "compact": compact,
+        "keep_branch": keep,
+        "stream_type": Enum(TYPES[stream_type]),
         "x": x,
         "branch": branch,
         "stream": stream,
@@ -344,7 +349,8 @@ def norm_forward(draw: Draw) -> Call:
         "mean": mean,
         "rstd": rstd,
     }
-    return Call("norm_forward", arguments, expected, frozenset({"branch", "stream"}), keeps=_kept(batch.start))
+    optional, through = frozenset({"branch", "stream"}), stream_type if update and not keep else None
+    return Call("norm_forward", arguments, expected, optional, keeps=_kept(batch.start), through=through)
 
 
 def norm_backward(draw: Draw) -> Call:
@@ -352,7 +358,7 @@ def norm_backward(draw: Draw) -> Call:
     update = draw.flag()
     keep = update and draw.choice.random() < 0.3
     x_is_stream = draw.flag() and not keep
-    compact = batch.routed and not keep
+    compact = batch.routed and not keep and draw.flag()
     du = batch.tokens(batch.width if compact else batch.C)
     dstream = batch.tokens(batch.C) if draw.flag() else None
     x = batch.tokens(batch.C)
@@ -364,18 +370,16 @@ def norm_backward(draw: Draw) -> Call:
 
     def expected() -> dict[str, np.ndarray]:
         v, b, g = batch.read(x), batch.read(branch), batch.read(gate)
-        if update and keep:
-            v = v * batch.mask + g * b
-        elif update and not x_is_stream:
+        if update and not keep and not x_is_stream:
             v = decoded(encoded(v + g * b, x.type), x.type)
-        seen = batch.mask if compact else np.ones_like(batch.mask)
+        v = v * batch.mask + (g * b if keep else 0)
         mu, r, extra = batch.read(mean), batch.read(rstd), batch.read(inactive)
-        z = (v - mu) * r * seen
+        z = (v - mu) * r
         d = batch.dense(batch.read(du)) if compact else batch.read(du)
         dz = d * (1 + batch.read(scale))
         total = dz.sum(-1, keepdims=True) + extra
         along = (dz * z).sum(-1, keepdims=True) - mu * r * extra
-        dv = r * (dz - (total + z * along) / batch.C) * seen
+        dv = r * (dz - (total + z * along) / batch.C) * (batch.mask | keep)
         onto = np.broadcast_to(batch.read(dstream), dv.shape)
         out = {"dx": onto + dv * batch.mask}
         if update:
@@ -385,6 +389,7 @@ def norm_backward(draw: Draw) -> Call:
 
     arguments = {
         "shape": batch.shape(),
+        "compact": compact,
         "keep_branch": keep,
         "x_is_stream": x_is_stream,
         "du": du,
@@ -402,47 +407,6 @@ def norm_backward(draw: Draw) -> Call:
     }
     arguments |= {"inactive": inactive, "sums": sums}
     return Call("norm_backward", arguments, expected, frozenset({"dstream"}), keeps=_kept(batch.start))
-
-
-def expand(draw: Draw) -> Call:
-    batch = Batch(draw, routed=True)
-    u, dense = batch.tokens(batch.width), batch.tokens(batch.C, result=True)
-    mean_rstd, factor, shift = batch.statistics(), batch.vectors(), batch.vectors()
-
-    def expected() -> dict[str, np.ndarray]:
-        outside = batch.read(shift) - batch.read(mean_rstd) * batch.read(factor)
-        return {"dense": np.where(batch.mask, batch.dense(batch.read(u)), outside)}
-
-    arguments = {
-        "shape": batch.shape(),
-        "u": u,
-        "dense": dense,
-        "mean_rstd": mean_rstd,
-        "factor": factor,
-        "shift": shift,
-    }
-    return Call("expand", arguments, expected, keeps=_kept(batch.start))
-
-
-def split(draw: Draw) -> Call:
-    batch = Batch(draw, routed=True)
-    ddense, du = batch.tokens(batch.C), batch.tokens(batch.width, result=True)
-    mean_rstd, factor, inactive = batch.statistics(), batch.vectors(), batch.statistics(result=True)
-    sums = batch.sums(2)
-
-    def expected() -> dict[str, np.ndarray]:
-        d = batch.read(ddense)
-        outside = d * ~batch.mask
-        added = (outside * batch.read(factor)).sum(-1)
-        return {
-            "du": batch.compact(d),
-            "inactive": added,
-            "sums": batch.summed(outside, -batch.read(mean_rstd) * outside),
-        }
-
-    arguments = {"shape": batch.shape(), "ddense": ddense, "du": du, "mean_rstd": mean_rstd, "factor": factor}
-    arguments |= {"inactive": inactive, "sums": sums}
-    return Call("split", arguments, expected, keeps=_kept(batch.start))
 
 
 def residual_forward(draw: Draw) -> Call:
@@ -623,7 +587,7 @@ def _gpu_workspace(draw: Draw) -> Call:
 
 def calls(kernels: Any) -> dict[str, Callable[[Draw], Call]]:
     """What makes a random call of each function; those of the submodule only where the extension has it."""
-    ours = [norm_forward, norm_backward, expand, split, residual_forward, residual_backward, gelu]
+    ours = [norm_forward, norm_backward, residual_forward, residual_backward, gelu]
     surgery = [combine, weighted_sum, pcgrad_coefficients]
     makers = {make.__name__: make for make in [*ours, gram, *surgery]}
     makers["build_config"] = lambda draw: Call("build_config", {})
@@ -662,12 +626,18 @@ def wrong(call: Call) -> Iterator[tuple[str, list[Any]]]:
             yield f"{name} is no type", with_(name, Enum(7))
     empty = right["shape"].N == 0 if "shape" in right else right.get("size") == 0
     if "shape" in right:
-        for what, shape in _wrong_shapes(right["shape"], needed=call.function in ("expand", "split")):
+        for what, shape in _wrong_shapes(right["shape"], needed=bool(right.get("compact"))):
             yield what, with_("shape", shape)
-    if right.get("keep_branch") is False and call.arguments["branch"] is None and not empty:
-        yield "keep_branch without a branch", with_("keep_branch", True)
-    if right.get("keep_branch") and "x_is_stream" in right and not empty:
-        yield "x_is_stream with keep_branch", with_("x_is_stream", True)
+    if "compact" in right and not empty:
+        compact, keep = right["compact"], right["keep_branch"]
+        if "inactive" in right:  # given to the one, missing for the other
+            yield f"inactive with compact={not compact}", with_("compact", not compact)
+        elif keep or not right["shape"].start:
+            yield "compact with keep_branch, or without windows", with_("compact", True)
+        if compact or call.arguments["branch"] is None:
+            yield "keep_branch with compact, or without a branch", with_("keep_branch", True)
+        if keep and "x_is_stream" in right:
+            yield "x_is_stream with keep_branch", with_("x_is_stream", True)
     if "size" in right:
         for size in (-1, _HUGE, 1 << 70):
             yield f"size {size}", with_("size", size)

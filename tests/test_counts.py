@@ -234,14 +234,14 @@ class Launched:
         self.g = torch.randn(B, N, O).to(operand)
         self.dtype, self.operand = dtype, operand
 
-    def forward(self, branch: bool, keep_branch: bool):
+    def forward(self, branch: bool, compact: bool, keep_branch: bool):
         pending = (self.branch, self.gate) if branch else (None, None)
         return gated_norm_forward(
-            self.x, *pending, self.shift, self.scale, self.start, self.W, 1e-6, self.operand, keep_branch
+            self.x, *pending, self.shift, self.scale, self.start, self.W, 1e-6, self.operand, compact, keep_branch
         )
 
-    def backward(self, out, branch: bool, keep_branch: bool):
-        self.inactive = None if keep_branch else torch.randn(self.B, self.N)
+    def backward(self, out, branch: bool, compact: bool, keep_branch: bool):
+        self.inactive = torch.randn(self.B, self.N) if compact else None
         return gated_norm_backward(
             torch.randn(out.u.shape).to(self.operand),
             self.dstream if branch else None,
@@ -253,6 +253,7 @@ class Launched:
             out.rstd,
             self.start,
             self.W,
+            compact,
             keep_branch,
         )
 
@@ -262,23 +263,24 @@ PRECISIONS = [
     ("bf16", torch.bfloat16, torch.bfloat16),
     ("autocast", torch.float32, torch.bfloat16),
 ]
-FORMS = [(False, False), (True, False), (True, True)]
+# Whether there is a branch, u is compact, and the branch is kept on all channels.
+FORMS = [(False, True, False), (True, True, False), (False, False, False), (True, False, False), (True, False, True)]
 
 
 @pytest.mark.parametrize("precision, dtype, operand", PRECISIONS)
-@pytest.mark.parametrize("branch, keep_branch", FORMS)
-def test_bytes_of_the_norm_launchers(seed, precision, dtype, operand, branch, keep_branch):
+@pytest.mark.parametrize("branch, compact, keep_branch", FORMS)
+def test_bytes_of_the_norm_launchers(seed, precision, dtype, operand, branch, compact, keep_branch):
     run = Launched(dtype, operand)
-    sizes = run.B, run.N, run.C, run.W, ITEMSIZES[precision], branch, keep_branch
-    window, modulated = slice(run.W), slice(None if keep_branch else run.W)
+    sizes = run.B, run.N, run.C, run.W, ITEMSIZES[precision], branch, compact
+    window, modulated = slice(run.W), slice(run.W if compact else None)
     shift, scale = run.shift[:, modulated], run.scale[:, modulated]
     pending = (run.branch, run.gate) if branch else ()
 
-    out = run.forward(branch, keep_branch)
+    out = run.forward(branch, compact, keep_branch)
     x = run.x if branch else run.x[..., window]
     assert counts.norm_forward(*sizes).bytes == nbytes(x, shift, scale, run.start, *pending, *out)
 
-    gradients = run.backward(out, branch, keep_branch)
+    gradients = run.backward(out, branch, compact, keep_branch)
     read = (out.u, out.mean, out.rstd, run.x[..., window], scale, run.start, run.inactive, *pending)
     dstream = run.dstream if branch else None
     assert counts.norm_backward(*sizes, dstream=branch).bytes == nbytes(*read, dstream, *gradients)
@@ -289,8 +291,9 @@ def test_norm_launchers_read_no_deactivated_channel_of_x(seed):
     outs = {form: run.forward(*form) for form in FORMS}
     for x, first in zip(run.x, run.start.tolist(), strict=True):
         x[:, :first] = x[:, first + run.W :] = float("nan")
-    assert torch.equal(run.forward(False, False).u, outs[False, False].u)
     for form, out in outs.items():
+        branch, *_ = form
+        assert branch or torch.equal(run.forward(*form).u, out.u)
         assert all(gradient.isfinite().all() for gradient in run.backward(out, *form) if gradient is not None)
 
 
@@ -305,16 +308,10 @@ def test_bytes_of_the_residual_launchers(seed, precision, dtype, operand):
 
 
 @pytest.fixture
-def sliced(monkeypatch):
-    """On a CPU the launchers multiply slices of the weight, as on a GPU, at any number of tokens."""
-    monkeypatch.setattr(linear_ops, "_LEAST_ELEMENTS_OF_A_SLICE", 1)
-
-
-@pytest.fixture
-def layer(seed, sliced):
+def layer(seed):
     """A window's linear layer in fp32: its launchers, given all of their inputs but those that a test changes."""
     run = Launched(torch.float32, torch.float32)
-    run.out = run.forward(False, False)
+    run.out = run.forward(branch=False, compact=True, keep_branch=False)
     run.mean_rstd = run.out.mean * run.out.rstd
     run.sizes = run.B, run.N, run.C, run.W, run.O, FP32
     # Of shift and scale the deactivated channels are read, wherever they are.

@@ -20,7 +20,7 @@ from dtr_kernels.ops._tiles import GemmTile, RowTile, Tuned
 pytestmark = pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="the interpreter compiles nothing")
 
 ROW_KERNELS = {"gated_norm.forward", "gated_norm.backward", "gated_residual.forward", "gated_residual.backward"}
-KERNELS = {*static.GEMMS, *ROW_KERNELS, "window_linear.token_sums"}
+KERNELS = {*static.GEMMS, *ROW_KERNELS, "window_linear.token_sums", "gelu.forward", "gelu.backward"}
 MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 
 

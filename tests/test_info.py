@@ -12,7 +12,7 @@ import dtr_kernels
 from benchmarks import environment
 from dtr_kernels import info
 from dtr_kernels.ops import _cpu, _tiles, _tuned
-from dtr_kernels.ops._tuned import GemmTile, Measurement, Tuned
+from dtr_kernels.ops._tuned import KINDS, NEVER, Crossover, GemmTile, Measurement, Tuned
 
 WITHOUT_CUDA = {
     "compiler": "1.2",
@@ -125,9 +125,37 @@ def test_says_what_is_tuned():
     entries += [replace(entry, op=op, dtype="float32") for op in gemms[:2]]
     entries.append(replace(entry, rows=64))
     assert info._summary(entries) == (
-        "11 entries, 4 of 12 ops in bfloat16 of 384 and 1152 channels, "
+        f"11 entries, 4 of {len(KINDS)} ops in bfloat16 of 384 and 1152 channels, "
         "forward and forward_gelu in float32 of 1152 channels"
     )
+
+
+DEFAULTS = [
+    "windows_forward and windows_backward in bfloat16 and float16: from 32,768 tokens on (default) with 384 channels, "
+    "from 8,192 tokens on (default) with 768 channels, from 4,096 tokens on (default) with 1024 and 1152 channels",
+    "windows_forward, windows_backward, gelu_forward and gelu_backward in float32: never (default)",
+    "gelu_forward and gelu_backward in bfloat16 and float16: always (default)",
+]
+
+
+def test_says_from_how_many_tokens_on_our_gemms_run(gpu):
+    assert info._crossovers(0) == DEFAULTS
+
+
+def test_says_which_crossovers_are_tuned_and_where(gpu):
+    forward = replace(tuned(), op="windows_forward", tile=Crossover(2048))
+    packaged = [forward, replace(forward, channels=384, tile=Crossover(16384))]
+    user = [replace(forward, tile=Crossover(1024)), replace(forward, op="gelu_forward", tile=Crossover(NEVER))]
+    other_samples = replace(forward, op="gelu_backward", rows=64, tile=Crossover(64))
+    _tuned.write(_tuned.packaged_file(gpu), packaged)
+    _tuned.write(_tuned.user_file(gpu), [*user, other_samples])
+    said = info._crossovers(0)
+    assert (
+        "windows_forward in bfloat16: from 16,384 tokens on (packaged file) with 384 channels, "
+        "from 1,024 tokens on (user's file) with 768, 1024 and 1152 channels"
+    ) in said
+    assert "gelu_forward in bfloat16: never (user's file)" in said
+    assert "gelu_backward in bfloat16 and float16: always (default)" in said
 
 
 def test_a_broken_file_makes_a_warning_and_is_not_called_tuned(gpu):
@@ -148,6 +176,19 @@ def test_shows_the_tiles_of_each_gpu_and_nothing_without_one(monkeypatch, capsys
     assert "tiles" not in capsys.readouterr().out
 
 
+def test_shows_the_crossovers_of_each_gpu_and_nothing_without_one(monkeypatch, capsys):
+    facts = info.collect()
+    monkeypatch.setattr(info, "collect", lambda: facts | {"crossovers": [["one: always", "other: never"], ["one"]]})
+    info.show()
+    first, second = capsys.readouterr().out.split("crossovers   ")[1:]
+    assert first.startswith("cuda:0, tokens of a batch from which on our GEMM runs instead of cuBLAS, 256 a sample:\n")
+    assert "             one: always\n             other: never\n" in first
+    assert second.startswith("cuda:1, ") and "             one\n" in second
+    monkeypatch.setattr(info, "collect", lambda: facts | {"crossovers": []})
+    info.show()
+    assert "crossovers " not in capsys.readouterr().out
+
+
 def test_results_say_which_tiles_they_ran_with(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     facts = info.collect()
@@ -159,7 +200,8 @@ def test_results_say_which_tiles_they_ran_with(gpu, monkeypatch):
 
 @pytest.mark.gpu
 def test_says_where_the_tiles_of_a_gpu_are_from():
-    assert len(info.collect()["tiles"]) == torch.cuda.device_count()
+    facts = info.collect()
+    assert len(facts["tiles"]) == len(facts["crossovers"]) == torch.cuda.device_count()
 
 
 @pytest.mark.gpu

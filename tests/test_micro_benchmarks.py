@@ -5,6 +5,7 @@ No figure of time is asserted.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +16,9 @@ from benchmarks import counts
 from benchmarks.cases import Case, Options, Side
 from benchmarks.counts import ITEMSIZES
 from benchmarks.suite import _peers, _routing, gated_norm, gelu_linear, window_linear
+from dtr_kernels import ops
 from dtr_kernels.ops import window_linear as linear_ops
+from dtr_kernels.routing import ChannelWindow
 
 CPU = torch.device("cpu")
 BENCHMARKS = {module.BENCHMARK.name: module.BENCHMARK for module in (gated_norm, window_linear, gelu_linear)}
@@ -101,28 +104,74 @@ def test_autocast_is_an_fp32_stream():
     assert (stream.dtype, u.dtype) == (torch.float32, torch.bfloat16)
 
 
-def test_enough_tokens_for_slices_of_the_weight(monkeypatch):
-    """As on the models' sizes, where a CPU multiplies window by window."""
-    monkeypatch.setattr("dtr_kernels.ops.window_linear._LEAST_ELEMENTS_OF_A_SLICE", 1)
+@pytest.mark.parametrize(
+    "precision, least, library",
+    [("fp32", 1, "as the library's op does"), ("fp32", 1 << 20, "dense"), ("bf16", 1, "dense")],
+)
+def test_our_linear_layers_contract_over_windows_whatever_the_library_does(precision, least, library, monkeypatch):
+    monkeypatch.setattr(linear_ops, "_LEAST_ELEMENTS_OF_A_SLICE", least)
     cases = [
-        *built("window_linear", precisions=["fp32"]),
-        *built("gelu_linear", precisions=["fp32"], scopes=["branch"]),
+        *built("window_linear", precisions=[precision]),
+        *built("gelu_linear", precisions=[precision], scopes=["branch"]),
     ]
     check(cases)
-    sliced = [case for case in cases if not case.name.startswith(("backward", "weight gradient"))]
-    assert sliced and all("slices of the weight" in case.notes[0] for case in sliced)
+    routed = [case for case in cases if "unrouted" not in case.name]
+    assert len(routed) > 4
+    for case in routed:
+        assert "slices of the weight" in case.notes[0] and library in case.notes[1], case.notes
 
 
-def test_work_of_the_norms():
+def choose(monkeypatch, compact: bool, compact_gradient: bool) -> None:
+    """What the library is said to give the linear layer, and to take from it: active channels, or all."""
+    chosen = {"windows_forward": compact, "windows_backward": compact_gradient}
+    monkeypatch.setattr(gated_norm, "contracts_windows", lambda op, x, start, weight: chosen[op])
+
+
+CHOICES = [(True, True), (True, False), (False, True), (False, False)]
+
+
+@pytest.mark.parametrize("compact, compact_gradient", CHOICES)
+def test_norms_of_either_kind(compact, compact_gradient, monkeypatch):
+    choose(monkeypatch, compact, compact_gradient)
+    cases = built("gated_norm", precisions=["fp32", "bf16"])
+    check(cases)
+    for case in cases:
+        *_, u = side_of(case, "gated_norm").call()[: 1 if case.name.startswith("no branch") else 2]
+        keeps = case.name.startswith("keep_branch")
+        assert u.shape[-1] == (102 if compact and not keeps else 128)
+        said = {"u": compact} | ({"the gradient of u": compact_gradient} if "training" in case.name else {})
+        found = [note for note in case.notes if "as in the library's op" in note]
+        assert len(found) == (0 if keeps else len(said))
+        for note, (tensor, active) in zip(found, said.items(), strict=not keeps):
+            assert note.startswith(f"{tensor} has {'active' if active else 'all'} channels")
+
+
+@pytest.mark.parametrize("precision, least, width", [("fp32", 1, 102), ("fp32", 1 << 20, 128), ("bf16", 1, 128)])
+def test_norms_write_what_those_of_the_library_do(precision, least, width, monkeypatch):
+    monkeypatch.setattr(linear_ops, "_LEAST_ELEMENTS_OF_A_SLICE", least)
+    written = []
+    op = importlib.import_module("dtr_kernels.ops.routed_linear")  # the package has a function of its name
+    original = op.gated_norm_forward
+    monkeypatch.setattr(op, "gated_norm_forward", lambda *args: written.append(original(*args)) or written[-1])
+    case = only(built("gated_norm", precisions=[precision], passes=["forward"], scopes=["branch"]), "branch, forward")
+    (norm,) = side_of(case, "gated_norm").call.args
+    weight = norm.x.new_zeros(384, 128)
+    ops.routed_linear(norm.x, norm.shift, norm.scale, weight, None, norm.window, norm.branch, norm.gate)
+    stream, u = side_of(case, "gated_norm").call()
+    assert torch.equal(stream, written[0].stream) and torch.equal(u, written[0].u) and u.shape[-1] == width
+
+
+@pytest.mark.parametrize("compact, compact_gradient", CHOICES)
+def test_work_of_the_norms(compact, compact_gradient, monkeypatch):
+    choose(monkeypatch, compact, compact_gradient)
     sizes = 2, 64, 128, 102  # "tiny" at batch 2, W = int(0.8 * 128)
     for precision in ("fp32", "bf16", "autocast"):
         items = ITEMSIZES[precision]
         cases = built("gated_norm", precisions=[precision])
-        forms = {"no branch": (False, False), "branch": (True, False), "keep_branch": (True, True)}
-        for name, form in forms.items():
+        for name, branch, keep_branch in gated_norm.FORMS["block"]:
             forward, training = only(cases, f"{name}, forward"), only(cases, f"{name}, training")
-            work = counts.norm_forward(*sizes, items, *form)
-            backward = counts.norm_backward(*sizes, items, *form, dstream=form[0])
+            work = counts.norm_forward(*sizes, items, branch, compact and not keep_branch)
+            backward = counts.norm_backward(*sizes, items, branch, compact_gradient and not keep_branch, dstream=branch)
             assert side_of(forward, "gated_norm").work == side_of(forward, "reference").work == work
             assert side_of(training, "gated_norm").work == side_of(training, "reference").work == work + backward
             assert side_of(training, "gated_norm, backward alone").work == backward
@@ -164,10 +213,11 @@ def test_work_of_the_gelu_linear():
     }
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_windows_that_are_off_by_one_are_found(name):
+def test_windows_that_are_off_by_one_are_found(name, precision):
     """Our side, the last one, with windows that start a channel too early or too late."""
-    case = next(case for case in built(name, scopes=["branch"], precisions=["bf16"]) if "unrouted" not in case.name)
+    case = next(case for case in built(name, scopes=["branch"], precisions=[precision]) if "unrouted" not in case.name)
     side = case.sides[-1]
     (inputs,) = side.call.args
     start = inputs.window.start
@@ -208,28 +258,32 @@ def test_a_layer_without_its_deactivated_channels_is_found(name, monkeypatch):
         assert case.sides[-1].error(case.sides[-1].call()) > 2 * case.sides[-1].bound, case.name
 
 
-def test_a_norm_that_forgets_the_mean_is_found(monkeypatch):
+@pytest.mark.parametrize("compact, where", [(True, "active"), (False, "active"), (False, "deactivated")])
+def test_a_norm_that_forgets_the_mean_is_found(compact, where, monkeypatch):
+    choose(monkeypatch, compact, compact)
     original = gated_norm.gated_norm_forward
 
     def wrong(*args, **more):
         out = original(*args, **more)
         scale, start, width = args[4:7]
-        assert out.u.shape[-1] == width
-        channels = start[:, None].long() + torch.arange(width)
-        factor = (1 + scale.gather(1, channels))[:, None]
-        u = out.u + (out.mean * out.rstd)[..., None] * factor
-        return out._replace(u=u.to(out.u.dtype))
+        window = ChannelWindow(start, width, scale.shape[1])
+        assert more["compact"] == compact
+        mean = (out.mean * out.rstd)[..., None] * (1 + scale[:, None])
+        mean = mean * (window.mask() if where == "active" else ~window.mask())[:, None]
+        return out._replace(u=out.u + (_routing.in_window(mean, window) if compact else mean).to(out.u.dtype))
 
     monkeypatch.setattr(gated_norm, "gated_norm_forward", wrong)
     for case in built("gated_norm", precisions=["bf16"], passes=["forward"], scopes=["branch"]):
         assert case.sides[-1].error(case.sides[-1].call()) > 2 * case.sides[-1].bound, case.name
 
 
-def test_a_note_says_what_is_outside_the_clock():
-    cases = built("gated_norm", precisions=["fp32"])
-    for case in cases:
+@pytest.mark.parametrize("compact, compact_gradient", CHOICES)
+def test_a_note_says_what_is_outside_the_clock(compact, compact_gradient, monkeypatch):
+    choose(monkeypatch, compact, compact_gradient)
+    for case in built("gated_norm", precisions=["fp32"]):
         told = any("computed outside the clock" in note for note in case.notes)
-        assert told == ("training" in case.name and not case.name.startswith("keep_branch")), case.name
+        expected = compact_gradient and "training" in case.name and not case.name.startswith("keep_branch")
+        assert told == expected, case.name
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -6,6 +6,7 @@ The file runs three times: with the compiled CPU kernels, with the Triton kernel
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import pytest
@@ -15,7 +16,10 @@ from hypothesis import strategies as st
 
 from benchmarks.memory import saved_bytes
 from dtr_kernels import DenoisingTaskRouting, ops, reference
+from dtr_kernels.ops import _tiles
+from dtr_kernels.ops._tiles import Crossover
 from dtr_kernels.ops.gelu import gelu_backward
+from dtr_kernels.ops.window_linear import _parts
 from dtr_kernels.routing import ChannelWindow
 from dtr_kernels.verify import check_block, compare, random_block
 
@@ -102,6 +106,62 @@ def test_routed_linear(seed, device, dtype, branch, beta, tokens):
 @pytest.mark.parametrize("tokens", [1, 130] if not INTERPRETED else [37])
 def test_routed_mlp(seed, device, dtype, keep_branch, beta, tokens):
     check_routed_mlp(3, tokens, 96, 264, windows(3, 96, beta, device), keep_branch, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("branch", [False, True])
+@pytest.mark.parametrize("beta", [0.8, 1.0])
+def test_routed_linear_on_all_channels(seed, device, dtype, branch, beta, dense_products):
+    check_routed_linear(3, 37, 96, 200, windows(3, 96, beta, device), dtype, device, branch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keep_branch", [False, True])
+def test_routed_mlp_on_all_channels(seed, device, dtype, keep_branch, dense_products):
+    check_routed_mlp(3, 37, 96, 264, windows(3, 96, 0.8, device), keep_branch, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_pass_over_windows_and_the_other_over_all_channels(seed, device, dtype, dense_products, monkeypatch):
+    """What the forward pass keeps serves either: the choice is made anew in the backward pass."""
+    monkeypatch.setitem(_tiles._forced, "windows_forward", Crossover(1))
+    window = windows(3, 96, 0.8, device)
+    check_routed_linear(3, 37, 96, 200, window, dtype, device)
+    check_routed_mlp(3, 37, 96, 264, window, False, dtype, device)
+
+
+@pytest.mark.parametrize("start", [8, 3])
+def test_one_window_for_the_batch(seed, device, start):
+    """On a GPU cuBLAS multiplies with a slice of the weight, where it begins at a whole vector."""
+    window = ChannelWindow(torch.tensor([start], dtype=torch.int32, device=device), 70, 96, shared_start=start)
+    check_routed_linear(3, 37, 96, 200, window, torch.bfloat16, device)
+
+
+def test_a_weight_gradient_in_parts(seed, device, monkeypatch):
+    """Sums over tokens that several programs share; some have no token left."""
+    monkeypatch.setattr("dtr_kernels.ops.window_linear._LEAST_STEPS", 1)
+    asked = []
+    monkeypatch.setattr(
+        "dtr_kernels.ops.window_linear._parts",
+        lambda tiles, steps, processors: asked.append(min(5, steps)) or asked[-1],
+    )
+    check_routed_linear(3, 130, 96, 200, windows(3, 96, 0.8, device), torch.bfloat16, device)
+    assert (device.type == "cpu" and not INTERPRETED) or set(asked) == {5}
+
+
+@pytest.mark.parametrize(
+    "tiles, steps, parts",
+    [
+        (135, 1024, 6),  # two rounds of 132 multiprocessors would end with three tiles
+        (132, 1024, 1),  # nothing to gain
+        (264, 1024, 1),
+        (3, 1024, 8),
+        (3, 100, 3),  # each part is of 32 steps at least
+        (3, 5, 1),
+    ],
+)
+def test_parts_of_a_weight_gradient(tiles, steps, parts):
+    assert _parts(tiles, steps, 132) == parts
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -378,7 +438,8 @@ def test_small_tensors_take_the_faster_plain_path_on_a_cpu(monkeypatch):
     block = random_block(48, 4, "block", torch.device("cpu"), torch.float32)
     x, c, window = torch.randn(2, 9, 48), torch.randn(2, 48), windows(2, 48, 0.8, "cpu")
     called = []
-    monkeypatch.setattr("dtr_kernels.ops.window_linear._cpu_forward", lambda *args: called.append(args) or 1 / 0)
+    routed_linear = importlib.import_module("dtr_kernels.ops.routed_linear")  # ``ops`` has a function of the same name
+    monkeypatch.setattr(routed_linear, "gated_norm_forward", lambda *args: called.append(args) or 1 / 0)
     monkeypatch.setattr("dtr_kernels.ops._launch.LEAST_ELEMENTS_ON_CPU", x.numel() + 1)
     torch.testing.assert_close(block(x, c, window), reference.dit_block(block, x, c, window.mask(), "block"))
     assert not called

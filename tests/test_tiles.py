@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import environment
 from dtr_kernels.ops import _tiles, _tuned
-from dtr_kernels.ops._tiles import GemmTile, RowTile, SumTile, forced, tile_for
+from dtr_kernels.ops._tiles import NEVER, Crossover, GemmTile, RowTile, SumTile, forced, tile_for
 from dtr_kernels.ops._tuned import KINDS, Measurement, Tuned
 
 window_linear = importlib.import_module("dtr_kernels.ops.window_linear")
@@ -39,8 +39,8 @@ def ask(op="forward", dtype=bf16, rows=256, channels=1152):
 
 
 def forget():
-    for function in (_tiles.configuration, _tiles._tile, _tiles._capability):
-        function.cache_clear()
+    _tiles.forget()
+    _tiles._capability.cache_clear()
 
 
 @pytest.fixture
@@ -49,6 +49,7 @@ def files(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(_tuned, "PACKAGED", tmp_path / "packaged")
+    monkeypatch.setattr(_tiles, "_forced", {})  # what tests of kernels want
     monkeypatch.setenv("DTR_KERNELS_CACHE", str(tmp_path / "cache"))
     forget()
     yield SimpleNamespace(user=_tuned.user_file(GPU), packaged=_tuned.packaged_file(GPU))
@@ -66,7 +67,7 @@ def files(monkeypatch, tmp_path):
         ("forward", fp32, 256, 384, 90, GemmTile(64, 64, 16, 8, 2)),
         ("forward_gelu", fp16, 16, 384, 100, GemmTile(16, 128, 64, 4, 3)),
         ("input_gradient", fp32, 20, 384, 80, GemmTile(32, 64, 16, 4, 2)),
-        ("gelu_input_gradient", bf16, 8192, 1152, 90, GemmTile(128, 128, 64, 8, 4)),
+        ("gelu_input_gradient", bf16, 8192, 1152, 90, GemmTile(128, 256, 64, 8, 3)),
         ("gelu_input_gradient", bf16, 8192, 1152, 120, GemmTile(64, 128, 32, 8, 3)),
         ("weight_gradient", bf16, 256, 1152, 90, GemmTile(128, 256, 64, 8, 4)),
         ("weight_gradient", bf16, 20, 1152, 90, GemmTile(128, 256, 32, 8, 4)),
@@ -77,9 +78,19 @@ def files(monkeypatch, tmp_path):
         ("norm_forward", bf16, 256, 384, 90, RowTile(4, 512, 4)),
         ("norm_forward_update", bf16, 256, 1152, 90, RowTile(2, 2048, 16)),
         ("norm_backward", fp32, 256, 40, 80, RowTile(4, 64, 1)),
+        ("norm_backward", bf16, 256, 1152, 90, RowTile(1, 2048, 8)),
         ("norm_backward_update", bf16, 256, 1152, 90, RowTile(1, 2048, 16)),
         ("residual_forward", bf16, 256, 1152, 90, RowTile(4, 2048, 16)),
         ("residual_backward", fp32, 64, 1024, 80, RowTile(4, 1024, 8)),
+        ("windows_forward", bf16, 256, 384, 90, Crossover(1 << 15)),
+        ("windows_forward", fp16, 16, 1152, 100, Crossover(1 << 12)),
+        ("windows_forward", fp16, 16, 1152, 80, Crossover(NEVER)),
+        ("gelu_forward", bf16, 256, 384, 120, Crossover(NEVER)),
+        ("windows_backward", bf16, 256, 1152, 90, Crossover(1 << 12)),
+        ("windows_backward", fp32, 256, 1152, 90, Crossover(NEVER)),
+        ("gelu_forward", bf16, 256, 384, 90, Crossover(1)),
+        ("gelu_backward", fp16, 256, 1152, 100, Crossover(1)),
+        ("gelu_backward", fp32, 256, 1152, 100, Crossover(NEVER)),
     ],
 )
 def test_defaults(op, dtype, rows, channels, arch, tile):
@@ -141,6 +152,32 @@ def test_a_row_kernel_takes_no_tile_for_longer_or_shorter_rows(files):
     assert ask("norm_forward", channels=1024) == RowTile(4, 1024, 8)
 
 
+def test_a_tuned_crossover_goes_before_the_default(files):
+    found = [entry("windows_forward", tile=Crossover(512)), entry("gelu_forward", tile=Crossover(NEVER))]
+    _tuned.write(files.user, [*found, entry("gelu_backward", dtype="float32", tile=Crossover(64))])
+    asked = [ask(op) for op in ("windows_forward", "windows_backward", "gelu_forward", "gelu_backward")]
+    assert asked == [Crossover(512), Crossover(1 << 12), Crossover(NEVER), Crossover(1)]
+    assert ask("gelu_backward", dtype=fp32) == Crossover(64)
+
+
+def test_a_crossover_in_words():
+    assert [str(Crossover(tokens)) for tokens in (1, 2, 8192, NEVER // 2, NEVER)] == [
+        "always",
+        "from 2 tokens on",
+        "from 8,192 tokens on",
+        "from 536,870,912 tokens on",
+        "never",
+    ]
+
+
+def test_forgetting_reads_files_again(files):
+    assert ask() != SPECIAL
+    _tuned.write(files.user, [entry()])
+    assert ask() != SPECIAL
+    _tiles.forget()
+    assert ask() == SPECIAL
+
+
 def test_what_was_measured_with_another_capability_is_ignored(files):
     _tuned.write(files.user, [entry(measurement=replace(MEASUREMENT, capability=100))])
     with warnings.catch_warnings():
@@ -162,6 +199,10 @@ def broken(change):
 
 def change_entry(**fields):
     return broken(lambda stored: stored["entries"][0].update(fields))
+
+
+def change_crossover(tokens):
+    return change_entry(op="gelu_forward", tile={"tokens": tokens})
 
 
 def change_tile(**sides):
@@ -198,6 +239,14 @@ def change_tile(**sides):
             "block of its tile must be 2048",
         ),
         (change_entry(op="norm_forward", tile={"rows": 64, "block": 2048, "warps": 8}), "rows of its tile"),
+        (change_crossover(0), "tokens of its tile must be a power of two between 1 and 1073741824, got 0"),
+        (change_crossover(3 << 8), "tokens of its tile must be a power of two between 1 and 1073741824, got 768"),
+        (change_crossover(2 * NEVER), "between 1 and 1073741824, got 2147483648"),
+        (change_crossover(True), "tokens of its tile must be a power of two between 1 and 1073741824, got True"),
+        (change_crossover(64.0), "tokens of its tile must be a power of two between 1 and 1073741824, got 64.0"),
+        (change_crossover("never"), "got 'never'"),
+        (change_entry(op="gelu_forward"), "does not hold tuned tiles"),  # with the tile of a GEMM
+        (change_entry(tile={"tokens": 64}), "does not hold tuned tiles"),  # of a GEMM
         (None, "directory"),
     ],
 )
@@ -241,6 +290,8 @@ def test_a_file_is_read_as_it_was_written(files):
         entry(channels=384, measurement=later),
         entry("norm_backward", "float32", 1152, 16, RowTile(1, 2048, 16), later),
         entry("token_sums", "float16", 3456, 64, SumTile(512, 8)),
+        entry("windows_forward", tile=Crossover(4096)),
+        entry("gelu_backward", "float32", tile=Crossover(NEVER)),
     ]
     _tuned.write(files.user, entries)
     assert sorted(_tuned.read(files.user), key=str) == sorted(entries, key=str)
@@ -345,6 +396,40 @@ def test_a_tile_that_no_kernel_can_run_with_is_refused(launched, tile, tokens, r
     with forced("weight_gradient", tile), pytest.raises(ValueError, match=reason):
         weight_gradient(tokens=tokens)
     assert not launched
+
+
+def contracts_windows(tokens, op="windows_forward"):
+    """Whether a launcher does, for so many tokens of two samples."""
+    x, weight = torch.zeros(2, tokens // 2, 64, dtype=bf16), torch.zeros(192, 64, dtype=bf16)
+    return window_linear.contracts_windows(op, x, torch.zeros(2, dtype=torch.int32), weight)
+
+
+def test_a_forced_crossover_decides_which_gemm_runs(launched, files):
+    assert not contracts_windows(1024)
+    with forced("windows_forward", Crossover(512)):
+        assert [contracts_windows(tokens) for tokens in (510, 512, 1024)] == [False, True, True]
+        assert not contracts_windows(1024, "windows_backward")
+    with forced("windows_forward", Crossover(NEVER)):
+        assert not contracts_windows(1024)
+
+
+@pytest.mark.parametrize(
+    "tile, reason",
+    [
+        (Crossover(0), "tokens of its tile must be a power of two between 1 and 1073741824, got 0"),
+        (Crossover(100), "power of two .* got 100"),
+        (SPECIAL, r"its tile must be a Crossover, got GemmTile\(m=64"),
+    ],
+)
+def test_no_other_crossover_can_be_forced(launched, tile, reason):
+    with forced("windows_forward", tile), pytest.raises(ValueError, match=reason):
+        contracts_windows(1024)
+
+
+def test_a_crossover_is_no_tile(launched):
+    reason = r"weight_gradient of 256 rows .* its tile must be a GemmTile, got Crossover\(tokens=64\)"
+    with forced("weight_gradient", Crossover(64)), pytest.raises(ValueError, match=reason):
+        weight_gradient()
 
 
 def test_only_what_has_a_tile_can_be_forced():

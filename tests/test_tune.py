@@ -1,5 +1,5 @@
-"""``python -m benchmarks tune``: which tile is chosen, what becomes of the file, and whether the gate lets wrong tiles
-through.
+"""``python -m benchmarks tune``: which tile or crossover is chosen, what becomes of the file, and whether the gate lets
+wrong tiles through.
 
 Times and compilers are stand-ins, except in the test for a GPU. Kernels run in Triton's interpreter, in a process of
 its own: the tests of this file that need it are skipped here and run there.
@@ -22,11 +22,14 @@ import pytest
 import torch
 
 from benchmarks import tune
-from dtr_kernels.ops import _launch, _tuned
-from dtr_kernels.ops._tiles import GemmTile, RowTile, forced, tile_for
+from dtr_kernels.ops import _launch, _tiles, _tuned
+from dtr_kernels.ops._tiles import NEVER, Crossover, GemmTile, RowTile, forced, tile_for
 from dtr_kernels.ops._tuned import KINDS, Measurement
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
+CROSSOVERS = [op for op in KINDS if KINDS[op] is Crossover]
+TILED = [op for op in KINDS if op not in CROSSOVERS]
+OURS, CUBLAS = tune.OURS, tune.CUBLAS
 MEASUREMENT = Measurement("NVIDIA H200", 90, "2.13.0", "3.7.1", None, "2026-11-01", "python -m benchmarks tune", "0")
 DEFAULT, SLOW, FAST, FASTEST = (RowTile(rows, 2048, 16) for rows in (1, 2, 4, 8))
 PROBLEM = tune.Problem("norm_forward", torch.bfloat16, 1152, 256, 32)
@@ -51,7 +54,7 @@ class Trial:
         return {tile: self.reasons[tile] for tile in tiles if tile in self.reasons}
 
     def error(self, tile):
-        assert tile not in self.reasons or tile == DEFAULT, "a tile that does not run was run"
+        assert tile not in self.reasons or tile in (DEFAULT, OURS, CUBLAS), "a tile that does not run was run"
         return self.errors.get(tile, 0.0)
 
     def timer(self, tile):
@@ -152,11 +155,84 @@ def test_spilling_and_failing_tiles_are_found(monkeypatch):
     }
 
 
+# --- crossovers ------------------------------------------------------------------------------------------------------
+
+
+def crossover(ours, default=NEVER, batch=8, tokens=64, **trial):
+    """The choice where our GEMM takes ``ours[samples]`` and cuBLAS 10 µs a sample; and the samples of the trials."""
+    tried = []
+
+    def trial_of(problem):
+        tried.append(problem.batch)
+        return Trial({OURS: ours[problem.batch], CUBLAS: 10e-6 * problem.batch}, **trial)
+
+    problem = replace(PROBLEM, op="windows_forward", tokens=tokens, batch=batch)
+    return tune.choose_crossover(problem, Crossover(default), 0.01, trial_of), tried
+
+
+FROM_FOUR = {8: 50e-6, 4: 30e-6, 2: 25e-6, 1: 20e-6}
+
+
+@pytest.mark.parametrize(
+    "ours, tokens, seconds, tried",
+    [
+        (FROM_FOUR, 256, 50e-6, [8, 4, 2]),
+        ({8: 50e-6, 4: 30e-6, 2: 15e-6, 1: 5e-6}, 64, 50e-6, [8, 4, 2, 1]),
+        ({8: 90e-6}, NEVER, 80e-6, [8]),
+        ({8: 79e-6}, NEVER, 80e-6, [8]),  # by less than the margin
+        ({8: 50e-6, 4: 50e-6, 2: 15e-6, 1: 5e-6}, 512, 50e-6, [8, 4]),  # below, nothing is asked any more
+    ],
+)
+def test_our_gemm_runs_from_where_it_is_faster_at_every_larger_size(ours, tokens, seconds, tried):
+    assert crossover(ours) == ((Crossover(tokens), seconds, 80e-6), tried)
+
+
+def test_a_crossover_is_clearly_faster_too(seed):
+    random.seed(seed)
+    assert crossover(FROM_FOUR, noise=0.1)[0].tile == Crossover(256)
+    assert crossover(FROM_FOUR | {8: 75e-6}, noise=0.3)[0].tile == CUBLAS
+
+
+def test_a_crossover_is_a_power_of_two():
+    """Between a batch for which our GEMM is faster and the half of it, for which it is not."""
+    ours = {12: 100e-6, 6: 50e-6, 3: 90e-6}
+    assert crossover(ours, batch=12)[0].tile == Crossover(256)
+    assert crossover(ours, batch=12, tokens=100)[0].tile == Crossover(512)
+
+
+@pytest.mark.parametrize(
+    "ours, default, seconds, default_seconds",
+    [
+        (FROM_FOUR, 1, 50e-6, 50e-6),
+        (FROM_FOUR, 512, 50e-6, 50e-6),
+        (FROM_FOUR, 1024, 50e-6, 80e-6),
+        ({8: 90e-6}, 512, 80e-6, 90e-6),
+        ({8: 90e-6}, 1024, 80e-6, 80e-6),
+    ],
+)
+def test_seconds_of_a_crossover_are_those_of_the_largest_batch(ours, default, seconds, default_seconds):
+    assert crossover(ours, default)[0][1:] == (seconds, default_seconds)
+
+
+@pytest.mark.parametrize("way, name", [(OURS, "our GEMM"), (CUBLAS, "cuBLAS")])
+def test_without_two_right_ways_there_is_no_crossover(way, name):
+    for wrong in (0.02, math.nan):
+        with pytest.raises(tune.NotTuned, match=f"{name}, for 8 samples, is wrong: error"):
+            crossover(FROM_FOUR, errors={way: wrong})
+    with pytest.raises(tune.NotTuned, match=f"{name}, for 8 samples, does not run: too large"):
+        crossover(FROM_FOUR, unusable={way: "too large"})
+
+
+def test_a_kernel_that_spills_has_a_crossover():
+    """It is the fastest tile that was found: what counts is whether it beats cuBLAS."""
+    assert crossover(FROM_FOUR, unusable=dict.fromkeys((OURS, CUBLAS), tune.SPILLS))[0].tile == Crossover(256)
+
+
 # --- candidates ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
-@pytest.mark.parametrize("op", KINDS)
+@pytest.mark.parametrize("op", TILED)
 def test_candidates_can_run_and_fit(op, arch):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for tokens in (1, 16, 64, 256):
@@ -182,6 +258,12 @@ def test_problems_are_those_of_the_models_and_none_twice():
         ("token_sums", "bfloat16", 1152, 64),
         ("forward", "bfloat16", 1152, 128),
         ("token_sums", "bfloat16", 3456, 128),
+    ]
+    # Whatever the order they are given in, crossovers come after the tiles that they are timed with.
+    given = ["gelu_backward", "windows_forward", "forward", "gelu_input_gradient"]
+    ordered = tune.problems_of(["DiT-S/2", "DiT-B/2"], ["bf16", "fp32"], given, 8)
+    assert [(problem.channels, problem.op) for problem in ordered if problem.dtype == torch.bfloat16] == [
+        (channels, op) for channels in (384, 768) for op in (*given[2:], *given[:2])
     ]
     # fc2's input gradient has no windows: 16 tokens of 8 samples are 128 rows, as 256 tokens are.
     assert len(tune.problems_of(["DiT-S/2", "DiT-S/8"], ["bf16"], ["gelu_input_gradient"], 8)) == 1
@@ -311,6 +393,41 @@ def test_the_table():
         "norm_forward bfloat16 1152 128 10.0 µs 8.0 µs 25.0% rows 4 block 2048 warps 16".split()  # noqa: SIM905
     )
     assert header.split() == ["op", "dtype", "width", "rows", "default", "best", "gain", "tile"]
+    for way, words in ((Crossover(4096), "from 4,096 tokens on"), (CUBLAS, "never"), (OURS, "always")):
+        entry = replace(tuned_entry, op="gelu_forward", tile=way)
+        assert tune.table([entry]).splitlines()[1].endswith(f"25.0%  {words}")
+
+
+def test_what_was_just_tuned_is_used_for_what_comes_after(path, monkeypatch):
+    """Though the file is not the user's, and the user's says something else. It does not count afterwards."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_tuned, "PACKAGED", path.parent / "packaged")
+    monkeypatch.setenv("DTR_KERNELS_CACHE", str(path.parent))
+    _tuned.write(
+        _tuned.user_file("NVIDIA H200"),
+        [_tuned.Tuned("norm_forward", "bfloat16", 1152, 128, SLOW, 1e-6, 2e-6, MEASUREMENT)],
+    )
+    x = SimpleNamespace(get_device=lambda: 0, dtype=torch.bfloat16)
+
+    def seen():
+        return tile_for("norm_forward", x, 256, 1152)
+
+    def choose_and_look(problem):
+        found.append(seen())
+        return tune.Choice(FASTEST, 1e-6, 2e-6) if problem == PROBLEM else tune.Choice(OURS, 1e-6, 2e-6)
+
+    found = []
+    for function in (_tiles.forget, _tiles._capability.cache_clear):
+        function()
+    try:
+        assert seen() == SLOW
+        tune.Tuning(path, MEASUREMENT).run([PROBLEM, replace(PROBLEM, op="gelu_forward")], choose_and_look)
+        assert found == [PROBLEM.default(90), FASTEST]
+        assert seen() == SLOW
+    finally:
+        for function in (_tiles.forget, _tiles._capability.cache_clear):
+            function()
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
@@ -362,27 +479,61 @@ def test_the_command_line_from_end_to_end(monkeypatch, path, capsys):
     assert len(_tuned.read(path)) == 2
 
 
+@pytest.mark.parametrize("op", KINDS)
+def test_an_op_has_a_tile_or_a_crossover_chosen(op, monkeypatch):
+    monkeypatch.setattr(tune, "capability", lambda x: 90)
+    monkeypatch.setattr(tune, "max_shared_mem", lambda index: SHARED_MEMORY[90])
+    monkeypatch.setattr(tune, "TrialOnGpu", lambda problem, device, stopwatch: (problem, device, stopwatch))
+    monkeypatch.setattr(tune, "choose", lambda default, tiles, bound, trial: (default, bound, trial))
+    monkeypatch.setattr(
+        tune,
+        "choose_crossover",
+        lambda problem, default, bound, trial_of: (default, bound, trial_of(replace(problem, batch=2))),
+    )
+    problem, device = replace(PROBLEM, op=op), torch.device("cpu")
+    tried = replace(problem, batch=2) if op in CROSSOVERS else problem
+    expected = problem.default(90), tune.BOUNDS[torch.bfloat16], (tried, device, "stopwatch")
+    assert tune.choose_on(problem, device, "stopwatch") == expected
+
+
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", KINDS)
-def test_every_op_asks_for_its_own_tile(op, monkeypatch):
-    """The launchers use the default of the op that is tuned, look it up as the entry is keyed, and obey when forced."""
-    asked = []
+@pytest.fixture
+def asked(monkeypatch):
+    """Questions for tiles and crossovers, of launchers for which the CPU stands in for a GPU."""
+    questions = []
 
     def spy(*question):
-        asked.append(question)
+        questions.append(question)
         return tile_for(*question)
 
+    monkeypatch.setattr(_tiles, "_forced", {})  # what other tests of kernels want
     monkeypatch.setattr(_launch, "kernel_path", lambda x: "triton")
     for module in tune.LAUNCHERS:
         monkeypatch.setattr(module, "kernel_path", lambda x: "triton")
-        monkeypatch.setattr(module, "tile_for", spy)
+        monkeypatch.setattr(module, "tile_for", spy, raising=False)
+    return questions
+
+
+def assert_asked_as_keyed(asked, problem):
+    """Launchers look an op up as its entry is keyed."""
+    questions = [question for question in asked if question[0] == problem.op]
+    assert questions
+    for name, x, rows, channels, *_ in questions:
+        assert (name, str(x.dtype).removeprefix("torch."), channels, _tuned.rows_class(rows)) == problem.key
+
+
+@pytest.mark.parametrize("op", TILED)
+def test_every_op_asks_for_its_own_tile(op, asked):
+    """The launchers use the default of the op that is tuned, and obey when forced. No crossover keeps them from it."""
     problem = tune.Problem(op, torch.bfloat16, 48, 130, 2)
     pieces = tune.pieces(tune.Inputs(problem, torch.device("cpu")))
     other = tune.candidates(problem, 90, SHARED_MEMORY[90])[-1]
     for tile, context in [(problem.default(90), contextlib.nullcontext()), (other, forced(op, other))]:
-        with tune.recorded() as launches, context:
+        with tune.recorded() as launches, context, contextlib.ExitStack() as crossovers:
+            for crossover in CROSSOVERS:
+                crossovers.enter_context(forced(crossover, CUBLAS))
             for piece in pieces:
                 piece.launch()
         assert len(launches) == len(pieces)
@@ -390,9 +541,42 @@ def test_every_op_asks_for_its_own_tile(op, monkeypatch):
             assert launch.bytes > 0
             for side, value in tile._asdict().items():
                 assert launch.options[OPTIONS[side]] == value
-    for question in asked:
-        name, x, rows, channels, *_ = question
-        assert (name, str(x.dtype).removeprefix("torch."), channels, _tuned.rows_class(rows)) == problem.key
+    assert_asked_as_keyed(asked, problem)
+
+
+NORM = {"gated_norm._forward_kernel"}
+BACKWARD = {*NORM, "gated_norm._backward_kernel"}
+
+
+@pytest.mark.parametrize(
+    "op, ours, cublas",
+    [
+        ("windows_forward", {*NORM, "window_linear._forward_kernel"}, NORM),
+        (
+            "windows_backward",
+            BACKWARD
+            | {f"window_linear._{name}_kernel" for name in ("token_sums", "input_gradient", "weight_gradient")},
+            BACKWARD,
+        ),
+        ("gelu_forward", {"window_linear._forward_kernel"}, {"gelu._forward_kernel"}),
+        ("gelu_backward", {"window_linear._input_gradient_kernel"}, {"gelu._backward_kernel"}),
+    ],
+)
+def test_the_two_ways_of_an_op_run_other_kernels(op, ours, cublas, asked):
+    problem = tune.Problem(op, torch.bfloat16, 48, 130, 2)
+    pieces = tune.pieces(tune.Inputs(problem, torch.device("cpu")))
+
+    def kernels():
+        with tune.recorded() as launches:
+            for piece in pieces:
+                piece.launch()
+        return {f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}" for kernel, *_ in launches}
+
+    for tokens, expected in ((1, ours), (256, ours), (512, cublas), (NEVER, cublas)):
+        with forced(op, Crossover(tokens)):
+            assert kernels() == expected, tokens
+    assert kernels() == (ours if problem.default(90).tokens <= 260 else cublas)
+    assert_asked_as_keyed(asked, problem)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_oracles_and_kernels_agree")
@@ -403,7 +587,8 @@ def test_right_tiles_pass_the_gate_and_wrong_ones_do_not(op, dtype, seed):
     problem = tune.Problem(op, dtype, 40, 20, 2)
     pieces = tune.pieces(tune.Inputs(problem, torch.device("cpu")))
     exact = [tensor for piece in pieces for tensor in piece.exact()]
-    for tile in [problem.default(90), random.choice(tune.candidates(problem, 90, SHARED_MEMORY[90]))]:
+    others = [OURS, CUBLAS] if op in CROSSOVERS else [random.choice(tune.candidates(problem, 90, SHARED_MEMORY[90]))]
+    for tile in [problem.default(90), *others]:
         with forced(op, tile):
             found = [tensor for piece in pieces for tensor in piece.launch()]
         assert tune.largest_error(found, exact) <= tune.BOUNDS[dtype] / 2, tile
@@ -429,8 +614,8 @@ def test_oracles_and_kernels_agree(seed):
 
 @pytest.mark.gpu
 def test_tuning_on_a_gpu(path, capsys):
-    """Small problems, through the command line, with every kind of tile."""
-    ops = ["forward_gelu", "weight_gradient", "token_sums", "norm_backward_update"]
+    """Small problems, through the command line, with every kind of tile and every crossover."""
+    ops = ["forward_gelu", "weight_gradient", "token_sums", "norm_backward_update", *CROSSOVERS]
     given = ("--model", "DiT-S/4", "--dtype", "bf16", "--batch", "4", "--ops", *ops, "--out", str(path))
     assert tune.main(arguments(*given)) == 0, capsys.readouterr().err
     assert {entry.op for entry in _tuned.read(path)} == set(ops)

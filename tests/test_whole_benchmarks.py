@@ -108,10 +108,11 @@ def test_the_same_block_under_autocast(fresh):
     assert 1e-4 < side.error(side.call()) <= side.bound < 0.1
 
 
-@pytest.mark.parametrize("precision", ["bf16", AUTOCAST])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", AUTOCAST])
 @pytest.mark.parametrize("scope", ["block", "branch"])
 def test_a_block_without_its_deactivated_channels_is_found(fresh, monkeypatch, scope, precision):
-    """Where it is hardest: what they add to each token is small, and so is the precision."""
+    """By slices of the weight in fp32, by a dense GEMM in the others, where it is hardest: what they add to each token
+    is small, and so is the precision."""
     cell = replace(CENTRE, model="DiT-S/2", batch=2, precision=precision, scope=scope, pass_="forward")
     side = sides_of(block.build(cell, CPU))["RoutedDiTBlock"]
     assert side.error(side.call()) <= side.bound
@@ -128,15 +129,28 @@ def test_a_model_without_its_deactivated_channels_is_found(fresh, monkeypatch):
 
 
 def forget_deactivated_channels(monkeypatch):
-    """Linear layers' forward pass leaves out what deactivated channels add to each token."""
-    original = window_linear.window_linear_forward
+    """The forward pass leaves out what deactivated channels are to each token: of the closed form, and of the input of
+    a dense GEMM."""
+    # The package has functions of the modules' names.
+    routed_linear, routed_mlp = (
+        importlib.import_module(f"dtr_kernels.ops.routed_{name}") for name in ("linear", "mlp")
+    )
+    layer, norm = window_linear.window_linear_forward, routed_linear.gated_norm_forward
 
-    def wrong(u, mean_rstd, *rest):
-        return original(u, None if mean_rstd is None else torch.zeros_like(mean_rstd), *rest)
+    def wrong_layer(u, mean_rstd, *rest):
+        return layer(u, None if mean_rstd is None else torch.zeros_like(mean_rstd), *rest)
 
-    # The package has a function of the second module's name.
-    for module in (window_linear, importlib.import_module("dtr_kernels.ops.routed_linear")):
-        monkeypatch.setattr(module, "window_linear_forward", wrong)
+    def wrong_norm(x, branch, gate, shift, scale, start, width, eps, dtype, compact, keep_branch=False):
+        out = norm(x, branch, gate, shift, scale, start, width, eps, dtype, compact, keep_branch)
+        if start is not None and not compact and not keep_branch:
+            inactive = ~ChannelWindow(start, width, x.shape[-1]).mask()
+            out.u.copy_(torch.where(inactive[:, None], shift[:, None], out.u))
+        return out
+
+    for module in (window_linear, routed_linear):
+        monkeypatch.setattr(module, "window_linear_forward", wrong_layer)
+    for module in (routed_linear, routed_mlp):
+        monkeypatch.setattr(module, "gated_norm_forward", wrong_norm)
 
 
 def test_every_gradient_of_a_block_counts(fresh):
@@ -299,7 +313,7 @@ def test_options_replace_an_axis():
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "options", "fragments"),
+    ("suite", "options", "fragments"),
     [
         (block, {"passes": ["step"]}, ["--pass must be one of forward, training for a block", "got step"]),
         (block, {"models": ["DiT-Z"]}, ["--model must be tiny or one of", "got DiT-Z"]),
@@ -312,8 +326,8 @@ def test_options_replace_an_axis():
         (cpu_limits, {"device": torch.device("cuda")}, ["--device must be cpu", "got cuda"]),
     ],
 )
-def test_options_that_do_not_fit(benchmark, options, fragments):
-    refused(lambda: benchmark.cases(Options(**{"device": CPU, **options})), ValueError, fragments)
+def test_options_that_do_not_fit(suite, options, fragments):
+    refused(lambda: suite.cases(Options(**{"device": CPU, **options})), ValueError, fragments)
 
 
 def test_a_failing_compiler_fails_its_own_sides(monkeypatch):
@@ -343,7 +357,7 @@ def test_limits_of_cpus(fresh, monkeypatch):
 
         monkeypatch.setattr(module, name, watched)
 
-    watch(window_linear, "_dense_input", "dense weight")
+    watch(window_linear, "_slices", "slices of the weight")
     watch(reference, "dit_block", "plain block")
     limits = [(limit.module, limit.name) for limit in (cpu_limits._ELEMENTS, cpu_limits._SLICES)]
     before = [getattr(*limit) for limit in limits]
@@ -361,7 +375,7 @@ def test_limits_of_cpus(fresh, monkeypatch):
             if case.cell["limit"] == "LEAST_ELEMENTS_ON_CPU":
                 assert ("plain block" in ran) == (way == "plain block")
             else:
-                assert ("dense weight" in ran) == (way == "dense weight"), (case.name, side.name, ran)
+                assert ("slices of the weight" in ran) == (way == "slices of the weight"), (case.name, side.name)
             assert [getattr(*limit) for limit in limits] == before
     assert {case.goals[0].over for case in cases} == {"plain block", "slices of the weight", "dense weight"}
 

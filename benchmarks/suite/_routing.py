@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -230,15 +230,22 @@ class Linear:
         which cuBLAS is fast: [B N, W or a few more]."""
         return self.dense.flatten(0, 1)[:, : -(-self.u.shape[-1] // 8) * 8].contiguous()
 
-    def multiplied_by(self, on_gpu: str) -> str:
-        """What our launcher calls, in words."""
-        if self.u.device.type != "cpu":
-            return on_gpu
+    def multiplied_by(self, shared_start: int | None) -> str:
+        """What our launcher calls, given ``shared_start``, in words."""
         if self.start is None:
             return "PyTorch's products on all channels"
-        if window_linear._slices(self.u, self.start, self.weight.shape[1]) is None:
-            return "products on all channels of the input, filled in, which here are faster than slices on a CPU"
-        return "products with slices of the weight"
+        if self.u.device.type == "cpu":
+            return "products with slices of the weight"
+        cublas = window_linear.prefers_cublas(shared_start, self.weight)
+        return "cuBLAS on a slice of the weight" if cublas else "our GEMM"
+
+    def in_the_library(self, op: Literal["windows_forward", "windows_backward"]) -> str:
+        """What the library does for a pass of the layer, where our side contracts over windows, in words."""
+        if self.start is None:
+            return "every channel is active: the library's op calls the same"
+        if window_linear.contracts_windows(op, self.dense, self.start, self.weight):
+            return "our side contracts over windows, as the library's op does at this size and dtype here"
+        return "our side contracts over windows, where the library's op runs a dense GEMM at this size and dtype here"
 
 
 def dense_input(

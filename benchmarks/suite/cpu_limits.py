@@ -117,11 +117,11 @@ def elements(cell: Cell) -> Case:
 
 
 def slices_forward(B: int, N: int, C: int) -> Case:
-    """A linear layer by GEMMs on each sample's slice of the weight, and by one dense GEMM for all."""
+    """A norm and its linear layer by GEMMs on each sample's slice of the weight, and by one dense GEMM for all."""
     layer = _Layer.of(B, N, C, trains=False)
     gate = Gate(layer.exact(), [layer.plain().detach()], "fp32")
     sizes = B, N, C, layer.window.width
-    work = norm_forward(*sizes, _FP32) + window_linear_forward(*sizes, 3 * C, _FP32)
+    work = norm_forward(*sizes, _FP32, compact=True) + window_linear_forward(*sizes, 3 * C, _FP32)
     side = Side(DISPATCHED, _peers.without_graph(layer.fused), gate.error, gate.bound, work=work)
     return _case(_SLICES, N * C, side, (B, N, C), "fp32", "forward")
 
@@ -140,7 +140,7 @@ def slices_backward(B: int, N: int, C: int) -> Case:
     work = (
         window_linear_input_gradient(*sizes, 3 * C, _FP32)
         + window_linear_weight_gradient(*sizes, 3 * C, _FP32)
-        + norm_backward(*sizes, _FP32, dstream=False)
+        + norm_backward(*sizes, _FP32, compact=True, dstream=False)
     )
     side = Side(DISPATCHED, partial(backward, layer.fused()), gate.error, gate.bound, work=work)
     return _case(_SLICES, N * C, side, (B, N, C), "fp32", "backward")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from benchmarks.suite._routing import rotated
 from dtr_kernels import reference
 from dtr_kernels.ops._launch import compute_dtype
 from dtr_kernels.ops.gated_norm import NormOutput, gated_norm_backward, gated_norm_forward
+from dtr_kernels.ops.window_linear import contracts_windows
 from dtr_kernels.routing import ChannelWindow
 
 FUSED, BACKWARD, MASKED, LAYER_NORM = "gated_norm", "gated_norm, backward alone", "reference", "F.layer_norm of x"
@@ -55,15 +56,19 @@ def build(cell: Cell, form: Form, device: torch.device) -> Case:
     torch.compiler.reset()
     trains = cell.pass_ == "training"
     (N, C, W), items = _routing.sizes_of(cell), ITEMSIZES[cell.precision]
-    sizes = cell.batch, N, C, W, items, form.branch, form.keep_branch
-    work, layer_norm_work = counts.norm_forward(*sizes), counts.layer_norm_forward(cell.batch, N, C, items.stream)
-    backward_work = counts.norm_backward(*sizes, dstream=form.branch)
+    sizes = cell.batch, N, C, W, items, form.branch
+    # As many sets as the call needs that moves the fewest bytes.
+    least = counts.norm_forward(*sizes, compact=True)
+    sets = _routing.buffers(partial(_Norm.random, cell, form, device), least, device)
+    norm, wide = sets[0], _routing.widened(sets[0])
+
+    work = counts.norm_forward(*sizes, compact=norm.compact)
+    layer_norm_work = counts.layer_norm_forward(cell.batch, N, C, items.stream)
+    backward_work = counts.norm_backward(*sizes, compact=norm.compact_gradient, dstream=form.branch)
     if trains:
         work += backward_work
         layer_norm_work += counts.layer_norm_backward(cell.batch, N, C, items.stream)
 
-    sets = _routing.buffers(partial(_Norm.random, cell, form, device), work, device)
-    norm, wide = sets[0], _routing.widened(sets[0])
     exact, eager = wide.plain(masked), norm.plain(masked)
     on_all_channels = Gate(exact, eager, cell.precision)
     as_fused = Gate(norm.as_fused(exact), norm.as_fused(eager), cell.precision)
@@ -80,13 +85,14 @@ def build(cell: Cell, form: Form, device: torch.device) -> Case:
         of_gradients = Gate(norm.as_fused(exact)[gradients], norm.as_fused(eager)[gradients], cell.precision)
         sides.append(rotated(BACKWARD, _Norm.backward_alone, sets, of_gradients, backward_work))
 
-    notes = [
-        f"{LAYER_NORM}: another function, of all channels and without residual, gate and modulation",
-        _routing.how_called(cell, device),
-    ]
+    notes = [f"{LAYER_NORM}: another function, of all channels and without residual, gate and modulation"]
+    if norm.window is not None and not norm.keep_branch:
+        chosen = {"u": norm.compact} | ({"the gradient of u": norm.compact_gradient} if trains else {})
+        notes += [_channels_of(tensor, compact) for tensor, compact in chosen.items()]
+    notes.append(_routing.how_called(cell, device))
     if trains:
         notes.insert(0, "training: the forward pass, and the backward pass from given gradients of the outputs")
-        if norm.compact is not None:
+        if norm.compact_gradient:
             notes.append(
                 f"{FUSED} is given what deactivated channels add to the gradients of each token, computed outside the "
                 "clock, and leaves out what they add to those of shift and scale: in the library the linear layer "
@@ -100,6 +106,13 @@ def build(cell: Cell, form: Form, device: torch.device) -> Case:
         speedup_over=MASKED,
         goals=GOALS_ON_GPU[: 1 + trains] if device.type == "cuda" else (),
         notes=notes,
+    )
+
+
+def _channels_of(tensor: str, compact: bool) -> str:
+    which, layer = ("active", "contracts over windows") if compact else ("all", "is a dense GEMM")
+    return (
+        f"{tensor} has {which} channels, as in the library's op, whose linear layer {layer} at this size and dtype here"
     )
 
 
@@ -172,10 +185,20 @@ class _Norm:
         """What has a gradient."""
         return _given(self.x, self.branch, self.gate, self.shift, self.scale)
 
-    @property
-    def compact(self) -> ChannelWindow | None:
-        """The window if our u holds nothing else."""
-        return None if self.keep_branch else self.window
+    @cached_property
+    def compact(self) -> bool:
+        """Whether our u has active channels only."""
+        return self._contracts_windows("windows_forward")
+
+    @cached_property
+    def compact_gradient(self) -> bool:
+        """Whether the gradient of u that ours is given has."""
+        return self._contracts_windows("windows_backward")
+
+    def _contracts_windows(self, op: Literal["windows_forward", "windows_backward"]) -> bool:
+        """Whether the library's QKV layer behind this norm does, which reads u, or writes its gradient."""
+        C = self.x.shape[-1]
+        return not self.keep_branch and contracts_windows(op, self.x, self.start, self.shift.new_empty(3 * C, C))
 
     def plain(self, function: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
         """By ``masked`` or a compilation of it."""
@@ -187,14 +210,14 @@ class _Norm:
         return [*(out.detach() for out in outputs), *gradients]
 
     def as_fused(self, plain: Sequence[Tensor]) -> list[Tensor]:
-        """Of what ``plain`` returns that which ``fused`` does: u on active channels, and what they add to the gradients
-        of shift and scale. The linear layer that follows knows what the others add."""
-        if self.compact is None:
-            return list(plain)
-        u = 0 if self.branch is None else 1
-        found = [*plain[:u], _routing.in_window(plain[u], self.compact), *plain[u + 1 :]]
-        if self.du is not None:
-            found[-2:] = (gradient * self.compact.mask() for gradient in found[-2:])
+        """Of what ``plain`` returns that which ``fused`` does: where u or its gradient has active channels only, u on
+        these, or what these add to the gradients of shift and scale. The linear layer knows what the others add."""
+        found = list(plain)
+        if self.compact:
+            u = 0 if self.branch is None else 1
+            found[u] = _routing.in_window(found[u], self.window)
+        if self.du is not None and self.window is not None and self.compact_gradient:
+            found[-2:] = (gradient * self.window.mask() for gradient in found[-2:])
         return found
 
     def layer_norm(self) -> list[Tensor]:
@@ -226,9 +249,11 @@ class _Norm:
             self.gate,
             self.shift,
             self.scale,
-            *self._start_and_width,
+            self.start,
+            self.width,
             eps=EPS,
             dtype=self.shift.dtype,
+            compact=self.compact,
             keep_branch=self.keep_branch,
         )
 
@@ -247,28 +272,36 @@ class _Norm:
                 self.scale,
                 forward.mean,
                 forward.rstd,
-                *self._start_and_width,
+                self.start,
+                self.width,
+                compact=self.compact_gradient,
                 keep_branch=self.keep_branch,
                 x_is_stream=stream is not None,
             )
         )
 
     @property
-    def _start_and_width(self) -> tuple[Tensor | None, int]:
-        return (None, self.x.shape[-1]) if self.window is None else (self.window.start, self.window.width)
+    def start(self) -> Tensor | None:
+        """The first active channel of each sample; None when unrouted."""
+        return None if self.window is None else self.window.start
+
+    @property
+    def width(self) -> int:
+        """How many channels are active."""
+        return self.x.shape[-1] if self.window is None else self.window.width
 
     @cached_property
     def _du_of_next_layer(self) -> Tensor:
         assert self.du is not None
-        return _routing.in_window(self.du, self.compact)
+        return _routing.in_window(self.du, self.window if self.compact_gradient else None)
 
     @cached_property
     @torch.no_grad()
     def _inactive(self) -> Tensor | None:
         """Of each token the sum over deactivated channels of the gradient of the norm's output."""
-        if self.compact is None or self.du is None:
+        if self.window is None or self.du is None or not self.compact_gradient:
             return None
-        factor = (1 + self.scale.double()) * ~self.compact.mask()
+        factor = (1 + self.scale.double()) * ~self.window.mask()
         return (self.du.double() * factor[:, None]).sum(-1).to(compute_dtype(self.x))
 
 

@@ -1,11 +1,11 @@
-"""The linear layers around GELU, with GELU in their kernels: fc1 of an MLP forward, and fc2 backward."""
+"""The linear layers around GELU, with GELU in their kernels or in a pass: fc1 of an MLP forward, and fc2 backward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +53,17 @@ def forward(cell: Cell, device: torch.device) -> Case:
 
     pair = _Pair(EAGER, plain_forward, arguments, FORWARD, partial(fused_forward, write_pre=trains))
     what = f"forward{' with pre' if trains else ''}, scope {cell.scope}"
-    called = sets[0].multiplied_by(on_gpu="our GEMM with GELU in its epilogue")
-    note = f"{FORWARD} called {called}"
-    return _case(what, cell, device, sets, pair, work, note)
+    layer = sets[0]
+    called = f"{layer.multiplied_by(None)}, and GELU in a pass of its own"
+    if _in_epilogue("gelu_forward", layer.u, layer.weight, C):
+        called = "our GEMM with GELU in its epilogue"
+    notes = [f"{FORWARD} called {called}", layer.in_the_library("windows_forward")]
+    return _case(what, cell, device, sets, pair, work, notes)
+
+
+def _in_epilogue(op: Literal["gelu_forward", "gelu_backward"], x: Tensor, weight: Tensor, channels: int) -> bool:
+    """Whether our launcher computes GELU in a GEMM of ours."""
+    return x.device.type != "cpu" and ops._pays(op, x, weight, channels)
 
 
 def plain_forward(x: Tensor, weight: Tensor, bias: Tensor, write_pre: bool) -> list[Tensor]:
@@ -110,8 +118,14 @@ def backward(cell: Cell, device: torch.device) -> Case:
         return layer.g, layer.pre, layer.weight
 
     pair = _Pair(EAGER_BACKWARD, plain_backward, arguments, BACKWARD, fused_backward)
-    note = "all sides compute GELU again beside its derivative; the weight gradient, which reads it, is left out"
-    return _case("backward", cell, device, sets, pair, work, note)
+    called = "PyTorch's product, and GELU in a pass of its own"
+    if _in_epilogue("gelu_backward", sets[0].g, sets[0].weight, C):
+        called = "our GEMM with GELU in its epilogue"
+    notes = [
+        f"{BACKWARD} called {called}",
+        "all sides compute GELU again beside its derivative; the weight gradient, which reads it, is left out",
+    ]
+    return _case("backward", cell, device, sets, pair, work, notes)
 
 
 def plain_backward(g: Tensor, pre: Tensor, weight: Tensor) -> list[Tensor]:
@@ -144,7 +158,9 @@ class _Pair:
         return function(*self.arguments(inputs))
 
 
-def _case(what: str, cell: Cell, device: torch.device, sets: Sequence[Any], pair: _Pair, work: Work, note: str) -> Case:
+def _case(
+    what: str, cell: Cell, device: torch.device, sets: Sequence[Any], pair: _Pair, work: Work, notes: Sequence[str]
+) -> Case:
     torch.compiler.reset()
     exact, eager = (pair.call_plain(inputs, pair.plain) for inputs in (_routing.widened(sets[0]), sets[0]))
     side = partial(rotated, sets=sets, gate=Gate(exact, eager, cell.precision), work=work)
@@ -158,13 +174,13 @@ def _case(what: str, cell: Cell, device: torch.device, sets: Sequence[Any], pair
         _routing.coordinates(what, cell),
         speedup_over=pair.eager,
         matrix_dtype=cell.matrix_dtype,
-        notes=[note, _routing.how_called(cell, device)],
+        notes=[*notes, _routing.how_called(cell, device)],
     )
 
 
 BENCHMARK = Benchmark(
     "gelu_linear",
-    "A linear layer with GELU in its kernel, forward and backward: our launchers, F.linear and F.gelu.",
+    "A linear layer and GELU, forward and backward: our launchers, F.linear and F.gelu.",
     cases,
     sources=sources.BLOCKS,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ class Task:
         work: of the first two, from (B, N, C, W, O, itemsizes).
         product_work: of the last one on its own, from (rows, channels, O, itemsizes).
         called: what our launcher calls, in words.
+        pass_: the pass of the layer for which the library decides whether to contract over windows.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Task:
     work: Callable[[int, int, int, int, int, Itemsizes], Work]
     product_work: Callable[[int, int, int, Itemsizes], Work]
     called: Callable[[Linear], str]
+    pass_: Literal["windows_forward", "windows_backward"]
 
 
 def cases(options: Options) -> list[Callable[[], Case]]:
@@ -86,6 +88,7 @@ def build(cell: Cell, task: Task, device: torch.device) -> Case:
         matrix_dtype=cell.matrix_dtype,
         notes=[
             f"O = 3C, as of queries, keys and values; {FUSED} called {task.called(layer)}",
+            layer.in_the_library(task.pass_),
             f"{DENSE}: on the masked input that a masked model has, and as fast as the layer of an unrouted model",
             f"{SLICE}: another function, on {channels} channels that are the same for all samples, and "
             "without what deactivated channels add: PyTorch's speed at almost the same FLOPs, an upper bound",
@@ -106,8 +109,7 @@ def on_one_slice(layer: Linear, product: Callable[..., Any]) -> list[Tensor]:
 
 
 def _called(layer: Linear) -> str:
-    cublas = ops.prefers_cublas(layer.start, layer.shared_start, layer.weight)
-    return layer.multiplied_by(on_gpu="cuBLAS" if cublas else "our GEMM")
+    return layer.multiplied_by(layer.shared_start)
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
@@ -201,7 +203,10 @@ def _product_weight_gradient(x: Tensor, weight: Tensor, bias: Tensor, g: Tensor)
 def _called_for_weight(layer: Linear) -> str:
     if layer.start is None:
         return "PyTorch's product"
-    return "our GEMM, for what the windows add, in fp32; what deactivated channels add is in all gradients"
+    called, in_library = "our GEMM", layer.multiplied_by(layer.shared_start)
+    if in_library != called:
+        called += f", where contracting over windows the library calls {in_library}"
+    return f"{called}; for what the windows add, in fp32: what deactivated channels add is in all gradients"
 
 
 FORWARD = Task(
@@ -212,6 +217,7 @@ FORWARD = Task(
     counts.window_linear_forward,
     counts.linear_forward,
     _called,
+    "windows_forward",
 )
 INPUT_GRADIENT = Task(
     "input gradient",
@@ -221,6 +227,7 @@ INPUT_GRADIENT = Task(
     counts.window_linear_input_gradient,
     counts.linear_input_gradient,
     _called,
+    "windows_backward",
 )
 WEIGHT_GRADIENT = Task(
     "weight gradient",
@@ -230,6 +237,7 @@ WEIGHT_GRADIENT = Task(
     counts.window_linear_weight_product,
     counts.linear_weight_product,
     _called_for_weight,
+    "windows_backward",
 )
 ALL_GRADIENTS = Task(
     "all gradients",
@@ -239,6 +247,7 @@ ALL_GRADIENTS = Task(
     counts.window_linear_gradients,
     counts.linear_gradients,
     _called,
+    "windows_backward",
 )
 TASKS = {"forward": (FORWARD,), "training": (INPUT_GRADIENT, WEIGHT_GRADIENT, ALL_GRADIENTS)}
 

@@ -24,37 +24,23 @@ struct Shape {
     int64_t chunk;  // tokens per partial sum
 };
 
-// Token tensors [B, N, *] first, then vectors [B, *] in the compute type.
+// Token tensors [B, N, *] first, then vectors [B, *] in the compute type. u and du hold the window alone where `compact`,
+// else all channels; with `keep_branch` the window masks x alone.
 struct NormForward {
     Shape shape;
     Rows x, branch, stream, u;
     Rows gate, shift, scale, mean, rstd;
     double eps;
-    bool keep_branch;
+    bool compact, keep_branch;
     Type stream_type;  // what the sum is rounded to, also where it is not written
 };
 
 struct NormBackward {
     Shape shape;
     Rows du, dstream, x, branch, dx, dbranch;
-    Rows gate, scale, mean, rstd, inactive;
+    Rows gate, scale, mean, rstd, inactive;  // inactive with `compact` alone
     Rows sums;  // [2 or 3 (with a branch), B, chunks, C]: shift, scale, gate
-    bool keep_branch, x_is_stream;
-};
-
-// dense[b, n, :] = u at the window, shift - mean_rstd * factor elsewhere.
-struct Expand {
-    Shape shape;
-    Rows u, dense;
-    Rows mean_rstd, factor, shift;
-};
-
-// The gradient of Expand: du = ddense at the window; inactive[b, n] = sum of ddense * factor elsewhere, and sums
-// [2, B, chunks, C] of ddense and -mean_rstd * ddense elsewhere.
-struct Split {
-    Shape shape;
-    Rows ddense, du;
-    Rows mean_rstd, factor, inactive, sums;
+    bool compact, keep_branch, x_is_stream;
 };
 
 struct ResidualForward {
@@ -79,8 +65,6 @@ struct Kernels {
     const char* isa;
     void (*norm_forward)(const NormForward&);
     void (*norm_backward)(const NormBackward&);
-    void (*expand)(const Expand&);
-    void (*split)(const Split&);
     void (*residual_forward)(const ResidualForward&);
     void (*residual_backward)(const ResidualBackward&);
     void (*gelu)(const Gelu&);

@@ -116,11 +116,16 @@ T sum(int64_t n, F f) {
     return lanes[0];
 }
 
-// The channels [lo, hi) of a sample's window.
-struct Window {
+// The channels [lo, hi).
+struct Range {
     int64_t lo, hi;
-    Window(const Shape& s, int64_t b) : lo(s.start ? s.start[b] : 0), hi(s.start ? lo + s.width : s.C) {}
+    int64_t size() const { return hi - lo; }
 };
+
+inline Range window_of(const Shape& s, int64_t b) {
+    if (!s.start) return {0, s.C};
+    return {s.start[b], s.start[b] + s.width};
+}
 
 // The forward and the backward pass both add the residual update here, so that both round it the same way: where the sum
 // nearly cancels, a backward pass that saw another last bit would not match the statistics of the forward pass.
@@ -130,15 +135,15 @@ void add_update(T* __restrict v, const T* __restrict branch, const T* __restrict
 }
 
 template <class T>
-void keep_window(T* row, const Window& window, int64_t channels) {
-    std::fill(row, row + window.lo, T(0));
-    std::fill(row + window.hi, row + channels, T(0));
+void keep_only(T* row, const Range& range, int64_t channels) {
+    std::fill(row, row + range.lo, T(0));
+    std::fill(row + range.hi, row + channels, T(0));
 }
 
+// Three ranges of channels: the window, where x counts; `seen`, outside of which the norm sees zeros; `held`, those of u.
 template <class T>
 void norm_forward(const NormForward& a) {
     const Shape& s = a.shape;
-    const bool compact = s.start && !a.keep_branch;
 #pragma omp parallel
     {
         std::vector<T> buffer(3 * s.C);
@@ -146,8 +151,7 @@ void norm_forward(const NormForward& a) {
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < s.B * s.N; ++token) {
             const int64_t b = token / s.N;
-            const Window window(s, b);
-            int64_t lo = window.lo, hi = window.hi;
+            const Range all{0, s.C}, window = window_of(s, b), seen = a.keep_branch ? all : window, held = a.compact ? window : all;
             if (a.branch.data) {
                 const T* gate = vector_at<T>(a.gate, b);
                 load_row(a.x, token, 0, s.C, v);
@@ -158,27 +162,25 @@ void norm_forward(const NormForward& a) {
                         add_update(sum_row, update, gate, s.C);
                         store_row(sum_row, a.stream, token, s.C);
                     }
-                    keep_window(v, window, s.C);
+                    keep_only(v, window, s.C);
                     add_update(v, update, gate, s.C);
-                    lo = 0, hi = s.C;
                 } else {
                     add_update(v, update, gate, s.C);
                     if (a.stream.data) store_row(v, a.stream, token, s.C);
-                    round_row(v, s.C, a.stream_type);
+                    round_row(v + seen.lo, seen.size(), a.stream_type);
                 }
             } else {
-                load_row(a.x, token, lo, hi - lo, v + lo);
+                load_row(a.x, token, seen.lo, seen.size(), v + seen.lo);
             }
-            const T* z = v + lo;
-            const int64_t n = hi - lo;
-            const T mean = sum<T>(n, [=](int64_t i) { return z[i]; }) / s.C;
-            T squares = sum<T>(n, [=](int64_t i) { return (z[i] - mean) * (z[i] - mean); });
-            squares += static_cast<T>(s.C - n) * mean * mean;
+            const T* x = v + seen.lo;
+            const T mean = sum<T>(seen.size(), [=](int64_t i) { return x[i]; }) / s.C;
+            T squares = sum<T>(seen.size(), [=](int64_t i) { return (x[i] - mean) * (x[i] - mean); });
+            squares += static_cast<T>(s.C - seen.size()) * mean * mean;
             const T rstd = 1 / std::sqrt(squares / s.C + static_cast<T>(a.eps));
-            const T *shift = vector_at<T>(a.shift, b) + lo, *scale = vector_at<T>(a.scale, b) + lo;
-            T* u = v + lo;
-            for (int64_t i = 0; i < n; ++i) u[i] = (u[i] - mean) * rstd * (1 + scale[i]) + shift[i];
-            store(u, n, a.u.type, at(a.u, token, compact ? 0 : lo));
+            if (!a.compact) keep_only(v, seen, s.C);
+            const T *shift = vector_at<T>(a.shift, b), *scale = vector_at<T>(a.scale, b);
+            for (int64_t c = held.lo; c < held.hi; ++c) v[c] = (v[c] - mean) * rstd * (1 + scale[c]) + shift[c];
+            store_row(v + held.lo, a.u, token, held.size());
             static_cast<T*>(a.mean.data)[token] = mean;
             static_cast<T*>(a.rstd.data)[token] = rstd;
         }
@@ -188,56 +190,54 @@ void norm_forward(const NormForward& a) {
 template <class T>
 void norm_backward(const NormBackward& a) {
     const Shape& s = a.shape;
-    const bool compact = s.start && !a.keep_branch;
     const int64_t chunks = (s.N + s.chunk - 1) / s.chunk;
     T* sums = static_cast<T*>(a.sums.data);
 #pragma omp parallel
     {
-        std::vector<T> buffer(8 * s.C);
-        T *v = buffer.data(), *branch = v + s.C, *g = branch + s.C, *d = g + s.C, *out = d + s.C;
-        T *shift_sum = out + s.C, *scale_sum = shift_sum + s.C, *gate_sum = scale_sum + s.C;
+        std::vector<T> buffer(7 * s.C);
+        T *v = buffer.data(), *branch = v + s.C, *g = branch + s.C, *d = g + s.C;
+        T *shift_sum = d + s.C, *scale_sum = shift_sum + s.C, *gate_sum = scale_sum + s.C;
 #pragma omp for schedule(static)
         for (int64_t unit = 0; unit < s.B * chunks; ++unit) {
             const int64_t b = unit / chunks, first = (unit % chunks) * s.chunk;
-            const Window window(s, b);
-            const int64_t lo = a.keep_branch ? 0 : window.lo, hi = a.keep_branch ? s.C : window.hi, n = hi - lo;
+            const Range all{0, s.C}, window = window_of(s, b), seen = a.keep_branch ? all : window, held = a.compact ? window : all;
             const T* gate = a.branch.data ? vector_at<T>(a.gate, b) : nullptr;
             const T* scale = vector_at<T>(a.scale, b);
             std::fill(shift_sum, gate_sum + s.C, T(0));
             for (int64_t token = b * s.N + first; token < b * s.N + std::min(first + s.chunk, s.N); ++token) {
                 const T mean = static_cast<const T*>(a.mean.data)[token];
                 const T rstd = static_cast<const T*>(a.rstd.data)[token];
-                load_row(a.x, token, lo, n, v + lo);
+                load_row(a.x, token, window.lo, window.size(), v + window.lo);
+                if (!a.compact) keep_only(v, window, s.C);
                 if (a.branch.data) {
                     load_row(a.branch, token, 0, s.C, branch);
-                    if (a.keep_branch) keep_window(v, window, s.C);
-                    if (!a.x_is_stream) add_update(v + lo, branch + lo, gate + lo, n);
-                    if (!a.x_is_stream && !a.keep_branch) round_row(v + lo, n, a.x.type);
+                    if (!a.x_is_stream) add_update(v + seen.lo, branch + seen.lo, gate + seen.lo, seen.size());
+                    if (!a.x_is_stream && !a.keep_branch) round_row(v + seen.lo, seen.size(), a.x.type);
                 }
-                load_row(a.du, token, compact ? 0 : lo, n, g + lo);
-                for (int64_t c = lo; c < hi; ++c) {
+                load_row(a.du, token, 0, held.size(), g + held.lo);
+                for (int64_t c = held.lo; c < held.hi; ++c) {
                     v[c] = (v[c] - mean) * rstd;
                     shift_sum[c] += g[c];
                     scale_sum[c] += g[c] * v[c];
                     g[c] *= 1 + scale[c];
                 }
-                const T *z = v + lo, *dz = g + lo;
-                T total = sum<T>(n, [=](int64_t i) { return dz[i]; });
-                T along = sum<T>(n, [=](int64_t i) { return dz[i] * z[i]; });
-                if (compact) {
+                const T *z = v + held.lo, *dz = g + held.lo;
+                T total = sum<T>(held.size(), [=](int64_t i) { return dz[i]; });
+                T along = sum<T>(held.size(), [=](int64_t i) { return dz[i] * z[i]; });
+                if (a.compact) {
                     const T inactive = static_cast<const T*>(a.inactive.data)[token];
                     total += inactive;
                     along -= mean * rstd * inactive;
                 }
                 total /= s.C, along /= s.C;
-                for (int64_t c = lo; c < hi; ++c) g[c] = rstd * (g[c] - total - v[c] * along);
+                for (int64_t c = seen.lo; c < seen.hi; ++c) g[c] = rstd * (g[c] - total - v[c] * along);
                 if (a.dstream.data) load_row(a.dstream, token, 0, s.C, d);
                 else std::fill(d, d + s.C, T(0));
-                std::copy(d, d + s.C, out);
-                for (int64_t c = window.lo; c < window.hi; ++c) out[c] += g[c];
-                store_row(out, a.dx, token, s.C);
+                for (int64_t c = window.lo; c < window.hi; ++c) d[c] += g[c];
+                store_row(d, a.dx, token, s.C);
                 if (a.branch.data) {
-                    for (int64_t c = lo; c < hi; ++c) d[c] += g[c];
+                    for (int64_t c = seen.lo; c < window.lo; ++c) d[c] += g[c];
+                    for (int64_t c = window.hi; c < seen.hi; ++c) d[c] += g[c];
                     for (int64_t c = 0; c < s.C; ++c) {
                         gate_sum[c] += d[c] * branch[c];
                         d[c] *= gate[c];
@@ -249,59 +249,6 @@ void norm_backward(const NormBackward& a) {
             std::copy(shift_sum, shift_sum + s.C, sums + unit * s.C);
             std::copy(scale_sum, scale_sum + s.C, sums + plane + unit * s.C);
             if (a.branch.data) std::copy(gate_sum, gate_sum + s.C, sums + 2 * plane + unit * s.C);
-        }
-    }
-}
-
-template <class T>
-void expand(const Expand& a) {
-    const Shape& s = a.shape;
-#pragma omp parallel
-    {
-        std::vector<T> row(s.C);
-        T* v = row.data();
-#pragma omp for schedule(static)
-        for (int64_t token = 0; token < s.B * s.N; ++token) {
-            const int64_t b = token / s.N;
-            const Window window(s, b);
-            const T mean_rstd = static_cast<const T*>(a.mean_rstd.data)[token];
-            const T *factor = vector_at<T>(a.factor, b), *shift = vector_at<T>(a.shift, b);
-            for (int64_t c = 0; c < s.C; ++c) v[c] = shift[c] - mean_rstd * factor[c];
-            load_row(a.u, token, 0, s.width, v + window.lo);
-            store_row(v, a.dense, token, s.C);
-        }
-    }
-}
-
-template <class T>
-void split(const Split& a) {
-    const Shape& s = a.shape;
-    const int64_t chunks = (s.N + s.chunk - 1) / s.chunk;
-    T* sums = static_cast<T*>(a.sums.data);
-#pragma omp parallel
-    {
-        std::vector<T> buffer(3 * s.C);
-        T *g = buffer.data(), *shift_sum = g + s.C, *scale_sum = shift_sum + s.C;
-#pragma omp for schedule(static)
-        for (int64_t unit = 0; unit < s.B * chunks; ++unit) {
-            const int64_t b = unit / chunks, first = (unit % chunks) * s.chunk;
-            const Window window(s, b);
-            const T* factor = vector_at<T>(a.factor, b);
-            std::fill(shift_sum, shift_sum + 2 * s.C, T(0));
-            for (int64_t token = b * s.N + first; token < b * s.N + std::min(first + s.chunk, s.N); ++token) {
-                const T mean_rstd = static_cast<const T*>(a.mean_rstd.data)[token];
-                load_row(a.ddense, token, 0, s.C, g);
-                store_row(g + window.lo, a.du, token, s.width);
-                std::fill(g + window.lo, g + window.hi, T(0));
-                for (int64_t c = 0; c < s.C; ++c) {
-                    shift_sum[c] += g[c];
-                    scale_sum[c] -= mean_rstd * g[c];
-                }
-                const T* dz = g;
-                static_cast<T*>(a.inactive.data)[token] = sum<T>(s.C, [=](int64_t c) { return dz[c] * factor[c]; });
-            }
-            std::copy(shift_sum, shift_sum + s.C, sums + unit * s.C);
-            std::copy(scale_sum, scale_sum + s.C, sums + (s.B * chunks + unit) * s.C);
         }
     }
 }
@@ -427,8 +374,6 @@ void gelu(const Gelu& a) {
     }
 DTR_DISPATCH(norm_forward, NormForward, x)
 DTR_DISPATCH(norm_backward, NormBackward, x)
-DTR_DISPATCH(expand, Expand, u)
-DTR_DISPATCH(split, Split, ddense)
 DTR_DISPATCH(residual_forward, ResidualForward, x)
 DTR_DISPATCH(residual_backward, ResidualBackward, dout)
 DTR_DISPATCH(gelu, Gelu, pre)
@@ -442,8 +387,7 @@ DTR_DISPATCH(gelu, Gelu, pre)
 #define DTR_NAME(x) DTR_QUOTE(x)
 extern const Kernels DTR_TABLE(DTR_ISA);
 const Kernels DTR_TABLE(DTR_ISA) = {
-    DTR_NAME(DTR_ISA), norm_forward_any, norm_backward_any, expand_any, split_any,
-    residual_forward_any, residual_backward_any, gelu_any,
+    DTR_NAME(DTR_ISA), norm_forward_any, norm_backward_any, residual_forward_any, residual_backward_any, gelu_any,
 };
 
 }  // namespace dtr

@@ -44,7 +44,8 @@ def _attend(attn: Any, qkv: Tensor) -> Tensor:
     """Self-attention and its output projection on views of qkv [B, N, 3C], without a copy."""
     B, N, width = qkv.shape
     C = width // 3
-    q, k, v = qkv.view(B, N, 3, attn.num_heads, C // attn.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+    # Unbound before heads and tokens change places: then the backward pass stacks the gradients in qkv's own layout.
+    q, k, v = (x.transpose(1, 2) for x in qkv.view(B, N, 3, attn.num_heads, C // attn.num_heads).unbind(2))
     if hasattr(attn, "q_norm"):  # timm's optional query and key norms; Identity unless asked for
         q, k = attn.q_norm(q), attn.k_norm(k)
     out = F.scaled_dot_product_attention(q, k, v)

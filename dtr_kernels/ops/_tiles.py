@@ -1,6 +1,6 @@
-"""Which tile every Triton kernel runs with, in one place.
+"""Which tile every Triton kernel runs with, and from how many tokens on ours run instead of cuBLAS, in one place.
 
-A tile that was tuned for the GPU, in a file of the user's cache or of the package, goes before the default. Nothing is
+What was tuned for the GPU, in a file of the user's cache or of the package, goes before the default. Nothing is
 ever timed here: ``python -m benchmarks tune`` does that once.
 
 The defaults compile without register spills on sm_80, sm_90 and sm_100 (a test compiles each of them for all three).
@@ -22,6 +22,8 @@ from torch import Tensor
 
 from dtr_kernels.ops._tuned import (
     KINDS,
+    NEVER,
+    Crossover,
     GemmTile,
     RowTile,
     SumTile,
@@ -38,7 +40,10 @@ from dtr_kernels.ops._tuned import (
 )
 
 __all__ = [
+    "NEVER",
     "Configuration",
+    "Crossover",
+    "CrossoverOp",
     "GemmTile",
     "RowTile",
     "SumTile",
@@ -48,9 +53,12 @@ __all__ = [
     "configuration",
     "default_tile",
     "forced",
+    "forget",
+    "multiprocessors",
     "packaged",
     "power_of_two",
     "tile_for",
+    "tuned_for",
 ]
 
 GemmOp = Literal["forward", "forward_gelu", "input_gradient", "gelu_input_gradient", "weight_gradient"]
@@ -62,6 +70,7 @@ RowOp = Literal[
     "residual_forward",
     "residual_backward",
 ]
+CrossoverOp = Literal["windows_forward", "windows_backward", "gelu_forward", "gelu_backward"]
 # Rows of channels that a row kernel holds at a time.
 _TENSORS = {
     "norm_forward": 2,
@@ -71,6 +80,8 @@ _TENSORS = {
     "residual_forward": 2,
     "residual_backward": 2,
 }
+# Floating-point operations in the time of the small kernels that a window takes: 6 µs at 600 TFLOP/s.
+_FLOPS_OF_A_CLOSED_FORM = 3_600_000_000
 _forced: dict[str, Tile] = {}
 
 
@@ -85,6 +96,16 @@ def _capability(device: int) -> int:
     return 10 * major + minor
 
 
+def multiprocessors(x: Tensor) -> int:
+    """How many multiprocessors x's device has; an H200's 132 in Triton's interpreter."""
+    return 132 if x.device.type != "cuda" else _multiprocessors(x.get_device())
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 # --- what a launcher asks --------------------------------------------------------------------------------------------
 
 
@@ -94,15 +115,17 @@ def tile_for(op: GemmOp, x: Tensor, rows: int, channels: int, arch: int) -> Gemm
 def tile_for(op: RowOp, x: Tensor, rows: int, channels: int) -> RowTile: ...
 @overload
 def tile_for(op: Literal["token_sums"], x: Tensor, rows: int, channels: int) -> SumTile: ...
+@overload
+def tile_for(op: CrossoverOp, x: Tensor, rows: int, channels: int, arch: int) -> Crossover: ...
 def tile_for(op: str, x: Tensor, rows: int, channels: int, arch: int = 0) -> Any:
-    """The tile that a kernel runs with.
+    """The tile that a kernel runs with, or the crossover from which on it runs.
 
     Args:
         op: what the kernel computes, of ``KINDS``.
         x: an operand, for its device and dtype.
         rows: tokens that share a window.
         channels: C of the residual stream; of "token_sums", columns of the gradient.
-        arch: compute capability, as ``capability`` returns it, where the op is a GEMM.
+        arch: compute capability, as ``capability`` returns it, where the op is a GEMM or has a crossover.
     """
     if op in _forced:
         return _checked(op, _forced[op], rows, channels)
@@ -138,8 +161,8 @@ def _checked(op: str, tile: Tile, rows: int, channels: int) -> Tile:
 def _tile(op: str, device: int, dtype: torch.dtype, rows: int, channels: int, arch: int) -> Tile:
     tuned = None
     if device >= 0:  # Triton's interpreter runs on a CPU, whose number is -1
-        entries = configuration(torch.cuda.get_device_name(device), _capability(device)).entries
-        tuned = _nearest(entries, op, str(dtype).removeprefix("torch."), rows_class(rows), channels)
+        gpu = configuration(torch.cuda.get_device_name(device), _capability(device))
+        tuned = tuned_for(gpu, op, dtype, rows, channels)
     return default_tile(op, dtype, rows, channels, arch) if tuned is None else tuned.tile
 
 
@@ -168,6 +191,12 @@ def configuration(gpu: str, arch: int) -> Configuration:
     return Configuration(*(_usable(path, arch) for path in (user_file(gpu), packaged_file(gpu))))
 
 
+def forget() -> None:
+    """Files are read again at the next launch."""
+    configuration.cache_clear()
+    _tile.cache_clear()
+
+
 def _usable(path: Path, arch: int) -> tuple[Tuned, ...]:
     try:
         return tuple(entry for entry in read(path) if entry.measurement.capability == arch)
@@ -184,13 +213,16 @@ def _usable(path: Path, arch: int) -> tuple[Tuned, ...]:
         return ()
 
 
-def _nearest(entries: list[Tuned], op: str, dtype: str, rows: int, channels: int) -> Tuned | None:
-    """The entry of the nearest width, in proportion. A row kernel takes none whose registers would hold other rows."""
+def tuned_for(gpu: Configuration, op: str, dtype: torch.dtype, rows: int, channels: int) -> Tuned | None:
+    """The entry of the nearest width, in proportion, or None; the arguments are those of ``tile_for``.
+
+    A row kernel takes none whose registers would hold other rows.
+    """
+    kind = op, str(dtype).removeprefix("torch."), rows_class(rows)
     alike = [
         entry
-        for entry in entries
-        if (entry.op, entry.dtype, entry.rows) == (op, dtype, rows)
-        and problem_of(op, entry.tile, rows, channels) is None
+        for entry in gpu.entries
+        if (entry.op, entry.dtype, entry.rows) == kind and problem_of(op, entry.tile, entry.rows, channels) is None
     ]
     return min(alike, key=lambda entry: abs(math.log(entry.channels / channels)), default=None)
 
@@ -204,12 +236,16 @@ def default_tile(op: str, dtype: torch.dtype, rows: int, channels: int, arch: in
         return weight_gradient_tile(dtype, rows, arch)
     if op == "token_sums":
         return SumTile(min(256, power_of_two(channels)), warps=4)
+    if KINDS[op] is Crossover:
+        return crossover(op, dtype, channels, arch)
     if op in _TENSORS:
         tile = row_tile(channels, _TENSORS[op])
+        if op == "norm_backward" and dtype != torch.float32:  # a vector of 8 channels a thread, and few barriers
+            return RowTile(1, tile.block, max(1, tile.block // 256))
         # Of fp32 rows this long ptxas spills a register on sm_90, so that one more block fits a multiprocessor.
-        spills = op == "norm_backward" and dtype == torch.float32 and tile.block == 2048
+        spills = op == "norm_backward" and tile.block == 2048
         return RowTile(1, tile.block, warps=32) if spills else tile
-    return gemm_tile(dtype, rows, arch, slope=op == "gelu_input_gradient")
+    return gemm_tile(dtype, rows, arch)
 
 
 def _has_large_tiles(arch: int) -> bool:
@@ -217,14 +253,13 @@ def _has_large_tiles(arch: int) -> bool:
     return 90 <= arch < 110
 
 
-def gemm_tile(dtype: torch.dtype, rows: int, arch: int, slope: bool = False) -> GemmTile:
+def gemm_tile(dtype: torch.dtype, rows: int, arch: int) -> GemmTile:
     """Tile of the forward and input-gradient GEMMs.
 
     Args:
         dtype: of the operands.
         rows: tokens that share a window; a tile does not reach beyond them.
         arch: compute capability, as ``capability`` returns it.
-        slope: whether the epilogue computes GELU's derivative, which needs the registers of half a tile.
     """
     m = rows_class(rows)
     if dtype == torch.float32:  # fused multiply-adds, or tf32 where PyTorch is allowed it
@@ -233,7 +268,7 @@ def gemm_tile(dtype: torch.dtype, rows: int, arch: int, slope: bool = False) -> 
         return GemmTile(m, 128, 64 if _has_large_tiles(arch) else 32, 4, 3)
     if not _has_large_tiles(arch):
         return GemmTile(64, 128, 32, 8, 3)
-    return GemmTile(128, 128, 64, 8, 4) if slope else GemmTile(128, 256, 64, 8, 3)
+    return GemmTile(128, 256, 64, 8, 3)
 
 
 def weight_gradient_tile(dtype: torch.dtype, rows: int, arch: int) -> GemmTile:
@@ -243,6 +278,17 @@ def weight_gradient_tile(dtype: torch.dtype, rows: int, arch: int) -> GemmTile:
         return GemmTile(64, 64, 16, 8, 2)
     # The load of a sample's start takes stages too: four leave two buffers for each operand, as the compiler reports.
     return GemmTile(128, 256, k, 8, 4) if _has_large_tiles(arch) else GemmTile(128, 128, k, 8, 3)
+
+
+def crossover(op: str, dtype: torch.dtype, channels: int, arch: int) -> Crossover:
+    """Where our GEMMs are taken to become faster than cuBLAS: a prediction, see docs/performance.md."""
+    # In fp32 ours are fused multiply-adds in a simple loop; without Hopper's copy engine all loads are waited for.
+    if dtype == torch.float32 or not _has_large_tiles(arch):
+        return Crossover(NEVER)
+    if op in ("gelu_forward", "gelu_backward"):
+        return Crossover(1)
+    # What a window of 0.8 saves of a layer of 3 * channels outputs must outweigh the small kernels of the closed form.
+    return Crossover(power_of_two(_FLOPS_OF_A_CLOSED_FORM // (2 * 3 * channels * channels // 5)))
 
 
 def row_tile(channels: int, tensors: int) -> RowTile:

@@ -1,5 +1,5 @@
-"""Tiles that were timed on a GPU, and the JSON files that keep them: one for each GPU, in the package or in the user's
-cache."""
+"""Tiles and crossovers that were timed on a GPU, and the JSON files that keep them: one for each GPU, in the package or
+in the user's cache."""
 
 from __future__ import annotations
 
@@ -47,9 +47,22 @@ class SumTile(NamedTuple):
     warps: int
 
 
-Tile = GemmTile | RowTile | SumTile
+class Crossover(NamedTuple):
+    """Tokens of a batch from which on our GEMM runs; below, cuBLAS with what our GEMM fuses as passes of their own."""
 
-#: The ops whose kernels have a choice, and what kind of tile it is. "update" is the residual update before a norm.
+    tokens: int
+
+    def __str__(self) -> str:
+        """For people."""
+        if self.tokens >= NEVER:
+            return "never"
+        return "always" if self.tokens == 1 else f"from {self.tokens:,} tokens on"
+
+
+Tile = GemmTile | RowTile | SumTile | Crossover
+
+#: What there is to choose, and what kind of tile it is. "update" is the residual update before a norm. "windows" are
+#: linear layers that contract over windows or over all channels, "gelu" is that of fc1's epilogue or of its own pass.
 KINDS: dict[str, type[Tile]] = {
     "forward": GemmTile,
     "forward_gelu": GemmTile,
@@ -63,8 +76,14 @@ KINDS: dict[str, type[Tile]] = {
     "norm_backward_update": RowTile,
     "residual_forward": RowTile,
     "residual_backward": RowTile,
+    "windows_forward": Crossover,
+    "windows_backward": Crossover,
+    "gelu_forward": Crossover,
+    "gelu_backward": Crossover,
 }
 _DTYPES = ("float32", "bfloat16", "float16")
+# More tokens than any batch has.
+NEVER = 1 << 30
 # A side of a matrix instruction at least, of a tensor descriptor's box at most.
 _SIDE = 16, 256
 _LIMITS = {
@@ -75,6 +94,7 @@ _LIMITS = {
     "rows": (1, TOKENS_PER_SUM),
     "block": (16, 1 << 16),
     "warps": (1, 32),
+    "tokens": (1, NEVER),
 }
 
 
@@ -120,14 +140,15 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The fastest tile that was found for an op.
+    """The fastest tile that was found for an op, or its crossover.
 
     Attributes:
         op: of ``KINDS``. dtype: of its operands: "float32", "bfloat16" or "float16".
         channels: of the residual stream; for "token_sums" of the gradient that it reads.
         rows: tokens that share a window, as ``rows_class`` gives them.
         tile: of the op's kind.
-        seconds, default_seconds: of a call with this tile, and with the one that is used without tuning.
+        seconds, default_seconds: of a call with this tile, and with the one that is used without tuning; of a crossover
+            on the largest batch that was timed.
         measurement: where and with what.
 
     Raises:
@@ -170,7 +191,7 @@ class Tuned:
 def problem_of(op: str, tile: Tile, rows: int, channels: int) -> str | None:
     """Why a kernel cannot run with a tile, for windows of ``rows`` tokens and ``channels`` channels; None if it can."""
     if type(tile) is not KINDS[op]:
-        return f"its tile must be a {KINDS[op].__name__}, got {tile}"
+        return f"its tile must be a {KINDS[op].__name__}, got {tile!r}"
     for name, value in tile._asdict().items():
         least, most = _LIMITS[name]
         if not _is_integer(value) or not least <= value <= most or (name != "stages" and value & (value - 1)):

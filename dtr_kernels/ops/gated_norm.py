@@ -7,9 +7,10 @@ For each token, over channels c, with m the sample's window (all ones when unrou
     mean   = sum(v) / C,   var = sum((v - mean)^2) / C,   rstd = (var + eps)^(-1/2)
     u      = (v - mean) * rstd * (1 + scale) + shift
 
-Deactivated channels leave the norm as -mean * rstd, the same for all of them, so u is written for active channels
-only, as a compact [B, N, W]; the linear layer that follows adds what deactivated channels contribute in closed form
-(``window_linear``). The sums over C need only the window: the C - W zeros add (C - W) * mean^2 to the variance.
+Deactivated channels leave the norm as -mean * rstd, the same for all of them. So u may be compact, [B, N, W] of active
+channels only, and the linear layer that follows adds what deactivated channels contribute in closed form
+(``window_linear``); or it has all C channels, for a dense GEMM where that is faster, and with ``keep_branch`` always.
+The sums over C need only the window: the C - W zeros add (C - W) * mean^2 to the variance.
 
 ``reference.routed_norm`` is the oracle. These functions are not differentiable by themselves; ``routed_linear`` and
 ``routed_mlp`` build the autograd ops from them and recompute u in the backward pass instead of storing it.
@@ -63,6 +64,13 @@ class NormGradients(NamedTuple):
 
 
 @triton.jit
+def _near(c, first, width):
+    """The channels of a window and what shares a vector of 8 with them: it starts anywhere, and masks that change
+    within a vector would split loads into single channels."""
+    return (c // 8 >= first // 8) & (c // 8 <= (first + width - 1) // 8)
+
+
+@triton.jit
 def _forward_kernel(
     x_ptr,
     branch_ptr,
@@ -85,6 +93,7 @@ def _forward_kernel(
     HAS_BRANCH: tl.constexpr,
     KEEP_BRANCH: tl.constexpr,
     WINDOWED: tl.constexpr,
+    COMPACT: tl.constexpr,
     WRITE_STREAM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -98,15 +107,16 @@ def _forward_kernel(
     here = (n < N)[:, None]
     exists = c < C
     active = exists
+    read = exists
     first = 0
     if WINDOWED:
         first = tl.load(start_ptr + b)
         active = (c >= first) & (c < first + width) & exists
-    # Only a residual update has to touch deactivated channels.
-    read = exists if HAS_BRANCH else active
+        if not HAS_BRANCH:  # only a residual update has to touch deactivated channels
+            read = _near(c, first, width) & exists
     offsets = token[:, None] * C + c[None, :]
     v = tl.load(x_ptr + offsets, mask=here & read[None, :], other=0.0).to(tl.float32)
-    seen = active
+    seen = active if COMPACT else exists
     if HAS_BRANCH:
         gate = tl.load(gate_ptr + b * gate_stride + c, mask=exists, other=0.0).to(tl.float32)
         branch = tl.load(branch_ptr + offsets, mask=here & exists[None, :], other=0.0).to(tl.float32)
@@ -114,22 +124,22 @@ def _forward_kernel(
         stream = tl.fma(branch, gate[None, :], v).to(stream_ptr.dtype.element_ty)
         if WRITE_STREAM:
             tl.store(stream_ptr + offsets, stream, mask=here & exists[None, :])
-        if KEEP_BRANCH:
-            v = tl.fma(branch, gate[None, :], tl.where(active[None, :], v, 0.0))
-            seen = exists
-        else:
-            v = tl.where(active[None, :], stream.to(tl.float32), 0.0)
+        if not KEEP_BRANCH:
+            v = stream.to(tl.float32)
+    v = tl.where(active[None, :], v, 0.0)
+    if KEEP_BRANCH:
+        v = tl.fma(branch, gate[None, :], v)
     mean = tl.sum(v, 1) / C
     centred = tl.where(seen[None, :], v - mean[:, None], 0.0)
     squares = tl.sum(centred * centred, 1)
-    if WINDOWED and not KEEP_BRANCH:
+    if COMPACT:
         squares += (C - width) * mean * mean
     rstd = 1.0 / tl.sqrt(squares / C + eps)
-    shift = tl.load(shift_ptr + b * shift_stride + c, mask=seen, other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + b * scale_stride + c, mask=seen, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + b * shift_stride + c, mask=exists, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + b * scale_stride + c, mask=exists, other=0.0).to(tl.float32)
     u = centred * rstd[:, None] * (1.0 + scale[None, :]) + shift[None, :]
     column = c
-    if WINDOWED and not KEEP_BRANCH:
+    if COMPACT:
         column = c - first
     u_offsets = token[:, None] * u_stride + column[None, :]
     tl.store(u_ptr + u_offsets, u.to(u_ptr.dtype.element_ty), mask=here & seen[None, :])
@@ -163,6 +173,7 @@ def _backward_kernel(
     KEEP_BRANCH: tl.constexpr,
     X_IS_STREAM: tl.constexpr,
     WINDOWED: tl.constexpr,
+    COMPACT: tl.constexpr,
     HAS_DSTREAM: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -175,17 +186,17 @@ def _backward_kernel(
     c = tl.arange(0, BLOCK)
     exists = c < C
     active = exists
-    seen = exists
+    read = exists
     first = 0
     if WINDOWED:
         first = tl.load(start_ptr + b)
         active = (c >= first) & (c < first + width) & exists
-        if not KEEP_BRANCH:
-            seen = active
+        read = _near(c, first, width) & exists
+    seen = active if COMPACT else exists
     column = c
-    if WINDOWED and not KEEP_BRANCH:
+    if COMPACT:
         column = c - first
-    scale = tl.load(scale_ptr + b * scale_stride + c, mask=seen, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + b * scale_stride + c, mask=exists, other=0.0).to(tl.float32)
     if HAS_BRANCH:
         gate = tl.load(gate_ptr + b * gate_stride + c, mask=exists, other=0.0).to(tl.float32)
     shift_sum = tl.zeros([BLOCK], tl.float32)
@@ -198,14 +209,16 @@ def _backward_kernel(
         offsets = token[:, None] * C + c[None, :]
         mean = tl.load(mean_ptr + token, mask=n < N, other=0.0)
         rstd = tl.load(rstd_ptr + token, mask=n < N, other=0.0)
-        v = tl.load(x_ptr + offsets, mask=here & seen[None, :], other=0.0)
+        v = tl.load(x_ptr + offsets, mask=here & read[None, :], other=0.0).to(tl.float32)
         if HAS_BRANCH:
             branch = tl.load(branch_ptr + offsets, mask=here & exists[None, :], other=0.0).to(tl.float32)
             if KEEP_BRANCH:
-                v = tl.fma(branch, gate[None, :], tl.where(active[None, :], v.to(tl.float32), 0.0))
+                v = tl.fma(branch, gate[None, :], tl.where(active[None, :], v, 0.0))
             elif not X_IS_STREAM:
-                v = tl.fma(branch, gate[None, :], v.to(tl.float32)).to(x_ptr.dtype.element_ty)
-        z = tl.where(here & seen[None, :], (v.to(tl.float32) - mean[:, None]) * rstd[:, None], 0.0)
+                v = tl.fma(branch, gate[None, :], v).to(x_ptr.dtype.element_ty).to(tl.float32)
+        if not KEEP_BRANCH:
+            v = tl.where(active[None, :], v, 0.0)
+        z = tl.where(here & seen[None, :], (v - mean[:, None]) * rstd[:, None], 0.0)
         du_offsets = token[:, None] * du_stride + column[None, :]
         du = tl.load(du_ptr + du_offsets, mask=here & seen[None, :], other=0.0).to(tl.float32)
         shift_sum += tl.sum(du, 0)
@@ -213,12 +226,13 @@ def _backward_kernel(
         dz = du * (1.0 + scale[None, :])
         total = tl.sum(dz, 1)
         along = tl.sum(dz * z, 1)
-        if WINDOWED and not KEEP_BRANCH:
+        if COMPACT:
             inactive = tl.load(inactive_ptr + token, mask=n < N, other=0.0)
             total += inactive
             along -= mean * rstd * inactive
         dv = rstd[:, None] * (dz - (total[:, None] + z * along[:, None]) / C)
-        dv = tl.where(seen[None, :], dv, 0.0)
+        # Of the whole update, and of x alone.
+        dv = tl.where((exists if KEEP_BRANCH else active)[None, :], dv, 0.0)
         dstream = tl.zeros([ROWS, BLOCK], tl.float32)
         if HAS_DSTREAM:
             dstream = tl.load(dstream_ptr + offsets, mask=here & exists[None, :], other=0.0).to(tl.float32)
@@ -253,6 +267,7 @@ def gated_norm_forward(
     width: int,
     eps: float,
     dtype: torch.dtype,
+    compact: bool = False,
     keep_branch: bool = False,
     write_stream: bool = True,
 ) -> NormOutput:
@@ -263,7 +278,8 @@ def gated_norm_forward(
         start: int32 [B], or None when unrouted. width: active channels W (C when unrouted).
         eps: added to the variance.
         dtype: of u, the dtype of the GEMM that reads it.
-        keep_branch: mask x alone; u then has all C channels.
+        compact: write active channels only.
+        keep_branch: mask x alone, not compact.
         write_stream: False in the backward pass, which recomputes u only.
     """
     B, N, C = x.shape
@@ -272,7 +288,6 @@ def gated_norm_forward(
     gate = None if gate is None else modulation(gate, x)
     shift, scale = modulation(shift, x), modulation(scale, x)
     stream = torch.empty_like(x) if branch is not None and write_stream else None
-    compact = start is not None and not keep_branch
     u = empty_rows(B, N, width, like=x, dtype=dtype) if compact else torch.empty(B, N, C, device=x.device, dtype=dtype)
     mean = torch.empty(B, N, device=x.device, dtype=compute_dtype(x))
     rstd = torch.empty_like(mean)
@@ -282,7 +297,7 @@ def gated_norm_forward(
     if kernel_path(x) == "cpu":
         tensors = (x, branch, stream, u, gate, shift, scale, mean, rstd)
         shape = _cpu.shape(B, N, C, start, width)
-        _cpu.kernels.norm_forward(shape, eps, keep_branch, _cpu.dtype_code(x.dtype), *map(_cpu.rows, tensors))
+        _cpu.kernels.norm_forward(shape, eps, compact, keep_branch, _cpu.dtype_code(x.dtype), *map(_cpu.rows, tensors))
         return output
     tile = tile_for("norm_forward" if branch is None else "norm_forward_update", x, N, C)
     launch(
@@ -309,6 +324,7 @@ def gated_norm_forward(
         HAS_BRANCH=branch is not None,
         KEEP_BRANCH=keep_branch,
         WINDOWED=start is not None,
+        COMPACT=compact,
         WRITE_STREAM=stream is not None,
         ROWS=tile.rows,
         BLOCK=tile.block,
@@ -329,6 +345,7 @@ def gated_norm_backward(
     rstd: Tensor,
     start: Tensor | None,
     width: int,
+    compact: bool = False,
     keep_branch: bool = False,
     x_is_stream: bool = False,
 ) -> NormGradients:
@@ -337,7 +354,7 @@ def gated_norm_backward(
     Args:
         du: gradient of u, shaped like it. dstream: gradient of the stream [B, N, C], or None.
         inactive: [B, N] in the compute dtype, per token the sum over deactivated channels of the gradient of the norm's
-            output, which the linear layer knows in closed form; None where every channel is in u.
+            output, which the linear layer knows in closed form; None unless compact.
         x_is_stream: x holds the forward pass's stream instead of its input (not with ``keep_branch``).
         The rest as in ``gated_norm_forward``.
     """
@@ -353,7 +370,7 @@ def gated_norm_backward(
     if B * N > 0 and kernel_path(x) == "cpu":
         tensors = (du, dstream, x, branch, dx, dbranch, gate, scale, mean, rstd, inactive, sums)
         shape = _cpu.shape(B, N, C, start, width, TOKENS_PER_SUM)
-        _cpu.kernels.norm_backward(shape, keep_branch, x_is_stream, *map(_cpu.rows, tensors))
+        _cpu.kernels.norm_backward(shape, compact, keep_branch, x_is_stream, *map(_cpu.rows, tensors))
     elif B * N > 0:
         tile = tile_for("norm_backward" if branch is None else "norm_backward_update", x, N, C)
         launch(
@@ -383,6 +400,7 @@ def gated_norm_backward(
             KEEP_BRANCH=keep_branch,
             X_IS_STREAM=x_is_stream,
             WINDOWED=start is not None,
+            COMPACT=compact,
             HAS_DSTREAM=dstream is not None,
             TOKENS=TOKENS_PER_SUM,
             ROWS=tile.rows,

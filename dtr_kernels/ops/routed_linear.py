@@ -16,7 +16,7 @@ from dtr_kernels.ops._checks import check_linear, check_stream, check_window
 from dtr_kernels.ops._launch import chosen_path, in_dtype_of
 from dtr_kernels.ops._registration import op
 from dtr_kernels.ops.gated_norm import gated_norm_backward, gated_norm_forward
-from dtr_kernels.ops.window_linear import window_linear_backward, window_linear_forward
+from dtr_kernels.ops.window_linear import contracts_windows, window_linear_backward, window_linear_forward
 from dtr_kernels.routing import ChannelWindow
 
 
@@ -35,9 +35,10 @@ def _op(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(stream, out, mean, rstd); stream is empty without a branch, where it would be x itself."""
-    stream, u, mean, rstd = gated_norm_forward(x, branch, gate, shift, scale, start, width, eps, weight.dtype)
-    mean_rstd = None if start is None else mean * rstd
-    out = window_linear_forward(u, mean_rstd, shift, scale, weight, bias, start, shared_start)
+    compact = contracts_windows("windows_forward", x, start, weight)
+    stream, u, mean, rstd = gated_norm_forward(x, branch, gate, shift, scale, start, width, eps, weight.dtype, compact)
+    mean_rstd, window = (mean * rstd, start) if compact else (None, None)
+    out = window_linear_forward(u, mean_rstd, shift, scale, weight, bias, window, shared_start)
     return x.new_empty(0) if stream is None else stream, out, mean, rstd
 
 
@@ -71,13 +72,26 @@ def _backward_op(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, branch, gate, shift, scale, weight, bias), empty where there is no such input or no need."""
-    u = gated_norm_forward(stream, None, None, shift, scale, start, width, eps, weight.dtype).u
-    mean_rstd = None if start is None else mean * rstd
+    compact = contracts_windows("windows_backward", stream, start, weight)
+    u = gated_norm_forward(stream, None, None, shift, scale, start, width, eps, weight.dtype, compact).u
+    mean_rstd, window = (mean * rstd, start) if compact else (None, None)
     linear = window_linear_backward(
-        dout, u, mean_rstd, shift, scale, weight, start, shared_start, need_weight, need_bias
+        dout, u, mean_rstd, shift, scale, weight, window, shared_start, need_weight, need_bias
     )
     norm = gated_norm_backward(
-        linear.u, dstream, linear.inactive, stream, branch, gate, scale, mean, rstd, start, width, x_is_stream=True
+        linear.u,
+        dstream,
+        linear.inactive,
+        stream,
+        branch,
+        gate,
+        scale,
+        mean,
+        rstd,
+        start,
+        width,
+        compact,
+        x_is_stream=True,
     )
     dshift = norm.shift if linear.shift is None else norm.shift + linear.shift
     dscale = norm.scale if linear.scale is None else norm.scale + linear.scale

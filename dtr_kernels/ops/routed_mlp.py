@@ -17,7 +17,12 @@ from dtr_kernels.ops._checks import check_linear, check_stream, check_window
 from dtr_kernels.ops._launch import chosen_path, in_dtype_of
 from dtr_kernels.ops._registration import op
 from dtr_kernels.ops.gated_norm import gated_norm_backward, gated_norm_forward
-from dtr_kernels.ops.window_linear import gelu_linear_backward, linear_gelu_forward, window_linear_backward
+from dtr_kernels.ops.window_linear import (
+    contracts_windows,
+    gelu_linear_backward,
+    linear_gelu_forward,
+    window_linear_backward,
+)
 from dtr_kernels.routing import ChannelWindow
 
 
@@ -39,12 +44,12 @@ def _op(
     write_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(stream, out, pre, mean, rstd); pre, fc1's output, is empty unless ``write_pre``."""
+    compact = not keep_branch and contracts_windows("windows_forward", x, start, fc1_weight)
     stream, u, mean, rstd = gated_norm_forward(
-        x, branch, gate, shift, scale, start, width, eps, fc1_weight.dtype, keep_branch
+        x, branch, gate, shift, scale, start, width, eps, fc1_weight.dtype, compact, keep_branch
     )
-    fc1_start = None if keep_branch else start
-    mean_rstd = None if fc1_start is None else mean * rstd
-    pre, act = linear_gelu_forward(u, mean_rstd, shift, scale, fc1_weight, fc1_bias, fc1_start, write_pre)
+    mean_rstd, window = (mean * rstd, start) if compact else (None, None)
+    pre, act = linear_gelu_forward(u, mean_rstd, shift, scale, fc1_weight, fc1_bias, window, write_pre)
     assert stream is not None
     return stream, F.linear(act, fc2_weight, fc2_bias), pre, mean, rstd
 
@@ -100,16 +105,16 @@ def _backward_op(
     dfc2_weight = flat.t() @ act.reshape(-1, act.shape[-1]) if needs[2] else fc2_weight.new_empty(0)
     dfc2_bias = flat.sum(0) if needs[3] else fc2_weight.new_empty(0)
     del act
+    compact = not keep_branch and contracts_windows("windows_backward", x, start, fc1_weight)
     u = gated_norm_forward(
-        x, branch, gate, shift, scale, start, width, eps, fc1_weight.dtype, keep_branch, write_stream=False
+        x, branch, gate, shift, scale, start, width, eps, fc1_weight.dtype, compact, keep_branch, write_stream=False
     ).u
-    fc1_start = None if keep_branch else start
-    mean_rstd = None if fc1_start is None else mean * rstd
+    mean_rstd, window = (mean * rstd, start) if compact else (None, None)
     fc1 = window_linear_backward(
-        dpre, u, mean_rstd, shift, scale, fc1_weight, fc1_start, need_weight=needs[0], need_bias=needs[1]
+        dpre, u, mean_rstd, shift, scale, fc1_weight, window, need_weight=needs[0], need_bias=needs[1]
     )
     norm = gated_norm_backward(
-        fc1.u, dstream, fc1.inactive, x, branch, gate, scale, mean, rstd, start, width, keep_branch
+        fc1.u, dstream, fc1.inactive, x, branch, gate, scale, mean, rstd, start, width, compact, keep_branch
     )
     assert norm.branch is not None and norm.gate is not None
     dshift = norm.shift if fc1.shift is None else norm.shift + fc1.shift

@@ -1,6 +1,7 @@
 """The linear layer that contracts over each sample's window only, with tanh-GELU in its epilogue.
 
-Its input is the compact u [B, N, W] of ``gated_norm``. Deactivated channels reach a dense layer as
+Its input is the compact u [B, N, W] of ``gated_norm``; where a dense GEMM is faster (``contracts_windows``), the norm
+writes all channels and the layer is an ordinary one. Deactivated channels reach a dense layer as
 -mean * rstd * (1 + scale) + shift, so per sample their whole contribution is a rank-one term and a constant:
 
     p   = W_lin[:, inactive] @ (1 + scale[inactive])              # [B, O], once per sample
@@ -22,7 +23,7 @@ what a tile reads outside of u comes back as zeros.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +31,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dtr_kernels.ops import _cpu
 from dtr_kernels.ops._launch import (
     TOKENS_PER_SUM,
     chunks_of,
+    compute_dtype,
     descriptor,
     dot_precision,
     empty_rows,
@@ -42,7 +43,7 @@ from dtr_kernels.ops._launch import (
     matmul_accumulated,
     row_stride,
 )
-from dtr_kernels.ops._tiles import capability, tile_for
+from dtr_kernels.ops._tiles import CrossoverOp, capability, multiprocessors, tile_for
 from dtr_kernels.ops.gelu import gelu, gelu_and_slope, gelu_backward, gelu_forward
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -60,8 +61,21 @@ def _tile_of(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def _halves(acc):
-    """The left and right half of a tile's columns: half a tile at a time keeps an epilogue in registers."""
+    """The left and right half of a tile's columns."""
     return acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _pieces(acc):
+    """A tile's columns in pieces of 64 or fewer: one at a time, an epilogue needs few registers beside them."""
+    if acc.shape[1] <= 64:
+        pieces = (acc,)
+    elif acc.shape[1] <= 128:
+        pieces = _halves(acc)
+    else:
+        left, right = _halves(acc)
+        pieces = _halves(left) + _halves(right)
+    return pieces
 
 
 @triton.jit
@@ -156,49 +170,13 @@ def _forward_kernel(
         u = u_desc.load([b, row, k]).reshape(BLOCK_M, BLOCK_K)
         w = weight_desc.load([column, first + k])
         acc = tl.dot(u, w.T, acc, input_precision=PRECISION)
-    if BLOCK_N <= 128:
+    pieces = _pieces(acc)
+    for i in tl.static_range(len(pieces)):
         _finish_forward(
-            acc,
+            pieces[i],
             b,
             row,
-            column,
-            mean_rstd_ptr,
-            p_ptr,
-            q_ptr,
-            out_ptr,
-            act_ptr,
-            N,
-            O,
-            WINDOWED,
-            HAS_BIAS,
-            GELU,
-            WRITE_OUT,
-        )
-    else:
-        left, right = _halves(acc)
-        _finish_forward(
-            left,
-            b,
-            row,
-            column,
-            mean_rstd_ptr,
-            p_ptr,
-            q_ptr,
-            out_ptr,
-            act_ptr,
-            N,
-            O,
-            WINDOWED,
-            HAS_BIAS,
-            GELU,
-            WRITE_OUT,
-        )
-        column += BLOCK_N // 2
-        _finish_forward(
-            right,
-            b,
-            row,
-            column,
+            column + i * pieces[i].shape[1],
             mean_rstd_ptr,
             p_ptr,
             q_ptr,
@@ -246,13 +224,10 @@ def _input_gradient_kernel(
         g = g_desc.load([b, row, o]).reshape(BLOCK_M, BLOCK_K)
         w = weight_desc.load([o, first + column])
         acc = tl.dot(g, w, acc, input_precision=PRECISION)
-    if BLOCK_N <= 128:
-        _finish_input_gradient(acc, b, row, column, pre_ptr, du_ptr, act_ptr, N, K, du_stride, GELU)
-    else:
-        left, right = _halves(acc)
-        _finish_input_gradient(left, b, row, column, pre_ptr, du_ptr, act_ptr, N, K, du_stride, GELU)
-        column += BLOCK_N // 2
-        _finish_input_gradient(right, b, row, column, pre_ptr, du_ptr, act_ptr, N, K, du_stride, GELU)
+    pieces = _pieces(acc)
+    for i in tl.static_range(len(pieces)):
+        first_column = column + i * pieces[i].shape[1]
+        _finish_input_gradient(pieces[i], b, row, first_column, pre_ptr, du_ptr, act_ptr, N, K, du_stride, GELU)
 
 
 @triton.jit
@@ -260,34 +235,42 @@ def _weight_gradient_kernel(
     g_desc,
     u_desc,
     start_ptr,
-    dweight_ptr,
+    parts_ptr,
     B,
     N,
     O,
     C,
+    parts,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    m, n_tile = _tile_of(tl.program_id(0), tl.cdiv(O, BLOCK_M), tl.cdiv(C, BLOCK_N), 8)
+    tiles_m, tiles_n = tl.cdiv(O, BLOCK_M), tl.cdiv(C, BLOCK_N)
+    part = tl.program_id(0) // (tiles_m * tiles_n)
+    m, n_tile = _tile_of(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, 8)
     row = m * BLOCK_M
     column = n_tile * BLOCK_N
     steps = tl.cdiv(N, BLOCK_K)
+    each = tl.cdiv(B * steps, parts)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # One loop over the tokens of all samples, in order: the compiler pipelines it across samples.
-    for step in range(0, B * steps):
+    for step in range(part * each, min((part + 1) * each, B * steps)):
         b = step // steps
         n = (step % steps) * BLOCK_K
         first = tl.load(start_ptr + b)
         g = g_desc.load([b, n, row]).reshape(BLOCK_K, BLOCK_M)
         # Columns outside the sample's window, negative ones too, read as zero.
         u = u_desc.load([b, n, column - first]).reshape(BLOCK_K, BLOCK_N)
-        acc = tl.dot(g.T, u, acc, input_precision=PRECISION)
+        # In fp32 a sum for each step, then their sum: one long sum would round as often as there are tokens.
+        if g.dtype == tl.float32:
+            acc += tl.dot(g.T, u, input_precision=PRECISION)
+        else:
+            acc = tl.dot(g.T, u, acc, input_precision=PRECISION)
     o = row + tl.arange(0, BLOCK_M)
     c = column + tl.arange(0, BLOCK_N)
-    offsets = o.to(tl.int64)[:, None] * C + c[None, :]
-    tl.store(dweight_ptr + offsets, acc, mask=(o < O)[:, None] & (c < C)[None, :])
+    offsets = (part.to(tl.int64) * O + o)[:, None] * C + c[None, :]
+    tl.store(parts_ptr + offsets, acc, mask=(o < O)[:, None] & (c < C)[None, :])
 
 
 @triton.jit
@@ -323,6 +306,10 @@ def _token_sums_kernel(
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
+
+
+# Parts that a weight gradient's sum over tokens is split into at most, and steps of the contraction in each at least.
+_MOST_PARTS, _LEAST_STEPS = 8, 32
 
 
 class LinearGradients(NamedTuple):
@@ -361,14 +348,34 @@ def _contributions(inactive: _Inactive, weight: Tensor, bias: Tensor | None) -> 
     return p, q if bias is None else q + bias
 
 
-def prefers_cublas(start: Tensor | None, shared_start: int | None, weight: Tensor) -> bool:
-    """Whether the GPU runs cuBLAS on a slice of the weight instead of our GEMM.
+def contracts_windows(
+    op: Literal["windows_forward", "windows_backward"], x: Tensor, start: Tensor | None, weight: Tensor
+) -> bool:
+    """Whether a pass of the layer contracts over windows only; else a dense GEMM over all channels is faster.
 
-    cuBLAS needs one window for the whole batch, known to the host, and is fast only where the slice is aligned for
-    its vector loads. An unrouted layer is the same question with a window of all channels. Not yet measured on a GPU.
+    Args:
+        op: which pass. x: the stream [B, N, C]. start: int32 [B], or None when unrouted. weight: [O, C].
     """
     if start is None:
-        return True
+        return False
+    if kernel_path(x) == "cpu":
+        # In 16-bit dtypes a CPU's matrix units want a slice repacked at every call, which costs more than it saves.
+        return weight.element_size() >= 4 and _elements_of_a_slice(x, start) >= _LEAST_ELEMENTS_OF_A_SLICE
+    return _pays(op, x, weight, weight.shape[1])
+
+
+def _pays(op: CrossoverOp, x: Tensor, weight: Tensor, channels: int) -> bool:
+    """Whether a GPU runs our GEMM for the tokens of x [B, N, ...] and a stream of ``channels``, not cuBLAS."""
+    B, N, _ = x.shape
+    return tile_for(op, weight, N, channels, capability(weight)).tokens <= B * N
+
+
+def prefers_cublas(shared_start: int | None, weight: Tensor) -> bool:
+    """Whether the GPU contracts over a window by cuBLAS on a slice of the weight instead of our GEMM.
+
+    cuBLAS needs one window for the whole batch, known to the host, and is fast only where the slice is aligned for
+    its vector loads. Not yet measured on a GPU.
+    """
     return shared_start is not None and shared_start * weight.element_size() % 16 == 0
 
 
@@ -379,16 +386,17 @@ def gemm_path(x: Tensor, start: Tensor | None, shared_start: int | None, weight:
             return "a dense GEMM: every channel is read"
         if weight.element_size() < 4:
             return "a dense GEMM: in 16-bit dtypes a CPU repacks a slice of the weight at every call"
-        elements = _elements_of_a_slice(x, start.tolist(), x.shape[-1])
-        if elements < _LEAST_ELEMENTS_OF_A_SLICE:
+        if not contracts_windows("windows_forward", x, start, weight):
             return (
-                f"a dense GEMM: a slice of the weight would be for {elements:,} elements, and pays from "
-                f"{_LEAST_ELEMENTS_OF_A_SLICE:,} on; use a larger batch at one timestep, or more tokens"
+                f"a dense GEMM: a slice of the weight would be for {_elements_of_a_slice(x, start):,} elements, and "
+                f"pays from {_LEAST_ELEMENTS_OF_A_SLICE:,} on; use a larger batch at one timestep, or more tokens"
             )
         return "GEMMs on slices of the weight"
     if start is None:
         return "cuBLAS: every channel is read"
-    if prefers_cublas(start, shared_start, weight):
+    if not contracts_windows("windows_forward", x, start, weight):
+        return "cuBLAS over all channels, which is taken to be faster than windows for so few tokens or in this dtype"
+    if prefers_cublas(shared_start, weight):
         return "cuBLAS on a slice of the weight"
     if shared_start is None:
         return "the Triton window GEMM: cuBLAS needs one timestep for the batch, given as a Python number"
@@ -416,12 +424,13 @@ def window_linear_forward(
     """
     if start is None or mean_rstd is None:
         return F.linear(u, weight, bias)
-    if kernel_path(u) == "cpu":
-        return _cpu_forward(u, mean_rstd, shift, scale, weight, bias, start)
     p, q = _contributions(_inactive_channels(shift, scale, start, u.shape[-1], mean_rstd.dtype), weight, bias)
-    if prefers_cublas(start, shared_start, weight):
+    slices = _slices(u, start, shared_start, weight)
+    if slices is not None:
         out = torch.baddbmm(q[:, None], mean_rstd[:, :, None], p[:, None], alpha=-1).to(u.dtype)
-        return _add_slice_product(out, u, weight, shared_start or 0)
+        for samples, channels in slices:
+            out[samples].view(-1, len(weight)).addmm_(u[samples].flatten(0, 1), weight[:, channels].t())
+        return out
     return _launch_forward(u, weight, q, start, mean_rstd, p, gelu=False, write_out=True)[0]
 
 
@@ -436,7 +445,7 @@ def linear_gelu_forward(
     write_pre: bool,
 ) -> tuple[Tensor, Tensor]:
     """(pre, GELU(pre)) [B, N, O] of the same layer; pre is left empty unless ``write_pre`` (training) asks for it."""
-    if kernel_path(u) == "cpu":
+    if kernel_path(u) == "cpu" or not _pays("gelu_forward", u, weight, weight.shape[1]):
         pre = window_linear_forward(u, mean_rstd, shift, scale, weight, bias, start)
         return (
             (pre, gelu_forward(pre, torch.empty_like(pre))) if write_pre else (pre.new_empty(0), gelu_forward(pre, pre))
@@ -513,18 +522,21 @@ def window_linear_backward(
         flat = g.reshape(B * N, O)
         dweight = flat.t() @ u.reshape(B * N, C) if need_weight else None
         return LinearGradients(g @ weight, None, None, None, dweight, flat.sum(0) if need_bias else None)
-    if kernel_path(u) == "cpu":
-        return _cpu_backward(g, u, mean_rstd, shift, scale, weight, start, need_weight, need_bias)
     g = g.contiguous()
     inactive = _inactive_channels(shift, scale, start, u.shape[-1], mean_rstd.dtype)
     p, _ = _contributions(inactive, weight, None)
-    summed, dp, dq = _launch_token_sums(g, mean_rstd, p)
-    if prefers_cublas(start, shared_start, weight):
-        part = weight[:, shared_start or 0 :][:, : u.shape[-1]]
-        du = g @ part
+    if kernel_path(u) == "cpu":
+        wide = g.to(mean_rstd.dtype)
+        summed = torch.bmm(wide, p[:, :, None])[..., 0]
+        dp, dq = torch.bmm(torch.stack([-mean_rstd, torch.ones_like(mean_rstd)], 1), wide).unbind(1)
+    else:
+        summed, dp, dq = _launch_token_sums(g, mean_rstd, p)
+    slices = _slices(u, start, shared_start, weight)
+    if slices is not None:
+        du, dweight = _backward_on_slices(g, u, weight, slices, need_weight)
     else:
         du, _ = _launch_input_gradient(g, weight, start, empty_rows(*u.shape, like=u, dtype=u.dtype), None)
-    dweight = _launch_weight_gradient(g, u, start, C) if need_weight else None
+        dweight = _launch_weight_gradient(g, u, start, C) if need_weight else None
     return _with_inactive(du, summed, dp, dq, dweight, inactive, weight, need_bias)
 
 
@@ -556,7 +568,7 @@ def gelu_linear_backward(g: Tensor, pre: Tensor, weight: Tensor) -> tuple[Tensor
     Args:
         g: gradient of out [B, N, O]. pre: [B, N, K]. weight: [O, K], in g's dtype.
     """
-    if kernel_path(g) == "cpu":
+    if kernel_path(g) == "cpu" or not _pays("gelu_backward", g, weight, weight.shape[0]):
         dpre = g @ weight
         return dpre, gelu_backward(dpre, pre)
     B, N, K = pre.shape
@@ -603,21 +615,24 @@ def _launch_input_gradient(
 
 def _launch_weight_gradient(g: Tensor, u: Tensor, start: Tensor, channels: int) -> Tensor:
     B, N, O = g.shape
-    dweight = torch.empty(O, channels, device=g.device, dtype=torch.float32)
     if B * N == 0:
-        return dweight.zero_()
+        return torch.zeros(O, channels, device=g.device, dtype=torch.float32)
     tile = tile_for("weight_gradient", g, N, channels, capability(g))
+    tiles = triton.cdiv(O, tile.m) * triton.cdiv(channels, tile.n)
+    parts = _parts(tiles, B * triton.cdiv(N, tile.k), multiprocessors(g))
+    sums = torch.empty(parts, O, channels, device=g.device, dtype=torch.float32)
     launch(
         _weight_gradient_kernel,
-        triton.cdiv(O, tile.m) * triton.cdiv(channels, tile.n),
+        tiles * parts,
         descriptor(g, [1, tile.k, tile.m]),
         descriptor(u, [1, tile.k, tile.n]),
         start,
-        dweight,
+        sums,
         B,
         N,
         O,
         channels,
+        parts,
         PRECISION=dot_precision(g.dtype),
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
@@ -625,7 +640,24 @@ def _launch_weight_gradient(g: Tensor, u: Tensor, start: Tensor, channels: int) 
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return dweight
+    return sums[0] if parts == 1 else sums.sum(0)
+
+
+def _parts(tiles: int, steps: int, processors: int) -> int:
+    """In how many parts the tokens of a weight gradient are summed.
+
+    A weight has few tiles, each a long sum: 135 of them on 132 multiprocessors would take as long as 264. The fewest
+    parts that keep the multiprocessors nearly as busy as any number up to ``_MOST_PARTS`` does, each of
+    ``_LEAST_STEPS`` steps or more.
+    """
+
+    def busy(parts: int) -> float:
+        rounds = triton.cdiv(tiles * parts, processors)
+        return tiles * parts / (rounds * processors)
+
+    choices = range(1, max(1, min(_MOST_PARTS, steps // _LEAST_STEPS)) + 1)
+    enough = 0.95 * max(map(busy, choices))
+    return next(parts for parts in choices if busy(parts) >= enough)
 
 
 def _launch_token_sums(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -654,102 +686,42 @@ def _launch_token_sums(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor,
     return inactive, dp, dq
 
 
-# --- CPU -------------------------------------------------------------------------------------------------------------
+# --- cuBLAS, and what a CPU runs --------------------------------------------------------------------------------------
 
 # Elements of the input, C for each token that one slice of the weight is for, below which a dense GEMM on a CPU beats
 # GEMMs on slices plus the closed form (`python -m benchmarks run cpu_limits` measures it).
 _LEAST_ELEMENTS_OF_A_SLICE = 3 << 17
 
 
-def _slices(u: Tensor, start: Tensor, channels: int) -> list[tuple[slice, int]] | None:
-    """Groups of samples with the start of their weight slice; None where one dense GEMM is faster.
-
-    In 16-bit dtypes a CPU's matrix units want the weight repacked at every call, which costs more than a window saves.
-    """
-    if u.element_size() < 4:
-        return None
-    starts = start.tolist()
-    if _elements_of_a_slice(u, starts, channels) < _LEAST_ELEMENTS_OF_A_SLICE:
-        return None
-    shared = len(set(starts)) == 1
-    return [(slice(0, len(starts)), starts[0])] if shared else [(slice(b, b + 1), s) for b, s in enumerate(starts)]
+def _elements_of_a_slice(x: Tensor, start: Tensor) -> int:
+    B, N, C = x.shape
+    return C * N * (B if len(set(start.tolist())) == 1 else 1)
 
 
-def _elements_of_a_slice(u: Tensor, starts: list[int], channels: int) -> int:
-    return channels * u.shape[1] * (u.shape[0] if len(set(starts)) == 1 else 1)
-
-
-def _add_slice_product(out: Tensor, u: Tensor, weight: Tensor, start: int) -> Tensor:
-    """out += u @ weight[:, start : start + W]^T, in place."""
+def _slices(u: Tensor, start: Tensor, shared_start: int | None, weight: Tensor) -> list[tuple[slice, slice]] | None:
+    """Groups of samples with the channels of their window, for PyTorch's GEMMs; None where our GEMM is better."""
     W = u.shape[-1]
-    out.view(-1, weight.shape[0]).addmm_(u.reshape(-1, W), weight[:, start : start + W].t())
-    return out
+    if kernel_path(u) != "cpu":
+        if shared_start is None or not prefers_cublas(shared_start, weight):
+            return None
+        return [(slice(None), slice(shared_start, shared_start + W))]
+    starts = start.tolist()
+    if len(set(starts)) == 1:
+        return [(slice(None), slice(starts[0], starts[0] + W))]
+    return [(slice(b, b + 1), slice(s, s + W)) for b, s in enumerate(starts)]
 
 
-def _dense_input(u: Tensor, mean_rstd: Tensor, shift: Tensor, scale: Tensor, start: Tensor) -> Tensor:
-    """modulate(LN(m * x)) on all C channels [B, N, C], from its window u."""
-    B, N, W = u.shape
-    compute = mean_rstd.dtype
-    factor, shift = (1 + scale.to(compute)).contiguous(), shift.to(compute).contiguous()
-    dense = u.new_empty(B, N, scale.shape[1])
-    shape = _cpu.shape(B, N, dense.shape[-1], start, W)
-    _cpu.kernels.expand(shape, *map(_cpu.rows, (u, dense, mean_rstd, factor, shift)))
-    return dense
-
-
-def _cpu_forward(
-    u: Tensor,
-    mean_rstd: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    start: Tensor,
-) -> Tensor:
-    slices = _slices(u, start, weight.shape[1])
-    if slices is None:
-        return F.linear(_dense_input(u, mean_rstd, shift, scale, start), weight, bias)
-    p, q = _contributions(_inactive_channels(shift, scale, start, u.shape[-1], mean_rstd.dtype), weight, bias)
-    out = torch.baddbmm(q[:, None], mean_rstd[:, :, None], p[:, None], alpha=-1)
-    for part, s in slices:
-        _add_slice_product(out[part], u[part], weight, s)
-    return out
-
-
-def _cpu_backward(
-    g: Tensor,
-    u: Tensor,
-    mean_rstd: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    start: Tensor,
-    need_weight: bool,
-    need_bias: bool,
-) -> LinearGradients:
-    B, N, W = u.shape
-    O, C = weight.shape
-    slices = _slices(u, start, C)
-    flat = g.reshape(B * N, O)
-    du = torch.empty(B, N, W, dtype=u.dtype)
-    if slices is None:
-        compute = mean_rstd.dtype
-        dense, factor = flat @ weight, (1 + scale.to(compute)).contiguous()
-        summed = torch.empty(B, N, dtype=compute)
-        sums = torch.empty(2, B, chunks_of(N), C, dtype=compute)
-        shape = _cpu.shape(B, N, C, start, W, TOKENS_PER_SUM)
-        _cpu.kernels.split(shape, *map(_cpu.rows, (dense, du, mean_rstd, factor, summed, sums)))
-        dshift, dscale = sums.sum(2)
-        dweight = flat.t() @ _dense_input(u, mean_rstd, shift, scale, start).view(B * N, C) if need_weight else None
-        return LinearGradients(du, summed, dshift, dscale, dweight, flat.sum(0) if need_bias else None)
-    inactive = _inactive_channels(shift, scale, start, W, mean_rstd.dtype)
-    p, _ = _contributions(inactive, weight, None)
-    summed = torch.bmm(g, p[:, :, None])[..., 0]
-    dp, dq = torch.bmm(torch.stack([-mean_rstd, torch.ones_like(mean_rstd)], 1), g).unbind(1)
-    dweight = weight.new_zeros(O, C) if need_weight else None
-    for part, s in slices:
-        rows = g[part].reshape(-1, O)
-        du[part] = (rows @ weight[:, s : s + W]).view(-1, N, W)
-        if dweight is not None:
-            dweight[:, s : s + W].addmm_(rows.t(), u[part].reshape(-1, W))
-    return _with_inactive(du, summed, dp, dq, dweight, inactive, weight, need_bias)
+def _backward_on_slices(
+    g: Tensor, u: Tensor, weight: Tensor, slices: list[tuple[slice, slice]], need_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """du, and the weight gradient of active channels in the accumulator's dtype."""
+    du = empty_rows(*u.shape, like=u, dtype=u.dtype)
+    dweight = weight.new_zeros(weight.shape, dtype=compute_dtype(weight)) if need_weight else None
+    for samples, channels in slices:
+        rows, inputs = g[samples].flatten(0, 1), u[samples].flatten(0, 1)
+        torch.mm(rows, weight[:, channels], out=du[samples].view(-1, u.shape[-1]))
+        if dweight is not None and dweight.dtype == u.dtype:
+            dweight[:, channels].addmm_(rows.t(), inputs)
+        elif dweight is not None:
+            dweight[:, channels] += matmul_accumulated(rows.t(), inputs)
+    return du, dweight

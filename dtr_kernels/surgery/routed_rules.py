@@ -2,8 +2,8 @@
 
 Forward they are the ops themselves, backward the ops' own kernels but for the weights' gradients. These want the
 layer's input on all channels, modulate(LN(m * stream)): then they are those of an ordinary linear layer, and one
-batched GEMM gives them for all clusters. That is 1 / beta times the multiplications of the windowed kernel, in far
-fewer launches than one for each cluster.
+batched GEMM gives them for all clusters. That is 1 / beta times the multiplications of a window, in far fewer launches
+than one for each cluster.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dtr_kernels.ops.gated_norm import gated_norm_backward, gated_norm_forward
-from dtr_kernels.ops.window_linear import gelu_linear_backward, window_linear_backward
-from dtr_kernels.routing import ChannelWindow
+from dtr_kernels.ops.window_linear import gelu_linear_backward
 from dtr_kernels.surgery.interception import Interception, Refusal, Rule, in_autocast_dtype, take_linear
 
 
@@ -65,7 +64,7 @@ class _RoutedLinear(torch.autograd.Function):
         with torch._C.DisableTorchFunction():
             if dout is None:
                 dout = stream.new_zeros(*stream.shape[:2], len(weight), dtype=weight.dtype)
-            u = _dense_input(stream, shift, scale, start, width, eps, weight.dtype)
+            u = gated_norm_forward(stream, None, None, shift, scale, start, width, eps, weight.dtype).u
             taken = ctx.run.collect(ctx.weights, take_linear, dout, u)
             del u
             dx, dbranch, dgate, dshift, dscale, *_ = torch.ops.dtr_kernels.routed_linear_backward(
@@ -102,14 +101,14 @@ class _RoutedMlp(torch.autograd.Function):
         cast = _cast(weights, x)
         stream, out, pre, mean, rstd = op(x, branch, gate, shift, scale, *cast, *args[9:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, branch, gate, shift, scale, cast[0], cast[2], start, stream, pre, mean, rstd)
+        ctx.save_for_backward(x, branch, gate, shift, scale, cast[0], cast[2], start, pre, mean, rstd)
         ctx.mark_non_differentiable(pre, mean, rstd)
         return stream, out, pre, mean, rstd
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        x, branch, gate, shift, scale, fc1_weight, fc2_weight, start, stream, pre, mean, rstd = ctx.saved_tensors
+        x, branch, gate, shift, scale, fc1_weight, fc2_weight, start, pre, mean, rstd = ctx.saved_tensors
         width, keep_branch, eps = ctx.width, ctx.keep_branch, ctx.eps
         with torch._C.DisableTorchFunction():
             if dout is None:
@@ -117,37 +116,38 @@ class _RoutedMlp(torch.autograd.Function):
             dpre, act = gelu_linear_backward(dout, pre, fc2_weight)
             fc2 = ctx.run.collect(ctx.weights[2:], take_linear, dout, act)
             del act
-            if keep_branch:
-                u = gated_norm_forward(
-                    x, branch, gate, shift, scale, start, width, eps, dpre.dtype, keep_branch, write_stream=False
-                ).u
-            else:
-                u = _dense_input(stream, shift, scale, start, width, eps, dpre.dtype)
+            u = gated_norm_forward(
+                x,
+                branch,
+                gate,
+                shift,
+                scale,
+                start,
+                width,
+                eps,
+                dpre.dtype,
+                keep_branch=keep_branch,
+                write_stream=False,
+            ).u
             fc1 = ctx.run.collect(ctx.weights[:2], take_linear, dpre, u)
-            # Of its input only the shape matters without the weight's gradient; with a window it is compact.
-            fc1_start, mean_rstd = (None, None) if keep_branch or start is None else (start, mean * rstd)
-            seen = u if fc1_start is None else u[..., :width]
-            linear = window_linear_backward(
-                dpre, seen, mean_rstd, shift, scale, fc1_weight, fc1_start, need_weight=False, need_bias=False
-            )
             norm = gated_norm_backward(
-                linear.u, dstream, linear.inactive, x, branch, gate, scale, mean, rstd, start, width, keep_branch
+                dpre @ fc1_weight,
+                dstream,
+                None,
+                x,
+                branch,
+                gate,
+                scale,
+                mean,
+                rstd,
+                start,
+                width,
+                keep_branch=keep_branch,
             )
             assert norm.gate is not None
-            dshift = norm.shift if linear.shift is None else norm.shift + linear.shift
-            dscale = norm.scale if linear.scale is None else norm.scale + linear.scale
-            inputs = norm.x, norm.branch, norm.gate.to(gate.dtype), dshift.to(shift.dtype), dscale.to(scale.dtype)
+            vectors = norm.gate.to(gate.dtype), norm.shift.to(shift.dtype), norm.scale.to(scale.dtype)
+            inputs = norm.x, norm.branch, *vectors
         return None, None, *inputs, *fc1, *fc2, None, None, None, None, None
-
-
-def _dense_input(
-    stream: Tensor, shift: Tensor, scale: Tensor, start: Tensor | None, width: int, eps: float, dtype: torch.dtype
-) -> Tensor:
-    """modulate(LN(m * stream)) on all channels [B, N, C]."""
-    C = stream.shape[-1]
-    if start is not None:
-        stream = torch.where(ChannelWindow(start, width, C).mask()[:, None], stream, 0)
-    return gated_norm_forward(stream, None, None, shift, scale, None, C, eps, dtype).u
 
 
 ROUTED_RULES: dict[Any, Rule] = {

@@ -1,0 +1,58 @@
+"""How long each part of a block takes at least: its operations and bytes over the two ceilings of a GPU.
+
+``docs/performance.md`` is written against these floors.
+"""
+
+from __future__ import annotations
+
+from benchmarks import counts
+from benchmarks.counts import ITEMSIZES, Work
+from benchmarks.tables import table
+
+# Of an H200, once measured with PyTorch 2.11: bytes read and written by a copy within its memory, per second, and
+# operations of a bf16 product of random matrices of side 8192. The benchmarks measure both again in every run.
+BANDWIDTH, MATRIX_RATE = 4.3e12, 790e12
+
+
+def markdown(B: int = 256, N: int = 256, C: int = 1152, heads: int = 16) -> str:
+    """A table of the parts of a DiT block in bf16, scope "block": DiT-XL/2 on images of 256 x 256 if nothing else is
+    said."""
+    W, H, items = int(0.8 * C), 4 * C, ITEMSIZES["bf16"]
+    T, sizes = B * N, (B, N, C, W)
+    qkv = (*sizes, 3 * C, items)
+    forward = {
+        "first norm, active channels": counts.norm_forward(*sizes, items, compact=True),
+        "QKV over windows": counts.window_linear_forward(*qkv),
+        "QKV over all channels": counts.linear_forward(T, C, 3 * C, items),
+        "attention": counts.attention_forward(B, N, C, items),
+        "output projection": counts.linear_forward(T, C, C, items),
+        "second norm": counts.norm_forward(*sizes, items, branch=True),
+        "fc1 and GELU": counts.gelu_linear_forward(B, N, C, C, H, items, write_pre=True),
+        "fc2": counts.linear_forward(T, H, C, items),
+    }
+    backward = {
+        "fc2, input and GELU": counts.gelu_linear_backward(B, N, H, C, items, write_act=True),
+        "fc2, weight": counts.linear_weight_gradient(T, H, C, items),
+        "fc1": counts.linear_gradients(T, C, H, items),
+        "second norm": counts.norm_backward(*sizes, items, branch=True),
+        "output projection": counts.linear_gradients(T, C, C, items),
+        "attention": counts.attention_backward(B, N, C, heads, items),
+        "QKV over windows": counts.window_linear_gradients(*qkv),
+        "QKV over all channels": counts.linear_gradients(T, C, 3 * C, items),
+        "first norm, active channels": counts.norm_backward(*sizes, items, compact=True),
+    }
+    rows = [
+        [which, name, f"{work.flops / 1e12:.3f}", f"{work.bytes / 1e9:.2f}", f"{1e3 * seconds(work):.3f}", _bound(work)]
+        for which, parts in (("forward", forward), ("backward", backward))
+        for name, work in parts.items()
+    ]
+    return table([["pass", "part", "TFLOP", "GB", "floor, ms", "bound by"], *rows])
+
+
+def seconds(work: Work) -> float:
+    """The floor: whichever of the two takes longer."""
+    return max(work.flops / MATRIX_RATE, work.bytes / BANDWIDTH)
+
+
+def _bound(work: Work) -> str:
+    return "operations" if work.flops / MATRIX_RATE > work.bytes / BANDWIDTH else "bytes"
