@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-from benchmarks import plots, sources
+from benchmarks import floors, plots, sources
 from benchmarks.cases import Goal
 from benchmarks.results import CaseResult, Run, SideResult, load_all
 from benchmarks.study import findings
@@ -43,6 +43,7 @@ STATIC = RESULTS / "static/static.md"
 DOCS = Path("docs/benchmarks.md")
 PICTURES = Path("docs/benchmarks")
 README = Path("README.md")
+PERFORMANCE = Path("docs/performance.md")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,7 +136,9 @@ def generated_texts(root: Path, results: Results) -> dict[Path, str]:
     for study in findings.committed(root):
         texts[root / findings.DOCS / f"{study['plan']['name']}.md"] = findings.markdown(study)
     texts[root / DOCS] = docs_page(results, static=(root / STATIC).is_file())
-    texts[root / README] = with_blocks((root / README).read_text(), readme_blocks(root, results))
+    blocks = {README: readme_blocks(root, results), PERFORMANCE: {"floors": floors.markdown()}}
+    for path, of_path in blocks.items():
+        texts[root / path] = with_blocks((root / path).read_text(), of_path, path)
     return texts
 
 
@@ -275,7 +278,7 @@ _REPRODUCE = """\
 ```bash
 python -m benchmarks list                        # what can be measured
 python -m benchmarks run                         # all of it on the CPU, into benchmarks/results/cpu
-python -m benchmarks run --device cuda           # on the GPU, into the folder of its name; make gpu runs tests first
+python -m benchmarks run --device cuda           # on the GPU, into the folder of its name; make gpu tests the kernels
 python -m benchmarks run block --model DiT-S/2 --batch 4 --out out/mine
 python -m benchmarks report out/mine             # its tables and pictures
 python -m benchmarks report out/mine --against benchmarks/results/cpu
@@ -332,8 +335,11 @@ def readme_blocks(root: Path, results: Results) -> dict[str, str]:
     return of_results | {"study": findings.readme_block(root)}
 
 
-def with_blocks(text: str, blocks: Mapping[str, str]) -> str:
+def with_blocks(text: str, blocks: Mapping[str, str], where: Path) -> str:
     """A text with each ``<!-- begin NAME --> ... <!-- end NAME -->`` filled with the block of that name.
+
+    Args:
+        where: the file that it is from, for error messages.
 
     Raises:
         ValueError: if a block is unknown, begins and does not end, or ends and did not begin.
@@ -342,7 +348,7 @@ def with_blocks(text: str, blocks: Mapping[str, str]) -> str:
     filled, open_block = pieces[0], None
     for kind, name, following in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
         if name not in blocks:
-            raise ValueError(f"README.md: no block is named {name!r}; there are {', '.join(blocks)}")
+            raise ValueError(f"{where}: no block is named {name!r}; there are {', '.join(blocks)}")
         if kind == "begin" and open_block is None:
             open_block = name
             filled += f"<!-- begin {name} -->\n{blocks[name]}\n<!-- end {name} -->"
@@ -350,10 +356,10 @@ def with_blocks(text: str, blocks: Mapping[str, str]) -> str:
             open_block = None
             filled += following
         else:
-            where = f"within block {open_block!r}" if open_block else "and no block has begun"
-            raise ValueError(f"README.md: <!-- {kind} {name} --> stands {where}")
+            context = f"within block {open_block!r}" if open_block else "and no block has begun"
+            raise ValueError(f"{where}: <!-- {kind} {name} --> stands {context}")
     if open_block is not None:
-        raise ValueError(f"README.md: block {open_block!r} has no <!-- end {open_block} -->")
+        raise ValueError(f"{where}: block {open_block!r} has no <!-- end {open_block} -->")
     return filled
 
 

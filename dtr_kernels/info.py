@@ -98,7 +98,7 @@ def _crossover(index: int, op: str, dtype: torch.dtype) -> str:
     for channels in _WIDTHS:
         tuned = tuned_for(gpu, op, dtype, _TOKENS, channels)
         source = "default" if tuned is None else "user's file" if tuned in gpu.user else "packaged file"
-        crossover = default_crossover(op, dtype, channels, _capability(index)) if tuned is None else tuned.tile
+        crossover = default_crossover(op, dtype, _capability(index)) if tuned is None else tuned.tile
         widths.setdefault(f"{crossover} ({source})", []).append(str(channels))
     if len(widths) == 1:
         return next(iter(widths))

@@ -1,4 +1,4 @@
-"""``make gpu``: the stage runner of .ci/gpu, with small commands in the place of stages."""
+"""``make gpu`` and ``make gpu-benchmarks``: the stage runner of .ci/gpu, with small commands in the place of stages."""
 
 from __future__ import annotations
 
@@ -102,60 +102,79 @@ def test_logs_are_cut_and_progress_bars_are_left_out(gpu, monkeypatch):
     assert log[-2:] == ["100%", "last"] and sum(map(len, log)) <= 100
 
 
-def simulated(gpu, monkeypatch, taken):
-    """(seconds in all, names and limits) of a whole run whose stages take what ``taken`` says of their limits."""
+@pytest.fixture
+def checks(gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "find_sanitizer", lambda: "/bin/true")
+    return gpu.checks()
+
+
+@pytest.fixture
+def benchmarks(gpu, tmp_path):
+    return gpu.benchmarks(tmp_path, tmp_path / "scratch")
+
+
+def simulated(gpu, monkeypatch, stages, taken):
+    """(seconds in all, names and limits) of a whole part whose stages take what ``taken`` says of their limits."""
     clock, limits = [0.0], {}
 
     def run(stage, limit):
-        if limit >= 1 and not stage.missing:
+        if limit >= 1:
             limits[stage.name] = limit
             clock[0] += taken(stage, limit)
         return gpu.Outcome(stage.name, "ok")
 
     monkeypatch.setattr(gpu, "run", run)
     monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
-    gpu.run_all(gpu.stages(Path("results"), Path("scratch")), Path(os.devnull), 0.0)
+    monkeypatch.setattr(gpu, "GRACE", 5.0)
+    gpu.run_all(stages, Path(os.devnull), 0.0)
     return clock[0], limits
 
 
-def test_all_stages_end_in_time(gpu, monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE", 5.0)
-    monkeypatch.setattr(gpu, "find_sanitizer", lambda: "/bin/true")
-    names = [stage.name for stage in gpu.stages(Path("results"), Path("scratch"))]
-    assert names == [
-        "build",
-        "info",
-        "verify",
-        "gpu tests",
-        "block",
-        "every kernel",
-        "memcheck",
-        "racecheck",
-        *list(gpu.BENCHMARKS)[1:],
-        "report",
-    ]
-    seconds, _ = simulated(gpu, monkeypatch, lambda stage, limit: limit + gpu.GRACE)
-    assert seconds <= gpu.TOTAL <= 530
-    seconds, limits = simulated(gpu, monkeypatch, lambda stage, limit: limit)
-    assert seconds <= gpu.TOTAL and sum(limits[name] for name in gpu.BENCHMARKS) >= 150
-    assert set(limits) == set(names) and limits["block"] > 60
-    seconds, limits = simulated(gpu, monkeypatch, lambda stage, limit: 8 if stage.seconds else limit + gpu.GRACE)
-    assert seconds <= gpu.TOTAL and limits["report"] == 10
-    assert all(limits[name] > 5 for name in gpu.BENCHMARKS) and limits["block"] > 100
+def test_checks_end_in_time(gpu, monkeypatch, checks):
+    names = ["build", "info", "gpu tests", "verify", "every kernel", "memcheck", "racecheck"]
+    assert [stage.name for stage in checks] == names
+    # Where all need their limits, the last ones find no time left.
+    seconds, limits = simulated(gpu, monkeypatch, checks, lambda stage, limit: limit + gpu.GRACE)
+    assert seconds <= gpu.TOTAL < 600 and list(limits) == names[:5]
+    seconds, limits = simulated(gpu, monkeypatch, checks, lambda stage, limit: limit / 2)
+    assert seconds < gpu.TOTAL and limits == {stage.name: stage.seconds for stage in checks}
+
+
+def test_benchmarks_end_in_time(gpu, monkeypatch, benchmarks):
+    names = ["build", *gpu.BENCHMARKS, "report"]
+    assert [stage.name for stage in benchmarks] == names
+    for over in (0, 5):
+        seconds, limits = simulated(gpu, monkeypatch, benchmarks, lambda stage, limit, over=over: limit + over)
+        assert seconds <= gpu.TOTAL and list(limits) == names and limits["report"] == 30
+        assert all(limits[name] > 5 for name in gpu.BENCHMARKS) and limits["block"] > 150
     # What one leaves, the others get.
-    _, more = simulated(gpu, monkeypatch, lambda stage, limit: 5)
-    assert all(more[name] > limits[name] for name in list(gpu.BENCHMARKS)[1:])
+    _, more = simulated(gpu, monkeypatch, benchmarks, lambda stage, limit: 5)
+    assert all(more[name] > limits[name] for name in gpu.BENCHMARKS)
+
+
+def test_sides_that_take_too_long_to_compile_are_left_out(benchmarks):
+    skipped = {stage.name: stage.command[stage.command.index("--skip") + 1 : -2] for stage in benchmarks[1:-1]}
+    assert skipped.pop("model") == ["max-autotune", "compiled"]
+    assert set(map(tuple, skipped.values())) == {("max-autotune",)}
+
+
+def test_gpu_tests_that_are_skipped_have_not_passed(gpu, checks):
+    (tests,) = (stage for stage in checks if stage.name == "gpu tests")
+    assert "-rfEs" in tests.command
+    said = "SKIPPED [3] tests/test_ops.py:52: NOT RUN: needs an NVIDIA GPU"
+    outcome = gpu.run(python(gpu, f"print({said!r})", fails=tests.fails), 20)
+    assert (outcome.state, outcome.why) == ("FAILED", "NOT RUN: needs an NVIDIA GPU")
 
 
 @pytest.mark.parametrize("limit, state", [(1, "stopped at its limit"), (0.5, "no time left")])
-def test_only_a_benchmark_need_not_end(gpu, monkeypatch, tmp_path, capsys, limit, state):
-    monkeypatch.setattr(gpu, "folder_of_gpu", lambda: "nvidia-h0")
+def test_only_a_benchmark_that_has_measured_need_not_end(gpu, monkeypatch, tmp_path, capsys, limit, state):
     monkeypatch.setattr(gpu, "limit_of", lambda *_: limit)
-    for seconds, status in ((None, 0), (30, 1)):
-        stage = python(gpu, "import time; time.sleep(60)", seconds=seconds)
-        monkeypatch.setattr(gpu, "stages", lambda *folders, stage=stage: [stage])
-        assert gpu.main([str(tmp_path)]) == status
-        assert json.loads((tmp_path / "summary.json").read_text())["stages"][0]["state"] == state
+    (tmp_path / "measured.json").touch()
+    for results, status in ((None, 1), (tmp_path / "nothing.json", 1), (tmp_path / "measured.json", 0)):
+        stage = python(gpu, "import time; time.sleep(60)", results=results)
+        monkeypatch.setattr(gpu, "checks", lambda stage=stage: [stage])
+        assert gpu.main([str(tmp_path), "checks"]) == status
+        assert json.loads((tmp_path / "checks.json").read_text())["stages"][0]["state"] == state
         said = capsys.readouterr().out
         assert said.startswith(f"{state} ") and f"{status} of 1 stages failed or did not end" in said
 
@@ -189,7 +208,7 @@ def test_sanitizer_knows_our_kernels(gpu):
     from benchmarks import every_kernel
 
     names = [name for module in every_kernel.LAUNCHERS for name in vars(module) if name.endswith("_kernel")]
-    assert len(names) == 8
+    assert len(names) >= 10
     assert all(any(part in name for part in gpu.OUR_KERNELS) for name in names)
     assert any(part in "_ZN3dtr4cuda19coefficients_kernelEiPKdPKlPd" for part in gpu.OUR_KERNELS)
 
@@ -210,28 +229,36 @@ def test_sanitizer_is_understood(gpu, tools, said, state):
     assert gpu.run(gpu.sanitizer("memcheck", ["command"]), 20).state == state
 
 
-def test_make_gpu_takes_the_folder():
-    command = ["make", "--no-print-directory", "-n", "gpu", "OUT=there"]  # make may have called the tests itself
+@pytest.mark.parametrize("target, part", [("gpu", "checks"), ("gpu-benchmarks", "benchmarks")])
+def test_make_takes_the_folder(target, part):
+    command = ["make", "--no-print-directory", "-n", target, "OUT=there"]  # make may have called the tests itself
     said = subprocess.run(command, cwd=PATH.parent.parent, capture_output=True, text=True)
-    assert said.stdout.split()[-2:] == [".ci/gpu", "there"] and os.access(PATH, os.X_OK)
+    assert said.stdout.split()[-3:] == [".ci/gpu", "there", part] and os.access(PATH, os.X_OK)
+
+
+@pytest.mark.parametrize("arguments", [[], ["there"], ["there", "all"], ["--help", "checks"], ["a", "checks", "b"]])
+def test_a_wrong_call_says_how(gpu, capsys, arguments):
+    assert gpu.main(arguments) == 2 and "Usage: .ci/gpu OUT checks" in capsys.readouterr().out
 
 
 def test_main_goes_on_after_a_failure_and_leaves_few_files(gpu, monkeypatch, tmp_path, capsys):
-    def stages(results, scratch):
+    def benchmarks(results, scratch):
+        assert list(results.iterdir()) == []
         kept = [python(gpu, f"open({str(results / name)!r} + '.json', 'w').close()") for name in gpu.BENCHMARKS]
         (scratch / "report.md").touch()
         return [python(gpu, "print('why'); exit(1)"), gpu.Stage("sanitizer", missing="not here"), *kept]
 
-    monkeypatch.setattr(gpu, "stages", stages)
+    monkeypatch.setattr(gpu, "benchmarks", benchmarks)
+    monkeypatch.setattr(gpu, "checks", lambda: [python(gpu, "")])
     monkeypatch.setattr(gpu, "folder_of_gpu", lambda: "nvidia-h0")
-    (tmp_path / "results/nvidia-h0").mkdir(parents=True)
-    (tmp_path / "results/nvidia-h0/block.json").write_text("of an earlier run")
-    assert gpu.main([str(tmp_path)]) == 1
-    files = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) == 1 + len(gpu.BENCHMARKS) <= 8 and max(len(path.parents) for path in files) == 3
-    assert (tmp_path / "results/nvidia-h0/block.json").read_text() == ""
-    stored = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    results = tmp_path / "results/nvidia-h0"
+    results.mkdir(parents=True)
+    for name in ("block.json", "block.json.unfinished"):  # of an earlier run
+        (results / name).touch()
+    assert gpu.main([str(tmp_path), "benchmarks"]) == 1
+    stored = json.loads((tmp_path / "benchmarks.json").read_text())["stages"]
     assert [stage["state"] for stage in stored] == ["FAILED", "missing", *["ok"] * len(gpu.BENCHMARKS)]
     assert stored[0]["log"] == ["why"] and "1 of 9 stages failed" in capsys.readouterr().out
-    monkeypatch.setattr(gpu, "stages", lambda *folders: [python(gpu, "")])
-    assert gpu.main([str(tmp_path)]) == 0
+    assert gpu.main([str(tmp_path), "checks"]) == 0
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {"checks.json", "benchmarks.json", *(f"results/nvidia-h0/{name}.json" for name in gpu.BENCHMARKS)}

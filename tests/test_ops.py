@@ -221,7 +221,11 @@ def test_every_width_of_window(seed, device, width):
     check_routed_mlp(3, 5, 32, 40, window, True, torch.float32, device, conditioning=conditioning)
 
 
-@settings(max_examples=8 if INTERPRETED else 40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=8 if INTERPRETED else 12 if torch.cuda.is_available() else 40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 @given(data=st.data())
 def test_any_shape_and_window(seed, device, data):
     """Shapes, windows and dtypes drawn at random."""

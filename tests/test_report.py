@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 import torch
 
-from benchmarks import plots, report, sources
+from benchmarks import floors, plots, report, sources
 from benchmarks.cases import Goal
 from benchmarks.counts import Work
 from benchmarks.results import CaseResult, Ceiling, Run, SideResult
@@ -146,12 +146,14 @@ def arguments(*folders, against=None, out=None, check=False) -> argparse.Namespa
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A checkout of nothing but a README with all blocks, results of a CPU and a file of another kind."""
+    """A checkout of nothing but the pages with all their blocks, results of a CPU and a file of another kind."""
     monkeypatch.setattr(sources, "ROOT", tmp_path)
     blocks = "\n\n".join(
         f"<!-- begin {name} -->\ntyped by hand\n<!-- end {name} -->" for name in (*report.BLOCKS, "study")
     )
     (tmp_path / "README.md").write_text(f"# Title\n\n{blocks}\n\nThe end.\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/performance.md").write_text("<!-- begin floors -->\n<!-- end floors -->\n")
     for run in (made_up_blocks(), *made_up_surgery()):
         run.save(tmp_path / report.RESULTS / "cpu")
     static = tmp_path / report.STATIC
@@ -404,8 +406,8 @@ def test_blocks_are_replaced_and_the_rest_stays():
         "before\n<!-- begin one -->\nfirst\n<!-- end one -->\n<!-- a comment -->\n"
         "<!-- begin two -->\nsecond\n<!-- end two -->after\n"
     )
-    assert report.with_blocks(text, blocks) == expected
-    assert report.with_blocks(expected, blocks) == expected
+    assert report.with_blocks(text, blocks, report.README) == expected
+    assert report.with_blocks(expected, blocks, report.README) == expected
 
 
 @pytest.mark.parametrize(
@@ -420,8 +422,19 @@ def test_blocks_are_replaced_and_the_rest_stays():
 )
 def test_markers_that_do_not_fit(text, message):
     with pytest.raises(ValueError) as caught:
-        report.with_blocks(text, dict.fromkeys(report.BLOCKS, ""))
+        report.with_blocks(text, dict.fromkeys(report.BLOCKS, ""), report.README)
     assert message in str(caught.value) and "README.md" in str(caught.value)
+
+
+def test_floors_of_a_block():
+    """Of XL: fc2 is 2 * 65536 * 4608 * 1152 operations, the first norm reads x and writes u on 921 channels."""
+    cells = {tuple(cells[:2]): cells[2:] for cells in map(cells_of, floors.markdown().splitlines()) if len(cells) > 2}
+    assert cells["forward", "fc2"] == ["0.696", "0.77", "0.881", "operations"]
+    tflop, gigabytes, milliseconds, bound = cells["forward", "first norm, active channels"]
+    assert (tflop, bound) == ("0.000", "bytes") and float(gigabytes) == pytest.approx(4 * 921 * 65536 / 1e9, rel=0.02)
+    assert float(milliseconds) == pytest.approx(float(gigabytes) / 4.3, abs=0.002)
+    both = [float(cells["backward", f"QKV over {which}"][0]) for which in ("windows", "all channels")]
+    assert both[0] == pytest.approx(0.8 * both[1], rel=0.01)
 
 
 def test_blocks_without_results_say_so():
@@ -523,10 +536,12 @@ def test_without_matplotlib_tables_are_written_all_the_same(seed, tmp_path, monk
 def test_a_checkout_is_brought_up_to_date(seed, checkout, capsys):
     assert report.main(arguments(check=True)) == 1
     assert "README.md does not say" in capsys.readouterr().out
-    assert "typed by hand" in (checkout / "README.md").read_text() and not (checkout / "docs").exists()
+    assert "typed by hand" in (checkout / "README.md").read_text()
+    assert [path.name for path in (checkout / "docs").iterdir()] == ["performance.md"]
     assert report.main(arguments()) == 0
     readme = (checkout / "README.md").read_text()
     assert "typed by hand" not in readme and readme.endswith("\n\nThe end.\n")
+    assert floors.markdown() in (checkout / "docs/performance.md").read_text()
     docs = (checkout / "docs/benchmarks.md").read_text()
     assert "../benchmarks/results/static/static.md" in docs
     for name in ("block", "surgery_projection", "surgery_step"):

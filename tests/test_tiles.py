@@ -82,11 +82,10 @@ def files(monkeypatch, tmp_path):
         ("norm_backward_update", bf16, 256, 1152, 90, RowTile(1, 2048, 16)),
         ("residual_forward", bf16, 256, 1152, 90, RowTile(4, 2048, 16)),
         ("residual_backward", fp32, 64, 1024, 80, RowTile(4, 1024, 8)),
-        ("windows_forward", bf16, 256, 384, 90, Crossover(1 << 15)),
-        ("windows_forward", fp16, 16, 1152, 100, Crossover(1 << 12)),
-        ("windows_forward", fp16, 16, 1152, 80, Crossover(NEVER)),
+        ("windows_forward", bf16, 256, 384, 90, Crossover(NEVER)),
+        ("gelu_forward", fp16, 16, 1152, 80, Crossover(NEVER)),
         ("gelu_forward", bf16, 256, 384, 120, Crossover(NEVER)),
-        ("windows_backward", bf16, 256, 1152, 90, Crossover(1 << 12)),
+        ("windows_backward", bf16, 256, 1152, 90, Crossover(NEVER)),
         ("windows_backward", fp32, 256, 1152, 90, Crossover(NEVER)),
         ("gelu_forward", bf16, 256, 384, 90, Crossover(1)),
         ("gelu_backward", fp16, 256, 1152, 100, Crossover(1)),
@@ -156,7 +155,7 @@ def test_a_tuned_crossover_goes_before_the_default(files):
     found = [entry("windows_forward", tile=Crossover(512)), entry("gelu_forward", tile=Crossover(NEVER))]
     _tuned.write(files.user, [*found, entry("gelu_backward", dtype="float32", tile=Crossover(64))])
     asked = [ask(op) for op in ("windows_forward", "windows_backward", "gelu_forward", "gelu_backward")]
-    assert asked == [Crossover(512), Crossover(1 << 12), Crossover(NEVER), Crossover(1)]
+    assert asked == [Crossover(512), Crossover(NEVER), Crossover(NEVER), Crossover(1)]
     assert ask("gelu_backward", dtype=fp32) == Crossover(64)
 
 

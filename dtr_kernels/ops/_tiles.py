@@ -80,8 +80,6 @@ _TENSORS = {
     "residual_forward": 2,
     "residual_backward": 2,
 }
-# Floating-point operations in the time of the small kernels that a window takes: 6 µs at 600 TFLOP/s.
-_FLOPS_OF_A_CLOSED_FORM = 3_600_000_000
 _forced: dict[str, Tile] = {}
 
 
@@ -237,7 +235,7 @@ def default_tile(op: str, dtype: torch.dtype, rows: int, channels: int, arch: in
     if op == "token_sums":
         return SumTile(min(256, power_of_two(channels)), warps=4)
     if KINDS[op] is Crossover:
-        return crossover(op, dtype, channels, arch)
+        return crossover(op, dtype, arch)
     if op in _TENSORS:
         tile = row_tile(channels, _TENSORS[op])
         if op == "norm_backward" and dtype != torch.float32:  # a vector of 8 channels a thread, and few barriers
@@ -280,15 +278,14 @@ def weight_gradient_tile(dtype: torch.dtype, rows: int, arch: int) -> GemmTile:
     return GemmTile(128, 256, k, 8, 4) if _has_large_tiles(arch) else GemmTile(128, 128, k, 8, 3)
 
 
-def crossover(op: str, dtype: torch.dtype, channels: int, arch: int) -> Crossover:
-    """Where our GEMMs are taken to become faster than cuBLAS: a prediction, see docs/performance.md."""
+def crossover(op: str, dtype: torch.dtype, arch: int) -> Crossover:
+    """Where our GEMMs are taken to become faster than cuBLAS: predictions, which docs/performance.md derives.
+
+    A window of 0.8 saves less than cuBLAS is ahead of our GEMMs by; a pass over memory for GELU costs more.
+    """
     # In fp32 ours are fused multiply-adds in a simple loop; without Hopper's copy engine all loads are waited for.
-    if dtype == torch.float32 or not _has_large_tiles(arch):
-        return Crossover(NEVER)
-    if op in ("gelu_forward", "gelu_backward"):
-        return Crossover(1)
-    # What a window of 0.8 saves of a layer of 3 * channels outputs must outweigh the small kernels of the closed form.
-    return Crossover(power_of_two(_FLOPS_OF_A_CLOSED_FORM // (2 * 3 * channels * channels // 5)))
+    pays = op in ("gelu_forward", "gelu_backward") and dtype != torch.float32 and _has_large_tiles(arch)
+    return Crossover(1 if pays else NEVER)
 
 
 def row_tile(channels: int, tensors: int) -> RowTile:

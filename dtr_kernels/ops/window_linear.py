@@ -395,7 +395,10 @@ def gemm_path(x: Tensor, start: Tensor | None, shared_start: int | None, weight:
     if start is None:
         return "cuBLAS: every channel is read"
     if not contracts_windows("windows_forward", x, start, weight):
-        return "cuBLAS over all channels, which is taken to be faster than windows for so few tokens or in this dtype"
+        return (
+            "cuBLAS over all channels: GEMMs over windows are not known to be faster here; measure it with "
+            "python -m benchmarks tune from a checkout"
+        )
     if prefers_cublas(shared_start, weight):
         return "cuBLAS on a slice of the weight"
     if shared_start is None:
