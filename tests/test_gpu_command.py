@@ -125,7 +125,7 @@ def simulated(gpu, monkeypatch, stages, taken):
 
     monkeypatch.setattr(gpu, "run", run)
     monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(gpu, "GRACE", 5.0)
+    monkeypatch.setattr(gpu, "GRACE", 10.0)
     gpu.run_all(stages, Path(os.devnull), 0.0)
     return clock[0], limits
 
@@ -143,7 +143,7 @@ def test_checks_end_in_time(gpu, monkeypatch, checks):
 def test_benchmarks_end_in_time(gpu, monkeypatch, benchmarks):
     names = ["build", *gpu.BENCHMARKS, "report"]
     assert [stage.name for stage in benchmarks] == names
-    for over in (0, 5):
+    for over in (0, 10):
         seconds, limits = simulated(gpu, monkeypatch, benchmarks, lambda stage, limit, over=over: limit + over)
         assert seconds <= gpu.TOTAL and list(limits) == names and limits["report"] == 30
         assert all(limits[name] > 5 for name in gpu.BENCHMARKS) and limits["block"] > 150

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from dtr_kernels.ops import window_linear as ops
 
 FORWARD, BACKWARD = "linear_gelu_forward", "gelu_linear_backward"
 EAGER, EAGER_BACKWARD = "F.linear and F.gelu", "matmul and GELU's derivative"
+LIBRARY = "cuBLASLt with GELU"
 
 
 def cases(options: Options) -> list[Callable[[], Case]]:
@@ -51,7 +52,9 @@ def forward(cell: Cell, device: torch.device) -> Case:
     def arguments(layer: Linear) -> tuple[Any, ...]:
         return layer.dense, layer.weight, layer.bias, trains
 
-    pair = _Pair(EAGER, plain_forward, arguments, FORWARD, partial(fused_forward, write_pre=trains))
+    # On a CPU the same call is of another GELU.
+    others = {LIBRARY: library_forward} if device.type == "cuda" and not trains else {}
+    pair = _Pair(EAGER, plain_forward, others, arguments, FORWARD, partial(fused_forward, write_pre=trains))
     what = f"forward{' with pre' if trains else ''}, scope {cell.scope}"
     layer = sets[0]
     called = f"{layer.multiplied_by(None)}, and GELU in a pass of its own"
@@ -71,6 +74,12 @@ def plain_forward(x: Tensor, weight: Tensor, bias: Tensor, write_pre: bool) -> l
     pre = F.linear(x, weight, bias)
     act = F.gelu(pre, approximate="tanh")
     return [pre, act] if write_pre else [act]
+
+
+def library_forward(x: Tensor, weight: Tensor, bias: Tensor, write_pre: bool) -> list[Tensor]:
+    """``plain_forward`` without pre by the library's own epilogue, which PyTorch has in a private function alone."""
+    assert not write_pre
+    return [torch._addmm_activation(bias, x.flatten(0, 1), weight.t(), use_gelu=True).unflatten(0, x.shape[:2])]
 
 
 def fused_forward(layer: Linear, write_pre: bool) -> list[Tensor]:
@@ -117,7 +126,7 @@ def backward(cell: Cell, device: torch.device) -> Case:
     def arguments(layer: Second) -> tuple[Any, ...]:
         return layer.g, layer.pre, layer.weight
 
-    pair = _Pair(EAGER_BACKWARD, plain_backward, arguments, BACKWARD, fused_backward)
+    pair = _Pair(EAGER_BACKWARD, plain_backward, {}, arguments, BACKWARD, fused_backward)
     called = "PyTorch's product, and GELU in a pass of its own"
     if _in_epilogue("gelu_backward", sets[0].g, sets[0].weight, C):
         called = "our GEMM with GELU in its epilogue"
@@ -145,10 +154,12 @@ def fused_backward(layer: Second) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class _Pair:
-    """The same by plain PyTorch, ``plain(*arguments(inputs))``, and by our launcher, ``fused(inputs)``."""
+    """The same by plain PyTorch, ``plain(*arguments(inputs))``, by what else takes its arguments, and by our launcher,
+    ``fused(inputs)``."""
 
     eager: str
     plain: Callable[..., list[Tensor]]
+    others: Mapping[str, Callable[..., list[Tensor]]]
     arguments: Callable[[Any], tuple[Any, ...]]
     ours: str
     fused: Callable[[Any], list[Tensor]]
@@ -164,7 +175,7 @@ def _case(
     torch.compiler.reset()
     exact, eager = (pair.call_plain(inputs, pair.plain) for inputs in (_routing.widened(sets[0]), sets[0]))
     side = partial(rotated, sets=sets, gate=Gate(exact, eager, cell.precision), work=work)
-    peers = {pair.eager: pair.plain, **_routing.compilations(pair.eager, pair.plain, device)}
+    peers = {pair.eager: pair.plain, **_routing.compilations(pair.eager, pair.plain, device), **pair.others}
     return Case(
         _routing.name_of(what, cell),
         [
