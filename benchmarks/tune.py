@@ -341,6 +341,7 @@ def choose_crossover(
             break
         # The power of two between these tokens and the half of them.
         found = Crossover(1 << ((smaller.tokens * smaller.batch).bit_length() - 1))
+        del trial  # its memory, before the next takes more
     largest = problem.tokens * problem.batch
     taken, by_default = (medians[OURS if way.tokens <= largest else CUBLAS] for way in (found, default))
     return Choice(found, taken, by_default)
@@ -841,7 +842,7 @@ def _windows_forward(i: Inputs) -> Piece:
     inputs, weight, bias = _norm_inputs(i, update=True), i.weight(3 * i.C, i.C), i.random(3 * i.C)
 
     def launch() -> Sequence[Tensor]:
-        return torch.ops.dtr_kernels.routed_linear(*inputs, weight, bias, i.start, i.W, None, _EPS)
+        return torch.ops.dtr_kernels.routed_linear(*inputs, weight, bias, i.start, i.W, _EPS)
 
     def exact() -> Sequence[Tensor]:
         norm = _norm(i, _in_fp64(inputs), keep_branch=False)
@@ -857,7 +858,7 @@ def _windows_backward(i: Inputs) -> Piece:
 
     def launch() -> Sequence[Tensor]:
         return torch.ops.dtr_kernels.routed_linear_backward(
-            dstream, dout, *inputs, weight, *mean_rstd, i.start, i.W, None, _EPS, True, True
+            dstream, dout, *inputs, weight, *mean_rstd, i.start, i.W, _EPS, True, True
         )
 
     def exact() -> Sequence[Tensor]:

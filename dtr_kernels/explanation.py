@@ -17,7 +17,7 @@ from dtr_kernels.nn.block import Stream
 from dtr_kernels.nn.res_block import for_any_channels
 from dtr_kernels.ops._launch import kernel_path, why_plain
 from dtr_kernels.ops.routed_conv import why_dense
-from dtr_kernels.ops.window_linear import gemm_path
+from dtr_kernels.ops.window_linear import gelu_gemm_path, gemm_path
 from dtr_kernels.routing import ChannelWindow
 from dtr_kernels.swap.classes import block_input
 from dtr_kernels.swap.core import is_block, is_compiled, swap_problem
@@ -245,11 +245,8 @@ def _path(op: str, args: tuple[Any, ...]) -> str:
     x = args[0]
     path = _KERNELS.get(kernel_path(x), "plain PyTorch")
     if op == "routed_linear":
-        start, shared_start = args[7], args[9]
-        return f"{path}; {gemm_path(x, start, shared_start, args[5])}"
+        return f"{path}; {gemm_path(x, args[7], args[5])}"
     if op == "routed_mlp":
         start, keep_branch = args[9], args[11]
-        if kernel_path(x) == "cpu":
-            return f"{path}; {gemm_path(x, None if keep_branch else start, None, args[5])}"
-        return f"{path}; GELU in the same kernel as the first GEMM"
+        return f"{path}; {gelu_gemm_path(x, None if keep_branch else start, args[5])}"
     return path

@@ -138,10 +138,7 @@ def _fused_path(device: torch.device, dtype: torch.dtype) -> str:
 def _linear_path(device: torch.device, dtype: torch.dtype) -> str:
     path = _fused_path(device, dtype)
     if path.startswith("Triton"):
-        return (
-            f"{path}; of GEMMs those that the crossovers choose, else cuBLAS, which also runs where a batch shares an "
-            "aligned window that is known as a Python number"
-        )
+        return f"{path}; of GEMMs those that the crossovers choose, else cuBLAS"
     if not path.startswith("compiled"):
         return path
     if dtype.itemsize < 4:

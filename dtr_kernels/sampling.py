@@ -1,8 +1,9 @@
 """A model in sampling: one timestep for the whole batch, the same conditioning at every step.
 
-What a step of sampling can leave out that a step of training cannot: the window is known to the host, so a slice of
-each weight is all that is read; what a block makes of timestep and conditioning alone, its modulation, is the same for
-every batch and is remembered; and as every step launches the same kernels on the same memory, a CUDA graph replays it.
+What a step of sampling can leave out that a step of training cannot: the window is known to the host, so a U-Net
+convolves only the groups that it touches; what a block makes of timestep and conditioning alone, its modulation, is the
+same for every batch and is remembered; and as every step launches the same kernels on the same memory, a CUDA graph
+replays it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _LOCK = threading.Lock()
 class Sampler:
     """Calls a routed model at one timestep after another, with the conditioning it is given here.
 
-    Windows come from the timestep as a number, so kernels read one slice of each weight. Modulations are computed at
+    Windows come from the timestep as a number, so a U-Net convolves only what they touch. Modulations are computed at
     the first step at a timestep and remembered, in one row for all samples that have the same conditioning; later
     batches read them instead of the weights that make them, which are a third of a DiT's. Nothing of this changes
     a result but for rounding. Copies and pickles begin without memory.

@@ -48,12 +48,8 @@ def starts(device, *values):
 
 
 def windows(device):
-    """(start, width, shared_start): unrouted, one window per sample, one for the batch."""
-    return {
-        "unrouted": (None, C, None),
-        "windowed": (starts(device, 0, 7), 25, None),
-        "shared": (starts(device, 5, 5), 25, 5),
-    }
+    """(start, width): unrouted, one window per sample, one for the batch."""
+    return {"unrouted": (None, C), "windowed": (starts(device, 0, 7), 25), "shared": (starts(device, 5, 5), 25)}
 
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -78,7 +74,7 @@ def test_routed_mlp_is_a_proper_op(device, window, keep_branch, dtype):
     inputs = Inputs(device, dtype)
     shift, scale, gate = inputs.modulation()
     weights = inputs(H, C), inputs(H), inputs(C, H), inputs(C)
-    start, width, _ = windows(device)[window]
+    start, width = windows(device)[window]
     opcheck(
         OPS.routed_mlp,
         (inputs(B, N, C), inputs(B, N, C), gate, shift, scale, *weights, start, width, keep_branch, 1e-6, True),
@@ -92,9 +88,9 @@ def test_ops_without_biases_and_with_frozen_inputs(device, train, window):
     inputs = Inputs(device, torch.float32, grad=train == "modulation")
     frozen = Inputs(device, torch.float32, grad=False)
     shift, scale, gate = inputs.modulation()
-    x, branch, start_width = frozen(B, N, C), frozen(B, N, C), windows(device)[window][:2]
+    x, branch, start_width = frozen(B, N, C), frozen(B, N, C), windows(device)[window]
     bias, fc1_bias, fc2_bias = [frozen(size, grad=True) if train == "biases" else None for size in (H, H, C)]
-    opcheck(OPS.routed_linear, (x, None, None, shift, scale, frozen(H, C), bias, *start_width, None, 1e-6))
+    opcheck(OPS.routed_linear, (x, None, None, shift, scale, frozen(H, C), bias, *start_width, 1e-6))
     weights = frozen(H, C), fc1_bias, frozen(C, H), fc2_bias
     training = train != "nothing"
     opcheck(OPS.routed_mlp, (x, branch, gate, shift, scale, *weights, *start_width, False, 1e-6, training))
@@ -105,15 +101,15 @@ def test_ops_without_biases_and_with_frozen_inputs(device, train, window):
 def test_backward_ops_are_proper_ops(device, window, needed):
     """Without autograd of their own, and with outputs that are empty where a parameter needs no gradient."""
     checks = {"test_utils": ("test_schema", "test_faketensor")}
-    new, (start, width, _) = Inputs(device, torch.float32, grad=False), windows(device)[window]
+    new, (start, width) = Inputs(device, torch.float32, grad=False), windows(device)[window]
     x, branch, dstream, dout = (new(B, N, C) for _ in range(4))
     shift, scale, gate = new.modulation()
     norm = x, branch, gate, shift, scale
     opcheck(OPS.gated_residual_backward, (dout, branch, gate), **checks)
 
     weight = new(C, C)
-    stream, _, mean, rstd = OPS.routed_linear(*norm, weight, None, start, width, None, 1e-6)
-    saved = *norm[1:], weight, mean, rstd, start, width, None, 1e-6
+    stream, _, mean, rstd = OPS.routed_linear(*norm, weight, None, start, width, 1e-6)
+    saved = *norm[1:], weight, mean, rstd, start, width, 1e-6
     opcheck(OPS.routed_linear_backward, (dstream, dout, stream, *saved, needed, needed), **checks)
 
     fc1, fc2 = new(H, C), new(C, H)

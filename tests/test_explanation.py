@@ -58,7 +58,8 @@ def test_gemms_on_slices(scope, tokens, size):
     ops = only(dtr.explain(model, (torch.randn(2, 2, size, size), torch.tensor([4, 4]), BATCH[2])))["ops"]
     large = "compiled CPU kernels; GEMMs on slices of the weight"
     assert (ops["routed_linear"] == large) == (tokens == 256)
-    assert (ops["routed_mlp"] == large) == (tokens == 256 and scope == "branch")
+    assert ops["routed_mlp"].endswith("; GELU in a pass of its own")
+    assert ops["routed_mlp"].startswith(large) == (tokens == 256 and scope == "branch")
     if tokens == 16:
         assert "1,024 elements, and pays from 4,096 on" in ops["routed_linear"]
 

@@ -135,7 +135,7 @@ def test_checks_end_in_time(gpu, monkeypatch, checks):
     assert [stage.name for stage in checks] == names
     # Where all need their limits, the last ones find no time left.
     seconds, limits = simulated(gpu, monkeypatch, checks, lambda stage, limit: limit + gpu.GRACE)
-    assert seconds <= gpu.TOTAL < 600 and list(limits) == names[:5]
+    assert seconds <= gpu.TOTAL < 600 and list(limits) == names[:6]
     seconds, limits = simulated(gpu, monkeypatch, checks, lambda stage, limit: limit / 2)
     assert seconds < gpu.TOTAL and limits == {stage.name: stage.seconds for stage in checks}
 

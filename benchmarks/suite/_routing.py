@@ -230,14 +230,11 @@ class Linear:
         which cuBLAS is fast: [B N, W or a few more]."""
         return self.dense.flatten(0, 1)[:, : -(-self.u.shape[-1] // 8) * 8].contiguous()
 
-    def multiplied_by(self, shared_start: int | None) -> str:
-        """What our launcher calls, given ``shared_start``, in words."""
+    def multiplied_by(self) -> str:
+        """What our launcher calls, in words."""
         if self.start is None:
             return "PyTorch's products on all channels"
-        if self.u.device.type == "cpu":
-            return "products with slices of the weight"
-        cublas = window_linear.prefers_cublas(shared_start, self.weight)
-        return "cuBLAS on a slice of the weight" if cublas else "our GEMM"
+        return "products with slices of the weight" if self.u.device.type == "cpu" else "our GEMM"
 
     def in_the_library(self, op: Literal["windows_forward", "windows_backward"]) -> str:
         """What the library does for a pass of the layer, where our side contracts over windows, in words."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,16 +57,11 @@ def forward(cell: Cell, device: torch.device) -> Case:
     pair = _Pair(EAGER, plain_forward, others, arguments, FORWARD, partial(fused_forward, write_pre=trains))
     what = f"forward{' with pre' if trains else ''}, scope {cell.scope}"
     layer = sets[0]
-    called = f"{layer.multiplied_by(None)}, and GELU in a pass of its own"
-    if _in_epilogue("gelu_forward", layer.u, layer.weight, C):
+    called = f"{layer.multiplied_by()}, and GELU in a pass of its own"
+    if ops.gelu_in_epilogue("gelu_forward", layer.u, layer.weight, C):
         called = "our GEMM with GELU in its epilogue"
     notes = [f"{FORWARD} called {called}", layer.in_the_library("windows_forward")]
     return _case(what, cell, device, sets, pair, work, notes)
-
-
-def _in_epilogue(op: Literal["gelu_forward", "gelu_backward"], x: Tensor, weight: Tensor, channels: int) -> bool:
-    """Whether our launcher computes GELU in a GEMM of ours."""
-    return x.device.type != "cpu" and ops._pays(op, x, weight, channels)
 
 
 def plain_forward(x: Tensor, weight: Tensor, bias: Tensor, write_pre: bool) -> list[Tensor]:
@@ -128,7 +123,7 @@ def backward(cell: Cell, device: torch.device) -> Case:
 
     pair = _Pair(EAGER_BACKWARD, plain_backward, {}, arguments, BACKWARD, fused_backward)
     called = "PyTorch's product, and GELU in a pass of its own"
-    if _in_epilogue("gelu_backward", sets[0].g, sets[0].weight, C):
+    if ops.gelu_in_epilogue("gelu_backward", sets[0].g, sets[0].weight, C):
         called = "our GEMM with GELU in its epilogue"
     notes = [
         f"{BACKWARD} called {called}",

@@ -109,7 +109,7 @@ def on_one_slice(layer: Linear, product: Callable[..., Any]) -> list[Tensor]:
 
 
 def _called(layer: Linear) -> str:
-    return layer.multiplied_by(layer.shared_start)
+    return layer.multiplied_by()
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
@@ -126,7 +126,6 @@ def _fused_forward(layer: Linear) -> list[Tensor]:
             layer.weight,
             layer.bias,
             layer.start,
-            layer.shared_start,
         )
     ]
 
@@ -152,7 +151,6 @@ def _fused_gradients(layer: Linear, parameters: bool) -> list[Tensor]:
         layer.scale,
         layer.weight,
         layer.start,
-        layer.shared_start,
         need_weight=parameters,
         need_bias=parameters,
     )
@@ -203,7 +201,7 @@ def _product_weight_gradient(x: Tensor, weight: Tensor, bias: Tensor, g: Tensor)
 def _called_for_weight(layer: Linear) -> str:
     if layer.start is None:
         return "PyTorch's product"
-    called, in_library = "our GEMM", layer.multiplied_by(layer.shared_start)
+    called, in_library = "our GEMM", layer.multiplied_by()
     if in_library != called:
         called += f", where contracting over windows the library calls {in_library}"
     return f"{called}; for what the windows add, in fp32: what deactivated channels add is in all gradients"

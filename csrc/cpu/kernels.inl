@@ -340,8 +340,10 @@ void gate_row(const T* __restrict x, T* __restrict gate, T* __restrict rest, int
 // gate computed in it, GCC 12 splits the clamps of the exponential into paths and the loop runs 7 times slower.
 template <class T>
 void slope_row(const T* __restrict x, const T* __restrict gate, const T* __restrict rest, T* __restrict g, int64_t n) {
-    for (int64_t i = 0; i < n; ++i)
-        g[i] *= gate[i] + x[i] * gate[i] * rest[i] * (kLinear<T> + 3 * kCubic<T> * x[i] * x[i]);
+    for (int64_t i = 0; i < n; ++i) {
+        const T y = std::min(std::max(x[i], T(-10)), T(10));  // beyond, the slope is 0 or 1, and the square may be huge
+        g[i] *= gate[i] + x[i] * gate[i] * rest[i] * (kLinear<T> + 3 * kCubic<T> * y * y);
+    }
 }
 
 template <class T>

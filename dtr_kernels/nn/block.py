@@ -112,7 +112,7 @@ class Mlp(nn.Module):
 
 
 class RoutedDiTBlock(NoTorchScript, nn.Module):
-    """A DiT block (adaLN-Zero) that computes only the active channels of each sample.
+    """A DiT block (adaLN-Zero) that sees only the active channels of each sample.
 
     state_dict keys are those of facebookresearch/DiT's block.
 

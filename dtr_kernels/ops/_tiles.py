@@ -281,7 +281,8 @@ def weight_gradient_tile(dtype: torch.dtype, rows: int, arch: int) -> GemmTile:
 def crossover(op: str, dtype: torch.dtype, arch: int) -> Crossover:
     """Where our GEMMs are taken to become faster than cuBLAS: predictions, which docs/performance.md derives.
 
-    A window of 0.8 saves less than cuBLAS is ahead of our GEMMs by; a pass over memory for GELU costs more.
+    A window of 0.8 saves less than cuBLAS is ahead of our GEMMs by. GELU costs about as much in an epilogue as in a
+    pass of its own, in half the launches.
     """
     # In fp32 ours are fused multiply-adds in a simple loop; without Hopper's copy engine all loads are waited for.
     pays = op in ("gelu_forward", "gelu_backward") and dtype != torch.float32 and _has_large_tiles(arch)

@@ -33,8 +33,9 @@ def gelu(x):
 @triton.jit
 def gelu_and_slope(x):
     """(GELU, its derivative) of an fp32 tile."""
-    square = x * x
-    e = tl.exp2(tl.minimum(x * (-_LINEAR_2 - _CUBIC_2 * square), 115.0))  # finite, so that e * gate is not NaN
+    y = tl.minimum(tl.maximum(x, -10.0), 10.0)  # GELU is 0 or x beyond, and what is made of y is finite
+    square = y * y
+    e = tl.exp2(y * (-_LINEAR_2 - _CUBIC_2 * square))
     r = tl.rsqrt(1.0 + e)
     gate = r * r
     # e * gate is 1 - gate without its cancellation.

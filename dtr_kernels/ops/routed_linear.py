@@ -31,14 +31,13 @@ def _op(
     bias: Tensor | None,
     start: Tensor | None,
     width: int,
-    shared_start: int | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(stream, out, mean, rstd); stream is empty without a branch, where it would be x itself."""
     compact = contracts_windows("windows_forward", x, start, weight)
     stream, u, mean, rstd = gated_norm_forward(x, branch, gate, shift, scale, start, width, eps, weight.dtype, compact)
     mean_rstd, window = (mean * rstd, start) if compact else (None, None)
-    out = window_linear_forward(u, mean_rstd, shift, scale, weight, bias, window, shared_start)
+    out = window_linear_forward(u, mean_rstd, shift, scale, weight, bias, window)
     return x.new_empty(0) if stream is None else stream, out, mean, rstd
 
 
@@ -66,7 +65,6 @@ def _backward_op(
     rstd: Tensor,
     start: Tensor | None,
     width: int,
-    shared_start: int | None,
     eps: float,
     need_weight: bool,
     need_bias: bool,
@@ -75,9 +73,7 @@ def _backward_op(
     compact = contracts_windows("windows_backward", stream, start, weight)
     u = gated_norm_forward(stream, None, None, shift, scale, start, width, eps, weight.dtype, compact).u
     mean_rstd, window = (mean * rstd, start) if compact else (None, None)
-    linear = window_linear_backward(
-        dout, u, mean_rstd, shift, scale, weight, window, shared_start, need_weight, need_bias
-    )
+    linear = window_linear_backward(dout, u, mean_rstd, shift, scale, weight, window, need_weight, need_bias)
     norm = gated_norm_backward(
         linear.u,
         dstream,
@@ -136,7 +132,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, branch, gate, shift, scale, weight, _, start, ctx.width, ctx.shared_start, ctx.eps = inputs
+    x, branch, gate, shift, scale, weight, _, start, ctx.width, ctx.eps = inputs
     stream, _, mean, rstd = output
     ctx.set_materialize_grads(False)
     # The stream instead of x: with it the sum is not computed again, and the next op saves the same tensor.
@@ -161,12 +157,11 @@ def _backward(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) ->
         rstd,
         start,
         ctx.width,
-        ctx.shared_start,
         ctx.eps,
         needs[5],
         needs[6],
     )
-    return *(g if need else None for g, need in zip(gradients, needs, strict=False)), None, None, None, None
+    return *(g if need else None for g, need in zip(gradients, needs, strict=False)), None, None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -185,10 +180,10 @@ def routed_linear(
     gate: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """stream = x + gate * branch, and Linear(modulate(LN(m * stream), shift, scale)) over active channels only.
+    """stream = x + gate * branch, and Linear(modulate(LN(m * stream), shift, scale)).
 
-    Equal to the dense layer on masked input (DTR paper, equation 6), because a deactivated channel leaves the norm
-    with a value that is known per token; see ``window_linear``.
+    Over active channels only, where that is faster. It equals the dense layer on masked input (DTR paper, equation 6),
+    because a deactivated channel leaves the norm with a value that is known per token; see ``window_linear``.
 
     Args:
         x: residual stream [B, N, C], fp32, bf16, fp16 or fp64.
@@ -213,8 +208,6 @@ def routed_linear(
         mask = None if window is None else window.mask()
         branch, gate, shift, scale = in_dtype_of(x, branch, gate, shift, scale)
         return reference.routed_linear(x, branch, gate, shift, scale, weight, bias, mask, eps)
-    start, width, shared_start = (
-        (None, x.shape[-1], None) if window is None else (window.start, window.width, window.shared_start)
-    )
-    stream, out, _, _ = _op(x, branch, gate, shift, scale, weight, bias, start, width, shared_start, eps)
+    start, width = (None, x.shape[-1]) if window is None else (window.start, window.width)
+    stream, out, _, _ = _op(x, branch, gate, shift, scale, weight, bias, start, width, eps)
     return x if branch is None else stream, out

@@ -216,7 +216,7 @@ def routed_mlp(
     """stream = x + gate * branch, and fc2(GELU(fc1(modulate(LN(v), shift, scale)))), GELU in its tanh form.
 
     v = m * x + gate * branch with ``keep_branch`` (scope "block", DTR paper, equation 6: what attention wrote is seen
-    on every channel), else m * stream (scope "branch": fc1 computes active channels only).
+    on every channel), else m * stream (scope "branch": fc1 reads active channels only, where that is faster).
 
     Args:
         x: residual stream [B, N, C], fp32, bf16, fp16 or fp64.

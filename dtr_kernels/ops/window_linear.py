@@ -316,7 +316,7 @@ class LinearGradients(NamedTuple):
     """u as u; inactive [B, N] and shift, scale [B, C] of deactivated channels in the compute dtype; weight, bias as
     given.
 
-    inactive, shift and scale are None when unrouted; weight and bias are None when not asked for.
+    inactive, shift and scale are None if u has all channels; weight and bias are None when not asked for.
     """
 
     u: Tensor
@@ -370,17 +370,17 @@ def _pays(op: CrossoverOp, x: Tensor, weight: Tensor, channels: int) -> bool:
     return tile_for(op, weight, N, channels, capability(weight)).tokens <= B * N
 
 
-def prefers_cublas(shared_start: int | None, weight: Tensor) -> bool:
-    """Whether the GPU contracts over a window by cuBLAS on a slice of the weight instead of our GEMM.
+def gelu_in_epilogue(op: Literal["gelu_forward", "gelu_backward"], x: Tensor, weight: Tensor, channels: int) -> bool:
+    """Whether our GEMM computes GELU, or its gradient, for the tokens of x [B, N, ...]; else a pass of its own does.
 
-    cuBLAS needs one window for the whole batch, known to the host, and is fast only where the slice is aligned for
-    its vector loads. Not yet measured on a GPU.
+    Args:
+        op: which pass. weight: the GEMM's. channels: C of the residual stream.
     """
-    return shared_start is not None and shared_start * weight.element_size() % 16 == 0
+    return kernel_path(x) != "cpu" and _pays(op, x, weight, channels)
 
 
-def gemm_path(x: Tensor, start: Tensor | None, shared_start: int | None, weight: Tensor) -> str:
-    """Which GEMM computes a routed layer of x [B, N, C], and why not the faster one, for people."""
+def gemm_path(x: Tensor, start: Tensor | None, weight: Tensor) -> str:
+    """Which GEMM computes a routed layer of x [B, N, C] in the forward pass, and why not over windows, for people."""
     if kernel_path(x) == "cpu":
         if start is None:
             return "a dense GEMM: every channel is read"
@@ -399,13 +399,15 @@ def gemm_path(x: Tensor, start: Tensor | None, shared_start: int | None, weight:
             "cuBLAS over all channels: GEMMs over windows are not known to be faster here; measure it with "
             "python -m benchmarks tune from a checkout"
         )
-    if prefers_cublas(shared_start, weight):
-        return "cuBLAS on a slice of the weight"
-    if shared_start is None:
-        return "the Triton window GEMM: cuBLAS needs one timestep for the batch, given as a Python number"
-    return (
-        f"the Triton window GEMM: cuBLAS is slow on a slice that starts at channel {shared_start}, which is unaligned"
-    )
+    return "the Triton window GEMM"
+
+
+def gelu_gemm_path(x: Tensor, start: Tensor | None, weight: Tensor) -> str:
+    """The same of a routed layer with GELU behind it."""
+    if gelu_in_epilogue("gelu_forward", x, weight, weight.shape[1]):
+        windows = contracts_windows("windows_forward", x, start, weight)
+        return f"the Triton GEMM over {'windows' if windows else 'all channels'}, with GELU in its epilogue"
+    return f"{gemm_path(x, start, weight)}; GELU in a pass of its own"
 
 
 def window_linear_forward(
@@ -416,22 +418,21 @@ def window_linear_forward(
     weight: Tensor,
     bias: Tensor | None,
     start: Tensor | None,
-    shared_start: int | None = None,
 ) -> Tensor:
     """out [B, N, O] in weight's dtype.
 
     Args:
-        u: [B, N, W] in weight's dtype, from ``gated_norm_forward``. mean_rstd: mean * rstd [B, N]; None when unrouted.
+        u: [B, N, W] in weight's dtype, from ``gated_norm_forward``; or [B, N, C] for a dense GEMM.
+        mean_rstd: mean * rstd [B, N]; None if u has all channels.
         shift, scale: [B, C]. weight: [O, C]. bias: [O] or None.
-        start: int32 [B], or None when unrouted (W = C). shared_start: the common start where the host knows it.
+        start: int32 [B]; None if u has all channels.
     """
     if start is None or mean_rstd is None:
         return F.linear(u, weight, bias)
     p, q = _contributions(_inactive_channels(shift, scale, start, u.shape[-1], mean_rstd.dtype), weight, bias)
-    slices = _slices(u, start, shared_start, weight)
-    if slices is not None:
+    if kernel_path(u) == "cpu":
         out = torch.baddbmm(q[:, None], mean_rstd[:, :, None], p[:, None], alpha=-1).to(u.dtype)
-        for samples, channels in slices:
+        for samples, channels in _slices(start, u.shape[-1]):
             out[samples].view(-1, len(weight)).addmm_(u[samples].flatten(0, 1), weight[:, channels].t())
         return out
     return _launch_forward(u, weight, q, start, mean_rstd, p, gelu=False, write_out=True)[0]
@@ -448,7 +449,7 @@ def linear_gelu_forward(
     write_pre: bool,
 ) -> tuple[Tensor, Tensor]:
     """(pre, GELU(pre)) [B, N, O] of the same layer; pre is left empty unless ``write_pre`` (training) asks for it."""
-    if kernel_path(u) == "cpu" or not _pays("gelu_forward", u, weight, weight.shape[1]):
+    if not gelu_in_epilogue("gelu_forward", u, weight, weight.shape[1]):
         pre = window_linear_forward(u, mean_rstd, shift, scale, weight, bias, start)
         return (
             (pre, gelu_forward(pre, torch.empty_like(pre))) if write_pre else (pre.new_empty(0), gelu_forward(pre, pre))
@@ -514,7 +515,6 @@ def window_linear_backward(
     scale: Tensor,
     weight: Tensor,
     start: Tensor | None,
-    shared_start: int | None = None,
     need_weight: bool = True,
     need_bias: bool = True,
 ) -> LinearGradients:
@@ -531,13 +531,13 @@ def window_linear_backward(
     if kernel_path(u) == "cpu":
         wide = g.to(mean_rstd.dtype)
         summed = torch.bmm(wide, p[:, :, None])[..., 0]
-        dp, dq = torch.bmm(torch.stack([-mean_rstd, torch.ones_like(mean_rstd)], 1), wide).unbind(1)
+        # In parts: one long sum would round as often as there are tokens.
+        rows = torch.stack([-mean_rstd, torch.ones_like(mean_rstd)], 1).split(256, 2)
+        parts = [torch.bmm(*part) for part in zip(rows, wide.split(256, 1), strict=True)]
+        dp, dq = torch.stack(parts).sum(0).unbind(1)
+        du, dweight = _backward_on_slices(g, u, weight, start, need_weight)
     else:
         summed, dp, dq = _launch_token_sums(g, mean_rstd, p)
-    slices = _slices(u, start, shared_start, weight)
-    if slices is not None:
-        du, dweight = _backward_on_slices(g, u, weight, slices, need_weight)
-    else:
         du, _ = _launch_input_gradient(g, weight, start, empty_rows(*u.shape, like=u, dtype=u.dtype), None)
         dweight = _launch_weight_gradient(g, u, start, C) if need_weight else None
     return _with_inactive(du, summed, dp, dq, dweight, inactive, weight, need_bias)
@@ -571,7 +571,7 @@ def gelu_linear_backward(g: Tensor, pre: Tensor, weight: Tensor) -> tuple[Tensor
     Args:
         g: gradient of out [B, N, O]. pre: [B, N, K]. weight: [O, K], in g's dtype.
     """
-    if kernel_path(g) == "cpu" or not _pays("gelu_backward", g, weight, weight.shape[0]):
+    if not gelu_in_epilogue("gelu_backward", g, weight, weight.shape[0]):
         dpre = g @ weight
         return dpre, gelu_backward(dpre, pre)
     B, N, K = pre.shape
@@ -689,7 +689,7 @@ def _launch_token_sums(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor,
     return inactive, dp, dq
 
 
-# --- cuBLAS, and what a CPU runs --------------------------------------------------------------------------------------
+# --- CPU -------------------------------------------------------------------------------------------------------------
 
 # Elements of the input, C for each token that one slice of the weight is for, below which a dense GEMM on a CPU beats
 # GEMMs on slices plus the closed form (`python -m benchmarks run cpu_limits` measures it).
@@ -701,30 +701,23 @@ def _elements_of_a_slice(x: Tensor, start: Tensor) -> int:
     return C * N * (B if len(set(start.tolist())) == 1 else 1)
 
 
-def _slices(u: Tensor, start: Tensor, shared_start: int | None, weight: Tensor) -> list[tuple[slice, slice]] | None:
-    """Groups of samples with the channels of their window, for PyTorch's GEMMs; None where our GEMM is better."""
-    W = u.shape[-1]
-    if kernel_path(u) != "cpu":
-        if shared_start is None or not prefers_cublas(shared_start, weight):
-            return None
-        return [(slice(None), slice(shared_start, shared_start + W))]
+def _slices(start: Tensor, width: int) -> list[tuple[slice, slice]]:
+    """Groups of samples with the channels of their window: one for all if they share it."""
     starts = start.tolist()
     if len(set(starts)) == 1:
-        return [(slice(None), slice(starts[0], starts[0] + W))]
-    return [(slice(b, b + 1), slice(s, s + W)) for b, s in enumerate(starts)]
+        return [(slice(None), slice(starts[0], starts[0] + width))]
+    return [(slice(b, b + 1), slice(s, s + width)) for b, s in enumerate(starts)]
 
 
 def _backward_on_slices(
-    g: Tensor, u: Tensor, weight: Tensor, slices: list[tuple[slice, slice]], need_weight: bool
+    g: Tensor, u: Tensor, weight: Tensor, start: Tensor, need_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
     """du, and the weight gradient of active channels in the accumulator's dtype."""
-    du = empty_rows(*u.shape, like=u, dtype=u.dtype)
+    du = torch.empty_like(u)
     dweight = weight.new_zeros(weight.shape, dtype=compute_dtype(weight)) if need_weight else None
-    for samples, channels in slices:
+    for samples, channels in _slices(start, u.shape[-1]):
         rows, inputs = g[samples].flatten(0, 1), u[samples].flatten(0, 1)
-        torch.mm(rows, weight[:, channels], out=du[samples].view(-1, u.shape[-1]))
-        if dweight is not None and dweight.dtype == u.dtype:
-            dweight[:, channels].addmm_(rows.t(), inputs)
-        elif dweight is not None:
-            dweight[:, channels] += matmul_accumulated(rows.t(), inputs)
+        torch.mm(rows, weight[:, channels], out=du[samples].view_as(inputs))
+        if dweight is not None:
+            dweight[:, channels].addmm_(rows.t().to(dweight.dtype), inputs.to(dweight.dtype))
     return du, dweight

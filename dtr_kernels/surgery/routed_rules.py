@@ -60,7 +60,7 @@ class _RoutedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
         stream, branch, gate, shift, scale, weight, mean, rstd, start = ctx.saved_tensors
-        width, shared_start, eps = ctx.settings
+        width, eps = ctx.settings
         with torch._C.DisableTorchFunction():
             if dout is None:
                 dout = stream.new_zeros(*stream.shape[:2], len(weight), dtype=weight.dtype)
@@ -80,7 +80,6 @@ class _RoutedLinear(torch.autograd.Function):
                 rstd,
                 start,
                 width,
-                shared_start,
                 eps,
                 need_weight=False,
                 need_bias=False,

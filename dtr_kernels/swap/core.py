@@ -131,8 +131,8 @@ def restore_blocks(model: Model) -> Model:
 def one_timestep(model: nn.Module) -> Callable[[Tensor, int | float, Mapping[str, Any]], Any]:
     """How to call a swapped model for a batch of one timestep that the host knows, as in sampling.
 
-    The window of a routing that ``swap_blocks`` was given is then known to the host too, so that kernels read one slice
-    of each weight.
+    The window of a routing that ``swap_blocks`` was given is then known to the host too, so that U-Nets convolve only
+    the groups that it touches.
 
     Args:
         model: after ``swap_blocks``; the module itself whose forward takes the timesteps, not one around it.
