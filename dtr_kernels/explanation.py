@@ -245,8 +245,8 @@ def _path(op: str, args: tuple[Any, ...]) -> str:
     x = args[0]
     path = _KERNELS.get(kernel_path(x), "plain PyTorch")
     if op == "routed_linear":
-        return f"{path}; {gemm_path(x, args[7], args[5])}"
+        return f"{path}; {gemm_path(x, args[7], args[8], args[5])}"
     if op == "routed_mlp":
-        start, keep_branch = args[9], args[11]
-        return f"{path}; {gelu_gemm_path(x, None if keep_branch else start, args[5])}"
+        start, width, keep_branch = args[9:12]
+        return f"{path}; {gelu_gemm_path(x, None if keep_branch else start, width, args[5])}"
     return path

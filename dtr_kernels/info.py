@@ -17,7 +17,6 @@ from dtr_kernels.ops._launch import LEAST_ELEMENTS_ON_CPU, kernel_path, why_plai
 from dtr_kernels.ops._tiles import Configuration, configuration, tuned_for
 from dtr_kernels.ops._tiles import crossover as default_crossover
 from dtr_kernels.ops._tuned import KINDS, Crossover, Tuned, user_file
-from dtr_kernels.ops.window_linear import _LEAST_ELEMENTS_OF_A_SLICE as LEAST_OF_A_SLICE
 
 __all__ = ["collect", "show"]
 
@@ -143,7 +142,7 @@ def _linear_path(device: torch.device, dtype: torch.dtype) -> str:
         return path
     if dtype.itemsize < 4:
         return f"{path}; dense GEMMs, since a CPU repacks slices of a 16-bit weight at every call"
-    return f"{path}; GEMMs on slices of the weight where they are for {LEAST_OF_A_SLICE:,} elements or more, else dense"
+    return f"{path}; GEMMs on slices of the weight where windows are narrow or samples long enough, else dense"
 
 
 def _conv_path(device: torch.device, dtype: torch.dtype) -> str:

@@ -50,10 +50,11 @@ def convolutions_in_fp32(monkeypatch):
 def kernels_at_every_size(monkeypatch):
     """Small tensors would take the plain path on a CPU and cuBLAS on a GPU, and tests of the kernels compare neither.
 
-    Slices of the weight, which only long samples are worth on a CPU, begin between the tests' small and large sizes.
+    Slices of the weight, which long samples or narrow windows are worth on a CPU, begin between the tests' small and
+    large sizes.
     """
     monkeypatch.setattr("dtr_kernels.ops._launch.LEAST_ELEMENTS_ON_CPU", 0)
-    monkeypatch.setattr("dtr_kernels.ops.window_linear._LEAST_ELEMENTS_OF_A_SLICE", 1 << 12)
+    monkeypatch.setattr("dtr_kernels.ops.window_linear._LEAST_GAIN", 35)
     for op in get_args(CrossoverOp):
         monkeypatch.setitem(_tiles._forced, op, Crossover(1))
 
@@ -61,7 +62,7 @@ def kernels_at_every_size(monkeypatch):
 @pytest.fixture
 def dense_products(monkeypatch, kernels_at_every_size):
     """What runs where windows do not pay: PyTorch's products on all channels, and GELU in a pass of its own."""
-    monkeypatch.setattr("dtr_kernels.ops.window_linear._LEAST_ELEMENTS_OF_A_SLICE", sys.maxsize)
+    monkeypatch.setattr("dtr_kernels.ops.window_linear._LEAST_GAIN", sys.maxsize)
     for op in get_args(CrossoverOp):
         monkeypatch.setitem(_tiles._forced, op, Crossover(NEVER))
 

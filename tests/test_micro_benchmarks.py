@@ -109,7 +109,7 @@ def test_autocast_is_an_fp32_stream():
     [("fp32", 1, "as the library's op does"), ("fp32", 1 << 20, "dense"), ("bf16", 1, "dense")],
 )
 def test_our_linear_layers_contract_over_windows_whatever_the_library_does(precision, least, library, monkeypatch):
-    monkeypatch.setattr(linear_ops, "_LEAST_ELEMENTS_OF_A_SLICE", least)
+    monkeypatch.setattr(linear_ops, "_LEAST_GAIN", least)
     cases = [
         *built("window_linear", precisions=[precision]),
         *built("gelu_linear", precisions=[precision], scopes=["branch"]),
@@ -124,7 +124,7 @@ def test_our_linear_layers_contract_over_windows_whatever_the_library_does(preci
 def choose(monkeypatch, compact: bool, compact_gradient: bool) -> None:
     """What the library is said to give the linear layer, and to take from it: active channels, or all."""
     chosen = {"windows_forward": compact, "windows_backward": compact_gradient}
-    monkeypatch.setattr(gated_norm, "contracts_windows", lambda op, x, start, weight: chosen[op])
+    monkeypatch.setattr(gated_norm, "contracts_windows", lambda op, x, start, width, weight: chosen[op])
 
 
 CHOICES = [(True, True), (True, False), (False, True), (False, False)]
@@ -148,7 +148,7 @@ def test_norms_of_either_kind(compact, compact_gradient, monkeypatch):
 
 @pytest.mark.parametrize("precision, least, width", [("fp32", 1, 102), ("fp32", 1 << 20, 128), ("bf16", 1, 128)])
 def test_norms_write_what_those_of_the_library_do(precision, least, width, monkeypatch):
-    monkeypatch.setattr(linear_ops, "_LEAST_ELEMENTS_OF_A_SLICE", least)
+    monkeypatch.setattr(linear_ops, "_LEAST_GAIN", least)
     written = []
     op = importlib.import_module("dtr_kernels.ops.routed_linear")  # the package has a function of its name
     original = op.gated_norm_forward

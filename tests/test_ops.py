@@ -19,7 +19,7 @@ from dtr_kernels import DenoisingTaskRouting, ops, reference
 from dtr_kernels.ops import _tiles
 from dtr_kernels.ops._tiles import Crossover
 from dtr_kernels.ops.gelu import gelu_backward
-from dtr_kernels.ops.window_linear import _parts
+from dtr_kernels.ops.window_linear import _parts, slice_gain
 from dtr_kernels.routing import ChannelWindow
 from dtr_kernels.verify import check_block, compare, random_block
 
@@ -155,6 +155,25 @@ def test_a_weight_gradient_in_parts(seed, device, monkeypatch):
 )
 def test_parts_of_a_weight_gradient(tiles, steps, parts):
     assert _parts(tiles, steps, 132) == parts
+
+
+@pytest.mark.parametrize(
+    "channels, width, tokens, forward, backward",
+    [
+        (384, 307, 64, False, False),
+        (384, 307, 256, True, False),
+        (1152, 921, 64, False, False),
+        (1152, 921, 1024, True, False),  # however long: the closed form costs what the window saves
+        (384, 192, 64, True, True),
+        (1152, 230, 64, True, True),
+        (384, 76, 1, False, False),
+        (384, 384, 4096, False, False),
+    ],
+)
+def test_when_slices_of_the_weight_pay_on_a_cpu(channels, width, tokens, forward, backward):
+    """As cpu_limits measured it."""
+    assert (slice_gain("windows_forward", tokens, channels, width) >= 100) == forward
+    assert (slice_gain("windows_backward", tokens, channels, width) >= 100) == backward
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

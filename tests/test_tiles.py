@@ -400,7 +400,7 @@ def test_a_tile_that_no_kernel_can_run_with_is_refused(launched, tile, tokens, r
 def contracts_windows(tokens, op="windows_forward"):
     """Whether a launcher does, for so many tokens of two samples."""
     x, weight = torch.zeros(2, tokens // 2, 64, dtype=bf16), torch.zeros(192, 64, dtype=bf16)
-    return window_linear.contracts_windows(op, x, torch.zeros(2, dtype=torch.int32), weight)
+    return window_linear.contracts_windows(op, x, torch.zeros(2, dtype=torch.int32), 300, weight)
 
 
 def test_a_forced_crossover_decides_which_gemm_runs(launched, files):

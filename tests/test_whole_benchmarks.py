@@ -345,7 +345,7 @@ def test_a_failing_compiler_fails_its_own_sides(monkeypatch):
 def test_limits_of_cpus(fresh, monkeypatch):
     """Either way is what its name says, and the library's limits are afterwards as before."""
     monkeypatch.setattr(_launch, "LEAST_ELEMENTS_ON_CPU", 1000)
-    monkeypatch.setattr(window_linear, "_LEAST_ELEMENTS_OF_A_SLICE", 100_000)
+    monkeypatch.setattr(window_linear, "_LEAST_GAIN", 100)
     ran = []
 
     def watch(module, name, what):
@@ -362,9 +362,7 @@ def test_limits_of_cpus(fresh, monkeypatch):
     limits = [(limit.module, limit.name) for limit in (cpu_limits._ELEMENTS, cpu_limits._SLICES)]
     before = [getattr(*limit) for limit in limits]
     cases = quick(cpu_limits, CPU)
-    assert Counter(case.cell["limit"] for case in cases) == dict.fromkeys(
-        ("LEAST_ELEMENTS_ON_CPU", "_LEAST_ELEMENTS_OF_A_SLICE"), 4
-    )
+    assert Counter(case.cell["limit"] for case in cases) == dict.fromkeys(("LEAST_ELEMENTS_ON_CPU", "_LEAST_GAIN"), 4)
     for case in cases:
         (goal,) = case.goals
         chosen = next(side.name for side in case.sides if side.name not in ("as dispatched", goal.over))

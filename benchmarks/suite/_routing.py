@@ -240,7 +240,7 @@ class Linear:
         """What the library does for a pass of the layer, where our side contracts over windows, in words."""
         if self.start is None:
             return "every channel is active: the library's op calls the same"
-        if window_linear.contracts_windows(op, self.dense, self.start, self.weight):
+        if window_linear.contracts_windows(op, self.dense, self.start, self.u.shape[-1], self.weight):
             return "our side contracts over windows, as the library's op does at this size and dtype here"
         return "our side contracts over windows, where the library's op runs a dense GEMM at this size and dtype here"
 

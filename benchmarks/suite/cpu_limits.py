@@ -31,6 +31,7 @@ from benchmarks.suite._models import TINY
 from benchmarks.suite._peers import SEED, Cell, Gate
 from dtr_kernels import ops, reference
 from dtr_kernels.ops import _launch, window_linear
+from dtr_kernels.ops.window_linear import slice_gain
 from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting
 
 DISPATCHED = "as dispatched"
@@ -43,9 +44,10 @@ BLOCKS = (
     *(("DiT-XL/4", batch) for batch in (1, 2, 4, 8)),
     *(("DiT-XL/2", batch) for batch in (1, 2)),
 )
-# Channels, and tokens per sample. All samples together have as many each time, so that only the slices grow.
-CHANNELS, TOKENS, ALL_TOKENS = (384, 1152), (64, 128, 256, 512, 1024, 2048), 4096
-QUICK_BLOCKS, QUICK_CHANNELS, QUICK_TOKENS, QUICK_ALL_TOKENS = ((TINY, 4),), (384,), (64, 1024), 1024
+# Channels, and for each beta tokens per sample. All samples together have as many each time, so that only the slices
+# grow.
+CHANNELS, TOKENS, ALL_TOKENS = (384, 1152), {0.8: (64, 128, 256, 1024), 0.65: (64, 256), 0.5: (16, 64)}, 4096
+QUICK_BLOCKS, QUICK_CHANNELS, QUICK_TOKENS, QUICK_ALL_TOKENS = ((TINY, 4),), (384,), {0.8: (64, 1024)}, 1024
 
 _FP32 = ITEMSIZES["fp32"]
 Result = TypeVar("Result")
@@ -79,7 +81,7 @@ class _Limit:
 
 
 _ELEMENTS = _Limit(_launch, "LEAST_ELEMENTS_ON_CPU", "fused block", "plain block")
-_SLICES = _Limit(window_linear, "_LEAST_ELEMENTS_OF_A_SLICE", "slices of the weight", "dense weight")
+_SLICES = _Limit(window_linear, "_LEAST_GAIN", "slices of the weight", "dense weight")
 
 
 def cases(options: Options) -> list[Callable[[], Case]]:
@@ -100,10 +102,11 @@ def cases(options: Options) -> list[Callable[[], Case]]:
     ]
     total = QUICK_ALL_TOKENS if options.quick else ALL_TOKENS
     layers = [
-        partial(slices_forward if pass_ == "forward" else slices_backward, total // N, N, C)
+        partial(slices_forward if pass_ == "forward" else slices_backward, total // N, N, C, beta)
         for pass_ in (passes if "fp32" in precisions else ())  # a weight of 16 bits is never cut
+        for beta, tokens in (QUICK_TOKENS if options.quick else TOKENS).items()
         for C in (QUICK_CHANNELS if options.quick else CHANNELS)
-        for N in (QUICK_TOKENS if options.quick else TOKENS)
+        for N in tokens
     ]
     return [*blocks, *layers]
 
@@ -116,19 +119,20 @@ def elements(cell: Cell) -> Case:
     return _case(_ELEMENTS, piece.x.numel(), side, tuple(piece.x.shape), cell.precision, cell.pass_)
 
 
-def slices_forward(B: int, N: int, C: int) -> Case:
+def slices_forward(B: int, N: int, C: int, beta: float) -> Case:
     """A norm and its linear layer by GEMMs on each sample's slice of the weight, and by one dense GEMM for all."""
-    layer = _Layer.of(B, N, C, trains=False)
+    layer = _Layer.of(B, N, C, beta, trains=False)
     gate = Gate(layer.exact(), [layer.plain().detach()], "fp32")
     sizes = B, N, C, layer.window.width
     work = norm_forward(*sizes, _FP32, compact=True) + window_linear_forward(*sizes, 3 * C, _FP32)
     side = Side(DISPATCHED, _peers.without_graph(layer.fused), gate.error, gate.bound, work=work)
-    return _case(_SLICES, N * C, side, (B, N, C), "fp32", "forward")
+    gain = slice_gain("windows_forward", N, C, layer.window.width)
+    return _case(_SLICES, gain, side, (B, N, C), "fp32", "forward", beta)
 
 
-def slices_backward(B: int, N: int, C: int) -> Case:
+def slices_backward(B: int, N: int, C: int, beta: float) -> Case:
     """The same layer's gradients, without its forward pass."""
-    layer = _Layer.of(B, N, C, trains=True)
+    layer = _Layer.of(B, N, C, beta, trains=True)
     cotangent = torch.randn(B, N, 3 * C)
     inputs = layer.inputs
 
@@ -143,7 +147,8 @@ def slices_backward(B: int, N: int, C: int) -> Case:
         + norm_backward(*sizes, _FP32, compact=True, dstream=False)
     )
     side = Side(DISPATCHED, partial(backward, layer.fused()), gate.error, gate.bound, work=work)
-    return _case(_SLICES, N * C, side, (B, N, C), "fp32", "backward")
+    gain = slice_gain("windows_backward", N, C, layer.window.width)
+    return _case(_SLICES, gain, side, (B, N, C), "fp32", "backward", beta)
 
 
 @dataclass(frozen=True)
@@ -157,11 +162,11 @@ class _Layer:
     window: ChannelWindow
 
     @classmethod
-    def of(cls, B: int, N: int, C: int, trains: bool) -> _Layer:
+    def of(cls, B: int, N: int, C: int, beta: float, trains: bool) -> _Layer:
         torch.manual_seed(SEED)
         x, shift, scale = (torch.randn(shape).requires_grad_(trains) for shape in ((B, N, C), (B, C), (B, C)))
         # Late enough for windows of their own: samples that share one share a slice.
-        window = DenoisingTaskRouting().window(torch.linspace(500, 999, B).long(), C)
+        window = DenoisingTaskRouting(beta=beta).window(torch.linspace(500, 999, B).long(), C)
         return cls(nn.Linear(C, 3 * C), x, shift, scale, window)
 
     @property
@@ -185,13 +190,15 @@ def _plain_layer(linear: nn.Linear, x: Tensor, shift: Tensor, scale: Tensor, mas
     return reference.routed_linear(x, None, None, shift, scale, linear.weight, linear.bias, mask)[1]
 
 
-def _case(limit: _Limit, size: int, side: Side, shape: Sequence[int], precision: str, pass_: str) -> Case:
+def _case(
+    limit: _Limit, size: int, side: Side, shape: Sequence[int], precision: str, pass_: str, beta: float = 0.8
+) -> Case:
     """What the limit chooses at this size against either of the two that it chooses between."""
     forced = ((limit.at_least, 0), (limit.below, sys.maxsize))
     other = limit.below if limit.chosen(size) == limit.at_least else limit.at_least
     B, N, C = shape
     return Case(
-        f"{limit.name}, batch {B}, {N} tokens, {C} channels, {precision}, {pass_}",
+        f"{limit.name}, batch {B}, {N} tokens, {C} channels, beta {beta}, {precision}, {pass_}",
         [*(replace(side, name=way, call=limit.set_to(value, side.call)) for way, value in forced), side],
         {
             "limit": limit.name,
@@ -199,6 +206,7 @@ def _case(limit: _Limit, size: int, side: Side, shape: Sequence[int], precision:
             "batch": B,
             "tokens": N,
             "channels": C,
+            "beta": beta,
             "precision": precision,
             "pass": pass_,
         },

@@ -198,7 +198,9 @@ class _Norm:
     def _contracts_windows(self, op: Literal["windows_forward", "windows_backward"]) -> bool:
         """Whether the library's QKV layer behind this norm does, which reads u, or writes its gradient."""
         C = self.x.shape[-1]
-        return not self.keep_branch and contracts_windows(op, self.x, self.start, self.shift.new_empty(3 * C, C))
+        return not self.keep_branch and contracts_windows(
+            op, self.x, self.start, self.width, self.shift.new_empty(3 * C, C)
+        )
 
     def plain(self, function: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
         """By ``masked`` or a compilation of it."""

@@ -34,7 +34,7 @@ def _op(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(stream, out, mean, rstd); stream is empty without a branch, where it would be x itself."""
-    compact = contracts_windows("windows_forward", x, start, weight)
+    compact = contracts_windows("windows_forward", x, start, width, weight)
     stream, u, mean, rstd = gated_norm_forward(x, branch, gate, shift, scale, start, width, eps, weight.dtype, compact)
     mean_rstd, window = (mean * rstd, start) if compact else (None, None)
     out = window_linear_forward(u, mean_rstd, shift, scale, weight, bias, window)
@@ -70,7 +70,7 @@ def _backward_op(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, branch, gate, shift, scale, weight, bias), empty where there is no such input or no need."""
-    compact = contracts_windows("windows_backward", stream, start, weight)
+    compact = contracts_windows("windows_backward", stream, start, width, weight)
     u = gated_norm_forward(stream, None, None, shift, scale, start, width, eps, weight.dtype, compact).u
     mean_rstd, window = (mean * rstd, start) if compact else (None, None)
     linear = window_linear_backward(dout, u, mean_rstd, shift, scale, weight, window, need_weight, need_bias)

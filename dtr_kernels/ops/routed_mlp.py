@@ -44,7 +44,7 @@ def _op(
     write_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(stream, out, pre, mean, rstd); pre, fc1's output, is empty unless ``write_pre``."""
-    compact = not keep_branch and contracts_windows("windows_forward", x, start, fc1_weight)
+    compact = not keep_branch and contracts_windows("windows_forward", x, start, width, fc1_weight)
     stream, u, mean, rstd = gated_norm_forward(
         x, branch, gate, shift, scale, start, width, eps, fc1_weight.dtype, compact, keep_branch
     )
@@ -105,7 +105,7 @@ def _backward_op(
     dfc2_weight = flat.t() @ act.reshape(-1, act.shape[-1]) if needs[2] else fc2_weight.new_empty(0)
     dfc2_bias = flat.sum(0) if needs[3] else fc2_weight.new_empty(0)
     del act
-    compact = not keep_branch and contracts_windows("windows_backward", x, start, fc1_weight)
+    compact = not keep_branch and contracts_windows("windows_backward", x, start, width, fc1_weight)
     u = gated_norm_forward(
         x, branch, gate, shift, scale, start, width, eps, fc1_weight.dtype, compact, keep_branch, write_stream=False
     ).u

@@ -305,6 +305,8 @@ def _token_sums_kernel(
     tl.store(inactive_ptr + token, inactive, mask=n < N)
 
 
+WindowsOp = Literal["windows_forward", "windows_backward"]
+
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
@@ -348,19 +350,18 @@ def _contributions(inactive: _Inactive, weight: Tensor, bias: Tensor | None) -> 
     return p, q if bias is None else q + bias
 
 
-def contracts_windows(
-    op: Literal["windows_forward", "windows_backward"], x: Tensor, start: Tensor | None, weight: Tensor
-) -> bool:
+def contracts_windows(op: WindowsOp, x: Tensor, start: Tensor | None, width: int, weight: Tensor) -> bool:
     """Whether a pass of the layer contracts over windows only; else a dense GEMM over all channels is faster.
 
     Args:
-        op: which pass. x: the stream [B, N, C]. start: int32 [B], or None when unrouted. weight: [O, C].
+        op: which pass. x: the stream [B, N, C]. start: int32 [B], or None when unrouted. width: W. weight: [O, C].
     """
     if start is None:
         return False
     if kernel_path(x) == "cpu":
         # In 16-bit dtypes a CPU's matrix units want a slice repacked at every call, which costs more than it saves.
-        return weight.element_size() >= 4 and _elements_of_a_slice(x, start) >= _LEAST_ELEMENTS_OF_A_SLICE
+        gain = slice_gain(op, _tokens_of_a_slice(x, start), x.shape[-1], width)
+        return weight.element_size() >= 4 and gain >= _LEAST_GAIN
     return _pays(op, x, weight, weight.shape[1])
 
 
@@ -379,22 +380,23 @@ def gelu_in_epilogue(op: Literal["gelu_forward", "gelu_backward"], x: Tensor, we
     return kernel_path(x) != "cpu" and _pays(op, x, weight, channels)
 
 
-def gemm_path(x: Tensor, start: Tensor | None, weight: Tensor) -> str:
+def gemm_path(x: Tensor, start: Tensor | None, width: int, weight: Tensor) -> str:
     """Which GEMM computes a routed layer of x [B, N, C] in the forward pass, and why not over windows, for people."""
     if kernel_path(x) == "cpu":
         if start is None:
             return "a dense GEMM: every channel is read"
         if weight.element_size() < 4:
             return "a dense GEMM: in 16-bit dtypes a CPU repacks a slice of the weight at every call"
-        if not contracts_windows("windows_forward", x, start, weight):
+        if not contracts_windows("windows_forward", x, start, width, weight):
             return (
-                f"a dense GEMM: a slice of the weight would be for {_elements_of_a_slice(x, start):,} elements, and "
-                f"pays from {_LEAST_ELEMENTS_OF_A_SLICE:,} on; use a larger batch at one timestep, or more tokens"
+                f"a dense GEMM: with {width} of {x.shape[-1]} channels active, a slice of the weight for "
+                f"{_tokens_of_a_slice(x, start)} tokens saves less than it costs; use more tokens, or a larger batch "
+                "at one timestep"
             )
         return "GEMMs on slices of the weight"
     if start is None:
         return "cuBLAS: every channel is read"
-    if not contracts_windows("windows_forward", x, start, weight):
+    if not contracts_windows("windows_forward", x, start, width, weight):
         return (
             "cuBLAS over all channels: GEMMs over windows are not known to be faster here; measure it with "
             "python -m benchmarks tune from a checkout"
@@ -402,12 +404,12 @@ def gemm_path(x: Tensor, start: Tensor | None, weight: Tensor) -> str:
     return "the Triton window GEMM"
 
 
-def gelu_gemm_path(x: Tensor, start: Tensor | None, weight: Tensor) -> str:
+def gelu_gemm_path(x: Tensor, start: Tensor | None, width: int, weight: Tensor) -> str:
     """The same of a routed layer with GELU behind it."""
     if gelu_in_epilogue("gelu_forward", x, weight, weight.shape[1]):
-        windows = contracts_windows("windows_forward", x, start, weight)
+        windows = contracts_windows("windows_forward", x, start, width, weight)
         return f"the Triton GEMM over {'windows' if windows else 'all channels'}, with GELU in its epilogue"
-    return f"{gemm_path(x, start, weight)}; GELU in a pass of its own"
+    return f"{gemm_path(x, start, width, weight)}; GELU in a pass of its own"
 
 
 def window_linear_forward(
@@ -691,14 +693,24 @@ def _launch_token_sums(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor,
 
 # --- CPU -------------------------------------------------------------------------------------------------------------
 
-# Elements of the input, C for each token that one slice of the weight is for, below which a dense GEMM on a CPU beats
-# GEMMs on slices plus the closed form (`python -m benchmarks run cpu_limits` measures it).
-_LEAST_ELEMENTS_OF_A_SLICE = 3 << 17
+# Per cent of what a slice of the weight costs that it must save (`python -m benchmarks run cpu_limits` measures it).
+_LEAST_GAIN = 100
+# A slice costs a CPU as much as this many more tokens would, since it is repacked for few of them; and the closed form
+# of the backward pass, which reads the gradient three times more, as much as this share of all channels.
+_TOKENS_OF_A_COPY, _SHARE_OF_THE_CLOSED_FORM = 32, 0.25
 
 
-def _elements_of_a_slice(x: Tensor, start: Tensor) -> int:
-    B, N, C = x.shape
-    return C * N * (B if len(set(start.tolist())) == 1 else 1)
+def slice_gain(op: WindowsOp, tokens: int, channels: int, width: int) -> int:
+    """What GEMMs on slices of the weight save on a CPU, in per cent of what they cost, for that many tokens a slice."""
+    costs = _TOKENS_OF_A_COPY * width / max(tokens, 1)
+    if op == "windows_backward":
+        costs += _SHARE_OF_THE_CLOSED_FORM * channels
+    return int(100 * (channels - width) / costs)
+
+
+def _tokens_of_a_slice(x: Tensor, start: Tensor) -> int:
+    """Tokens that share a window."""
+    return x.shape[1] * (x.shape[0] if len(set(start.tolist())) == 1 else 1)
 
 
 def _slices(start: Tensor, width: int) -> list[tuple[slice, slice]]:
