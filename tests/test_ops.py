@@ -162,7 +162,7 @@ def test_parts_of_a_weight_gradient(tiles, steps, parts):
     [
         (384, 307, 64, False, False),
         (384, 307, 256, True, False),
-        (1152, 921, 64, False, False),
+        (1152, 921, 128, False, False),
         (1152, 921, 1024, True, False),  # however long: the closed form costs what the window saves
         (384, 192, 64, True, True),
         (1152, 230, 64, True, True),

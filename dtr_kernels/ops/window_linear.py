@@ -695,17 +695,15 @@ def _launch_token_sums(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor,
 
 # Per cent of what a slice of the weight costs that it must save (`python -m benchmarks run cpu_limits` measures it).
 _LEAST_GAIN = 100
-# A slice costs a CPU as much as this many more tokens would, since it is repacked for few of them; and the closed form
-# of the backward pass, which reads the gradient three times more, as much as this share of all channels.
-_TOKENS_OF_A_COPY, _SHARE_OF_THE_CLOSED_FORM = 32, 0.25
+# A slice costs a CPU as much as this many more tokens would, since it is repacked for few of them; and the closed form,
+# which reads the gradient three times more in the backward pass, as much as this share of all channels.
+_COSTS_OF_A_SLICE: dict[WindowsOp, tuple[int, float]] = {"windows_forward": (45, 0), "windows_backward": (32, 0.25)}
 
 
 def slice_gain(op: WindowsOp, tokens: int, channels: int, width: int) -> int:
     """What GEMMs on slices of the weight save on a CPU, in per cent of what they cost, for that many tokens a slice."""
-    costs = _TOKENS_OF_A_COPY * width / max(tokens, 1)
-    if op == "windows_backward":
-        costs += _SHARE_OF_THE_CLOSED_FORM * channels
-    return int(100 * (channels - width) / costs)
+    repacked, closed_form = _COSTS_OF_A_SLICE[op]
+    return int(100 * (channels - width) / (repacked * width / max(tokens, 1) + closed_form * channels))
 
 
 def _tokens_of_a_slice(x: Tensor, start: Tensor) -> int:
