@@ -305,11 +305,9 @@ def _token_sums_kernel(
     tl.store(inactive_ptr + token, inactive, mask=n < N)
 
 
-WindowsOp = Literal["windows_forward", "windows_backward"]
-
 # --- launchers -------------------------------------------------------------------------------------------------------
 
-
+WindowsOp = Literal["windows_forward", "windows_backward"]
 # Parts that a weight gradient's sum over tokens is split into at most, and steps of the contraction in each at least.
 _MOST_PARTS, _LEAST_STEPS = 8, 32
 
