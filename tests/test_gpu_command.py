@@ -6,6 +6,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -51,7 +52,16 @@ def test_what_a_stage_says_counts(gpu):
     assert (outcome.state, outcome.why) == ("missing", "Device not supported")
 
 
-def test_a_stage_that_keeps_what_it_has_is_stopped_gently(gpu, monkeypatch, tmp_path):
+@pytest.fixture(params=["in front", "in the background"])
+def place(request):
+    """Background jobs of a shell ignore SIGINT."""
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if request.param == "in the background" else signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_stage_that_keeps_what_it_has_is_stopped_gently(gpu, place, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "GRACE", 20)  # a busy machine may take seconds to end a child
     script = f"""
 import time
