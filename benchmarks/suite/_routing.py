@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from benchmarks.suite._peers import AUTOTUNED, COMPILED, SEED, Axes, Cell, Gate
 from benchmarks.timing import copies
 from dtr_kernels import reference
 from dtr_kernels.ops import _cpu, _launch, window_linear
+from dtr_kernels.ops.window_linear import WindowsOp
 from dtr_kernels.routing import ChannelWindow
 
 PASSES = ("forward", "training")
@@ -236,7 +237,7 @@ class Linear:
             return "PyTorch's products on all channels"
         return "products with slices of the weight" if self.u.device.type == "cpu" else "our GEMM"
 
-    def in_the_library(self, op: Literal["windows_forward", "windows_backward"]) -> str:
+    def in_the_library(self, op: WindowsOp) -> str:
         """What the library does for a pass of the layer, where our side contracts over windows, in words."""
         if self.start is None:
             return "every channel is active: the library's op calls the same"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from benchmarks.suite._routing import rotated
 from dtr_kernels import reference
 from dtr_kernels.ops._launch import compute_dtype
 from dtr_kernels.ops.gated_norm import NormOutput, gated_norm_backward, gated_norm_forward
-from dtr_kernels.ops.window_linear import contracts_windows
+from dtr_kernels.ops.window_linear import WindowsOp, contracts_windows
 from dtr_kernels.routing import ChannelWindow
 
 FUSED, BACKWARD, MASKED, LAYER_NORM = "gated_norm", "gated_norm, backward alone", "reference", "F.layer_norm of x"
@@ -195,7 +195,7 @@ class _Norm:
         """Whether the gradient of u that ours is given has."""
         return self._contracts_windows("windows_backward")
 
-    def _contracts_windows(self, op: Literal["windows_forward", "windows_backward"]) -> bool:
+    def _contracts_windows(self, op: WindowsOp) -> bool:
         """Whether the library's QKV layer behind this norm does, which reads u, or writes its gradient."""
         C = self.x.shape[-1]
         return not self.keep_branch and contracts_windows(

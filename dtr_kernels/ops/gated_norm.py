@@ -231,7 +231,7 @@ def _backward_kernel(
             total += inactive
             along -= mean * rstd * inactive
         dv = rstd[:, None] * (dz - (total[:, None] + z * along[:, None]) / C)
-        # Of the whole update, and of x alone.
+        # Of an update that is not masked every channel was seen; x is masked below.
         dv = tl.where((exists if KEEP_BRANCH else active)[None, :], dv, 0.0)
         dstream = tl.zeros([ROWS, BLOCK], tl.float32)
         if HAS_DSTREAM:
