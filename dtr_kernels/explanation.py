@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtr_kernels.nn import RoutedDiTBlock, RoutedResBlock
-from dtr_kernels.nn.block import Stream
+from dtr_kernels.nn.block import Stream, weights_of
 from dtr_kernels.nn.res_block import for_any_channels
 from dtr_kernels.ops._launch import kernel_path, why_plain
 from dtr_kernels.ops.routed_conv import why_dense
 from dtr_kernels.ops.window_linear import gelu_gemm_path, gemm_path
+from dtr_kernels.reference.res_block import resampling
 from dtr_kernels.routing import ChannelWindow
 from dtr_kernels.swap.classes import block_input
-from dtr_kernels.swap.core import is_block, is_compiled, swap_problem
+from dtr_kernels.swap.core import is_block, is_compiled
 from dtr_kernels.swap.registry import family_of
+from dtr_kernels.swap.trial import swap_problem
 
 __all__ = ["BlockReport", "Explanation", "explain"]
 
@@ -203,7 +205,7 @@ def _describe(report: BlockReport, block: Any, arguments: tuple[Any, ...], keywo
     """Fills in what is known before a block runs."""
     if is_block(block):
         x, c = block_input(block, arguments, keywords)
-        window = block._dtr.window(block, c)
+        window = block._dtr.window(block, block._dtr.family.marker(c))
     else:
         named = inspect.signature(block.forward).bind(*arguments, **keywords).arguments
         x = next(iter(named.values()))
@@ -230,15 +232,18 @@ def _in_words(window: ChannelWindow | Tensor | None) -> str:
 def _why_plain(block: Any, x: Tensor, window: ChannelWindow | Tensor | None) -> str | None:
     """Why plain PyTorch is about to compute a block; None if fused ops are."""
     if not _is_ours(block) and not is_block(block):
-        problem = swap_problem(block)
+        family = family_of(block)
+        assert family is not None
+        problem = swap_problem(block, family)
         return f"it is not swapped: {problem}" if problem else "it is not swapped; call dtr_kernels.swap_blocks(model)"
     if isinstance(window, Tensor):
         return "masks that are no windows (RandomRouting) skip nothing"
     if hasattr(block, "in_layers"):  # a residual block of a U-Net
         norm, _, conv = block.in_layers
-        why = why_dense(x, norm.num_groups, conv.weight, window, for_any_channels(block.h_upd))
+        why = why_dense(x, norm.num_groups, conv.weight, window, for_any_channels(resampling(block, "h_upd")))
         return why and f"its first convolution is dense: {why}"
-    return why_plain(x)
+    layers = block if _is_ours(block) else block._dtr.family.layers(block)
+    return why_plain(x, *weights_of(layers))
 
 
 def _path(op: str, args: tuple[Any, ...]) -> str:

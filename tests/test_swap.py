@@ -246,8 +246,8 @@ def test_checkpointed_blocks_recompute_for_their_own_timesteps(make, routing, re
     model.reentrant = reentrant
     assert_same(results(model, *TWO_BATCHES), expected)
 
-    def window_of_latest_forward(state, block, c):
-        if state.model.running:
+    def window_of_latest_forward(state, block, marker):
+        if state.model.call.windows is not None:
             state.latest = state.source.window_of(block)
         return state.latest
 
@@ -621,7 +621,7 @@ def patch(block):
 def test_layers_that_were_changed_after_the_swap_are_not_ignored(change, routing):
     model = dtr.swap_blocks(facebook_dit(), routing)
     change(model.blocks[1])
-    with pytest.raises(RuntimeError, match=r"a swapped block was changed: (Linear|Adapter)"):
+    with pytest.raises(RuntimeError, match=r"swapped block 'blocks.1' was changed: "):
         model(*batch())
     dtr.restore_blocks(model)
 

@@ -304,7 +304,10 @@ REFUSED_BLOCKS = {
     "attention dropout": (change("attn1.to_out.1", "p", 0.1), "attn1.to_out.1 drops with probability 0.1"),
     "MLP dropout": (change("ff.net.1", "p", 0.1), "ff.net.1 drops with probability 0.1"),
     "exact GELU": (change("ff.net.0", "approximate", "none"), "fused MLP computes nn.GELU"),
-    "gated GELU": (lambda block: block.ff.net.__setitem__(0, GEGLU(C, 4 * C)), "ff.net.2 maps 256 features to 64"),
+    "gated GELU": (
+        lambda block: block.ff.net.__setitem__(0, GEGLU(C, 4 * C)),
+        "ff.net.0 is GEGLU, but the fused MLP is",
+    ),
     "SwiGLU": (
         lambda block: block.ff.net.__setitem__(0, SwiGLU(C, 4 * C)),
         "ff.net.0 is SwiGLU",
@@ -363,7 +366,9 @@ def test_refuses_arguments_that_would_be_lost():
 def test_notices_a_processor_that_is_set_later():
     model = dtr.swap_blocks(dit())
     model.transformer_blocks[0].attn1.set_processor(Recording())
-    with pytest.raises(RuntimeError, match=r"a swapped block was changed: attn1\.processor is Recording"):
+    with pytest.raises(
+        RuntimeError, match=r"swapped block 'transformer_blocks.0' was changed: attn1\.processor is Recording"
+    ):
         model(*batch())
 
 

@@ -117,7 +117,7 @@ REFUSED_BLOCKS = {
         "mlp.fc1 is torch.nn.modules.conv.Conv2d",
     ),
     "head size": (lambda: block(Attention(C, HEADS, attn_head_dim=16)), "attn.qkv maps 32 features to 192"),
-    "SwiGLU": (lambda: block(mlp=SwiGLU(C, 4 * C)), "it has no mlp.fc1, which a DiT block has"),
+    "SwiGLU": (lambda: block(mlp=SwiGLU(C, 4 * C)), "it has no mlp.fc1 (mlp is SwiGLU), which a DiT block has"),
     "drop path": (lambda: with_drop_path(block()), "drop_path drops with probability 0.2"),
 }
 

@@ -267,7 +267,7 @@ def test_checkpointed_blocks_recompute_for_their_own_timesteps(options, routing,
     assert len(asked) == len(runs)
 
     def latest_window(state, block, c):
-        if state.model.running:
+        if state.model.call.windows is not None:
             state.latest = state.source.window_of(block)
         return state.latest
 
@@ -454,10 +454,9 @@ def insert_dropout(block):
 
 # What is done to a block of 24 channels, and what the error says.
 REFUSED_BLOCKS = {
-    "missing resampling": (lambda block: delattr(block, "h_upd"), "it has no h_upd"),
     "missing attributes": (
-        lambda block: (delattr(block, "x_upd"), delattr(block, "use_scale_shift_norm")),
-        "it has no x_upd, use_scale_shift_norm, which a U-Net residual block has",
+        lambda block: (delattr(block, "skip_connection"), delattr(block, "use_scale_shift_norm")),
+        "it has no skip_connection, use_scale_shift_norm, which a U-Net residual block has",
     ),
     "missing layer": (lambda block: delattr(block.out_layers, "3"), "it has no out_layers.3"),
     "more layers": (lambda block: block.out_layers.append(nn.Identity()), "out_layers is Sequential of 5 layers"),
@@ -494,7 +493,7 @@ REFUSED_BLOCKS = {
     "unused _forward": (become(BesidesItsForward), "does not just return what its _forward computes"),
     "part in _forward": (become(BeforeItsForward), "does not just return what its _forward computes"),
     "other embedding": (change("emb_layers", nn.Sequential(nn.SiLU(), nn.Linear(20, 5))), "could not be compared"),
-    "embedding": (change("emb_layers", nn.Sequential(nn.SiLU(), nn.Identity())), "no emb_layers.1.in_features"),
+    "embedding": (change("emb_layers", nn.Sequential(nn.SiLU(), nn.Identity())), "emb_layers holds no nn.Linear"),
 }
 
 

@@ -52,6 +52,12 @@ def _attend(attn: Any, qkv: Tensor) -> Tensor:
     return attn.proj(out.transpose(1, 2).reshape(B, N, C))
 
 
+def weights_of(block: Any) -> list[Tensor]:
+    """The weights that the kernels read, of a block as ``advance`` takes it."""
+    layers = (block.attn.qkv, block.mlp.fc1, block.mlp.fc2)
+    return [part.weight for layer in layers for part in getattr(layer, "layers", (layer,))]  # q, k, v may be three
+
+
 def advance(block: Any, stream: Stream, c: Tensor, window: ChannelWindow | None, scope: str) -> Stream:
     """One routed DiT block (DTR paper, equation 6), its last gated residual left pending in the returned stream.
 
@@ -63,7 +69,8 @@ def advance(block: Any, stream: Stream, c: Tensor, window: ChannelWindow | None,
         window: active channels of each sample; None runs the unrouted block.
         scope: "block" or "branch".
     """
-    if chosen_path(stream.x) == "plain":  # then the whole block is, with fewer passes than its ops have one by one
+    # Then the whole block is plain, with fewer passes than its ops have one by one.
+    if chosen_path(stream.x, *weights_of(block)) == "plain":
         window = check_window(stream.x, window)
         mask = None if window is None else window.mask()
         return Stream(reference.dit_block(block, stream.sum(), c, mask, scope))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dtr_kernels import ops, reference
 from dtr_kernels.nn._torchscript import NoTorchScript
 from dtr_kernels.ops._checks import _check_shape, _check_tensor
-from dtr_kernels.reference.res_block import Resampling, rest_of_branch
+from dtr_kernels.reference.res_block import Resampling, resampling, rest_of_branch
 from dtr_kernels.routing import ChannelWindow
 
 __all__ = ["RoutedResBlock", "for_any_channels", "run_res_block"]
@@ -27,8 +27,9 @@ def run_res_block(block: Any, x: Tensor, emb: Tensor, window: ChannelWindow | No
 
     Args:
         block: any module with the attributes of guided-diffusion's ResBlock: ``in_layers`` (GroupNorm, SiLU, a 3x3
-            convolution with padding 1), ``emb_layers``, ``out_layers`` (GroupNorm, and what follows it), ``h_upd``,
-            ``x_upd``, ``skip_connection``, ``use_scale_shift_norm``. Norms run in fp32; dropout follows its module.
+            convolution with padding 1), ``emb_layers``, ``out_layers`` (GroupNorm, and what follows it),
+            ``skip_connection``, ``use_scale_shift_norm``, and ``h_upd`` and ``x_upd`` where it may resample. Norms run
+            in fp32; dropout follows its module.
         x: [B, C, H, W], floating point.
         emb: [B, E].
         window: active channels of each sample; None runs the unrouted block.
@@ -50,9 +51,9 @@ def run_res_block(block: Any, x: Tensor, emb: Tensor, window: ChannelWindow | No
         conv.weight,
         conv.bias,
         window,
-        for_any_channels(block.h_upd),
+        for_any_channels(resampling(block, "h_upd")),
     )
-    return block.skip_connection(block.x_upd(x)) + rest_of_branch(block, h, emb)
+    return block.skip_connection(resampling(block, "x_upd")(x)) + rest_of_branch(block, h, emb)
 
 
 def for_any_channels(resample: Any) -> Resampling | None:

@@ -55,6 +55,15 @@ def check_linear(x: Tensor, name: str, weight: Tensor, bias: Tensor | None, inpu
     """
     if weight.dim() != 2 or weight.shape[1] != inputs:
         raise ValueError(f"{name}weight must have shape [O, {inputs}], got {list(weight.shape)}")
+    check_parameters(x, name, weight, bias)
+
+
+def check_parameters(x: Tensor, name: str, weight: Tensor, bias: Tensor | None) -> None:
+    """weight [O, ...] and bias [O] in x's dtype (any floating dtype under autocast, which casts them).
+
+    Raises:
+        ValueError: if a shape, dtype or device does not fit.
+    """
     _check_tensor(f"{name}weight", weight, tuple(weight.shape), x)
     if bias is not None:
         _check_tensor(f"{name}bias", bias, (weight.shape[0],), x)

@@ -35,18 +35,19 @@ def kernel_path(x: Tensor) -> str:
     return "cpu" if x.device.type == "cpu" and _cpu.kernels is not None else "plain"
 
 
-def chosen_path(x: Tensor) -> str:
+def chosen_path(x: Tensor, *weights: Tensor) -> str:
     """``kernel_path``, but "plain" where that is better or all there is.
 
     Better for small tensors on a CPU, where calling an op takes longer than a kernel saves; all there is for functorch
-    transforms and forward-mode differentiation.
+    transforms, forward-mode differentiation, and weights that are not plain numbers in memory.
     """
     path = kernel_path(x)
-    return "plain" if _is_small(x, path) or _is_transformed() else path
+    plain = _is_small(x, path) or _is_transformed() or any(is_wrapper(weight) for weight in weights)
+    return "plain" if plain else path
 
 
-def why_plain(x: Tensor) -> str | None:
-    """Why ``chosen_path`` is "plain" for x, for people; None where it is not."""
+def why_plain(x: Tensor, *weights: Tensor) -> str | None:
+    """Why ``chosen_path`` is "plain" for x and these weights, for people; None where it is not."""
     path = kernel_path(x)
     if path == "plain":
         if x.device.type == "cuda":
@@ -61,6 +62,9 @@ def why_plain(x: Tensor) -> str | None:
         )
     if _is_transformed():
         return "inside torch.func transforms and forward-mode differentiation only PyTorch's own ops work"
+    kind = next((type(weight).__name__ for weight in weights if is_wrapper(weight)), None)
+    if kind is not None:
+        return f"kernels cannot read weights of type {kind}, as quantisation makes them; dequantise them to use kernels"
     return None
 
 
@@ -74,6 +78,11 @@ def _is_transformed() -> bool:
     return not torch.compiler.is_compiling() and (
         forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
     )
+
+
+def is_wrapper(weight: Tensor) -> bool:
+    """Return whether a weight is a subclass around other tensors, as quantised ones are (TorchAO's Int8Tensor)."""
+    return hasattr(type(weight), "__tensor_flatten__")  # by its class, as torch.compile shows no more of an instance
 
 
 def in_dtype_of(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:

@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtr_kernels import reference
-from dtr_kernels.ops._checks import DTYPES, _check_tensor, check_linear, check_window
+from dtr_kernels.ops._checks import DTYPES, _check_tensor, check_parameters, check_window
+from dtr_kernels.ops._launch import is_wrapper
 from dtr_kernels.reference.res_block import Resampling
 from dtr_kernels.routing import ChannelWindow
 
@@ -104,7 +105,7 @@ def _check(
         _check_tensor(name, vector, (C,), x)
     if tuple(weight.shape[1:]) != (C, 3, 3):
         raise ValueError(f"weight must have shape [O, {C}, 3, 3], got {list(weight.shape)}")
-    check_linear(x, "", weight[:, :, 0, 0], bias, C)  # dtypes and devices, which are those of each of its taps
+    check_parameters(x, "", weight, bias)
 
 
 def _touched(start: int, window: ChannelWindow, num_groups: int) -> tuple[int, int]:
@@ -127,6 +128,8 @@ def why_dense(
         return "unrouted"
     if window.shared_start is None:
         return "each sample has a window of its own; dtr.Sampler, for one timestep that the host knows, skips channels"
+    if is_wrapper(weight):
+        return f"its weight is a {type(weight).__name__}, of which no channels can be left out"
     if torch.compiler.is_compiling():
         return "inside torch.compile every first channel would need a graph of its own"
     first, last = _touched(window.shared_start, window, num_groups)

@@ -204,7 +204,7 @@ def routed_linear(
     check_stream(x, branch, gate, shift=shift, scale=scale)
     check_linear(x, "", weight, bias, x.shape[-1])
     window = check_window(x, window)
-    if chosen_path(x) == "plain":
+    if chosen_path(x, weight) == "plain":
         mask = None if window is None else window.mask()
         branch, gate, shift, scale = in_dtype_of(x, branch, gate, shift, scale)
         return reference.routed_linear(x, branch, gate, shift, scale, weight, bias, mask, eps)

@@ -241,7 +241,7 @@ def routed_mlp(
     check_linear(x, "fc1_", fc1_weight, fc1_bias, x.shape[-1])
     check_linear(x, "fc2_", fc2_weight, fc2_bias, fc1_weight.shape[0])
     window = check_window(x, window)
-    if chosen_path(x) == "plain":
+    if chosen_path(x, fc1_weight, fc2_weight) == "plain":
         mask = None if window is None else window.mask()
         branch, gate, shift, scale = in_dtype_of(x, branch, gate, shift, scale)
         return reference.routed_mlp(

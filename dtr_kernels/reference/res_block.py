@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Resampling = Callable[[Tensor], Tensor]
 
@@ -61,7 +61,8 @@ def res_block(block: Any, x: Tensor, emb: Tensor, mask: Tensor | None = None) ->
 
     Args:
         block: any module with the attributes of guided-diffusion's ResBlock: ``in_layers``, ``emb_layers``,
-            ``out_layers``, ``h_upd``, ``x_upd``, ``skip_connection``, ``use_scale_shift_norm``.
+            ``out_layers``, ``skip_connection``, ``use_scale_shift_norm``, and ``h_upd`` and ``x_upd`` where it may
+            resample (improved-diffusion's has none).
         x: [B, C, H, W].
         emb: [B, E].
         mask: [B, C], 1 where active; None is the unrouted block.
@@ -71,9 +72,14 @@ def res_block(block: Any, x: Tensor, emb: Tensor, mask: Tensor | None = None) ->
     """
     norm, _, conv = block.in_layers
     h = routed_conv(
-        x, norm.weight, norm.bias, norm.num_groups, norm.eps, conv.weight, conv.bias, mask, resample=block.h_upd
+        x, norm.weight, norm.bias, norm.num_groups, norm.eps, conv.weight, conv.bias, mask, resampling(block, "h_upd")
     )
-    return block.skip_connection(block.x_upd(x)) + rest_of_branch(block, h, emb)
+    return block.skip_connection(resampling(block, "x_upd")(x)) + rest_of_branch(block, h, emb)
+
+
+def resampling(block: Any, name: str) -> Resampling:
+    """The block's resampling of h or x by its name, ``h_upd`` or ``x_upd``; the identity where it has none."""
+    return getattr(block, name, nn.Identity())
 
 
 def rest_of_branch(block: Any, h: Tensor, emb: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ def has(block: Any, path: str) -> bool:
     return True
 
 
-def _within(name: str, paths: tuple[str, ...]) -> bool:
+def is_within(name: str, paths: tuple[str, ...]) -> bool:
+    """Return whether a module's path is one of ``paths`` or below one."""
     return any(name == path or name.startswith(path + ".") for path in paths)
 
 
@@ -41,34 +42,40 @@ def missing_problems(block: Any, needed: tuple[str, ...], name: str) -> Iterator
     """Attributes, given as dotted paths, that the block has not."""
     missing = [path for path in needed if not has(block, path)]
     if missing:
-        yield f"it has no {', '.join(missing)}, which a {name} has; leave this model unswapped"
+        parents = dict.fromkeys(path.rpartition(".")[0] for path in missing)
+        kinds = [f"{path} is {type(attrgetter(path)(block)).__name__}" for path in parents if path and has(block, path)]
+        found = f" ({', '.join(kinds)})" if kinds else ""
+        yield f"it has no {', '.join(missing)}{found}, which a {name} has; leave this model unswapped"
 
 
-def call_problems(block: nn.Module, family: type[Family], called: tuple[str, ...]) -> Iterator[str]:
-    """Methods of other arguments than the family's, and code attached to modules that would not be called.
-
-    ``called`` are the parts that still are when the block is swapped.
-    """
+def argument_problems(block: nn.Module, family: type[Family]) -> Iterator[str]:
+    """Methods of other arguments than the family's."""
     expected = list(inspect.signature(family.arguments).parameters.values())
+    required = [parameter for parameter in expected if parameter.default is parameter.empty]
+    optional = [parameter.name for parameter in expected[len(required) :]]
     for method in dict.fromkeys(("forward", family.method(type(block)))):
         names = list(inspect.signature(getattr(type(block), method)).parameters)[1:]
-        required = [parameter for parameter in expected if parameter.default is parameter.empty]
-        optional = [parameter.name for parameter in expected[len(required) :]]
         if len(names) < len(required) or names[len(required) :] != optional[: len(names) - len(required)]:
+            rotary = " (rotary position embedding, RoPE)" if any("rope" in name for name in names) else ""
             yield (
-                f"its {method} takes ({', '.join(names)}), but the one that would replace it takes "
+                f"its {method} takes ({', '.join(names)}){rotary}, but the one that would replace it takes "
                 f"({', '.join(parameter.name for parameter in expected)}); leave it unswapped"
             )
-        if method != "forward" and method in vars(block):
-            yield f"the {method} of its instance was patched, which would be lost; swap first, then patch it"
+
+
+def patch_problems(block: nn.Module, family: type[Family]) -> Iterator[str]:
+    """Code attached to modules that would not be called."""
+    called = family.calls(block)
+    if not hasattr(block, "_dtr"):  # whatever patches a swapped block calls the fused method
+        for method in dict.fromkeys(("forward", family.method(type(block)))):
+            if method in vars(block):
+                yield f"the {method} of its instance was patched, which would be lost; swap first, then patch it"
     for name, module in block.named_modules():
+        if not name or is_within(name, called):
+            continue
         if "forward" in vars(module):
-            yield (
-                f"the forward of {name} was patched, which would be lost; leave this model unswapped"
-                if name
-                else "the forward of its instance was patched, which would be lost; swap first, then patch it"
-            )
-        if name and any(getattr(module, hooks) for hooks in HOOKS) and not _within(name, called):
+            yield f"the forward of {name} was patched, which would be lost; leave this model unswapped"
+        if any(getattr(module, hooks) for hooks in HOOKS):
             yield f"{name} has hooks, which would never run; remove them, or put them on the block itself"
 
 
@@ -76,14 +83,14 @@ def dropout_problems(block: nn.Module, called: tuple[str, ...] = ()) -> Iterator
     """Dropout in parts that are not called."""
     for name, module in block.named_modules():
         rate = getattr(module, "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "drop_prob", 0)
-        if rate and not _within(name, called):
+        if rate and not is_within(name, called):
             yield f"{name} drops with probability {rate}, which the fused forward never does; set it to 0"
 
 
 def parameter_problems(block: nn.Module, used: tuple[str, ...]) -> Iterator[str]:
     """Parameters outside the parts that are used."""
     for name, _ in block.named_parameters():
-        if not _within(name, used):
+        if not is_within(name, used):
             yield f"it has a parameter {name}, which the fused forward would not use; leave this model unswapped"
 
 
@@ -101,34 +108,37 @@ def dit_block_problems(block: Any, family: type[Family]) -> Iterator[str]:
     except Exception as error:
         yield f"it is not made as a {family.name} is ({error}); leave this model unswapped"
         return
-    yield from missing_problems(layers, _PARTS, family.name)
     names = {id(module): name for name, module in block.named_modules()}
-    calls = (layers.attn.proj, *(getattr(layers.attn, norm, None) for norm in ("q_norm", "k_norm")))
-    reads = [layer for whole in (layers.attn.qkv, layers.mlp.fc1, layers.mlp.fc2) for layer in linear_layers(whole)]
-    called = (*family.called, *(names[id(part)] for part in (*calls, layers.adaLN_modulation) if id(part) in names))
-    yield from call_problems(block, family, called)
+    # All ways in which it is another kind of block, as one alone would send people after the wrong thing.
+    kind = [
+        *missing_problems(layers, _PARTS, family.name),
+        *argument_problems(block, family),
+        *_norm_kind_problems(layers, names),
+    ]
+    if kind:
+        yield "; ".join(kind)
+    yield from patch_problems(block, family)
     yield from _linear_problems(layers, names)
     yield from _norm_problems(layers, names)
     for name in ("gate", "rope"):
         if getattr(layers.attn, name, None) is not None:
             yield f"attn.{name} is set, which the fused attention leaves out; construct the attention without it"
-    yield from dropout_problems(block)
+    called = family.calls(block)
+    yield from dropout_problems(block, called)
+    reads = [layer for whole in (layers.attn.qkv, layers.mlp.fc1, layers.mlp.fc2) for layer in linear_layers(whole)]
     yield from parameter_problems(block, (*called, *(names[id(layer)] for layer in reads if id(layer) in names)))
     act, z = layers.mlp.act, torch.linspace(-4, 4, 33, device="cpu")
     if not torch.allclose(act(z), F.gelu(z, approximate="tanh"), atol=1e-5):
         yield f'{names.get(id(act), "mlp.act")} is {act}, but the fused MLP computes nn.GELU(approximate="tanh")'
 
 
-def refuse_changes(layers: Layers) -> None:
-    """Raises RuntimeError if one of the layers whose weights are read would by now compute something else, such as one
-    that an adapter (LoRA) has wrapped since the swap, or that has hooks."""
-    for whole in (layers.attn.qkv, layers.mlp.fc1, layers.mlp.fc2):
-        for layer in linear_layers(whole):
-            if not _is_linear(layer) or "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks:
-                raise RuntimeError(
-                    f"a swapped block was changed: {layer} was wrapped or patched, or given hooks, which the fused "
-                    "forward does not call; call restore_blocks, or merge what was added into the weight"
-                )
+def dit_block_calls(block: Any, family: type[Family]) -> tuple[str, ...]:
+    """The modules of a block of the layers that its family names that are called, as paths within it."""
+    layers = family.layers(block)
+    names = {id(module): name for name, module in block.named_modules()}
+    norms = (getattr(layers.attn, norm, None) for norm in ("q_norm", "k_norm"))
+    parts = (layers.attn.proj, *norms, layers.adaLN_modulation)
+    return (*family.called, *(names[id(part)] for part in parts if id(part) in names))
 
 
 def _is_linear(layer: Any) -> bool:
@@ -163,13 +173,19 @@ def _linear_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
         yield f"some of {', '.join(name for name, _ in named['attn.qkv'])} have a bias and some not; give all one"
 
 
+def _norm_kind_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
+    for path in ("norm1", "norm2"):
+        norm = getattr(layers, path, None)
+        if norm is not None and not isinstance(norm, nn.LayerNorm):
+            name = names.get(id(norm), path)
+            yield f"{name} is {type(norm).__name__}; the fused norm is nn.LayerNorm without affine parameters"
+
+
 def _norm_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
     C = layers.attn.qkv.in_features
     for path, norm in (("norm1", layers.norm1), ("norm2", layers.norm2)):
         name = names.get(id(norm), path)
-        if not isinstance(norm, nn.LayerNorm):
-            yield f"{name} is {type(norm).__name__}; the fused norm is nn.LayerNorm without affine parameters"
-        elif norm.weight is not None or norm.bias is not None:
+        if norm.weight is not None or norm.bias is not None:
             yield f"{name} has affine parameters, which the fused norm has not; use elementwise_affine=False"
         elif tuple(norm.normalized_shape) != (C,):
             yield f"{name} normalises shape {list(norm.normalized_shape)}, but the hidden size is {C}"

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
+import threading
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtr_kernels.nn._torchscript import NoTorchScript
-from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting, RandomRouting
+from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting, RandomRouting, _active_channels
 from dtr_kernels.swap.family import Family, WindowSource
+from dtr_kernels.swap.parts import Parts
+from dtr_kernels.swap.trial import swap_problem
 
 Routing = DenoisingTaskRouting | RandomRouting
 NoiseLevel = Callable[[Tensor], Tensor]
@@ -21,8 +26,30 @@ NoiseLevel = Callable[[Tensor], Tensor]
 TIMESTEP_NAMES = ("t", "timestep", "timesteps")
 
 
+class _Call:
+    """The forward of a model that a thread runs.
+
+    Attributes:
+        windows: the active channels, for each number of channels that blocks have; None between forwards.
+        traced: whether the forward itself, and not its blocks alone, is being compiled.
+        shared_t: the timestep of the whole batch, where the host knows it beside the tensor that the model takes.
+    """
+
+    def __init__(self) -> None:
+        self.windows: dict[int, ChannelWindow | Tensor] | None = None
+        self.traced = False
+        self.shared_t: int | float | None = None
+
+
+class _Calls(threading.local):
+    """The call of each thread, as threads may share a model. (Writes to a local itself get lost in torch.compile.)"""
+
+    def __init__(self) -> None:
+        self.current = _Call()
+
+
 class ModelState:
-    """What a model and its swapped blocks share: the settings, and the windows while the model's forward runs.
+    """Settings that a model and its swapped blocks share, and the windows while the model's forward runs.
 
     With a routing it is its blocks' ``WindowSource``; without, every block has its own or is unrouted.
     """
@@ -34,30 +61,41 @@ class ModelState:
         self.scope = scope
         self.channels = channels
         self.noise_level = noise_level
-        self.running = False
-        self.windows: dict[int, ChannelWindow | Tensor] = {}
-        # The timestep of the whole batch, where the host knows it.
-        self.shared_t: int | float | None = None
+        self._calls = _Calls()
+
+    @property
+    def call(self) -> _Call:
+        """The forward that the calling thread runs."""
+        return self._calls.current
 
     def __reduce__(self) -> tuple[type, tuple]:
         return ModelState, (self.routing, self.scope, self.channels, self.noise_level)
 
-    def make_windows(self, t: Tensor) -> dict[int, ChannelWindow | Tensor]:
-        """The channels that the routing activates at t [B], for each number of channels that blocks have."""
+    def make_windows(self, t: Tensor | int | float) -> dict[int, ChannelWindow | Tensor]:
+        """Return the channels that the routing activates at t [B], for each number of channels that blocks have.
+
+        A Python number is the timestep of the whole batch, whose window the host then knows.
+        """
         if self.routing is None:
             return {}
-        time: Any = t
-        known = self.shared_t is not None and isinstance(self.routing, DenoisingTaskRouting)
-        if known:
-            time = torch.tensor([self.shared_t], device="cpu")
+        if self.call.shared_t is not None:
+            t = self.call.shared_t
+        shared = not isinstance(t, Tensor)
+        time: Any = torch.tensor([t], device="cpu") if shared else torch.atleast_1d(t)  # type: ignore[arg-type]
         if self.noise_level is not None:
             time = self.noise_level(time)
-        if known:
-            time = time.item()
+        if shared and isinstance(self.routing, DenoisingTaskRouting):
+            time = t if self.noise_level is None else time.item()
         return {C: active_channels(self.routing, time, C) for C in self.channels}
 
     def window_of(self, block: Any) -> ChannelWindow | Tensor:
-        return self.windows[block._dtr.family.channels(block)]
+        assert self.call.windows is not None
+        return self.call.windows[block._dtr.family.channels(block)]
+
+    def width_of(self, block: Any) -> int | None:
+        if not isinstance(self.routing, DenoisingTaskRouting):
+            return None
+        return _active_channels(self.routing.beta, block._dtr.family.channels(block))
 
 
 def active_channels(routing: Routing, t: Any, channels: int) -> ChannelWindow | Tensor:
@@ -69,14 +107,22 @@ def active_channels(routing: Routing, t: Any, channels: int) -> ChannelWindow | 
     return routing.mask(t, channels) if isinstance(routing, RandomRouting) else routing.window(t, channels)
 
 
+# Swapped blocks by their numbers, for an op that is given numbers and tensors only.
+_BLOCKS: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
 class BlockState:
-    """What a swapped block knows: where its windows come from, and those of forwards whose backward may be to come."""
+    """Where a swapped block's windows come from, those of forwards whose backward may be to come, and its parts."""
 
     def __init__(self, name: str, family: type[Family], model: ModelState, source: WindowSource | None) -> None:
         self.name = name
         self.family = family
         self.model = model
         self.source = source
+        # A tensor, so that graphs of compiled blocks differ in an input and not in a constant.
+        self._number = torch.tensor(next(_NUMBERS), device="cpu")
+        self._parts: Parts | None = None
         # Gradient checkpointing runs a block again in the backward pass, when the model may have run for other
         # timesteps since. The memory of the conditioning tells the forwards apart: checkpointing holds it until then,
         # while the tensor it passes may be a detached view.
@@ -86,25 +132,56 @@ class BlockState:
     def __reduce__(self) -> tuple[type, tuple]:
         return BlockState, (self.name, self.family, self.model, self.source)
 
-    def window(self, block: Any, c: Any) -> ChannelWindow | Tensor | None:
-        """The window of the forward that the conditioning c belongs to."""
+    def attach(self, block: Any) -> None:
+        """Take a block that has just been found fit to be swapped."""
+        _BLOCKS[int(self._number)] = block
+        self._parts = Parts(block, self.family)
+
+    def refuse_changes(self, block: Any) -> None:
+        """Raise RuntimeError if the block, changed since the swap, would by now compute something else.
+
+        A layer may have been wrapped by an adapter (LoRA), patched, given hooks or replaced.
+        """
+        if self._parts is not None and self._parts.unchanged():
+            return
+        if torch.compiler.is_compiling():  # where a trial cannot run; torch.compile, if not whole, comes back without
+            raise RuntimeError(
+                f"swapped block {self.name!r} was changed since it was checked; call the model once before it is "
+                "compiled, so that the block is checked again"
+            )
+        problem = swap_problem(block, self.family)
+        if problem is not None:
+            raise RuntimeError(f"swapped block {self.name!r} was changed: {problem}; or call restore_blocks")
+        self._parts = Parts(block, self.family)
+
+    def window(self, block: Any, marker: Tensor) -> ChannelWindow | Tensor | None:
+        """Return the window of the forward that the conditioning with this marker belongs to."""
         if self.source is None:
             return None
-        if self.model.running:
+        call = self.model.call
+        if torch.compiler.is_compiling() and not call.traced:
+            return self._window_of_compiled(block, marker)
+        if call.windows is not None:
             window = self.source.window_of(block)
             if self._may_run_again(block):
-                storage, view = _memory(self.family.marker(c))
+                storage, view = _memory(marker)
                 self._windows.setdefault(storage, {})[view] = window  # breaks the graph, if there is one
             return window
         try:
-            storage, view = _memory(self.family.marker(c))
+            storage, view = _memory(marker)
             return self._windows[storage][view]
         except KeyError:
             raise RuntimeError(
                 f"block {self.name!r} was called outside its model's forward, with a conditioning that no forward has "
-                "passed it, so its timesteps are unknown; call the model instead, and where checkpointed blocks are "
-                "compiled, compile the whole model"
+                "passed it, so its timesteps are unknown; call the model instead"
             ) from None
+
+    def _window_of_compiled(self, block: Any, marker: Tensor) -> ChannelWindow | Tensor:
+        """Return the same for a block that is compiled by itself: its graph asks at each run, a checkpoint's too."""
+        assert self.source is not None
+        width, channels = self.source.width_of(block), self.family.channels(block)
+        found = torch.ops.dtr_kernels.window_of_block(marker, self._number, width or 0, channels)
+        return found if width is None else ChannelWindow(found, width, channels)
 
     def _may_run_again(self, block: Any) -> bool:
         """Whether the backward pass may call the block. A compiled graph recomputes without, but where the block itself
@@ -112,6 +189,25 @@ class BlockState:
         if torch.compiler.is_compiling():
             return self.family.checkpoints(block)
         return torch._C._functorch.peek_interpreter_stack() is None
+
+
+@torch.library.custom_op("dtr_kernels::window_of_block", mutates_args=())
+def _window_of_block(marker: Tensor, number: Tensor, width: int, channels: int) -> Tensor:
+    """Starts int32 [B] of windows of this width, or for width 0 masks, bool [B, channels]."""
+    block: Any = _BLOCKS[int(number)]
+    window = block._dtr.window(block, marker)
+    if isinstance(window, ChannelWindow) and window.width == width:
+        return window.start.expand(len(marker)).clone()
+    if isinstance(window, Tensor) and not width:
+        return window.bool().clone()
+    raise RuntimeError(f"the routing of block {block._dtr.name!r} was changed since it was compiled; compile it again")
+
+
+@_window_of_block.register_fake
+def _(marker: Tensor, number: Tensor, width: int, channels: int) -> Tensor:
+    if width:
+        return marker.new_empty(len(marker), dtype=torch.int32)
+    return marker.new_empty(len(marker), channels, dtype=torch.bool)
 
 
 def _memory(marker: Tensor) -> tuple[torch.UntypedStorage, tuple]:
@@ -134,6 +230,11 @@ class Swapped(NoTorchScript):
         attributes: Any = super().__reduce_ex__(2)[2]
         return _rebuild, self._dtr_recipe, attributes
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]  # that of torch.nn.Module
+        if isinstance(self._dtr, BlockState) and swap_problem(self, self._dtr.family) is None:  # type: ignore[arg-type]
+            self._dtr.attach(self)
+
     def _get_name(self) -> str:
         return f"Fused{type(self).__name__}"
 
@@ -145,7 +246,6 @@ def _rebuild(factory: Callable[..., type], *arguments: Any) -> object:
 def _derive(base: type, original: Any, method: str, replacement: Any, recipe: tuple) -> type:
     """A class like ``original`` with another ``method``; ``recipe`` is the function that made it and its arguments."""
 
-    @functools.wraps(original.__init__)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         self.__class__ = original  # a new instance, such as from_pretrained makes, is not swapped
         self.__init__(*args, **kwargs)
@@ -154,13 +254,24 @@ def _derive(base: type, original: Any, method: str, replacement: Any, recipe: tu
         "__doc__": original.__doc__,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
-        "__init__": __init__,
+        "__init__": _disguised(__init__, original.__init__),
         "_dtr_original": original,
         "_dtr_method": method,
         "_dtr_recipe": recipe,
-        method: functools.wraps(getattr(original, method))(replacement),
+        method: _disguised(replacement, getattr(original, method)),
     }
     return type(original.__name__, (base, original), namespace)
+
+
+def _disguised(replacement: Any, function: Any) -> Any:
+    """``replacement`` with the name, docstring and signature of ``function``.
+
+    ``functools.wraps`` would also set ``__wrapped__``, by which tools that unwrap a model's forward call the plain one.
+    """
+    for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
+        setattr(replacement, attribute, getattr(function, attribute))
+    replacement.__signature__ = inspect.signature(function)
+    return replacement
 
 
 @functools.cache
@@ -168,9 +279,10 @@ def block_class(original: Any, family: type[Family]) -> type:
     """The class of a swapped block of class ``original``; its ``_dtr`` is a ``BlockState``."""
 
     def fused(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        x, c = block_input(self, args, kwargs)
         state: BlockState = self._dtr
-        window, scope = state.window(self, c), state.model.scope
+        state.refuse_changes(self)
+        x, c = block_input(self, args, kwargs)
+        window, scope = state.window(self, family.marker(c)), state.model.scope
         if isinstance(window, Tensor):
             return family.run_plain(self, x, c, window, scope)
         return family.run(self, x, c, window, scope)
@@ -191,7 +303,8 @@ def block_input(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 class RoutedModel(Swapped):
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError(
-            "nn.DataParallel would run threads that share one routing window; use DistributedDataParallel"
+            "nn.DataParallel would copy the swapped blocks at every step, which is not supported; use "
+            "DistributedDataParallel"
         )
 
 
@@ -205,20 +318,34 @@ def model_class(original: Any) -> type:
     argument = timestep_argument(original)
     assert argument is not None
     name, position = argument
+    wants_tensor = "Tensor" in str(inspect.signature(original.forward).parameters[name].annotation)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         t = kwargs[name] if name in kwargs else args[position] if position < len(args) else None
         if t is None:
             raise TypeError(f"{original.__name__}.forward is routed by its argument {name!r}, which is missing")
-        state: ModelState = self._dtr
-        outer = state.running, state.windows
-        state.running, state.windows = True, state.make_windows(t)
+        if isinstance(t, bool) or not isinstance(t, Tensor | Real):
+            raise TypeError(f"{name} must be a tensor of timesteps [B], or one number for the batch, got {t!r}")
+        call = self._dtr.call
+        outer = call.windows, call.traced
+        call.windows, call.traced = self._dtr.make_windows(t), torch.compiler.is_compiling()
+        if wants_tensor and not isinstance(t, Tensor):
+            args, kwargs = _with_tensor(name, position, args, kwargs)
         try:
             return original.forward(self, *args, **kwargs)
         finally:
-            state.running, state.windows = outer
+            call.windows, call.traced = outer
 
     return _derive(RoutedModel, original, "forward", forward, (model_class, original))
+
+
+def _with_tensor(name: str, position: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a forward with the timestep, a number, as a tensor of one for each sample."""
+    images = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+    t = torch.full((len(images),), kwargs[name] if name in kwargs else args[position], device=images.device)
+    if name in kwargs:
+        return args, {**kwargs, name: t}
+    return (*args[:position], t, *args[position + 1 :]), kwargs
 
 
 def timestep_argument(original: Any) -> tuple[str, int] | None:

@@ -29,7 +29,7 @@ from dtr_kernels.swap.classes import (
 )
 from dtr_kernels.swap.family import Family
 from dtr_kernels.swap.registry import FAMILIES, family_of
-from dtr_kernels.swap.trial import trial_problem
+from dtr_kernels.swap.trial import swap_problem
 
 Model = TypeVar("Model", bound=nn.Module)
 Blocks = dict[str, tuple[Any, type[Family]]]
@@ -96,6 +96,8 @@ def swap_blocks(
     for module, new_class, module_state in swaps:
         module._dtr = module_state
         module.__class__ = new_class
+        if isinstance(module_state, BlockState):
+            module_state.attach(module)
     return model
 
 
@@ -159,11 +161,11 @@ def one_timestep(model: nn.Module) -> Callable[[Tensor, int | float, Mapping[str
     images = next(name for name in list(inspect.signature(type(model).forward).parameters)[1:] if name != times)
 
     def call(x: Tensor, t: int | float, conditioning: Mapping[str, Any]) -> Any:
-        state.shared_t = t
+        state.call.shared_t = t
         try:
             return model(**{images: x, times: torch.full((x.shape[0],), t, device=x.device)}, **conditioning)
         finally:
-            state.shared_t = None
+            state.call.shared_t = None
 
     return call
 
@@ -176,13 +178,6 @@ def is_block(module: object) -> bool:
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module is called through torch.compile: wrapped by it, or by its own ``compile()``."""
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
-
-
-def swap_problem(block: nn.Module) -> str | None:
-    """Why a block of a known family cannot be swapped, None if it can."""
-    family = family_of(block)
-    assert family is not None
-    return next(family.problems(block), None) or trial_problem(block, family)
 
 
 def _label(name: str, module: Any) -> str:
@@ -221,7 +216,7 @@ def _find_blocks(model: nn.Module) -> Blocks:
         family = family_of(module)
         if family is None:
             continue
-        problem = swap_problem(module)
+        problem = swap_problem(module, family)
         if problem is not None:
             raise ValueError(f"cannot swap block {_label(name, module)}: {problem}")
         blocks[name] = module, family

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dtr_kernels import reference
 from dtr_kernels.nn.block import Stream, advance
 from dtr_kernels.routing import ChannelWindow
-from dtr_kernels.swap.checks import dit_block_problems, refuse_changes
+from dtr_kernels.swap.checks import dit_block_calls, dit_block_problems
 from dtr_kernels.swap.views import Layers, linear_layers
 
 RandomTensor = Callable[..., Tensor]
@@ -23,6 +23,9 @@ class WindowSource(Protocol):
 
     def window_of(self, block: Any) -> ChannelWindow | Tensor | None:
         """The window of each sample; or a mask [B, C] (1 = active), which runs the plain PyTorch path."""
+
+    def width_of(self, block: Any) -> int | None:
+        """The width of these windows; None for masks."""
 
 
 class Unfit(Exception):
@@ -82,6 +85,14 @@ class Family:
         return dit_block_problems(block, cls)
 
     @classmethod
+    def calls(cls, block: Any) -> tuple[str, ...]:
+        """The modules, as paths within the block, that the fused block calls, whatever they are.
+
+        Of all others it reads the parameters at most, so that those must not be wrapped or patched.
+        """
+        return dit_block_calls(block, cls)
+
+    @classmethod
     def channels(cls, block: Any) -> int:
         """The number of channels C that a routing chooses from: those of the block's input."""
         return cls.layers(block).attn.qkv.in_features
@@ -115,23 +126,20 @@ class Family:
     @classmethod
     def run(cls, block: Any, x: Tensor, c: Any, window: ChannelWindow | None, scope: str) -> Tensor:
         """The block's output for input x and conditioning c, by the fused kernels."""
-        layers = cls.layers(block)
-        refuse_changes(layers)
-        return advance(layers, Stream(x), c, window, scope).sum()
+        return advance(cls.layers(block), Stream(x), c, window, scope).sum()
 
     @classmethod
     def run_plain(cls, block: Any, x: Tensor, c: Any, mask: Tensor | None, scope: str) -> Tensor:
         """The same in plain PyTorch; mask [B, C], 1 where active."""
-        layers = cls.layers(block)
-        refuse_changes(layers)
-        return reference.dit_block(layers, x, c, mask, scope)
+        return reference.dit_block(cls.layers(block), x, c, mask, scope)
 
     @classmethod
     def trial_input(cls, copy: Any, random: RandomTensor) -> tuple[Any, ...]:
         """Small arguments of the block for two samples; ``random(*shape)`` is normally distributed, in the block's
         dtype and on its device."""
-        C = cls.channels(copy)
-        return random(2, TRIAL_TOKENS, C), random(2, C)
+        C, modulation = cls.channels(copy), cls.layers(copy).adaLN_modulation
+        width = inputs_of(modulation) if isinstance(modulation, nn.Module) else None  # narrower in MaskDiT's decoder
+        return random(2, TRIAL_TOKENS, C), random(2, width or C)
 
     @classmethod
     def prepare_trial(cls, copy: Any, c: Any, random: RandomTensor) -> Tensor | None:
@@ -157,6 +165,12 @@ class Family:
             )
         open_gates(copy, path, random(2, 6 * C))
         return None
+
+
+def inputs_of(modulation: nn.Module) -> int | None:
+    """Return how many features the first linear layer within a module reads; None if it has none."""
+    layers = (module for module in modulation.modules() if isinstance(module, nn.Linear))
+    return next((layer.in_features for layer in layers), None)
 
 
 def open_gates(copy: nn.Module, path: str, noise: Tensor) -> None:

@@ -61,6 +61,10 @@ class MappingWindows:
         _, _, starts, width = self._reading
         return mapping[task] if starts is None else ChannelWindow(starts[task], width, mapping.shape[1])
 
+    def width_of(self, block: Any) -> int | None:
+        reading = self._reading or _read(block.routing._unit_mapping)
+        return None if reading.starts is None else reading.width
+
 
 def _checked_window(mask: Tensor, reading: _Reading) -> ChannelWindow | Tensor:
     """The window of each row of mask [B, C], inside a graph, which cannot ask whether the mapping was changed since."""

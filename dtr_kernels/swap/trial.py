@@ -11,17 +11,23 @@ from dtr_kernels.swap.checks import HOOKS
 from dtr_kernels.swap.family import Family, Unfit
 
 
+def swap_problem(block: nn.Module, family: type[Family]) -> str | None:
+    """Return why a block cannot be swapped, or cannot stay so; None if it can."""
+    return next(family.problems(block), None) or trial_problem(block, family)
+
+
 @torch.no_grad()
 def trial_problem(block: nn.Module, family: type[Family]) -> str | None:
     """Compares the block's own forward with what its family computes, in plain PyTorch, on a small random input.
 
-    Nothing of the block changes and none of its hooks run: what is tried is a copy that shares its parameters, in fp32
-    if they are in 16 bits, whose rounding could hide a difference.
+    Nothing of the block changes and none of its hooks run: what is tried is a copy in eval mode that shares its
+    parameters, in fp32 if they are in 16 bits, whose rounding could hide a difference.
 
     Returns:
         What is different, None where both agree. Blocks on the meta device hold no numbers and are not tried.
     """
-    copy: Any = _bare_copy(block)
+    copy: Any = _bare_copy(block).eval()
+    copy.__class__ = getattr(copy, "_dtr_original", type(copy))  # if swapped already, the block's own forward
     weight = family.weight(copy)
     device, dtype = weight.device, weight.dtype
     if device.type == "meta":
@@ -82,12 +88,15 @@ def _widen(copy: nn.Module) -> None:
 
 
 def _bare_copy(module: nn.Module) -> nn.Module:
-    """The module and its children without hooks: the tensors are shared, but replacing one leaves the original."""
+    """The module and its children without hooks, with buffers of their own, which a forward may write to.
+
+    The parameters are shared, but replacing one leaves the original.
+    """
     copy = object.__new__(type(module))
     copy.__dict__.update(
         vars(module),
         _parameters=dict(module._parameters),
-        _buffers=dict(module._buffers),
+        _buffers={name: None if tensor is None else tensor.clone() for name, tensor in module._buffers.items()},
         _modules={name: None if child is None else _bare_copy(child) for name, child in module._modules.items()},
         **{hooks: {} for hooks in HOOKS},
     )

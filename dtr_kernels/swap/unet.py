@@ -12,18 +12,22 @@ from torch import Tensor, nn
 
 from dtr_kernels import reference
 from dtr_kernels.nn.res_block import RoutedResBlock, for_any_channels, run_res_block
+from dtr_kernels.reference.res_block import resampling
 from dtr_kernels.routing import ChannelWindow
-from dtr_kernels.swap.checks import call_problems, dropout_problems, missing_problems, parameter_problems
-from dtr_kernels.swap.family import Family, RandomTensor
+from dtr_kernels.swap.checks import (
+    argument_problems,
+    dropout_problems,
+    missing_problems,
+    parameter_problems,
+    patch_problems,
+)
+from dtr_kernels.swap.family import Family, RandomTensor, inputs_of
 
 _PARTS = ("in_layers", "emb_layers", "out_layers")
 _NEEDED = (
     "in_layers.2",
-    "emb_layers.1.in_features",
     "out_layers.3",
     "skip_connection",
-    "h_upd",
-    "x_upd",
     "use_scale_shift_norm",
 )
 # Of these the fused block calls the first, whatever they are, and reads the parameters of the second.
@@ -47,11 +51,16 @@ class ADM(Family):
         if isinstance(block, RoutedResBlock):
             yield "it runs the fused kernels as it is; give it its window when calling it"
         yield from missing_problems(block, _NEEDED, cls.name)
-        yield from call_problems(block, cls, _CALLED)
+        yield from argument_problems(block, cls)
+        yield from patch_problems(block, cls)
         yield from _layer_problems(block)
         yield from parameter_problems(block, _CALLED + _READ)
         yield from dropout_problems(block, _CALLED)
         yield from _function_problems(block)
+
+    @classmethod
+    def calls(cls, block: Any) -> tuple[str, ...]:
+        return _CALLED
 
     @classmethod
     def channels(cls, block: Any) -> int:
@@ -83,7 +92,7 @@ class ADM(Family):
 
     @classmethod
     def trial_input(cls, copy: Any, random: RandomTensor) -> tuple[Tensor, Tensor]:
-        return random(2, cls.channels(copy), 4, 6), random(2, copy.emb_layers[1].in_features)
+        return random(2, cls.channels(copy), 4, 6), random(2, inputs_of(copy.emb_layers))
 
     @classmethod
     def prepare_trial(cls, copy: Any, c: Tensor, random: RandomTensor) -> Tensor | None:
@@ -109,6 +118,8 @@ def _layer_problems(block: Any) -> Iterator[str]:
         if not isinstance(layers, nn.Sequential) or len(layers) != length:
             found = f"{type(layers).__name__} of {len(layers)} layers"
             yield f"{name} is {found}, not nn.Sequential of {length}; leave this model unswapped"
+    if inputs_of(block.emb_layers) is None:
+        yield "emb_layers holds no nn.Linear, which tells how wide the embedding is; leave this model unswapped"
     conv = block.in_layers[2]
     if not isinstance(conv, nn.Conv2d) or type(conv).forward is not nn.Conv2d.forward:
         yield f"in_layers.2 is {type(conv).__name__}, but the kernels read an nn.Conv2d's weight; leave it unswapped"
@@ -119,9 +130,9 @@ def _layer_problems(block: Any) -> Iterator[str]:
         norm = attrgetter(name)(block)
         if not isinstance(norm, nn.GroupNorm):
             yield f"{name} is {type(norm).__name__}, but the fused norm is nn.GroupNorm; leave this model unswapped"
-        if norm.weight is None:
+        elif norm.weight is None:
             yield f"{name} has no affine parameters, which the fused norm reads; use affine=True"
-        if norm.num_channels != channels:
+        elif norm.num_channels != channels:
             yield f"{name} normalises {norm.num_channels} channels next to in_layers.2, which is {conv}"
 
 
@@ -131,9 +142,10 @@ def _function_problems(block: Any) -> Iterator[str]:
     if not torch.allclose(block.in_layers[1](z.clone()), F.silu(z), atol=1e-5):
         yield f"in_layers.1 is {block.in_layers[1]}, but the fused block computes nn.SiLU()"
     if not _resamples(block):
+        found = resampling(block, "h_upd")
         yield (
-            f"h_upd is {block.h_upd}, but the fused block resamples to the nearest neighbour times 2, to the mean of "
-            "2 x 2, or not at all; leave this model unswapped"
+            f"h_upd is {found}, but the fused block resamples to the nearest neighbour times 2, to the mean of 2 x 2, "
+            "or not at all; leave this model unswapped"
         )
 
 
@@ -144,9 +156,10 @@ def _resamples(block: Any) -> bool:
     All three leave a constant image constant, which the skipping of channels rests on.
     """
     u = torch.randn(2, ADM.channels(block), 4, 4, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    resample = for_any_channels(block.h_upd) or nn.Identity()
+    upd = resampling(block, "h_upd")
+    resample = for_any_channels(upd) or nn.Identity()
     try:
-        whole, part = block.h_upd(u), resample(u[:, :1])
+        whole, part = upd(u), resample(u[:, :1])
     except Exception:
         return False
     known = u, F.interpolate(u, scale_factor=2, mode="nearest"), F.avg_pool2d(u, 2)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -67,7 +66,7 @@ class StackedLinear(NamedTuple):
         return None if self.layers[0].bias is None else torch.cat([*(layer.bias for layer in self.layers)])
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return torch.cat([layer(x) for layer in self.layers], dim=-1)
 
 
 def linear_layers(layer: Any) -> tuple[Any, ...]:

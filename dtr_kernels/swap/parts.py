@@ -1,0 +1,67 @@
+"""A quick look at the parts of a swapped block: are they as they were when the block was found fit to be swapped?"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from dtr_kernels.swap.checks import is_within
+from dtr_kernels.swap.family import Family
+
+# Plain attributes that decide what a module computes and that the fused forward does not read; and a patched forward.
+_SETTINGS = ("forward", "p", "drop_prob", "approximate", "gate", "rope", "processor")
+
+
+class _Part(NamedTuple):
+    module: nn.Module
+    kind: type
+    children: list[nn.Module | None]
+    settings: list[tuple[str, Any]]
+
+
+class Parts:
+    """The modules of a block that its fused forward does not call, and whose own forwards must therefore not change.
+
+    Args:
+        block: fit to be swapped.
+        family: its family.
+    """
+
+    def __init__(self, block: nn.Module, family: type[Family]) -> None:
+        called = family.calls(block)
+        self._children = block._modules, list(block._modules.values())
+        self._parts = [
+            _Part(
+                module,
+                type(module),
+                list(module._modules.values()),
+                [(name, vars(module).get(name)) for name in _SETTINGS],
+            )
+            for name, module in block.named_modules()
+            if name and not is_within(name, called)
+        ]
+
+    def unchanged(self) -> bool:
+        """Return whether all are as they were; the block itself may have hooks and be patched.
+
+        Tells replaced, wrapped and patched modules, hooks and settings. Called at every forward, it reads no more.
+        """
+        modules, children = self._children
+        if list(modules.values()) != children:
+            return False
+        for module, kind, children, settings in self._parts:
+            if (
+                type(module) is not kind
+                or (children and list(module._modules.values()) != children)
+                or module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+            ):
+                return False
+            state = module.__dict__
+            for name, value in settings:
+                if state.get(name) is not value:
+                    return False
+        return True
