@@ -9,8 +9,10 @@ from torch import nn
 from dtr_kernels.swap.checks import is_within
 from dtr_kernels.swap.family import Family
 
-# Plain attributes that decide what a module computes and that the fused forward does not read; and a patched forward.
-_SETTINGS = ("forward", "p", "drop_prob", "approximate", "gate", "rope", "processor")
+# Plain attributes that decide what a module computes and that the fused forward does not read. The first, of which one
+# is a patch, are noticed also where they are new.
+_ADDITIONS = ("forward", "gate", "rope")
+_SETTINGS = ("p", "drop_prob", "approximate", "processor")
 
 
 class _Part(NamedTuple):
@@ -36,7 +38,8 @@ class Parts:
                 module,
                 type(module),
                 list(module._modules.values()),
-                [(name, vars(module).get(name)) for name in _SETTINGS],
+                [(name, vars(module).get(name)) for name in _ADDITIONS]
+                + [(name, vars(module)[name]) for name in _SETTINGS if name in vars(module)],
             )
             for name, module in block.named_modules()
             if name and not is_within(name, called)
@@ -51,16 +54,16 @@ class Parts:
         if list(modules.values()) != children:
             return False
         for module, kind, children, settings in self._parts:
+            state = module.__dict__
             if (
                 type(module) is not kind
-                or (children and list(module._modules.values()) != children)
-                or module._forward_hooks
-                or module._forward_pre_hooks
-                or module._backward_hooks
-                or module._backward_pre_hooks
+                or (children and list(state["_modules"].values()) != children)
+                or state["_forward_hooks"]
+                or state["_forward_pre_hooks"]
+                or state["_backward_hooks"]
+                or state["_backward_pre_hooks"]
             ):
                 return False
-            state = module.__dict__
             for name, value in settings:
                 if state.get(name) is not value:
                     return False
