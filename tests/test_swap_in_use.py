@@ -55,10 +55,19 @@ def in_threads(*calls, times=15):
     return results
 
 
+def native(routing=ROUTING):
+    model = dtr.nn.DiT(8, 2, 3, DIM, 2, HEADS, num_classes=10, class_dropout_prob=0.0, routing=routing)
+    for layer in (*model.blocks, model.final_layer):
+        nn.init.normal_(layer.adaLN_modulation[1].weight, std=DIM**-0.5)
+    nn.init.normal_(model.final_layer.linear.weight, std=DIM**-0.5)
+    return model
+
+
 @pytest.mark.parametrize("routing", [ROUTING, dtr.RandomRouting(TIMESTEPS)], ids=["DTR", "random"])
-@pytest.mark.parametrize("make", [facebook_dit, UNetModel])
-def test_threads_at_other_timesteps_share_a_swapped_model(make, routing):
-    model, x, y = dtr.swap_blocks(make().eval(), routing), images(), labels()
+@pytest.mark.parametrize("kind", [facebook_dit, UNetModel, native])
+def test_threads_at_other_timesteps_share_a_model(kind, routing):
+    model = native(routing) if kind is native else dtr.swap_blocks(kind(), routing)
+    x, y = images(), labels()
     calls = [torch.no_grad()(lambda t=t: model(x, at(t), y)) for t in (1, TIMESTEPS - 1)]
     expected = [call() for call in calls]
     assert differ(*([result] for result in expected))
@@ -513,14 +522,6 @@ def quantise(model):
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             layer.weight = nn.Parameter(Int8.of(layer.weight.detach()), requires_grad=False)
-    return model
-
-
-def native():
-    model = dtr.nn.DiT(8, 2, 3, DIM, 2, HEADS, num_classes=10, class_dropout_prob=0.0, routing=ROUTING)
-    for layer in (*model.blocks, model.final_layer):
-        nn.init.normal_(layer.adaLN_modulation[1].weight, std=DIM**-0.5)
-    nn.init.normal_(model.final_layer.linear.weight, std=DIM**-0.5)
     return model
 
 
