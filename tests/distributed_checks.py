@@ -157,6 +157,24 @@ def backward(surgery, model, part, losses_of=losses_of, **options):
     return surgery.backward_batch(partial(losses_of, model), part[0], *part, **options)
 
 
+def backward_by_functions(surgery, model, part, **options):
+    """As ``backward``; a cluster without samples has the loss of any, with a count of 0."""
+    counts = part[0].bincount(minlength=K).tolist()
+
+    def loss(k):
+        chosen = part[0] == k if counts[k] else slice(1)
+        return losses_of(model, *(tensor[chosen] for tensor in part)).mean()
+
+    return surgery.backward([partial(loss, k) for k in range(K)], counts=counts, **options)
+
+
+def micro_batches_of(world_size):
+    """The clusters of each rank's samples in four micro-batches: shares change, and clusters come late or stay away."""
+    random = [torch.randint(K - 1, (int(torch.randint(1, 7, ())),)).tolist() for _ in range(world_size)]
+    lone = [[1 + r % 2] * (r + 1) for r in range(world_size)]
+    return [lone, CLUSTERS[:world_size], [*CLUSTERS[1:world_size], CLUSTERS[0]], random]
+
+
 @check(2, 4)
 def pcgrad_of_unequal_batches(rank, world_size):
     model = Net().double()
@@ -255,28 +273,23 @@ def functions_and_counts(rank, world_size):
 
 @check(2, 4)
 def accumulation(rank, world_size):
+    """The update of one process that had the micro-batches of all in one batch."""
     model = Net().double()
     surgery = replicated(model, generator=torch.Generator().manual_seed(rank))
-    grads = 0.0
-    for last in False, False, True:
-        assert model.head.weight.grad is None
-        parts, whole = batches(world_size)  # a rank has the same share of a cluster in every micro-batch
-        backward(surgery, model, parts[rank], last=last)
-        grads = grads + true_gradients(model, whole)
-    assert_update_of(grads, surgery, model)
-    order = ops.random_order(K, torch.Generator().manual_seed(0))
-    assert_close(flat_update(model), reference.pcgrad(grads, order).sum(0))
-
-    # With other shares a rank's gradients go by the samples of all its micro-batches.
-    model.zero_grad()
-    first, _ = batches(world_size)
-    second, _ = batches(world_size, clusters=[*CLUSTERS[1:world_size], CLUSTERS[0]])
-    backward(surgery, model, first[rank], last=False)
-    backward(surgery, model, second[rank])
-    pairs = list(zip(first, second, strict=True))
-    counts = torch.stack([torch.cat([a[0], b[0]]).bincount(minlength=K) for a, b in pairs])
-    each = torch.stack([true_gradients(model, a) + true_gradients(model, b) for a, b in pairs])
-    assert_update_of(((counts / counts.sum(0).clamp_min(1))[..., None] * each).sum(0), surgery, model)
+    orders = torch.Generator().manual_seed(0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for method, scale in (backward, 1), (backward_by_functions, 1), (partial(backward, scaler=scaler), 2):
+        model.zero_grad()
+        wholes = []
+        for clusters in micro_batches_of(world_size):
+            assert model.head.weight.grad is None
+            parts, whole = batches(world_size, clusters=clusters)
+            wholes.append(whole)
+            method(surgery, model, parts[rank], last=len(wholes) == 4)
+        grads = true_gradients(model, tuple(map(torch.cat, zip(*wholes, strict=True))))
+        assert_close(surgery.last_gram, grads @ grads.T)
+        assert_close(flat_update(model), scale * reference.pcgrad(grads, ops.random_order(K, orders)).sum(0))
+    assert_same_everywhere(flat_update(model))
 
 
 @check(2)
@@ -593,12 +606,15 @@ def shards_accumulate(rank, world_size):
     for mesh in meshes(world_size):
         model, copy = sharded(mesh)
         surgery = dtr.GradientSurgery(model.named_parameters(), K)
-        grads = 0.0
-        for clusters in CLUSTERS, [*CLUSTERS[1:world_size], CLUSTERS[0]]:
-            parts, whole = batches(world_size, clusters=clusters)
-            backward(surgery, model, parts[rank], last=clusters is not CLUSTERS)
-            grads = grads + true_gradients(copy, whole)
-        assert_update_of(grads, surgery, model)
+        for method in backward, backward_by_functions:
+            model.zero_grad()
+            wholes = []
+            for clusters in micro_batches_of(world_size):
+                parts, whole = batches(world_size, clusters=clusters)
+                wholes.append(whole)
+                method(surgery, model, parts[rank], last=len(wholes) == 4)
+            grads = true_gradients(copy, tuple(map(torch.cat, zip(*wholes, strict=True))))
+            assert_update_of(grads, surgery, model)
 
 
 @check(2)
