@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import traceback
 import warnings
 from copy import deepcopy
@@ -14,8 +16,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -23,6 +27,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 import dtr_kernels as dtr
 from dtr_kernels import ops, reference
@@ -513,16 +518,127 @@ def what_replicas_refuse(rank, world_size):
     assert Path(caught[0].filename).name == Path(__file__).name
 
 
+class WrapperOfTheCallers(DistributedDataParallel):
+    """With a forward of its own."""
+
+    def forward(self, *args):
+        return super().forward(*args)
+
+
+WRAPPERS = {
+    "plain": DistributedDataParallel,
+    "unused parameters": partial(DistributedDataParallel, find_unused_parameters=True),
+    "bucket views": partial(DistributedDataParallel, gradient_as_bucket_view=True),
+    "static graph": partial(DistributedDataParallel, static_graph=True),
+    "subclass": WrapperOfTheCallers,
+    "compiled": lambda model: torch.compile(DistributedDataParallel(model), backend="eager"),
+    "of a compiled model": lambda model: DistributedDataParallel(torch.compile(model, backend="eager")),
+    "replicate": replicate,  # which keeps the wrapper to itself
+}
+# Ranks without a cluster in common: as many passes, or others, of which the wrapper would average the gradients.
+APART = [[0, 0, 1], [2, 2, 2, 2]]
+
+
 @check(2)
-def inside_of_a_ddp_wrapper(rank, world_size):
-    model = Net().double()
-    wrapper = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=True)
-    surgery = replicated(wrapper.module)
-    parts, whole = batches(world_size, clusters=[[0, 1, 2, 3]] * 2)
-    message = raised(RuntimeError, lambda: backward(surgery, wrapper, parts[rank]))
-    assert "was replaced" in message
-    backward(surgery, wrapper.module, parts[rank])
-    assert_update_of(true_gradients(model, whole), surgery, model)
+def ddp_wrappers_are_refused(rank, world_size):
+    before = DistributedDataParallel._pre_forward
+    parts, whole = batches(world_size, clusters=APART)
+    for name, wrap in WRAPPERS.items():
+        model = ShardedNet().double()
+        copy = deepcopy(model)
+        wrapper = wrap(model)
+        for engine in ("per_cluster", "one_pass", "auto", "low_memory") if name == "plain" else ("auto",):
+            group = None if engine == "low_memory" else dist.group.WORLD
+            surgery = dtr.GradientSurgery(model.named_parameters(), K, engine=engine, process_group=group)
+            for method in backward, backward_by_functions:
+                message = raised(RuntimeError, lambda m=method, s=surgery, w=wrapper: m(s, w, parts[rank]))
+                assert "let them call the model itself, the wrapper's .module" in message, (name, engine, message)
+                assert DistributedDataParallel._pre_forward is before
+        assert flat_update(model).abs().sum() == 0
+        if name != "replicate":  # has no model to call in its place
+            surgery = replicated(model)
+            backward(surgery, model, parts[rank])
+            assert_update_of(true_gradients(copy, whole), surgery, model)
+
+
+@check(2)
+def ddp_wrappers_are_refused_by_losses_computed_before(rank, world_size):
+    parts, whole = batches(world_size, clusters=APART)
+    counts = parts[rank][0].bincount(minlength=K).tolist()
+
+    def step(surgery, model):
+        each = losses_of(model, *parts[rank])
+        losses = [each[parts[rank][0] == k].mean() if count else None for k, count in enumerate(counts)]
+        surgery.backward(losses, counts=counts)
+
+    for name, wrap in WRAPPERS.items():
+        model = ShardedNet().double()
+        del model.idle  # without a gradient for it, the wrapper would fail by itself in the second pass
+        copy = deepcopy(model)
+        surgery = replicated(model)
+        message = raised(RuntimeError, partial(step, surgery, wrap(model)))
+        assert ".module" in message, (name, message)
+        if name != "replicate":
+            step(surgery, model)
+            assert_update_of(true_gradients(copy, whole), surgery, model)
+
+
+@check(2)
+def ddp_wrappers_that_are_quiet(rank, world_size):
+    """They communicate nothing: within no_sync(), and where nothing is differentiated."""
+    model, teacher = Net().double(), DistributedDataParallel(Net().double())
+    wrapper = DistributedDataParallel(model)
+    surgery = replicated(model)
+    parts, whole = batches(world_size, clusters=APART)
+
+    def distilled(model, t, x, target):
+        with torch.no_grad():
+            target = teacher(x, t)
+        return losses_of(model, t, x, target)
+
+    with wrapper.no_sync():
+        backward(surgery, wrapper, parts[rank], distilled)
+    assert_update_of(true_gradients(model, whole, distilled), surgery, model)
+
+
+@check(2)
+def a_compiled_model_is_compiled_once(rank, world_size):
+    def losses_of(model, t, x, target):
+        return (model(x) - target).square().mean(1)
+
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    graphs = CompileCounter()
+    compiled = torch.compile(model, backend=graphs, dynamic=True, fullgraph=True)
+    surgery = replicated(model, engine="per_cluster")
+    parts, whole = batches(world_size, clusters=[[0, 0, 1, 1, 1]] * 2)
+    losses_of(compiled, *parts[rank])
+    for _ in range(3):
+        model.zero_grad()
+        backward(surgery, compiled, parts[rank], losses_of)
+        assert graphs.frame_count == 1
+    assert_update_of(true_gradients(model, whole, losses_of), surgery, model)
+
+
+@check(2)
+def copies_are_refused(rank, world_size):
+    model, (shards, _) = Net().double(), sharded(next(meshes(world_size)))
+    parts, whole = batches(world_size)
+    for surgery, module, argument in (
+        (replicated(model), model, "process_group"),
+        (dtr.GradientSurgery(shards.named_parameters(), K), shards, "params that are DTensors"),
+    ):
+        for copied in deepcopy, pickle.dumps, lambda thing: torch.save(thing, io.BytesIO()):
+            for thing in surgery, {"step": 3, "surgery": surgery}:
+                message = raised(TypeError, lambda copied=copied, thing=thing: copied(thing))
+                assert f"made with {argument} cannot be copied" in message and "state_dict()" in message
+            backward(surgery, module, parts[rank])
+    state = replicated(model, generator=torch.Generator().manual_seed(7)).state_dict()
+    surgery = replicated(model, generator=torch.Generator())
+    surgery.load_state_dict(deepcopy(state))
+    model.zero_grad()
+    backward(surgery, model, parts[rank])
+    grads, order = true_gradients(model, whole), ops.random_order(K, torch.Generator().manual_seed(7))
+    assert_close(flat_update(model), reference.pcgrad(grads, order).sum(0))
 
 
 class ShardedNet(Net):
@@ -709,6 +825,11 @@ def what_shards_refuse(rank, world_size):
     assert "leave process_group out" in message(model.parameters(), K, process_group=dist.group.WORLD)
     pairs = [*model.named_parameters(), ("plain", copy.idle)]
     assert "but plain is an ordinary tensor" in message(pairs, K)
+    for use_orig_params in False, True:
+        wrapper = FullyShardedDataParallel(Net(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+        for group in None, dist.group.WORLD:
+            text = message(wrapper.parameters(), K, process_group=group)
+            assert "FullyShardedDataParallel (FSDP1)" in text and "use torch.distributed.fsdp.fully_shard" in text
     partial_sum = nn.Parameter(DTensor.from_local(torch.randn(3), mesh, [Partial()]))
     assert "but w has the placement" in message([("w", partial_sum)], K)
     half = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))

@@ -77,6 +77,9 @@ class OneProcess:
         """The weights that all ranks use."""
         return weights
 
+    def check_copyable(self) -> None:
+        """TypeError if the object that has these ranks can be neither copied nor pickled."""
+
 
 def ranks(
     parameters: Mapping[str, Tensor],
@@ -96,6 +99,13 @@ def ranks(
         TypeError, ValueError: if the process group or a parameter is not one that can be used.
     """
     settings = [("num_clusters", str(num_clusters)), ("weighting", repr(weighting)), ("engine", repr(engine))]
+    for name, p in parameters.items():
+        if getattr(p, "_fsdp_flattened", False):
+            raise ValueError(
+                f"params must be the model's own or sharded by fully_shard, but {name} belongs to "
+                "FullyShardedDataParallel (FSDP1), which gathers gradients in a flat parameter; use "
+                "torch.distributed.fsdp.fully_shard (FSDP2)"
+            )
     if any(_is_dtensor(p) for p in parameters.values()):
         if process_group is not None:
             raise ValueError(
@@ -123,6 +133,8 @@ class _ManyProcesses(OneProcess):
         parameters: that all of them have.
         settings: names and values that must be the same on all ranks.
     """
+
+    _made_with: str  # the argument that holds process groups
 
     def __init__(
         self, groups: Sequence[dist.ProcessGroup], parameters: Mapping[str, Tensor], settings: list[tuple[str, str]]
@@ -201,6 +213,12 @@ class _ManyProcesses(OneProcess):
                 things = [item for part in parts for item in part]
         return sorted(things, key=lambda item: item[0])
 
+    def check_copyable(self) -> None:
+        raise TypeError(
+            f"a GradientSurgery made with {self._made_with} cannot be copied or pickled, because a process group "
+            "belongs to its process; save its state_dict(), and load that into one made anew with the same arguments"
+        )
+
     def agreed(self, weights: Tensor) -> Tensor:
         weights = weights.clone()
         for group in self._groups:
@@ -214,6 +232,8 @@ def _entry(entry: tuple[str, str] | None) -> str:
 
 class Replicas(_ManyProcesses):
     """Ranks with a copy of the parameters each, which communicate once a step, after its last micro-batch."""
+
+    _made_with = "process_group"
 
     def __init__(
         self, group: dist.ProcessGroup, parameters: Mapping[str, Tensor], settings: list[tuple[str, str]]
@@ -295,6 +315,8 @@ class Shards(_ManyProcesses):
     same. So a rank's losses are weighted before the backward pass, and the ranks communicate in every micro-batch.
     All ranks of a mesh must run the same passes; one without samples of a cluster runs a spare loss of weight 0.
     """
+
+    _made_with = "params that are DTensors"
 
     def __init__(self, parameters: Mapping[str, Tensor], settings: list[tuple[str, str]]) -> None:
         shards = _dtensors(parameters)

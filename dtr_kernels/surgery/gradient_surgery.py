@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtr_kernels.ops._gradients import MOST_CLUSTERS
-from dtr_kernels.surgery import distributed, low_memory, one_pass, per_cluster, weightings
+from dtr_kernels.surgery import distributed, low_memory, one_pass, per_cluster, weightings, wrappers
 from dtr_kernels.surgery.batch import Batch
 from dtr_kernels.surgery.buffer import GradientBuffer
 from dtr_kernels.surgery.parameters import device_of, named, trainable
@@ -42,7 +42,7 @@ def _all_or_nothing(
     @wraps(method)
     def attempt(self: GradientSurgery, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         try:
-            with self._ranks.failing_together():
+            with self._ranks.failing_together(), wrappers.refused():
                 return method(self, *args, **kwargs)
         except BaseException:
             self._received = None
@@ -86,11 +86,12 @@ class GradientSurgery:
     Many processes: all ranks get the update that one process with all their batches would make, and must make the same
     calls; their batches may differ in size, and lack clusters that others have.
 
-    - Replicated parameters: give ``process_group``, and let the loss call the model itself: DistributedDataParallel
-      around it would communicate each of the K gradients on its own (use the wrapper's ``module``). The ranks
+    - Replicated parameters: give ``process_group``, and let the loss call the model itself: a DistributedDataParallel
+      wrapper would communicate each of the K gradients on its own, and is refused (use its ``module``). The ranks
       communicate once a step.
     - Sharded parameters (DTensors: FSDP2's ``fully_shard``, tensor parallelism) know their ranks. Pass those that the
       model has after sharding. Leave FSDP's gradient divide factor and gradient synchronisation as they are.
+      FullyShardedDataParallel (FSDP1) is refused.
 
     A difference between ranks, or an error on one, becomes an error on all. (With sharded parameters an error within
     the passes leaves the other ranks in FSDP's collectives, until the process group's timeout.) For that the ranks
@@ -163,7 +164,8 @@ class GradientSurgery:
         Raises:
             TypeError, ValueError: if losses is not as described, or reaches none of the parameters.
             RuntimeError: if a parameter has changed between the micro-batches of one step, or its ``grad`` is replaced
-                while a cluster's gradient is computed; or if another rank failed.
+                while a cluster's gradient is computed; if the losses come from a DistributedDataParallel wrapper; or if
+                another rank failed.
 
         After an error, also one in a function of the caller, ``p.grad`` is as it was, and the micro-batches accumulated
         so far are dropped.
@@ -233,6 +235,11 @@ class GradientSurgery:
             )
 
         return self._step(collect, samples, scaler, last)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copy and pickle take."""
+        self._ranks.check_copyable()
+        return vars(self)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs: the weighting's state and the engine found fastest; tensors, numbers and strings."""
