@@ -7,6 +7,7 @@ or ends the process.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -57,13 +58,15 @@ def backward(loss: Tensor, gradients: Sequence[Tensor], retain_graph: bool) -> N
     Raises:
         RuntimeError: if they are written to once autograd has computed them.
     """
-    if dist.is_available() and dist.is_initialized():
-        computed: list[int] = []
-        # Final callbacks run in the order in which they were queued, and this is the first.
-        engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
-        loss.register_hook(lambda _: engine.queue_callback(lambda: computed.extend(g._version for g in gradients)))
+    # Compiled autograd cannot trace the hook, nor DistributedDataParallel's.
+    compiled = getattr(sys.modules.get("torch._dynamo.compiled_autograd"), "compiled_autograd_enabled", False)
+    if compiled or not (dist.is_available() and dist.is_initialized()):
         loss.backward(retain_graph=retain_graph)
-        if computed != [g._version for g in gradients]:
-            raise RuntimeError(_REFUSAL)
-    else:
-        loss.backward(retain_graph=retain_graph)
+        return
+    computed: list[int] = []
+    # Final callbacks run in the order in which they were queued, and this is the first.
+    engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+    loss.register_hook(lambda _: engine.queue_callback(lambda: computed.extend(g._version for g in gradients)))
+    loss.backward(retain_graph=retain_graph)
+    if computed != [g._version for g in gradients]:
+        raise RuntimeError(_REFUSAL)
