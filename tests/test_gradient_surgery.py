@@ -403,7 +403,7 @@ def test_accumulation_equals_the_full_batch(weighting, device, seed):
 
 
 def micro_batches_of_random_counts(device="cpu"):
-    """Of some the cluster counts change, vanish or come late; and the batch that holds all their samples."""
+    """Return some whose cluster counts change, vanish or come late, and the batch that holds all their samples."""
     counts = [[3, 2, 0], [1, 2, 0], [0, 2, 3], *torch.randint(5, (3, K)).tolist(), [1, 0, 0]]
     parts = [Mixed(sizes, device).double() for sizes in counts if any(sizes)]
     parts = [parts[i] for i in torch.randperm(len(parts))[: torch.randint(1, 6, ()).item()]]
@@ -509,7 +509,7 @@ def test_accumulation_with_a_loss_of_no_samples(seed):
 
 
 def test_accumulation_keeps_infinity(seed):
-    """Of an early micro-batch, whatever the counts of the later ones."""
+    """An early micro-batch's reaches the update, whatever the counts of the later ones."""
     model, parts = Net(), [Mixed(sizes) for sizes in ((2, 1, 0), (5, 0, 1), (1, 1, 1))]
     parts[0].x[0] = torch.inf
     surgery = dtr.GradientSurgery(model.parameters(), K)

@@ -83,20 +83,20 @@ class GradientBuffer:
         return self._rows[k]
 
     def zero_(self) -> None:
-        """Sets all K gradients to zero, of no samples."""
+        """Set all K gradients to zero, of no samples."""
         for tensor in self.tensors.values():
             tensor.zero_()
         self.units = self.totals = [0] * len(self._rows)
 
     def expect(self, counts: Sequence[int]) -> None:
-        """Makes ready for the mean gradient of counts[k] further samples to be added to row k."""
+        """Make row k ready to have the mean gradient of counts[k] further samples added to it."""
         units = [count or unit for count, unit in zip(counts, self.units, strict=True)]
         self._scale([old / new if old else 1 for old, new in zip(self.units, units, strict=True)])
         self.units = units
         self.totals = [total + count for total, count in zip(self.totals, counts, strict=True)]
 
     def average(self, totals: Sequence[float]) -> None:
-        """Makes row k the sum of totals[k] samples' gradients, divided by totals[k]."""
+        """Make row k the sum of its samples' gradients, divided by totals[k]."""
         self._scale([unit / total if total else 1 for unit, total in zip(self.units, totals, strict=True)])
 
     def _scale(self, factors: Sequence[float]) -> None:

@@ -57,7 +57,7 @@ class OneProcess:
     def weighted(
         self, losses: Sequence[Loss], counts: Sequence[int], spare: Loss = None
     ) -> tuple[Sequence[Loss], Sequence[int]]:
-        """The losses to differentiate, and the samples that the gradient of each is the mean of.
+        """Return the losses to differentiate, and the samples that the gradient of each is the mean of.
 
         Args:
             losses: of this rank's micro-batch.
@@ -69,7 +69,7 @@ class OneProcess:
     def together(
         self, parameters: Mapping[str, Tensor], buffer: GradientBuffer, received: set[str]
     ) -> tuple[Gradients, set[str]]:
-        """The mean gradients of all ranks' batches, and the names of the parameters that got one on any rank."""
+        """Return the mean gradients of all ranks' batches, and the names of the parameters that got one on any rank."""
         buffer.average(buffer.totals)
         return buffer, received
 
@@ -78,7 +78,7 @@ class OneProcess:
         return weights
 
     def check_copyable(self) -> None:
-        """TypeError if the object that has these ranks can be neither copied nor pickled."""
+        """Raise a TypeError if what has these ranks can be neither copied nor pickled."""
 
 
 def ranks(

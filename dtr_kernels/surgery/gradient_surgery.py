@@ -237,7 +237,7 @@ class GradientSurgery:
         return self._step(collect, samples, scaler, last)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copy and pickle take."""
+        """Return the attributes, for copy and pickle; TypeError if process groups are among them."""
         self._ranks.check_copyable()
         return vars(self)
 

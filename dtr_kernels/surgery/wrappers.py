@@ -1,4 +1,4 @@
-"""Wrappers around a model that communicate gradients in its backward passes: they are told from the rest, and refused.
+"""Refuses wrappers around a model that communicate gradients in its backward passes.
 
 DistributedDataParallel averages over the ranks what a backward pass leaves in ``p.grad``: here each of the K gradients,
 in as many passes as a rank has clusters. Where ranks have different ones, it averages gradients of different clusters,
@@ -25,7 +25,7 @@ _REFUSAL = (
 
 @contextmanager
 def refused() -> Iterator[None]:
-    """Refuses the forward pass of any DistributedDataParallel inside, but for one that its no_sync() keeps quiet.
+    """Refuse the forward pass of any DistributedDataParallel inside, but for one that its no_sync() keeps quiet.
 
     Raises:
         RuntimeError: from that forward pass.
@@ -50,7 +50,7 @@ def refused() -> Iterator[None]:
 
 
 def backward(loss: Tensor, gradients: Sequence[Tensor], retain_graph: bool) -> None:
-    """``loss.backward()`` for a loss that the caller has computed, maybe by a wrapper.
+    """Run ``loss.backward()`` for a loss that the caller has computed, maybe by a wrapper.
 
     Args:
         gradients: the parameters' ``grad``.
