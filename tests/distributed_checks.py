@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import traceback
 import warnings
 from copy import deepcopy
@@ -14,8 +16,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -23,6 +26,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 import dtr_kernels as dtr
 from dtr_kernels import ops, reference
@@ -157,6 +161,24 @@ def backward(surgery, model, part, losses_of=losses_of, **options):
     return surgery.backward_batch(partial(losses_of, model), part[0], *part, **options)
 
 
+def backward_by_functions(surgery, model, part, **options):
+    """As ``backward``; a cluster without samples has the loss of any, with a count of 0."""
+    counts = part[0].bincount(minlength=K).tolist()
+
+    def loss(k):
+        chosen = part[0] == k if counts[k] else slice(1)
+        return losses_of(model, *(tensor[chosen] for tensor in part)).mean()
+
+    return surgery.backward([partial(loss, k) for k in range(K)], counts=counts, **options)
+
+
+def micro_batches_of(world_size):
+    """The clusters of each rank's samples in four micro-batches: shares change, and clusters come late or stay away."""
+    random = [torch.randint(K - 1, (int(torch.randint(1, 7, ())),)).tolist() for _ in range(world_size)]
+    lone = [[1 + r % 2] * (r + 1) for r in range(world_size)]
+    return [lone, CLUSTERS[:world_size], [*CLUSTERS[1:world_size], CLUSTERS[0]], random]
+
+
 @check(2, 4)
 def pcgrad_of_unequal_batches(rank, world_size):
     model = Net().double()
@@ -255,28 +277,23 @@ def functions_and_counts(rank, world_size):
 
 @check(2, 4)
 def accumulation(rank, world_size):
+    """The update of one process that had the micro-batches of all in one batch."""
     model = Net().double()
     surgery = replicated(model, generator=torch.Generator().manual_seed(rank))
-    grads = 0.0
-    for last in False, False, True:
-        assert model.head.weight.grad is None
-        parts, whole = batches(world_size)  # a rank has the same share of a cluster in every micro-batch
-        backward(surgery, model, parts[rank], last=last)
-        grads = grads + true_gradients(model, whole)
-    assert_update_of(grads, surgery, model)
-    order = ops.random_order(K, torch.Generator().manual_seed(0))
-    assert_close(flat_update(model), reference.pcgrad(grads, order).sum(0))
-
-    # With other shares a rank's gradients go by the samples of all its micro-batches.
-    model.zero_grad()
-    first, _ = batches(world_size)
-    second, _ = batches(world_size, clusters=[*CLUSTERS[1:world_size], CLUSTERS[0]])
-    backward(surgery, model, first[rank], last=False)
-    backward(surgery, model, second[rank])
-    pairs = list(zip(first, second, strict=True))
-    counts = torch.stack([torch.cat([a[0], b[0]]).bincount(minlength=K) for a, b in pairs])
-    each = torch.stack([true_gradients(model, a) + true_gradients(model, b) for a, b in pairs])
-    assert_update_of(((counts / counts.sum(0).clamp_min(1))[..., None] * each).sum(0), surgery, model)
+    orders = torch.Generator().manual_seed(0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for method, scale in (backward, 1), (backward_by_functions, 1), (partial(backward, scaler=scaler), 2):
+        model.zero_grad()
+        wholes = []
+        for clusters in micro_batches_of(world_size):
+            assert model.head.weight.grad is None
+            parts, whole = batches(world_size, clusters=clusters)
+            wholes.append(whole)
+            method(surgery, model, parts[rank], last=len(wholes) == 4)
+        grads = true_gradients(model, tuple(map(torch.cat, zip(*wholes, strict=True))))
+        assert_close(surgery.last_gram, grads @ grads.T)
+        assert_close(flat_update(model), scale * reference.pcgrad(grads, ops.random_order(K, orders)).sum(0))
+    assert_same_everywhere(flat_update(model))
 
 
 @check(2)
@@ -500,16 +517,130 @@ def what_replicas_refuse(rank, world_size):
     assert Path(caught[0].filename).name == Path(__file__).name
 
 
+class WrapperOfTheCallers(DistributedDataParallel):
+    """With a forward of its own."""
+
+    def forward(self, *args):
+        return super().forward(*args)
+
+
+WRAPPERS = {
+    "plain": DistributedDataParallel,
+    "unused parameters": partial(DistributedDataParallel, find_unused_parameters=True),
+    "bucket views": partial(DistributedDataParallel, gradient_as_bucket_view=True),
+    "static graph": partial(DistributedDataParallel, static_graph=True),
+    "subclass": WrapperOfTheCallers,
+    "compiled": lambda model: torch.compile(DistributedDataParallel(model), backend="eager"),
+    "of a compiled model": lambda model: DistributedDataParallel(torch.compile(model, backend="eager")),
+    "replicate": replicate,  # which keeps the wrapper to itself
+}
+# Ranks without a cluster in common: as many passes, or others, of which the wrapper would average the gradients.
+APART = [[0, 0, 1], [2, 2, 2, 2]]
+
+
 @check(2)
-def inside_of_a_ddp_wrapper(rank, world_size):
-    model = Net().double()
-    wrapper = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=True)
-    surgery = replicated(wrapper.module)
-    parts, whole = batches(world_size, clusters=[[0, 1, 2, 3]] * 2)
-    message = raised(RuntimeError, lambda: backward(surgery, wrapper, parts[rank]))
-    assert "was replaced" in message
-    backward(surgery, wrapper.module, parts[rank])
-    assert_update_of(true_gradients(model, whole), surgery, model)
+def ddp_wrappers_are_refused(rank, world_size):
+    before = DistributedDataParallel._pre_forward
+    parts, whole = batches(world_size, clusters=APART)
+    for name, wrap in WRAPPERS.items():
+        model = ShardedNet().double()
+        copy = deepcopy(model)
+        wrapper = wrap(model)
+        for engine in ("per_cluster", "one_pass", "auto", "low_memory") if name == "plain" else ("auto",):
+            group = None if engine == "low_memory" else dist.group.WORLD
+            surgery = dtr.GradientSurgery(model.named_parameters(), K, engine=engine, process_group=group)
+            for method in backward, backward_by_functions:
+                message = raised(RuntimeError, lambda m=method, s=surgery, w=wrapper: m(s, w, parts[rank]))
+                assert "let them call the model itself, the wrapper's .module" in message, (name, engine, message)
+                assert DistributedDataParallel._pre_forward is before
+        assert flat_update(model).abs().sum() == 0
+        if name != "replicate":  # has no model to call in its place
+            surgery = replicated(model)
+            backward(surgery, model, parts[rank])
+            assert_update_of(true_gradients(copy, whole), surgery, model)
+
+
+@check(2)
+def ddp_wrappers_are_refused_by_losses_computed_before(rank, world_size):
+    parts, whole = batches(world_size, clusters=APART)
+    counts = parts[rank][0].bincount(minlength=K).tolist()
+
+    def step(surgery, model):
+        each = losses_of(model, *parts[rank])
+        losses = [each[parts[rank][0] == k].mean() if count else None for k, count in enumerate(counts)]
+        surgery.backward(losses, counts=counts)
+
+    for name, wrap in WRAPPERS.items():
+        model = ShardedNet().double()
+        del model.idle  # without a gradient for it, the wrapper would fail by itself in the second pass
+        copy = deepcopy(model)
+        surgery = replicated(model)
+        message = raised(RuntimeError, partial(step, surgery, wrap(model)))
+        assert ".module" in message, (name, message)
+        if name != "replicate":
+            step(surgery, model)
+            assert_update_of(true_gradients(copy, whole), surgery, model)
+
+
+@check(2)
+def ddp_wrappers_that_are_quiet(rank, world_size):
+    """They communicate nothing: within no_sync(), and where nothing is differentiated."""
+    model, teacher = Net().double(), DistributedDataParallel(Net().double())
+    wrapper = DistributedDataParallel(model)
+    surgery = replicated(model)
+    parts, whole = batches(world_size, clusters=APART)
+
+    def distilled(model, t, x, target):
+        with torch.no_grad():
+            target = teacher(x, t)
+        return losses_of(model, t, x, target)
+
+    with wrapper.no_sync():
+        backward(surgery, wrapper, parts[rank], distilled)
+    assert_update_of(true_gradients(model, whole, distilled), surgery, model)
+
+
+@check(2)
+def a_compiled_model_is_compiled_once(rank, world_size):
+    from torch._dynamo.testing import CompileCounter  # which takes long
+
+    def losses_of(model, t, x, target):
+        return (model(x) - target).square().mean(1)
+
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    surgery = replicated(model, engine="per_cluster")
+    parts, whole = batches(world_size, clusters=[[0, 0, 0, 1, 1, 1]] * 2)
+    losses_of(compiled, *(tensor[:3] for tensor in parts[rank]))
+    for _ in range(3):
+        model.zero_grad()
+        backward(surgery, compiled, parts[rank], losses_of)
+        assert graphs.frame_count == 1
+    assert_update_of(true_gradients(model, whole, losses_of), surgery, model)
+
+
+@check(2)
+def copies_are_refused(rank, world_size):
+    model, (shards, _) = Net().double(), sharded(next(meshes(world_size)))
+    parts, whole = batches(world_size)
+    for surgery, module, argument in (
+        (replicated(model), model, "process_group"),
+        (dtr.GradientSurgery(shards.named_parameters(), K), shards, "params that are DTensors"),
+    ):
+        for copied in deepcopy, pickle.dumps, lambda thing: torch.save(thing, io.BytesIO()):
+            for thing in surgery, {"step": 3, "surgery": surgery}:
+                message = raised(TypeError, lambda copied=copied, thing=thing: copied(thing))
+                assert f"made with {argument} cannot be copied" in message and "state_dict()" in message
+            backward(surgery, module, parts[rank])
+    state = replicated(model, generator=torch.Generator().manual_seed(7)).state_dict()
+    surgery = replicated(model, generator=torch.Generator())
+    surgery.load_state_dict(deepcopy(state))
+    model.zero_grad()
+    backward(surgery, model, parts[rank])
+    grads, order = true_gradients(model, whole), ops.random_order(K, torch.Generator().manual_seed(7))
+    assert_close(flat_update(model), reference.pcgrad(grads, order).sum(0))
 
 
 class ShardedNet(Net):
@@ -593,12 +724,15 @@ def shards_accumulate(rank, world_size):
     for mesh in meshes(world_size):
         model, copy = sharded(mesh)
         surgery = dtr.GradientSurgery(model.named_parameters(), K)
-        grads = 0.0
-        for clusters in CLUSTERS, [*CLUSTERS[1:world_size], CLUSTERS[0]]:
-            parts, whole = batches(world_size, clusters=clusters)
-            backward(surgery, model, parts[rank], last=clusters is not CLUSTERS)
-            grads = grads + true_gradients(copy, whole)
-        assert_update_of(grads, surgery, model)
+        for method in backward, backward_by_functions:
+            model.zero_grad()
+            wholes = []
+            for clusters in micro_batches_of(world_size):
+                parts, whole = batches(world_size, clusters=clusters)
+                wholes.append(whole)
+                method(surgery, model, parts[rank], last=len(wholes) == 4)
+            grads = true_gradients(copy, tuple(map(torch.cat, zip(*wholes, strict=True))))
+            assert_update_of(grads, surgery, model)
 
 
 @check(2)
@@ -693,6 +827,11 @@ def what_shards_refuse(rank, world_size):
     assert "leave process_group out" in message(model.parameters(), K, process_group=dist.group.WORLD)
     pairs = [*model.named_parameters(), ("plain", copy.idle)]
     assert "but plain is an ordinary tensor" in message(pairs, K)
+    for use_orig_params in False, True:
+        wrapper = FullyShardedDataParallel(Net(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+        for group in None, dist.group.WORLD:
+            text = message(wrapper.parameters(), K, process_group=group)
+            assert "FullyShardedDataParallel (FSDP1)" in text and "use torch.distributed.fsdp.fully_shard" in text
     partial_sum = nn.Parameter(DTensor.from_local(torch.randn(3), mesh, [Partial()]))
     assert "but w has the placement" in message([("w", partial_sum)], K)
     half = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))

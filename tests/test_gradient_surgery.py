@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import dtr_kernels as dtr
 from dtr_kernels import ops
 from dtr_kernels.surgery import engines, gradient_surgery, one_pass
+from dtr_kernels.surgery.buffer import GradientBuffer
 from dtr_kernels.surgery.engines import EngineChoice
 
 K = 3
@@ -394,12 +395,139 @@ def test_accumulation_equals_the_full_batch(weighting, device, seed):
         for part in range(3):
             micro = copy.copy(batches)
             micro.x = batches.x[:, 2 * part : 2 * part + 2]
-            functions = [lambda k=k, micro=micro: micro.loss(model, k) / 3 for k in range(K)]
-            surgery.backward(functions, last=part == 2)
+            surgery.backward(micro.functions(model), last=part == 2)
             if part < 2:
                 assert all(p.grad is None for p in model.parameters())
         torch.testing.assert_close(update(model), expected, msg=lambda text, step=step: f"step {step}: {text}")
         model.zero_grad()
+
+
+def micro_batches_of_random_counts(device="cpu"):
+    """Return some whose cluster counts change, vanish or come late, and the batch that holds all their samples."""
+    counts = [[3, 2, 0], [1, 2, 0], [0, 2, 3], *torch.randint(5, (3, K)).tolist(), [1, 0, 0]]
+    parts = [Mixed(sizes, device).double() for sizes in counts if any(sizes)]
+    parts = [parts[i] for i in torch.randperm(len(parts))[: torch.randint(1, 6, ()).item()]]
+    whole = copy.copy(parts[0])
+    for name in "clusters", "x", "y":
+        setattr(whole, name, torch.cat([getattr(part, name) for part in parts]))
+    return parts, whole
+
+
+def backward_of_mixed(surgery, model, batch, method="backward_batch", **options):
+    """A micro-batch's part of a step, by either method."""
+    if method == "backward_batch":
+        return surgery.backward_batch(batch.loss(model), batch.clusters, batch.x, batch.y, **options)
+    given = (
+        batch.cluster_means(model)
+        if method == "tensors"
+        else [lambda k=k: batch.cluster_means(model)[k] for k in range(K)]
+    )
+    return surgery.backward(given, counts=batch.clusters.bincount(minlength=K).tolist(), **options)
+
+
+@pytest.mark.parametrize("weighting", ["pcgrad", "sum"])
+@pytest.mark.parametrize("how", ["per_cluster", "one_pass", "auto", "tensors", "functions"])
+def test_accumulation_of_unequal_micro_batches_equals_the_full_batch(how, weighting, device, seed):
+    model = Net().to(device).double()
+    parameters = list(model.named_parameters())
+    engine, method = (how, "backward_batch") if how in engines.ENGINES else ("per_cluster", how)
+    surgery = dtr.GradientSurgery(parameters, K, weighting, engine=engine, generator=seeded(seed))
+    at_once = dtr.GradientSurgery(parameters, K, weighting, engine="per_cluster", generator=seeded(seed))
+    for _ in range(4):  # with "auto" each engine has its turn
+        parts, whole = micro_batches_of_random_counts(device)
+        model.zero_grad()
+        backward_of_mixed(at_once, model, whole)
+        expected = update(model)
+        model.zero_grad()
+        for i, part in enumerate(parts):
+            losses = backward_of_mixed(surgery, model, part, method, last=i == len(parts) - 1)
+            torch.testing.assert_close(losses, part.cluster_means(model).detach(), equal_nan=True)
+        torch.testing.assert_close(update(model), expected)
+        torch.testing.assert_close(surgery.last_gram, at_once.last_gram)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_accumulation_of_unequal_micro_batches_in_narrow_dtypes(dtype, device, seed):
+    """With a scaler; next to plain PyTorch's accumulation of the same mean, in the same dtype."""
+    model = Net().to(device, dtype)
+    parts, whole = micro_batches_of_random_counts(device)
+    counts = whole.clusters.bincount(minlength=K)
+    wide = copy.deepcopy(model).double()
+    for part in parts:
+        part.x, part.y = part.x.to(dtype), part.y.to(dtype)
+        losses = part.loss(model)(part.x, part.y)
+        (losses / counts[part.clusters].to(dtype) / K).sum().backward()
+    plain = update(model).double()
+    losses = whole.loss(wide)(whole.x.to(dtype).double(), whole.y.to(dtype).double())
+    (losses / counts[whole.clusters] / K).sum().backward()
+
+    model.zero_grad()
+    scaler = torch.amp.GradScaler(device.type, init_scale=8.0)
+    surgery = dtr.GradientSurgery(model.named_parameters(), K, "sum", engine="per_cluster")
+    for i, part in enumerate(parts):
+        backward_of_mixed(surgery, model, part, scaler=scaler, last=i == len(parts) - 1)
+    error, allowed = (update(model).double() / 8 - update(wide)).norm(), 2 * (plain - update(wide)).norm()
+    assert error <= allowed + 8 * torch.finfo(dtype).eps * update(wide).norm()
+
+
+def test_accumulation_costs_an_ordinary_step_nothing(seed, monkeypatch):
+    """Nor a micro-batch with as many samples of each cluster as the one before it."""
+    factors = []
+    monkeypatch.setattr(GradientBuffer, "_scale", lambda self, given: factors.extend(given))
+    model, batches = Net(), Batches()
+    dtr.GradientSurgery(model.parameters(), K).backward([None, *batches.functions(model)[1:]], counts=[0, 2, 5])
+    assert factors == [1] * 2 * K
+    surgery = dtr.GradientSurgery(model.parameters(), K)
+    for _ in range(3):
+        surgery.backward(batches.functions(model), counts=[1, 2, 3], last=False)
+    assert factors == [1] * 5 * K
+
+
+def test_accumulation_counts_losses_alike_without_counts(seed):
+    model, parts = Net(), [Batches() for _ in range(3)]
+    losses = torch.stack([torch.stack(part.tensors(model)) for part in parts])
+    present = torch.tensor([[True, True, False], [True, False, False], [False, True, False]])
+    means = [losses[:, k][present[:, k]].mean() if present[:, k].any() else losses.sum() * 0 for k in range(K)]
+    expected = cluster_gradients(model, means).sum(0)
+    surgery = dtr.GradientSurgery(model.parameters(), K, "sum")
+    for i, part in enumerate(parts):
+        functions = [f if there else None for f, there in zip(part.functions(model), present[i], strict=True)]
+        surgery.backward(functions, last=i == 2)
+    torch.testing.assert_close(update(model), expected)
+
+
+def test_accumulation_with_a_loss_of_no_samples(seed):
+    """It counts as None, whatever it is worth."""
+    model, batches = Net(), Batches()
+    functions = batches.functions(model)
+    expected = cluster_gradients(model, batches.tensors(model))[:2].sum(0)
+    surgery = dtr.GradientSurgery(model.parameters(), K, "sum")
+    for last in False, True:
+        losses = surgery.backward([*functions[:2], lambda: functions[2]() * torch.nan], counts=[4, 7, 0], last=last)
+        assert losses.isnan().tolist() == [False, False, True]
+    torch.testing.assert_close(update(model), expected)
+
+
+def test_accumulation_keeps_infinity(seed):
+    """An early micro-batch's reaches the update, whatever the counts of the later ones."""
+    model, parts = Net(), [Mixed(sizes) for sizes in ((2, 1, 0), (5, 0, 1), (1, 1, 1))]
+    parts[0].x[0] = torch.inf
+    surgery = dtr.GradientSurgery(model.parameters(), K)
+    for i, part in enumerate(parts):
+        backward_of_mixed(surgery, model, part, last=i == 2)
+    assert not update(model).isfinite().all()
+
+
+@pytest.mark.parametrize("engine", ["per_cluster", "one_pass"])
+def test_accumulation_and_parameters_not_in_params(engine, seed):
+    """They get the sum over the micro-batches of the gradient of their mean losses."""
+    model, (parts, _) = Net().double(), micro_batches_of_random_counts()
+    expected = sum(torch.autograd.grad(sum(part.tensors(model)) / K, model.last.bias)[0] for part in parts)
+    names = [(name, p) for name, p in model.named_parameters() if p is not model.last.bias]
+    surgery = dtr.GradientSurgery(names, K, engine=engine)
+    for i, part in enumerate(parts):
+        backward_of_mixed(surgery, model, part, last=i == len(parts) - 1)
+    torch.testing.assert_close(model.last.bias.grad, expected)
 
 
 def test_cluster_empty_in_one_micro_batch(seed):
@@ -782,13 +910,21 @@ class Mixed:
         self.x = torch.randn(len(clusters), 5, device=device)
         self.y = torch.randn(len(clusters), 2, device=device)
 
+    def double(self):
+        self.x, self.y = self.x.double(), self.y.double()
+        return self
+
     def loss(self, model):
         return lambda x, y: (model(x) - y).square().mean(1)
 
+    def cluster_means(self, model):
+        """The mean losses [K]; NaN without samples."""
+        losses = self.loss(model)(self.x, self.y)
+        return torch.stack([losses[self.clusters == k].mean() for k in range(K)])
+
     def tensors(self, model):
         """The mean losses of the clusters that have samples."""
-        losses = self.loss(model)(self.x, self.y)
-        return [losses[self.clusters == k].mean() for k in range(K) if (self.clusters == k).any()]
+        return [mean for k, mean in enumerate(self.cluster_means(model)) if (self.clusters == k).any()]
 
 
 @pytest.mark.parametrize("sizes", [(4, 1, 3), (2, 0, 3), (0, 0, 1)], ids=str)
@@ -1332,9 +1468,10 @@ def test_low_memory_does_not_accumulate(seed):
     model, batches, batch = Net(), Batches(), Mixed()
     surgery = dtr.GradientSurgery(model.parameters(), K, engine="low_memory")
     arguments = batch.loss(model), batch.clusters, batch.x, batch.y
-    refused(lambda: surgery.backward_batch(*arguments, last=False), ValueError, "last=False", "low_memory")
+    words = ValueError, "last=False", "'low_memory' never holds", "use engine='one_pass' or 'per_cluster'"
+    refused(lambda: surgery.backward_batch(*arguments, last=False), *words)
     surgery.backward(batches.functions(model), last=False)
-    refused(lambda: surgery.backward_batch(*arguments), ValueError, "last=False", "low_memory")
+    refused(lambda: surgery.backward_batch(*arguments), *words)
 
 
 # --- engines ---------------------------------------------------------------------------------------------------------
@@ -1534,7 +1671,7 @@ def test_a_refused_one_pass_leaves_nothing_behind(monkeypatch, seed):
         for _ in range(2):
             surgery.backward_batch(batch.loss(model), batch.clusters, batch.x, batch.y, last=False)
         surgery.backward_batch(batch.loss(model), batch.clusters, batch.x, batch.y)
-        torch.testing.assert_close(update(model), 3 * expected)
+        torch.testing.assert_close(update(model), expected)
         model.zero_grad()
     assert surgery.engine.name == "per_cluster"
 

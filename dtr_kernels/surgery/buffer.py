@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,9 @@ class GradientBuffer:
 
     Each parameter has a stretch of columns, in the dtype of its gradient and its own memory layout. The gaps between
     the stretches stay zero and so add nothing to any product.
+
+    Over the micro-batches of a step row k adds up to the mean gradient of ``totals[k]`` samples, times
+    totals[k] / units[k]: so the first micro-batch, and one with as many samples of a cluster, is added as it is.
 
     Args:
         parameters: by name, on one device.
@@ -58,6 +61,7 @@ class GradientBuffer:
             for key, n in lengths.items()
         }
         self._rows = self._views(clusters)
+        self.units = self.totals = [0] * clusters
 
     def _views(self, clusters: int) -> list[list[Tensor]]:
         return [self.split({key: t[k] for key, t in self.tensors.items()}) for k in range(clusters)]
@@ -79,9 +83,27 @@ class GradientBuffer:
         return self._rows[k]
 
     def zero_(self) -> None:
-        """Sets all K gradients to zero."""
+        """Set all K gradients to zero, of no samples."""
         for tensor in self.tensors.values():
             tensor.zero_()
+        self.units = self.totals = [0] * len(self._rows)
+
+    def expect(self, counts: Sequence[int]) -> None:
+        """Make row k ready to have the mean gradient of counts[k] further samples added to it."""
+        units = [count or unit for count, unit in zip(counts, self.units, strict=True)]
+        self._scale([old / new if old else 1 for old, new in zip(self.units, units, strict=True)])
+        self.units = units
+        self.totals = [total + count for total, count in zip(self.totals, counts, strict=True)]
+
+    def average(self, totals: Sequence[float]) -> None:
+        """Make row k the sum of its samples' gradients, divided by totals[k]."""
+        self._scale([unit / total if total else 1 for unit, total in zip(self.units, totals, strict=True)])
+
+    def _scale(self, factors: Sequence[float]) -> None:
+        for tensor in self.tensors.values():
+            for row, factor in zip(tensor, factors, strict=True):
+                if factor != 1:  # or else it would cost a pass over memory
+                    row.mul_(factor)
 
     def gram(self) -> Tensor:
         """The Gram matrix of the K gradients, fp64 [K, K]."""

@@ -10,8 +10,8 @@ PCGrad of averaged gradients is not the average of PCGrads, so the K gradients a
 
 Either way one rank's weights are everybody's, so that random orders and rounding cannot let the ranks drift apart.
 
-An average over ranks is weighted by samples: with n_rk samples of cluster k on rank r, the gradient of rank r's mean
-loss counts n_rk / sum over r of n_rk.
+An average over ranks is weighted by samples, as one over micro-batches is: with n samples of cluster k, the gradient of
+their mean loss counts n / (all samples of cluster k in the step).
 """
 
 from __future__ import annotations
@@ -54,22 +54,31 @@ class OneProcess:
         """Around a rank's part of a step: an error inside becomes an error on every rank."""
         return nullcontext()
 
-    def weighted(self, losses: Sequence[Loss], counts: Sequence[int], spare: Loss = None) -> Sequence[Loss]:
-        """The losses to differentiate, given the samples behind each of them on this rank.
+    def weighted(
+        self, losses: Sequence[Loss], counts: Sequence[int], spare: Loss = None
+    ) -> tuple[Sequence[Loss], Sequence[int]]:
+        """Return the losses to differentiate, and the samples that the gradient of each is the mean of.
 
-        ``spare`` is a loss to run where other ranks have samples of a cluster, this one has none, and all must run.
+        Args:
+            losses: of this rank's micro-batch.
+            counts: the samples behind each of them; a loss of no samples is left out.
+            spare: a loss to run where other ranks have samples of a cluster, this one has none, and all must run.
         """
-        return losses
+        return [loss if count else None for loss, count in zip(losses, counts, strict=True)], counts
 
     def together(
         self, parameters: Mapping[str, Tensor], buffer: GradientBuffer, received: set[str]
     ) -> tuple[Gradients, set[str]]:
-        """The gradients of all ranks' batches, and the names of the parameters that got one on any rank."""
+        """Return the mean gradients of all ranks' batches, and the names of the parameters that got one on any rank."""
+        buffer.average(buffer.totals)
         return buffer, received
 
     def agreed(self, weights: Tensor) -> Tensor:
         """The weights that all ranks use."""
         return weights
+
+    def check_copyable(self) -> None:
+        """Raise a TypeError if what has these ranks can be neither copied nor pickled."""
 
 
 def ranks(
@@ -90,6 +99,13 @@ def ranks(
         TypeError, ValueError: if the process group or a parameter is not one that can be used.
     """
     settings = [("num_clusters", str(num_clusters)), ("weighting", repr(weighting)), ("engine", repr(engine))]
+    for name, p in parameters.items():
+        if getattr(p, "_fsdp_flattened", False):
+            raise ValueError(
+                f"params must be the model's own or sharded by fully_shard, but {name} belongs to "
+                "FullyShardedDataParallel (FSDP1), which gathers gradients in a flat parameter; use "
+                "torch.distributed.fsdp.fully_shard (FSDP2)"
+            )
     if any(_is_dtensor(p) for p in parameters.values()):
         if process_group is not None:
             raise ValueError(
@@ -117,6 +133,8 @@ class _ManyProcesses(OneProcess):
         parameters: that all of them have.
         settings: names and values that must be the same on all ranks.
     """
+
+    _made_with: str  # the argument that holds process groups
 
     def __init__(
         self, groups: Sequence[dist.ProcessGroup], parameters: Mapping[str, Tensor], settings: list[tuple[str, str]]
@@ -195,6 +213,12 @@ class _ManyProcesses(OneProcess):
                 things = [item for part in parts for item in part]
         return sorted(things, key=lambda item: item[0])
 
+    def check_copyable(self) -> None:
+        raise TypeError(
+            f"a GradientSurgery made with {self._made_with} cannot be copied or pickled, because a process group "
+            "belongs to its process; save its state_dict(), and load that into one made anew with the same arguments"
+        )
+
     def agreed(self, weights: Tensor) -> Tensor:
         weights = weights.clone()
         for group in self._groups:
@@ -207,11 +231,9 @@ def _entry(entry: tuple[str, str] | None) -> str:
 
 
 class Replicas(_ManyProcesses):
-    """Ranks with a copy of the parameters each, which communicate once a step, after its last micro-batch.
+    """Ranks with a copy of the parameters each, which communicate once a step, after its last micro-batch."""
 
-    A rank's gradient of a cluster, added up over the micro-batches, is weighted by the samples behind it, also added
-    up. That is exact if a rank's share of a cluster's samples is the same in all micro-batches of a step.
-    """
+    _made_with = "process_group"
 
     def __init__(
         self, group: dist.ProcessGroup, parameters: Mapping[str, Tensor], settings: list[tuple[str, str]]
@@ -223,8 +245,6 @@ class Replicas(_ManyProcesses):
             )
         super().__init__([group], parameters, settings)
         self._group = group
-        # Samples of each cluster in the micro-batches of this step.
-        self._counts: list[int] = []
 
     def engine(self, name: str) -> EngineChoice:
         if name == "low_memory":
@@ -238,47 +258,27 @@ class Replicas(_ManyProcesses):
         self._describe(parameters)
         return GradientBuffer(parameters, clusters, slices=self._group.size())
 
-    @contextmanager
-    def failing_together(self) -> Iterator[None]:
-        try:
-            with super().failing_together():
-                yield
-        except Exception:
-            self._counts = []
-            raise
-
-    def weighted(self, losses: Sequence[Loss], counts: Sequence[int], spare: Loss = None) -> Sequence[Loss]:
-        self._counts = [sum(pair) for pair in zip_longest(self._counts, counts, fillvalue=0)]
-        return losses
-
     def together(
         self, parameters: Mapping[str, Tensor], buffer: GradientBuffer, received: set[str]
     ) -> tuple[Gradients, set[str]]:
         self._meet()
-        counts, self._counts = self._counts, []
-        totals = self._sums([*counts, *(name in received for name in parameters)])
-        everywhere = {name for name, number in zip(parameters, totals[len(counts) :], strict=True) if number}
-        return _Averages(buffer, _shares(counts, totals[: len(counts)]), self._group), everywhere
+        sums = self._sums([*buffer.totals, *(name in received for name in parameters)])
+        totals, reached = sums[: len(buffer.totals)], sums[len(buffer.totals) :]
+        # Rows are added up, and the sum is divided at the end: ranks that count alike save a pass over memory.
+        buffer.average([total / self._group.size() for total in totals])
+        return _Averages(buffer, self._group), {n for n, number in zip(parameters, reached, strict=True) if number}
 
 
 class _Averages:
-    """The averages over the ranks of K gradients, of which this rank holds one slice of columns.
+    """The averages over the ranks of the K gradients in their buffers; this rank holds one slice of columns."""
 
-    Args:
-        buffer: this rank's gradients, which are overwritten.
-        shares: what gradient k of this rank counts in the average.
-    """
-
-    def __init__(self, buffer: GradientBuffer, shares: Sequence[float], group: dist.ProcessGroup) -> None:
+    def __init__(self, buffer: GradientBuffer, group: dist.ProcessGroup) -> None:
         self._buffer = buffer
         self._group = group
         self._slices: dict[Any, Tensor] = {}
         for key, tensor in buffer.tensors.items():
             slices = tensor.new_empty(len(tensor), tensor.shape[1] // group.size())
-            for row, piece, share in zip(tensor, slices, shares, strict=True):
-                # Rows are added up, and the sum is divided at the end: ranks that count alike save a pass over memory.
-                if share != 1 / group.size():
-                    row.mul_(share * group.size())
+            for row, piece in zip(tensor, slices, strict=True):
                 _reduce_scatter(piece, row, group)
             self._slices[key] = slices
 
@@ -295,11 +295,6 @@ class _Averages:
             update[key] = slices.new_empty(slices.shape[1] * self._group.size())
             _all_gather(update[key], ops.weighted_sum(slices, weights / self._group.size()), self._group)
         return self._buffer.split(update)
-
-
-def _shares(counts: Sequence[int], totals: Sequence[int]) -> list[float]:
-    """What each cluster's gradient on this rank counts in the average over ranks."""
-    return [count / total if total else 0.0 for count, total in zip(counts, totals, strict=True)]
 
 
 def _reduce_scatter(out: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> None:
@@ -320,6 +315,8 @@ class Shards(_ManyProcesses):
     same. So a rank's losses are weighted before the backward pass, and the ranks communicate in every micro-batch.
     All ranks of a mesh must run the same passes; one without samples of a cluster runs a spare loss of weight 0.
     """
+
+    _made_with = "params that are DTensors"
 
     def __init__(self, parameters: Mapping[str, Tensor], settings: list[tuple[str, str]]) -> None:
         shards = _dtensors(parameters)
@@ -350,7 +347,9 @@ class Shards(_ManyProcesses):
         self._describe(shards)
         return _ShardBuffer(shards, clusters)
 
-    def weighted(self, losses: Sequence[Loss], counts: Sequence[int], spare: Loss = None) -> Sequence[Loss]:
+    def weighted(
+        self, losses: Sequence[Loss], counts: Sequence[int], spare: Loss = None
+    ) -> tuple[Sequence[Loss], Sequence[int]]:
         self._meet()
         to_run = [spare if loss is None else loss for loss in losses]
         sums = self._sums([*counts, *(loss is not None for loss in to_run)])
@@ -364,9 +363,9 @@ class Shards(_ManyProcesses):
                 )
         return [
             # A cluster that no rank has samples of needs no spare pass.
-            None if loss is None or (given is None and not total) else _weighted(loss, self._size * share)
-            for loss, given, total, share in zip(to_run, losses, totals, _shares(counts, totals), strict=True)
-        ]
+            None if loss is None or (given is None and not total) else _weighted(loss, self._size * n / max(total, 1))
+            for loss, given, n, total in zip(to_run, losses, counts, totals, strict=True)
+        ], totals
 
 
 def _weighted(loss: Any, weight: float) -> Any:

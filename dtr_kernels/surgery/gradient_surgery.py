@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtr_kernels.ops._gradients import MOST_CLUSTERS
-from dtr_kernels.surgery import distributed, low_memory, one_pass, per_cluster, weightings
+from dtr_kernels.surgery import distributed, low_memory, one_pass, per_cluster, weightings, wrappers
 from dtr_kernels.surgery.batch import Batch
 from dtr_kernels.surgery.buffer import GradientBuffer
 from dtr_kernels.surgery.parameters import device_of, named, trainable
@@ -42,7 +42,7 @@ def _all_or_nothing(
     @wraps(method)
     def attempt(self: GradientSurgery, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         try:
-            with self._ranks.failing_together():
+            with self._ranks.failing_together(), wrappers.refused():
                 return method(self, *args, **kwargs)
         except BaseException:
             self._received = None
@@ -64,7 +64,8 @@ class GradientSurgery:
     Args:
         params: parameters, or (name, parameter) pairs, whose names errors then use; on one device, fp32, bf16, fp16
             or fp64, also mixed. One that comes twice counts once. They may be frozen and unfrozen, moved and cast
-            between steps. The model's other parameters get the gradient of the mean loss, as ever.
+            between steps. The model's other parameters get the gradient of the mean loss of this process, as ever; in
+            an accumulated step the sum of that over the micro-batches, which you may want to divide by their number.
         num_clusters: K, 1 to 64.
         weighting: "pcgrad"; "nash" (Nash-MTL, needs TorchJD: ``pip install 'torchjd[nash-mtl]'``); "sum"; or any
             object that maps a Gram matrix [K, K] to weights [K], such as TorchJD's Gramian weightings. A cluster
@@ -85,12 +86,12 @@ class GradientSurgery:
     Many processes: all ranks get the update that one process with all their batches would make, and must make the same
     calls; their batches may differ in size, and lack clusters that others have.
 
-    - Replicated parameters: give ``process_group``, and let the loss call the model itself: DistributedDataParallel
-      around it would communicate each of the K gradients on its own (use the wrapper's ``module``). The ranks
-      communicate once a step. In an accumulated step a rank's gradient counts by the samples of all its micro-batches.
-      Parameters of the model that are not in params keep gradients of this rank's batch alone.
+    - Replicated parameters: give ``process_group``, and let the loss call the model itself: a DistributedDataParallel
+      wrapper would communicate each of the K gradients on its own, and is refused (use its ``module``). The ranks
+      communicate once a step.
     - Sharded parameters (DTensors: FSDP2's ``fully_shard``, tensor parallelism) know their ranks. Pass those that the
       model has after sharding. Leave FSDP's gradient divide factor and gradient synchronisation as they are.
+      FullyShardedDataParallel (FSDP1) is refused.
 
     A difference between ranks, or an error on one, becomes an error on all. (With sharded parameters an error within
     the passes leaves the other ranks in FSDP's collectives, until the process group's timeout.) For that the ranks
@@ -148,13 +149,14 @@ class GradientSurgery:
             losses: K mean losses, one for each cluster; None where a cluster has no samples. Better K functions that
                 each return one: they are called in turn, so that one graph lives at a time and none is walked K times.
                 (Losses of one graph keep it until the last of them, which compiled models may refuse.)
-            counts: with many processes, the number of samples behind each loss on this rank. Default: the ranks that
-                have a cluster count alike. With sharded parameters a rank without samples of a cluster that others
-                have runs the loss of any sample, with a count of 0, in place of None.
+            counts: the number of samples behind each loss; a loss of 0 samples counts as None. Default: 1 each, so that
+                micro-batches and ranks that have a cluster count alike. With sharded parameters a rank without samples
+                of a cluster that others have runs the loss of any sample, with a count of 0, in place of None.
             scaler: scales the losses; use it to step and update as ever. inf and NaN reach ``p.grad``, and it skips
                 the step.
-            last: False for all micro-batches of an accumulated step but the last: their gradients are added up,
-                cluster by cluster, and ``p.grad`` stays as it is. Divide the losses by the number of micro-batches.
+            last: False for all micro-batches of an accumulated step but the last: their gradients are averaged by
+                samples, cluster by cluster, and ``p.grad`` stays as it is. The update is that of one batch with all
+                their samples: divide the losses by nothing.
 
         Returns:
             The losses [K] of this process, detached and unscaled; NaN where a cluster has no samples.
@@ -162,7 +164,8 @@ class GradientSurgery:
         Raises:
             TypeError, ValueError: if losses is not as described, or reaches none of the parameters.
             RuntimeError: if a parameter has changed between the micro-batches of one step, or its ``grad`` is replaced
-                while a cluster's gradient is computed; or if another rank failed.
+                while a cluster's gradient is computed; if the losses come from a DistributedDataParallel wrapper; or if
+                another rank failed.
 
         After an error, also one in a function of the caller, ``p.grad`` is as it was, and the micro-batches accumulated
         so far are dropped.
@@ -174,8 +177,8 @@ class GradientSurgery:
             )
         if len(losses) != self.num_clusters:
             raise ValueError(f"losses must have {self.num_clusters} entries, one for each cluster, got {len(losses)}")
-        each = self._ranks.weighted(list(losses), _checked_counts(counts, losses))
-        return self._step(lambda step: self._by_cluster(step, each, scaler), scaler, last)
+        each, samples = self._ranks.weighted(list(losses), _checked_counts(counts, losses))
+        return self._step(lambda step: self._by_cluster(step, each, scaler), samples, scaler, last)
 
     @_all_or_nothing
     def backward_batch(
@@ -207,7 +210,10 @@ class GradientSurgery:
         batch = Batch.gathered(clusters, tensors, self.num_clusters)
         if self.engine.name == "low_memory":
             if not last or self._received is not None:
-                raise ValueError("last=False needs the K gradients, which engine 'low_memory' does not keep")
+                raise ValueError(
+                    "last=False adds up the K gradients of several micro-batches, but engine 'low_memory' never holds "
+                    "them; use engine='one_pass' or 'per_cluster' for accumulated steps, or one larger batch"
+                )
             parameters = trainable(self._parameters)
             gradients, values, received = low_memory.stream(
                 parameters, loss, batch, self._scaling(scaler), self._separation
@@ -216,7 +222,7 @@ class GradientSurgery:
             self._finish(parameters, gradients, received, scaler)
             return _stacked(values, device_of(parameters))
 
-        losses = self._ranks.weighted(batch.losses(loss), batch.sizes, spare=batch.any_loss(loss))
+        losses, samples = self._ranks.weighted(batch.losses(loss), batch.sizes, spare=batch.any_loss(loss))
 
         def collect(step: _Step) -> tuple[list[Tensor | None], set[str]]:
             return self.engine.run(
@@ -224,11 +230,16 @@ class GradientSurgery:
                 one_pass=lambda: one_pass.accumulate(
                     step.buffer, step.parameters, loss, batch, self._scaling(scaler), self._separation
                 ),
-                start_over=step.buffer.zero_ if step.first else None,
+                start_over=step.start_over,
                 device=device_of(step.parameters),
             )
 
-        return self._step(collect, scaler, last)
+        return self._step(collect, samples, scaler, last)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes, for copy and pickle; TypeError if process groups are among them."""
+        self._ranks.check_copyable()
+        return vars(self)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs: the weighting's state and the engine found fastest; tensors, numbers and strings."""
@@ -255,18 +266,25 @@ class GradientSurgery:
     def _step(
         self,
         collect: Callable[[_Step], tuple[list[Tensor | None], set[str]]],
+        samples: Sequence[int],
         scaler: torch.amp.GradScaler | None,
         last: bool,
     ) -> Tensor:
         """Lets an engine write to the buffer, and after the last micro-batch makes the update of it."""
         received, self._received = self._received, None  # an error from here on drops the step
         parameters = trainable(self._parameters)
-        step = _Step(parameters, self._prepared_buffer(parameters, first=received is None), first=received is None)
-        values, reached = collect(step)
+        buffer = self._prepared_buffer(parameters, first=received is None)
+        buffer.expect(samples)
+
+        def start_over() -> None:
+            buffer.zero_()
+            buffer.expect(samples)
+
+        values, reached = collect(_Step(parameters, buffer, start_over if received is None else None))
         _check_reached(reached, values)
         received = reached if received is None else received | reached
         if last:
-            gradients, received = self._ranks.together(parameters, step.buffer, received)
+            gradients, received = self._ranks.together(parameters, buffer, received)
             self._finish(parameters, gradients, received, scaler)
         else:
             self._received = received
@@ -322,7 +340,7 @@ class _Step(NamedTuple):
 
     parameters: Mapping[str, Tensor]
     buffer: GradientBuffer
-    first: bool  # of its step
+    start_over: Callable[[], None] | None  # None from a step's second micro-batch on
 
 
 @torch.no_grad()

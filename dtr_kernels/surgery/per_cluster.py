@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from dtr_kernels.surgery import wrappers
 from dtr_kernels.surgery.buffer import GradientBuffer
 
 Loss = Tensor | Callable[[], Tensor] | None
@@ -51,8 +52,12 @@ def accumulate(
             values.append(None)
             continue
         with _gradients_into(parameters, buffer.row(k), received):
-            value = loss if isinstance(loss, Tensor) else _check(f"losses[{k}]()", loss())
-            scaled(value).backward(retain_graph=needed_again[k])
+            if isinstance(loss, Tensor):
+                value = loss
+                wrappers.backward(scaled(value), buffer.row(k), retain_graph=needed_again[k])
+            else:
+                value = _check(f"losses[{k}]()", loss())
+                scaled(value).backward()
         values.append(value.detach())
     return values, received
 
@@ -114,7 +119,8 @@ def _gradients_into(parameters: Mapping[str, Tensor], row: list[Tensor], receive
             if p.grad is not view:
                 raise RuntimeError(
                     f"the grad of {name} was replaced while a cluster's gradient was computed; hooks and loss "
-                    "functions may change it in place only, and optimizers may step only after the update"
+                    "functions may change it in place only, optimizers may step only after the update, and losses must "
+                    "call the model itself, not a DistributedDataParallel wrapper (its .module)"
                 )
             if _writes(view) != version:
                 received.add(name)

@@ -1,0 +1,72 @@
+"""Refuses wrappers around a model that communicate gradients in its backward passes.
+
+DistributedDataParallel averages over the ranks what a backward pass leaves in ``p.grad``: here each of the K gradients,
+in as many passes as a rank has clusters. Where ranks have different ones, it averages gradients of different clusters,
+or ends the process.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+_REFUSAL = (
+    "the losses come from a DistributedDataParallel wrapper, which communicates each of the K gradients on its own; "
+    "let them call the model itself, the wrapper's .module, and give GradientSurgery process_group="
+)
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """Refuse the forward pass of any DistributedDataParallel inside, but for one that its no_sync() keeps quiet.
+
+    Raises:
+        RuntimeError: from that forward pass.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        yield
+        return
+    # The wrapper is the caller's, and out of reach: params are all that is known here. What it does before a forward
+    # pass is common to subclasses, compiled ones, and replicate().
+    original = DistributedDataParallel._pre_forward
+
+    def refuse(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and self.require_backward_grad_sync:
+            raise RuntimeError(_REFUSAL)
+        return original(self, *args, **kwargs)
+
+    DistributedDataParallel._pre_forward = refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        DistributedDataParallel._pre_forward = original  # type: ignore[method-assign]
+
+
+def backward(loss: Tensor, gradients: Sequence[Tensor], retain_graph: bool) -> None:
+    """Run ``loss.backward()`` for a loss that the caller has computed, maybe by a wrapper.
+
+    Args:
+        gradients: the parameters' ``grad``.
+
+    Raises:
+        RuntimeError: if they are written to once autograd has computed them.
+    """
+    # Compiled autograd cannot trace the hook, nor DistributedDataParallel's.
+    compiled = getattr(sys.modules.get("torch._dynamo.compiled_autograd"), "compiled_autograd_enabled", False)
+    if compiled or not (dist.is_available() and dist.is_initialized()):
+        loss.backward(retain_graph=retain_graph)
+        return
+    computed: list[int] = []
+    # Final callbacks run in the order in which they were queued, and this is the first.
+    engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+    loss.register_hook(lambda _: engine.queue_callback(lambda: computed.extend(g._version for g in gradients)))
+    loss.backward(retain_graph=retain_graph)
+    if computed != [g._version for g in gradients]:
+        raise RuntimeError(_REFUSAL)
