@@ -7,19 +7,22 @@ import io
 import math
 import subprocess
 import sys
+import threading
 import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from models import facebook_dit
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import dtr_kernels as dtr
 from dtr_kernels import ops
-from dtr_kernels.surgery import engines, gradient_surgery, one_pass
+from dtr_kernels.surgery import engines, gradient_surgery, one_pass, wrappers
 from dtr_kernels.surgery.buffer import GradientBuffer
 from dtr_kernels.surgery.engines import EngineChoice
 
@@ -1772,3 +1775,39 @@ def test_bad_losses_of_uncertainty(losses, error, fragments):
 @pytest.mark.parametrize("clusters", [0, -2, "3", 2.0, True])
 def test_bad_num_clusters_of_uncertainty(clusters):
     refused(lambda: dtr.UncertaintyWeighting(clusters), ValueError, "num_clusters", "positive", f"got {clusters!r}")
+
+
+def test_ddp_wrappers_are_refused_in_the_threads_of_steps_alone(monkeypatch):
+    """Steps of two threads overlap, and the first to begin ends first; another thread has a wrapper of its own."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    original = DistributedDataParallel._pre_forward
+    wrapper, begun, ended = (
+        DistributedDataParallel.__new__(DistributedDataParallel),
+        threading.Event(),
+        threading.Event(),
+    )
+    vars(wrapper)["require_backward_grad_sync"] = True
+
+    def is_refused():
+        try:
+            wrapper._pre_forward()
+        except RuntimeError as error:
+            return "wrapper's .module" in str(error)
+        except AttributeError:  # of the original, which finds no model
+            return False
+
+    def step():
+        with wrappers.refused():
+            begun.set()
+            ended.wait()
+            found.append(is_refused())
+
+    found, thread = [], threading.Thread(target=step)
+    with wrappers.refused():
+        thread.start()
+        begun.wait()
+        assert is_refused()
+    assert not is_refused() and DistributedDataParallel._pre_forward is not original
+    ended.set()
+    thread.join()
+    assert found == [True] and DistributedDataParallel._pre_forward is original

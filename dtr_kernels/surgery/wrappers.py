@@ -8,6 +8,7 @@ or ends the process.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,9 +24,15 @@ _REFUSAL = (
 )
 
 
+_LOCK = threading.Lock()
+_steps_running = 0  # in all threads
+_this_thread = threading.local()
+_pre_forward = DistributedDataParallel._pre_forward
+
+
 @contextmanager
 def refused() -> Iterator[None]:
-    """Refuse the forward pass of any DistributedDataParallel inside, but for one that its no_sync() keeps quiet.
+    """Refuse forward passes of DistributedDataParallel in this thread, but for those that no_sync() keeps quiet.
 
     Raises:
         RuntimeError: from that forward pass.
@@ -33,20 +40,31 @@ def refused() -> Iterator[None]:
     if not (dist.is_available() and dist.is_initialized()):
         yield
         return
-    # The wrapper is the caller's, and out of reach: params are all that is known here. What it does before a forward
-    # pass is common to subclasses, compiled ones, and replicate().
-    original = DistributedDataParallel._pre_forward
-
-    def refuse(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and self.require_backward_grad_sync:
-            raise RuntimeError(_REFUSAL)
-        return original(self, *args, **kwargs)
-
-    DistributedDataParallel._pre_forward = refuse  # type: ignore[method-assign]
+    outer, _this_thread.refuses = getattr(_this_thread, "refuses", False), True
+    _count(1)
     try:
         yield
     finally:
-        DistributedDataParallel._pre_forward = original  # type: ignore[method-assign]
+        _count(-1)
+        _this_thread.refuses = outer
+
+
+def _count(steps: int) -> None:
+    """Replace the method while steps run.
+
+    The wrapper is the caller's, and out of reach: params are all that is known here. What it does before a forward pass
+    is common to subclasses, compiled ones, and replicate().
+    """
+    global _steps_running
+    with _LOCK:
+        _steps_running += steps
+        DistributedDataParallel._pre_forward = _refuse if _steps_running else _pre_forward  # type: ignore[method-assign]
+
+
+def _refuse(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
+    if getattr(_this_thread, "refuses", False) and torch.is_grad_enabled() and self.require_backward_grad_sync:
+        raise RuntimeError(_REFUSAL)
+    return _pre_forward(self, *args, **kwargs)
 
 
 def backward(loss: Tensor, gradients: Sequence[Tensor], retain_graph: bool) -> None:
