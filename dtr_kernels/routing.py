@@ -154,16 +154,14 @@ def _check_range(t: Tensor, last: float, hint: str, name: str = "t") -> None:
 
 # An op of its own, so that the range check (a data-dependent branch on a CPU) does not break a torch.compile graph.
 @torch.library.custom_op("dtr_kernels::window_starts", mutates_args=())
-def _window_starts(
-    t: Tensor, num_timesteps: int, alpha: float, travel: int, float_timesteps: bool = False
-) -> Tensor:
+def _window_starts(t: Tensor, num_timesteps: int, alpha: float, travel: int, float_timesteps: bool = False) -> Tensor:
     """Return start[b] = round(u[b]**alpha * travel), half to even, in fp64 as the reference code computes it."""
     if t.is_floating_point() and not float_timesteps:
         _check_range(
             t,
             1,
-            "a floating-point t is continuous time in [0, 1], and timestep numbers need an integer dtype or a routing made "
-            "with float_timesteps=True; where time runs in another way, give swap_blocks a noise_level",
+            "a floating-point t is continuous time in [0, 1], and timestep numbers need an integer dtype or a routing "
+            "made with float_timesteps=True; where time runs in another way, give swap_blocks a noise_level",
         )
         time = t.double()
     else:
@@ -259,8 +257,8 @@ def _set(routing: Any, **values: Any) -> None:
 class RandomRouting:
     """Random task routing (R-TR), the paper's ablation baseline: a fixed random subset of channels for each timestep.
 
-    The subset is not a window, so blocks run it through the plain PyTorch path, where nothing is skipped. Subsets belong
-    to integer timesteps, and no subset lies between two of them: floating-point timesteps are refused.
+    The subset is not a window, so blocks run it through the plain PyTorch path, where nothing is skipped. There is one
+    for each integer timestep and none between them, so floating-point timesteps are refused.
 
     Args:
         num_timesteps: T, the number of timesteps.

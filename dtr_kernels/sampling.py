@@ -106,8 +106,8 @@ class Sampler:
 
         Returns:
             What the model returns for x, [B, ...]: its ``sample`` or its first element where that is not a tensor. With
-            guidance, the first ``guided_channels`` of its channels are guided, and others (a learned variance) are those
-            with conditioning.
+            guidance, the first ``guided_channels`` of its channels are guided, and others (a learned variance) are
+            those with conditioning.
 
         Raises:
             TypeError: if t is not a number.

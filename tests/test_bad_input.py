@@ -44,11 +44,14 @@ def test_routing_arguments(routing, arguments, fragments):
     refused(lambda: routing(**arguments), ValueError, fragments)
 
 
-def test_routing_arguments_of_another_type():
-    for routing in (dtr.DenoisingTaskRouting, dtr.RandomRouting):
-        refused(lambda: routing(num_timesteps=1000.0), TypeError, ["num_timesteps", "an integer", "got 1000.0"])
-        refused(lambda: routing(num_timesteps=True), TypeError, ["num_timesteps", "an integer", "got True"])
-        refused(lambda: routing(beta="0.8"), TypeError, ["beta", "a number", "got '0.8'"])
+@pytest.mark.parametrize("routing", [dtr.DenoisingTaskRouting, dtr.RandomRouting])
+def test_routing_arguments_of_another_type(routing):
+    refused(lambda: routing(num_timesteps=1000.0), TypeError, ["num_timesteps", "an integer", "got 1000.0"])
+    refused(lambda: routing(num_timesteps=True), TypeError, ["num_timesteps", "an integer", "got True"])
+    refused(lambda: routing(beta="0.8"), TypeError, ["beta", "a number", "got '0.8'"])
+
+
+def test_settings_of_one_routing_of_another_type():
     refused(lambda: dtr.DenoisingTaskRouting(float_timesteps=1), TypeError, ["float_timesteps", "True or False", "1"])
     refused(lambda: dtr.DenoisingTaskRouting(alpha=None), TypeError, ["alpha", "a number", "None"])
     refused(lambda: dtr.RandomRouting(seed=0.5), TypeError, ["seed", "an integer", "0.5"])

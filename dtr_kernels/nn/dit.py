@@ -107,13 +107,16 @@ class FinalLayer(nn.Module):
         return out
 
 
+_OURS = (RoutedDiTBlock.forward, FinalLayer.forward)
+
+
 def _takes_streams(module: nn.Module) -> bool:
     """Return whether a module is one of ours as it was made, with no hook or patch to which a ``Stream`` would show.
 
     Hooks that take Streams have an attribute ``takes_streams``.
     """
     return (
-        type(module).forward in (RoutedDiTBlock.forward, FinalLayer.forward)
+        type(module).forward in _OURS
         and "forward" not in module.__dict__
         and not (module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook())
         and all(
@@ -238,10 +241,7 @@ class DiT(NoTorchScript, nn.Module):
         stream = Stream(self.x_embedder(x) + self.pos_embed)
         active = self._active_channels(t, times)
         for block in self.blocks:
-            if _takes_streams(block):
-                stream = block(stream, c, active)
-            else:
-                stream = Stream(block(stream.sum(), c, active))
+            stream = block(stream, c, active) if _takes_streams(block) else Stream(block(stream.sum(), c, active))
         return self.unpatchify(self.final_layer(stream if _takes_streams(self.final_layer) else stream.sum(), c))
 
     def _active_channels(self, t: Tensor | int | float, times: Tensor) -> ChannelWindow | Tensor | None:
