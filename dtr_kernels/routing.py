@@ -139,12 +139,11 @@ def _check_range(t: Tensor, last: float, hint: str, name: str = "t") -> None:
     A floating-point t may be a few rounding units outside, of fp32 where it is a Python number made of one.
     """
     message = f"{name} must be in 0..{last}; {hint}"
-    margin = 0.0
+    margin: float = 0
     if t.is_floating_point():
         margin = 4 * max(torch.finfo(t.dtype).eps, torch.finfo(torch.float32).eps) * max(last, 1)
-    else:
-        t = t.long()  # a narrow dtype would wrap ``last`` around
-    valid = ((t.double() >= -margin) & (t.double() <= last + margin)).all()
+    t = t.double() if t.is_floating_point() else t.long()  # a narrow dtype would wrap ``last`` around, or round it
+    valid = ((t >= -margin) & (t <= last + margin)).all()
     if t.device.type == "cpu":
         if not valid:
             raise ValueError(f"{message}; got values from {t.min().item()} to {t.max().item()}")

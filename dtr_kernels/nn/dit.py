@@ -115,15 +115,11 @@ def _takes_streams(module: nn.Module) -> bool:
 
     Hooks that take Streams have an attribute ``takes_streams``.
     """
-    return (
-        type(module).forward in _OURS
-        and "forward" not in module.__dict__
-        and not (module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook())
-        and all(
-            hasattr(hook, "takes_streams")
-            for hooks in (module._forward_pre_hooks, module._forward_hooks)
-            for hook in hooks.values()
-        )
+    if type(module).forward not in _OURS or "forward" in module.__dict__ or _has_any_global_hook():
+        return False
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return not (module._backward_hooks or module._backward_pre_hooks) and all(
+        hasattr(hook, "takes_streams") for hook in hooks
     )
 
 
