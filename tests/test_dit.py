@@ -212,6 +212,18 @@ def test_public_dtr_checkpoint_loads(wrapped):
     assert list(checkpoint) == names
 
 
+def test_public_dtr_checkpoint_with_windows_near_halves_loads():
+    """Of which t / (T - 1) rounds one the other way."""
+    routing = dtr.DenoisingTaskRouting(27, 1.0, 0.6)
+    start = np.round(np.linspace(0, 1, 27) ** 1.0 * (C - int(0.6 * C)))
+    assert (start != np.round(np.arange(27) / 26 * (C - int(0.6 * C)))).any()
+    offset = np.arange(C) - start[:, None]
+    masks = torch.from_numpy((offset >= 0) & (offset < int(0.6 * C))).float()
+    model = make_model(routing)
+    saved = {f"blocks.{i}.routing._unit_mapping": masks for i in range(DEPTH)}
+    make_model(routing).load_state_dict({**model.state_dict(), **saved})
+
+
 @pytest.mark.parametrize(
     "routing",
     [
@@ -329,6 +341,7 @@ def test_labels_of_any_integer_dtype_and_the_null_class_alone():
     model, (x, t, y) = make_model(), make_batch()
     for dtype in (torch.int32, torch.uint8, torch.int16):
         torch.testing.assert_close(model(x, t, y.to(dtype)), model(x, t, y), rtol=0, atol=0)
+        torch.library.opcheck(torch.ops.dtr_kernels.checked_labels, (y.to(dtype), CLASSES + 1))
     make_model(num_classes=0)(x, t, torch.zeros(3, dtype=torch.long))
 
 

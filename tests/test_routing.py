@@ -191,6 +191,7 @@ def test_float_timesteps_compile_and_export(fresh_compiler):
             return dtr.DenoisingTaskRouting(float_timesteps=True).window(t, 1152).start
 
     t = torch.tensor([0.0, 978.61, 999.0])
+    torch.library.opcheck(torch.ops.dtr_kernels.window_starts, (t, 1000, 4.0, 231, True))
     expected = Start()(t)
     assert torch.equal(torch.compile(Start(), fullgraph=True, backend="aot_eager")(t), expected)
     assert torch.equal(torch.export.export(Start(), (t,)).module()(t), expected)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -286,7 +287,7 @@ class DiT(NoTorchScript, nn.Module):
         if isinstance(t, Tensor) and t.shape != (B,):
             raise ValueError(f"t must have shape [{B}], one timestep per sample of x, got {list(t.shape)}")
         check_timesteps(t)
-        if not isinstance(t, Tensor) and not math.isfinite(t):
+        if not isinstance(t, Tensor | Integral) and not math.isfinite(t):
             raise ValueError(f"t must be finite, got {t}")
         if not isinstance(y, Tensor) or y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
             given = getattr(y, "dtype", type(y).__name__)
