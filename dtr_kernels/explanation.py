@@ -184,6 +184,8 @@ class _Watch(TorchDispatchMode):
             if not report.ops and report.why_plain is None:
                 report.why_plain = "its forward was replaced, and called no fused op"
 
+        # Else a DiT would give the block tensors, and run something else than without being watched.
+        enter.takes_streams = leave.takes_streams = True  # type: ignore[attr-defined]
         handles = [
             block.register_forward_pre_hook(enter, with_kwargs=True),
             block.register_forward_hook(leave, always_call=True),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,16 +72,58 @@ class ChannelWindow:
         return ChannelWindow(self.start.expand(batch_size).contiguous(), self.width, self.channels)
 
 
-def _check_ratio(beta: float, num_timesteps: int) -> None:
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """Return an integer, NumPy's too, as an int.
+
+    Raises:
+        TypeError: if value is not an integer.
+        ValueError: if it is less than ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def check_number(name: str, value: Any) -> int | float:
+    """Return a number, NumPy's too, as an int or a float.
+
+    Raises:
+        TypeError: if value is not a number.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def check_timesteps(t: Any) -> None:
+    """Refuse a t that is neither a vector [B] of integers or floating-point numbers nor one number.
+
+    Raises:
+        TypeError: if t is neither a tensor nor a number.
+        ValueError: if its shape or dtype does not fit, or it is a bool.
+    """
+    if isinstance(t, Tensor):
+        if t.dim() != 1 or t.dtype == torch.bool or t.is_complex():
+            raise ValueError(
+                f"t must be a vector [B] of integer timesteps or of floating-point numbers, got {t.dtype} of shape "
+                f"{list(t.shape)}"
+            )
+    elif isinstance(t, bool):
+        raise ValueError(f"t must be a timestep, got {t}")
+    elif not isinstance(t, Real):
+        raise TypeError(f"t must be a tensor, an int or a float, got {type(t).__name__}")
+
+
+def _check_ratio(beta: float) -> float:
+    beta = check_number("beta", beta)
     if not 0 < beta <= 1:
         raise ValueError(f"beta, the ratio of active channels, must be in (0, 1], got {beta}")
-    if num_timesteps < 1:
-        raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
+    return beta
 
 
 def _active_channels(beta: float, channels: int) -> int:
-    if channels < 1:
-        raise ValueError(f"channels must be at least 1, got {channels}")
     width = int(beta * channels)
     if width < 1:
         raise ValueError(
@@ -90,12 +133,17 @@ def _active_channels(beta: float, channels: int) -> int:
     return width
 
 
-def _check_range(t: Tensor, last: float, hint: str) -> None:
-    """Refuses t outside [0, last] without a host synchronisation: on a GPU as a device-side assertion."""
-    message = f"t must be in 0..{last}; {hint}"
-    if not t.is_floating_point():
-        t = t.long()  # a narrow dtype would wrap ``last`` around
-    valid = ((t >= 0) & (t <= last)).all()
+def _check_range(t: Tensor, last: float, hint: str, name: str = "t") -> None:
+    """Refuse t outside [0, last] without a host synchronisation: on a GPU by a device-side assertion.
+
+    A floating-point t may be a few rounding units outside, of fp32 where it is a Python number made of one.
+    """
+    message = f"{name} must be in 0..{last}; {hint}"
+    margin: float = 0
+    if t.is_floating_point():
+        margin = 4 * max(torch.finfo(t.dtype).eps, torch.finfo(torch.float32).eps) * max(last, 1)
+    t = t.double() if t.is_floating_point() else t.long()  # a narrow dtype would wrap ``last`` around, or round it
+    valid = ((t >= -margin) & (t <= last + margin)).all()
     if t.device.type == "cpu":
         if not valid:
             raise ValueError(f"{message}; got values from {t.min().item()} to {t.max().item()}")
@@ -105,97 +153,111 @@ def _check_range(t: Tensor, last: float, hint: str) -> None:
 
 # An op of its own, so that the range check (a data-dependent branch on a CPU) does not break a torch.compile graph.
 @torch.library.custom_op("dtr_kernels::window_starts", mutates_args=())
-def _window_starts(t: Tensor, num_timesteps: int, alpha: float, travel: int) -> Tensor:
-    """start[b] = round(time**alpha * travel), half to even, in fp64 as the reference code computes it."""
-    if t.is_floating_point():
+def _window_starts(t: Tensor, num_timesteps: int, alpha: float, travel: int, float_timesteps: bool = False) -> Tensor:
+    """Return start[b] = round(u[b]**alpha * travel), half to even, in fp64 as the reference code computes it."""
+    if t.is_floating_point() and not float_timesteps:
         _check_range(
-            t, 1, "a floating-point t is continuous time in [0, 1], and timestep numbers need an integer dtype"
+            t,
+            1,
+            "a floating-point t is continuous time in [0, 1], and timestep numbers need an integer dtype or a routing "
+            "made with float_timesteps=True; where time runs in another way, give swap_blocks a noise_level",
         )
         time = t.double()
     else:
-        _check_range(t, num_timesteps - 1, f"the routing was made for num_timesteps={num_timesteps}")
-        time = t.double() / max(num_timesteps - 1, 1)
+        last = num_timesteps - 1
+        _check_range(t, last, f"the routing was made for num_timesteps={num_timesteps}")
+        time = t.double()
+        # As numpy.linspace(0, 1, T) has it: t / (T - 1) differs in the last bit, and so where halves are rounded.
+        time = torch.where(time == max(last, 1), 1.0, time * (1 / max(last, 1)))
     # The exponent as a tensor on t's device: for small integers PyTorch would multiply, and differ from pow in the last
     # bit.
     exponent = torch.full((), alpha, dtype=torch.float64, device=t.device)
-    return (time**exponent * travel).round().to(torch.int32)
+    return (time.clamp(0, 1) ** exponent * travel).round().to(torch.int32)
 
 
 @_window_starts.register_fake
-def _(t: Tensor, num_timesteps: int, alpha: float, travel: int) -> Tensor:
+def _(t: Tensor, num_timesteps: int, alpha: float, travel: int, float_timesteps: bool = False) -> Tensor:
     return torch.empty_like(t, dtype=torch.int32)
-
-
-def _check_timesteps(t: Tensor) -> None:
-    if t.dim() != 1 or t.dtype == torch.bool or t.is_complex():
-        raise ValueError(
-            "t must be a vector [B] of integer timesteps or of continuous times in [0, 1], "
-            f"got {t.dtype} of shape {list(t.shape)}"
-        )
 
 
 @dataclass(frozen=True)
 class DenoisingTaskRouting:
     """DTR's sliding window: equation 5 and section 4.2 of the paper.
 
-    The window of timestep t starts at ``round((t / (T - 1)) ** alpha * (C - W))`` with ``W = int(beta * C)``.
-    Neighbouring timesteps share most of their channels, and alpha > 1 gives the noisy end of the process more
-    channels of its own.
+    The window of timestep t starts at ``round(u[t] ** alpha * (C - W))`` with ``u = numpy.linspace(0, 1, T)`` and
+    ``W = int(beta * C)``. Neighbouring timesteps share most of their channels, and alpha > 1 gives the noisy end of the
+    process more channels of its own.
 
     Args:
         num_timesteps: T, the number of timesteps of the diffusion process the model was trained with. A respaced
             sampler passes the original timestep numbers.
         alpha: shape of the slide, > 0. The paper uses 4.
         beta: ratio of active channels, in (0, 1]. The paper uses 0.8; 1 is the ordinary, unrouted model.
+        float_timesteps: take a floating-point t as a timestep number in 0..T-1, which may lie between two of them, as
+            diffusers' Euler schedulers count. By default it is a continuous time in [0, 1].
 
     Raises:
+        TypeError: if an argument is not a number, num_timesteps not an integer or float_timesteps not a bool.
         ValueError: if beta is outside (0, 1], alpha <= 0 or num_timesteps < 1.
     """
 
     num_timesteps: int = 1000
     alpha: float = 4.0
     beta: float = 0.8
+    float_timesteps: bool = False
 
     def __post_init__(self) -> None:
-        _check_ratio(self.beta, self.num_timesteps)
-        if not self.alpha > 0:
-            raise ValueError(f"alpha, the exponent of the slide, must be greater than 0, got {self.alpha}")
+        alpha = check_number("alpha", self.alpha)
+        if not alpha > 0:
+            raise ValueError(f"alpha, the exponent of the slide, must be greater than 0, got {alpha}")
+        if not isinstance(self.float_timesteps, bool):
+            raise TypeError(f"float_timesteps must be True or False, got {self.float_timesteps!r}")
+        # Python's own numbers, which ops and compiled code take where they refuse NumPy's.
+        _set(self, num_timesteps=check_count("num_timesteps", self.num_timesteps), alpha=alpha)
+        _set(self, beta=_check_ratio(self.beta))
 
     def window(self, t: Tensor | int | float, channels: int) -> ChannelWindow:
         """The window of every sample of a batch, computed on t's device without a host synchronisation.
 
         Args:
             t: integer tensor [B] of timesteps 0..T-1, or floating-point tensor [B] of continuous times in [0, 1]
-                (flow matching), or one Python number shared by the whole batch (sampling). Inside a function given
-                to torch.compile a Python float compiles anew for each value; an int or a tensor does not.
+                (flow matching), with ``float_timesteps`` of timestep numbers in 0..T-1; or one Python or NumPy number
+                shared by the whole batch (sampling). Floating-point numbers may be rounded past either end. Inside a
+                function given to torch.compile a Python float compiles anew for each value; an int or a tensor does
+                not.
             channels: number of channels C of the residual stream.
 
         Returns:
-            ``ChannelWindow`` with start int32 [B] ([1] for a Python number).
+            ``ChannelWindow`` with start int32 [B] ([1] for a number).
 
         Raises:
+            TypeError: if t is neither a tensor nor a number, or channels is not an integer.
             ValueError: if t is outside its range (on a GPU: a device-side assertion, so that nothing waits), has
                 another shape or dtype, or if beta leaves no channel active.
         """
+        channels = check_count("channels", channels)
         width = _active_channels(self.beta, channels)
+        check_timesteps(t)
+        settings = self.num_timesteps, self.alpha, channels - width, self.float_timesteps
         if isinstance(t, Tensor):
-            _check_timesteps(t)
-            start = torch.ops.dtr_kernels.window_starts(t, self.num_timesteps, self.alpha, channels - width)
-            return ChannelWindow(start, width, channels)
-        if isinstance(t, bool):
-            raise ValueError(f"t must be a timestep, got {t}")
-        if not isinstance(t, Real):
-            raise TypeError(f"t must be a tensor, an int or a float, got {type(t).__name__}")
+            return ChannelWindow(torch.ops.dtr_kernels.window_starts(t, *settings), width, channels)
         dtype = torch.int64 if isinstance(t, Integral) else torch.float64
-        start = _window_starts(torch.tensor([t], dtype=dtype), self.num_timesteps, self.alpha, channels - width)
+        start = _window_starts(torch.tensor([t], dtype=dtype), *settings)
         return ChannelWindow(start, width, channels, shared_start=int(start))
+
+
+def _set(routing: Any, **values: Any) -> None:
+    """Set fields of a frozen dataclass while it is made."""
+    for name, value in values.items():
+        object.__setattr__(routing, name, value)
 
 
 @dataclass(frozen=True)
 class RandomRouting:
     """Random task routing (R-TR), the paper's ablation baseline: a fixed random subset of channels for each timestep.
 
-    The subset is not a window, so blocks run it through the plain PyTorch path, where nothing is skipped.
+    The subset is not a window, so blocks run it through the plain PyTorch path, where nothing is skipped. There is one
+    for each integer timestep and none between them, so floating-point timesteps are refused.
 
     Args:
         num_timesteps: T, the number of timesteps.
@@ -203,7 +265,8 @@ class RandomRouting:
         seed: of the subsets; the same seed gives the same subsets on every device.
 
     Raises:
-        ValueError: if beta is outside (0, 1] or num_timesteps < 1.
+        TypeError: if num_timesteps or seed is not an integer or beta not a number.
+        ValueError: if beta is outside (0, 1], num_timesteps < 1 or seed < 0.
     """
 
     num_timesteps: int = 1000
@@ -211,7 +274,8 @@ class RandomRouting:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_ratio(self.beta, self.num_timesteps)
+        _set(self, num_timesteps=check_count("num_timesteps", self.num_timesteps), beta=_check_ratio(self.beta))
+        _set(self, seed=check_count("seed", self.seed, least=0))
 
     def mask(self, t: Tensor, channels: int) -> Tensor:
         """Bool mask [B, C], True where active, on t's device.
@@ -221,11 +285,17 @@ class RandomRouting:
             channels: number of channels C.
 
         Raises:
+            TypeError: if t is not a tensor, or channels not an integer.
             ValueError: if t is not an integer vector or is out of range (on a GPU: a device-side assertion).
         """
-        _check_timesteps(t)
+        if not isinstance(t, Tensor):
+            raise TypeError(f"t must be a tensor [B] for random routing, got {type(t).__name__}")
+        check_timesteps(t)
         if t.is_floating_point():
-            raise ValueError(f"t must hold integer timesteps for random routing, got {t.dtype}")
+            raise ValueError(
+                f"t must hold integer timesteps for random routing, got {t.dtype}; round it, as in t.round().long()"
+            )
+        channels = check_count("channels", channels)
         _active_channels(self.beta, channels)
         return torch.ops.dtr_kernels.random_masks(t, self.num_timesteps, self.beta, self.seed, channels)
 

@@ -12,14 +12,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dtr_kernels.nn import DiT, RoutedDiTBlock
-from dtr_kernels.nn.dit import FinalLayer
+from dtr_kernels.nn.dit import FinalLayer, guide
+from dtr_kernels.routing import DenoisingTaskRouting, check_count, check_number
 from dtr_kernels.swap.core import is_block, is_compiled, one_timestep
 
 __all__ = ["Sampler"]
@@ -51,6 +52,8 @@ class Sampler:
             step computes them.
         cuda_graphs: capture a CUDA graph at the first step at each timestep and replay it later. For x of one shape
             and dtype, on a GPU. All graphs share their memory.
+        guided_channels: number of the prediction's channels that are guided, the first ones; None for as many as x has.
+            facebookresearch/DiT guides 3 of 4.
         conditioning: the other arguments of the model's forward by their names, such as y=labels. Tensors among them
             have one entry per sample, and are copied.
 
@@ -65,12 +68,14 @@ class Sampler:
         guidance_scale: float | None = None,
         remember: bool = True,
         cuda_graphs: bool = False,
+        guided_channels: int | None = None,
         **conditioning: Any,
     ) -> None:
         self.model = model
         self.guidance_scale = guidance_scale
         self.remember = remember
         self.cuda_graphs = cuda_graphs
+        self.guided_channels = None if guided_channels is None else check_count("guided_channels", guided_channels)
         self._conditioning = {
             name: value.clone() if isinstance(value, Tensor) else value for name, value in conditioning.items()
         }
@@ -87,7 +92,8 @@ class Sampler:
         self.forget()
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _make, (self.model, self.guidance_scale, self.remember, self.cuda_graphs, self._conditioning)
+        settings = self.model, self.guidance_scale, self.remember, self.cuda_graphs, self.guided_channels
+        return _make, (settings, self._conditioning)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor | int | float) -> Tensor:
@@ -95,18 +101,19 @@ class Sampler:
 
         Args:
             x: [B, channels, H, W], the samples at timestep t.
-            t: the timestep of all of them, in the numbers that the model was trained with: a Python number, or a
-                tensor that holds one, for which the host waits if it is on a GPU.
+            t: the timestep of all of them, in the numbers that the model was trained with: a Python or NumPy number,
+                or a tensor that holds one, for which the host waits if it is on a GPU.
 
         Returns:
             What the model returns for x, [B, ...]: its ``sample`` or its first element where that is not a tensor. With
-            guidance, the first ``channels`` of its channels are guided, and others (a learned variance) are those with
-            conditioning.
+            guidance, the first ``guided_channels`` of its channels are guided, and others (a learned variance) are
+            those with conditioning.
 
         Raises:
+            TypeError: if t is not a number.
             ValueError: if x does not have as many samples as the conditioning, the model is in training mode, t is not
-                one number or is an integer at one step and not at another, or, with CUDA graphs, x is not on a GPU or
-                of another shape than at the first step.
+                one finite number or, unless the routing has ``float_timesteps``, is an integer at one step and not at
+                another, or, with CUDA graphs, x is not on a GPU or of another shape than at the first step.
             RuntimeError: if a block's modulation turns out to depend on more than timestep and conditioning.
         """
         if self.model.training:
@@ -121,7 +128,7 @@ class Sampler:
                 "each batch size"
             )
         self._kind = self._kind or type(number)
-        if type(number) is not self._kind:
+        if type(number) is not self._kind and not _has_float_timesteps(self.model):
             raise ValueError(
                 f"t was of type {self._kind.__name__} before and is {number!r} now, which routing tells apart"
             )
@@ -148,10 +155,7 @@ class Sampler:
             out = out.sample if hasattr(out, "sample") else out[0]
         if self.guidance_scale is None:
             return out
-        wanted, unconditional = out.chunk(2)
-        C = x.shape[1]
-        guided = unconditional[:, :C] + self.guidance_scale * (wanted[:, :C] - unconditional[:, :C])
-        return torch.cat([guided, wanted[:, C:]], dim=1)
+        return guide(out, self.guidance_scale, x.shape[1] if self.guided_channels is None else self.guided_channels)[0]
 
     def _replay(self, x: Tensor, t: int | float) -> Tensor:
         if x.device.type != "cuda":
@@ -256,10 +260,8 @@ def _when(x: Tensor, t: int | float) -> tuple[Any, ...]:
     return t, x.dtype, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _make(
-    model: nn.Module, guidance_scale: float | None, remember: bool, cuda_graphs: bool, conditioning: dict[str, Any]
-) -> Sampler:
-    return Sampler(model, guidance_scale, remember, cuda_graphs, **conditioning)
+def _make(settings: tuple[Any, ...], conditioning: dict[str, Any]) -> Sampler:
+    return Sampler(*settings, **conditioning)
 
 
 def _at_one_timestep(model: nn.Module) -> Callable[[Tensor, int | float, Mapping[str, Any]], Any]:
@@ -285,14 +287,19 @@ def _versions(weights: list[nn.Parameter]) -> list[tuple[int, int]]:
     return [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
 
 
+def _has_float_timesteps(model: nn.Module) -> bool:
+    """Return whether integer and floating-point timesteps mean the same to the model."""
+    blocks: list[Any] = [module for module in model.modules() if is_block(module)]
+    routing = model.routing if isinstance(model, DiT) else blocks[0]._dtr.model.routing
+    return isinstance(routing, DenoisingTaskRouting) and routing.float_timesteps
+
+
 def _number(t: Any) -> int | float:
     if isinstance(t, Tensor):
         if t.numel() != 1:
             raise ValueError(f"t must be one timestep for the whole batch, got a tensor of shape {list(t.shape)}")
-        return t.item()
-    if not isinstance(t, Real):
-        raise ValueError(f"t must be a number or a tensor that holds one, got {t!r}")
-    return int(t) if isinstance(t, Integral) else float(t)
+        t = t.item()
+    return check_number("t", t)
 
 
 def _samples(conditioning: Mapping[str, Any]) -> int | None:

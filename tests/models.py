@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -218,7 +219,7 @@ DIM, HEADS, DEPTH, TIMESTEPS = 32, 4, 2, 50
 def window_mapping(alpha: float = 4.0, beta: float = 0.8) -> Tensor:
     """The mapping [T, C] of the public DTR code."""
     width = int(DIM * beta)
-    starts = (torch.linspace(0, 1, TIMESTEPS, dtype=torch.float64) ** alpha * (DIM - width)).round()
+    starts = (torch.tensor(np.linspace(0, 1, TIMESTEPS)) ** alpha * (DIM - width)).round()
     channel = torch.arange(DIM)
     return ((channel >= starts[:, None]) & (channel < starts[:, None] + width)).float()
 

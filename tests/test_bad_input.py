@@ -44,6 +44,22 @@ def test_routing_arguments(routing, arguments, fragments):
     refused(lambda: routing(**arguments), ValueError, fragments)
 
 
+@pytest.mark.parametrize("routing", [dtr.DenoisingTaskRouting, dtr.RandomRouting])
+def test_routing_arguments_of_another_type(routing):
+    refused(lambda: routing(num_timesteps=1000.0), TypeError, ["num_timesteps", "an integer", "got 1000.0"])
+    refused(lambda: routing(num_timesteps=True), TypeError, ["num_timesteps", "an integer", "got True"])
+    refused(lambda: routing(beta="0.8"), TypeError, ["beta", "a number", "got '0.8'"])
+
+
+def test_settings_of_one_routing_of_another_type():
+    refused(lambda: dtr.DenoisingTaskRouting(float_timesteps=1), TypeError, ["float_timesteps", "True or False", "1"])
+    refused(lambda: dtr.DenoisingTaskRouting(alpha=None), TypeError, ["alpha", "a number", "None"])
+    refused(lambda: dtr.RandomRouting(seed=0.5), TypeError, ["seed", "an integer", "0.5"])
+    refused(lambda: dtr.RandomRouting(seed=-1), ValueError, ["seed", "at least 0", "-1"])
+    refused(lambda: RANDOM.mask(3, C), TypeError, ["t must be a tensor", "int"])
+    refused(lambda: ROUTING.window(3, 8.0), TypeError, ["channels", "an integer", "8.0"])
+
+
 @pytest.mark.parametrize("alpha", [0, -4.0, math.nan])
 def test_alpha(alpha):
     refused(lambda: dtr.DenoisingTaskRouting(alpha=alpha), ValueError, ["alpha", "greater than 0", f"got {alpha}"])
@@ -259,15 +275,18 @@ def test_the_inputs_that_the_cases_change_are_good(op):
     "arguments, fragments",
     [
         ({"num_heads": 5}, ["hidden_size", "divisible by num_heads", "32", "5"]),
-        ({"num_heads": 0}, ["num_heads", "32", "0"]),
-        ({"num_heads": -4}, ["num_heads", "32", "-4"]),
-        ({"num_heads": 4, "scope": "both"}, ["scope", "'block'", "'branch'", "'both'"]),
-        ({"num_heads": 4, "scope": None}, ["scope", "'block'", "'branch'", "None"]),
+        ({"num_heads": 0}, ["num_heads", "at least 1", "0"]),
+        ({"num_heads": -4}, ["num_heads", "at least 1", "-4"]),
+        ({"hidden_size": 0}, ["hidden_size", "at least 1", "0"]),
+        ({"mlp_ratio": 0.0}, ["mlp_ratio", "at least 1 / hidden_size = 1/32", "0.0"]),
+        ({"mlp_ratio": -1}, ["mlp_ratio", "at least 1 / hidden_size", "-1"]),
+        ({"scope": "both"}, ["scope", "'block'", "'branch'", "'both'"]),
+        ({"scope": None}, ["scope", "'block'", "'branch'", "None"]),
     ],
     ids=str,
 )
 def test_block_arguments(arguments, fragments):
-    refused(lambda: dtr.nn.RoutedDiTBlock(C, **arguments), ValueError, fragments)
+    refused(lambda: dtr.nn.RoutedDiTBlock(**{"hidden_size": C, "num_heads": 4, **arguments}), ValueError, fragments)
 
 
 def mask(*shape, device="cpu"):
@@ -277,6 +296,8 @@ def mask(*shape, device="cpu"):
 WINDOW = ROUTING.window(starts(1, 19), C)
 BLOCK_CASES = [
     ({"x": torch.ones(B, N, C).long()}, TypeError, ["x must", "floating point", "torch.int64"]),
+    ({"x": [0.0]}, TypeError, ["x must", "floating point", "list"]),
+    ({"c": None}, TypeError, ["c must", "floating point", "None"]),
     ({"x": torch.ones(N, C)}, ValueError, ["x must have shape [B, N, ", "[3, 32]"]),
     ({"x": torch.ones(B, N, C).double()}, ValueError, ["x is torch.float64", "torch.float32", "autocast"]),
     ({"window": ROUTING.window(starts(1, 2, 3), C)}, ValueError, ["window", "3 samples", "2"]),

@@ -33,6 +33,13 @@ def make_batch(B=3):
     return x, torch.tensor([0, T // 2, T - 1, 7])[:B], torch.tensor([0, CLASSES, 2, 1])[:B]
 
 
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 def oracle(model, x, t, y, mask):
     """DiT's forward pass, written out around dtr.reference.dit_block."""
     B = len(x)
@@ -145,6 +152,39 @@ def test_guidance_acts_on_the_first_in_channels():
     torch.testing.assert_close(out[:, 2:], torch.cat([conditional[:, 2:], unconditional[:, 2:]]))
 
 
+def test_guidance_of_fewer_channels():
+    """facebookresearch/DiT guides three of its four."""
+    model, (x, t, _) = make_model(), make_batch(4)
+    y = torch.tensor([1, 3, CLASSES, CLASSES])
+    out, all_guided = model.forward_with_cfg(x, t, y, 4.0, guided_channels=1), model.forward_with_cfg(x, t, y, 4.0)
+    torch.testing.assert_close(out[:, :1], all_guided[:, :1])
+    torch.testing.assert_close(out[:, 1:], model(x[[0, 1, 0, 1]], t, y)[:, 1:])
+    for wrong in (0, 5, -1):
+        with pytest.raises(ValueError, match=f"guided_channels must be at .* got {wrong}"):
+            model.forward_with_cfg(x, t, y, 4.0, guided_channels=wrong)
+
+
+def test_float_timesteps():
+    routing = dtr.DenoisingTaskRouting(T, float_timesteps=True)
+    model, (x, t, y) = make_model(routing), make_batch()
+    torch.testing.assert_close(model(x, t.float(), y), model(x, t, y))
+    between = torch.tensor([0.0, 12.25, 18.5])
+    start = [round((float(u) / (T - 1)) ** 4 * (C - 25)) for u in between]
+    mask = torch.zeros(3, C)
+    for b, first in enumerate(start):
+        mask[b, first : first + 25] = 1
+    torch.testing.assert_close(model(x, between, y), oracle(model, x, between, y, mask), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model(x, 12.25, y), model(x, torch.full((3,), 12.25), y))
+
+
+def test_numpy_numbers():
+    sizes = {"input_size": SIZE, "patch_size": PATCH, "in_channels": 2, "hidden_size": C, "depth": DEPTH}
+    numbers = {name: np.int64(size) for name, size in {**sizes, "num_heads": HEADS, "num_classes": CLASSES}.items()}
+    model, (x, _, y) = make_model(mlp_ratio=np.float32(4), **numbers), make_batch()
+    torch.testing.assert_close(model(x, np.int64(13), y), make_model()(x, 13, y))
+    torch.testing.assert_close(model(x, np.float32(0.25), y), make_model()(x, 0.25, y))
+
+
 def test_labels_are_dropped_in_training_only():
     x, t, y = make_batch()
     model = make_model(class_dropout_prob=1.0)
@@ -170,6 +210,18 @@ def test_public_dtr_checkpoint_loads(wrapped):
     names = list(checkpoint)
     model.load_state_dict(checkpoint)
     assert list(checkpoint) == names
+
+
+def test_public_dtr_checkpoint_with_windows_near_halves_loads():
+    """Of which t / (T - 1) rounds one the other way."""
+    routing = dtr.DenoisingTaskRouting(27, 1.0, 0.6)
+    start = np.round(np.linspace(0, 1, 27) ** 1.0 * (C - int(0.6 * C)))
+    assert (start != np.round(np.arange(27) / 26 * (C - int(0.6 * C)))).any()
+    offset = np.arange(C) - start[:, None]
+    masks = torch.from_numpy((offset >= 0) & (offset < int(0.6 * C))).float()
+    model = make_model(routing)
+    saved = {f"blocks.{i}.routing._unit_mapping": masks for i in range(DEPTH)}
+    make_model(routing).load_state_dict({**model.state_dict(), **saved})
 
 
 @pytest.mark.parametrize(
@@ -222,6 +274,17 @@ def test_published_sizes():
         ({"class_dropout_prob": 1.5}, ValueError, "class_dropout_prob must be between 0 and 1, got 1.5"),
         ({"scope": "all"}, ValueError, "scope must be one of 'block', 'branch', got 'all'"),
         ({"routing": 0.8}, TypeError, "routing must be .* got 0.8"),
+        ({"depth": 0}, ValueError, "depth must be at least 1, got 0"),
+        ({"depth": 2.0}, TypeError, "depth must be an integer of at least 1, got 2.0"),
+        ({"patch_size": 0}, ValueError, "patch_size must be at least 1, got 0"),
+        ({"input_size": 0}, ValueError, "input_size must be at least 1, got 0"),
+        ({"in_channels": 0}, ValueError, "in_channels must be at least 1, got 0"),
+        ({"hidden_size": 0}, ValueError, "hidden_size must be at least 1, got 0"),
+        ({"num_heads": 0}, ValueError, "num_heads must be at least 1, got 0"),
+        ({"mlp_ratio": 0}, ValueError, "mlp_ratio must be at least 1 / hidden_size = 1/32, got 0"),
+        ({"num_classes": -1}, ValueError, "num_classes must be at least 0, got -1"),
+        ({"num_classes": 0, "class_dropout_prob": 0}, ValueError, "num_classes must be at least 1, got 0"),
+        ({"class_dropout_prob": None}, TypeError, "class_dropout_prob must be a number, got None"),
     ],
 )
 def test_bad_arguments(argument, error, message):
@@ -229,18 +292,185 @@ def test_bad_arguments(argument, error, message):
         make_model(**argument)
 
 
-def test_bad_batches():
+LABELS = torch.tensor([1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("argument", "error", "message"),
+    [
+        ({"x": torch.ones(3, 2, 6, 4)}, ValueError, r"x must have shape \[B, 2, 6, 6\], got \[3, 2, 6, 4\]"),
+        ({"x": torch.ones(3, 2, 6, 6).int()}, TypeError, "x must be floating point, got torch.int32"),
+        ({"x": [1.0]}, TypeError, "x must be floating point, a tensor, got list"),
+        ({"t": torch.tensor([1, 2])}, ValueError, r"t must have shape \[3\].* got \[2\]"),
+        ({"t": [1, 2, 3]}, TypeError, "t must be a tensor, an int or a float, got list"),
+        ({"t": "3"}, TypeError, "t must be a tensor, an int or a float, got str"),
+        ({"t": None}, TypeError, "t must be a tensor, an int or a float, got NoneType"),
+        ({"t": True}, ValueError, "t must be a timestep, got True"),
+        ({"t": math.nan}, ValueError, "t must be finite, got nan"),
+        ({"t": np.float32("inf")}, ValueError, "t must be finite, got inf"),
+        ({"t": torch.ones(3, dtype=torch.bool)}, ValueError, r"t must be a vector \[B\] .* got torch.bool"),
+        ({"t": LABELS.to("meta")}, ValueError, "t must be on cpu, as x is, got it on meta"),
+        ({"y": LABELS[:2]}, ValueError, r"y must have shape \[3\].* got \[2\]"),
+        ({"y": LABELS + 3}, ValueError, rf"y must be in 0..{CLASSES}; .*from 4 to 6"),
+        ({"y": -LABELS}, ValueError, rf"y must be in 0..{CLASSES}; .*from -3 to -1"),
+        ({"y": LABELS.to("meta")}, ValueError, "y must be on cpu, as x is, got it on meta"),
+        ({"y": LABELS.float()}, TypeError, r"y must be an integer tensor \[3\] of class labels, got torch.float32"),
+        ({"y": LABELS > 1}, TypeError, r"y must be an integer tensor \[3\] of class labels, got torch.bool"),
+        ({"y": 1}, TypeError, r"y must be an integer tensor \[3\] of class labels, got int"),
+        ({"y": None}, TypeError, r"y must be an integer tensor \[3\] of class labels, got NoneType"),
+    ],
+)
+@pytest.mark.parametrize("routing", [ROUTING, None], ids=["window", "none"])
+def test_bad_batches(routing, argument, error, message):
+    batch = dict(zip("xty", make_batch(), strict=True))
+    with pytest.raises(error, match=message):
+        make_model(routing)(**{**batch, **argument})
+
+
+def test_bad_batches_of_other_kinds():
     model, (x, t, y) = make_model(), make_batch()
-    with pytest.raises(ValueError, match=r"x must have shape \[B, 2, 6, 6\], got \[3, 2, 6, 4\]"):
-        model(x[..., :4], t, y)
-    with pytest.raises(ValueError, match=r"t must have shape \[3\].* got \[2\]"):
-        model(x, t[:2], y)
-    with pytest.raises(ValueError, match=r"y must have shape \[3\].* got \[2\]"):
-        model(x, t, y[:2])
     with pytest.raises(ValueError, match=f"t must be in 0..{T - 1}"):
         model(x, T, y)
     with pytest.raises(ValueError, match=r"even number of samples.* got 3"):
         model.forward_with_cfg(x, t, y, 2.0)
+    with pytest.raises(ValueError, match=f"y must be in 0..{CLASSES - 1}; .* from 0 to {CLASSES}"):
+        make_model(class_dropout_prob=0.0)(x, t, y)
+
+
+def test_labels_of_any_integer_dtype_and_the_null_class_alone():
+    model, (x, t, y) = make_model(), make_batch()
+    for dtype in (torch.int32, torch.uint8, torch.int16):
+        torch.testing.assert_close(model(x, t, y.to(dtype)), model(x, t, y), rtol=0, atol=0)
+        torch.library.opcheck(torch.ops.dtr_kernels.checked_labels, (y.to(dtype), CLASSES + 1))
+    make_model(num_classes=0)(x, t, torch.zeros(3, dtype=torch.long))
+
+
+def test_labels_are_checked_in_compiled_and_exported_models(fresh_compiler):
+    model, (x, t, y) = make_model(depth=1).float(), make_batch()
+    x = x.float()
+    for run in (
+        torch.compile(model, fullgraph=True, backend="aot_eager"),
+        torch.export.export(model, (x, t, y)).module(),
+        lambda x, t, y: torch.func.functional_call(model, dict(model.named_parameters()), (x, t, y)),
+    ):
+        torch.testing.assert_close(run(x, t, y), model(x, t, y))
+        with pytest.raises(ValueError, match=f"y must be in 0..{CLASSES}"):
+            run(x, t, y + CLASSES + 1)
+
+
+@pytest.mark.gpu
+def test_labels_are_checked_without_waiting_for_the_gpu():
+    model = make_model().float().cuda()
+    x, t, y = (tensor.cuda() for tensor in make_batch())
+    model(x.float(), t, y)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(x.float(), t, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# --- blocks that somebody looks into ---------------------------------------------------------------------------------
+
+
+class Wrapped(torch.nn.Module):
+    """A user's own module around a block."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, c, window):
+        assert isinstance(x, torch.Tensor)
+        return self.block(x, c, window)
+
+
+def forward_hook(block, seen):
+    block.register_forward_hook(lambda module, inputs, out: seen.extend((inputs[0], out)))
+
+
+def pre_hook(block, seen):
+    block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+
+
+def backward_hook(block, seen):
+    block.register_full_backward_hook(lambda module, inputs, outputs: seen.extend(outputs))
+
+
+def patch(block, seen):
+    block.forward = lambda *args: seen.append(args[0]) or type(block).forward(block, *args)
+
+
+def global_hook(block, seen):
+    """For all modules, which are seen one after the other."""
+    return torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, out: seen.extend((inputs[0], out)) if module is block else None
+    )
+
+
+@pytest.mark.parametrize("look", [forward_hook, pre_hook, backward_hook, patch, global_hook])
+@pytest.mark.parametrize(
+    "where", [lambda model: model.blocks[1], lambda model: model.final_layer], ids=["block", "last"]
+)
+def test_whoever_looks_into_a_block_sees_tensors(look, where):
+    model, (x, t, y) = make_model(), make_batch()
+    parameters = list(model.blocks.parameters())
+    expected = model(x, t, y)
+    gradients = torch.autograd.grad(expected.square().sum(), parameters)
+    seen = []
+    handle = look(where(model), seen)
+    out = model(x, t, y)
+    found = torch.autograd.grad(out.square().sum(), parameters)
+    if handle is not None:
+        handle.remove()
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found, gradients, rtol=1e-9, atol=1e-9)
+    assert seen and all(isinstance(tensor, torch.Tensor) for tensor in seen)
+
+
+def test_a_hook_changes_what_a_block_returns():
+    model, (x, t, y) = make_model(None), make_batch()
+    model.blocks[1].register_forward_hook(lambda module, inputs, out: 2 * out)
+    c = model.t_embedder(t) + model.y_embedder(y)
+    tokens = model.x_embedder(x) + model.pos_embed
+    for factor, block in zip((1, 2, 1), model.blocks, strict=True):
+        tokens = factor * dtr.reference.dit_block(block, tokens, c, None, block.scope)
+    expected = model.unpatchify(model.final_layer(tokens, c))
+    torch.testing.assert_close(model(x, t, y), expected, rtol=1e-9, atol=1e-9)
+
+
+def compiled(block):
+    return torch.compile(block, backend="aot_eager")
+
+
+def compiled_in_place(block):
+    block.compile(backend="aot_eager")
+    return block
+
+
+@pytest.mark.parametrize("wrap", [Wrapped, compiled, compiled_in_place])
+@pytest.mark.parametrize("number", [0, DEPTH - 1])
+def test_a_wrapped_block_takes_and_returns_tensors(wrap, number, fresh_compiler):
+    model, (x, t, y) = make_model(), make_batch()
+    expected = model(x, t, y)
+    model.blocks[number] = wrap(model.blocks[number])
+    torch.testing.assert_close(model(x, t, y), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_blocks_that_nobody_looks_into_are_fused():
+    """One sum of the residual stream for each block with a hook, and none without."""
+    model, (x, t, y) = make_model().float(), make_batch()
+
+    def sums():
+        with torch.profiler.profile() as profile:
+            model(x.float(), t, y)
+        return sum(event.name == "dtr_kernels::gated_residual" for event in profile.events())
+
+    assert sums() == 0
+    handle = model.blocks[1].register_forward_hook(lambda module, inputs, out: None)
+    assert sums() == 2  # before it, and its own
+    handle.remove()
+    assert sums() == 0
 
 
 @pytest.mark.parametrize("routing", [ROUTING, dtr.RandomRouting(T)], ids=["window", "random"])
@@ -260,7 +490,7 @@ def test_autocast_keeps_the_stream_in_fp32():
     model, (x, t, y) = make_model().float(), make_batch()
     x = x.float()
     streams = []
-    model.final_layer.register_forward_pre_hook(lambda _, args: streams.append(args[0].x))
+    model.final_layer.register_forward_pre_hook(lambda _, args: streams.append(args[0]))
     with torch.autocast("cpu", torch.bfloat16):
         out = model(x, t, y)
     assert streams[0].dtype == torch.float32

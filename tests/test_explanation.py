@@ -39,9 +39,19 @@ def test_says_what_ran(monkeypatch):
     )
     report = only(dtr.explain(make_model(), BATCH))
     assert list(report["ops"]) == ["routed_linear", "routed_mlp"]  # and the next norm adds what the block leaves open
-    assert calls == [*report["ops"], *report["ops"], "routed_linear"]  # the last is the final layer's
+    # Before the blocks the embedder's, after them the final layer's.
+    assert calls == ["checked_labels", *report["ops"], *report["ops"], "routed_linear"]
     assert report["routing"] == "25 of 32 channels, a window per sample"
     assert report["input"] == "[2, 16, 32] in float32 on cpu" and report["why_plain"] is None
+
+
+def test_says_what_runs_where_somebody_looks():
+    """Between the block with a hook and its neighbours there are tensors, which costs each of them an op."""
+    model = make_model()
+    model.blocks[1].register_forward_hook(lambda block, inputs, out: None)
+    first, second = dtr.explain(model, BATCH).blocks
+    assert list(first.ops) == ["routed_linear", "routed_mlp"]
+    assert list(second.ops) == FUSED and second.input == "[2, 16, 32] in float32 on cpu"
 
 
 def test_one_timestep_for_all():

@@ -520,6 +520,7 @@ def test_functional_transforms(seed):
         ({"channels": 0}, ["channels", "0"]),
         ({"out_channels": 48}, ["out_channels", "48", "32"]),
         ({"num_groups": 0}, ["num_groups", "0"]),
+        ({"emb_channels": 0}, ["emb_channels", "at least 1", "0"]),
         ({"up": True, "down": True}, ["up", "down"]),
     ],
     ids=str,

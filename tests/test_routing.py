@@ -23,7 +23,14 @@ def formula(time, alpha, channels, width):
 
 
 def timesteps(T):
-    return np.arange(T) / max(T - 1, 1)
+    return np.linspace(0, 1, T)  # as the public code has it; np.arange(T) / (T - 1) is not the same
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @contextmanager
@@ -49,6 +56,34 @@ def test_every_timestep_has_the_window_of_the_formula(device, T, channels):
         assert window.start.dtype == torch.int32 and window.start.device.type == device.type
         expected = formula(timesteps(T), alpha, channels, width)
         np.testing.assert_array_equal(window.start.cpu(), expected, f"{alpha=} {beta=}")
+
+
+# With these, halves are rounded otherwise for t / (T - 1) than for np.linspace(0, 1, T).
+NEAR_HALVES = [
+    (15, 1.0, 0.8, 384),
+    (25, 2.0, 0.25, 1152),
+    (43, 1.0, 0.8, 1152),
+    (393, 4.0, 0.5, 768),
+    (491, 1.0, 0.8, 1024),
+    (949, 4.0, 0.5, 768),
+]
+
+
+@pytest.mark.parametrize("T, alpha, beta, channels", NEAR_HALVES)
+def test_windows_near_halves_are_those_of_linspace(device, T, alpha, beta, channels, fresh_compiler):
+    routing, t = dtr.DenoisingTaskRouting(T, alpha, beta), torch.arange(T, device=device)
+    expected = formula(timesteps(T), alpha, channels, int(beta * channels))
+    assert (expected != formula(np.arange(T) / (T - 1), alpha, channels, int(beta * channels))).any()
+    compiled = torch.compile(lambda t: routing.window(t, channels).start, fullgraph=True, backend="aot_eager")
+    starts = {
+        "eager": routing.window(t, channels).start,
+        "compiled": compiled(t),
+        "float": dataclasses.replace(routing, float_timesteps=True).window(t.double(), channels).start,
+        "number": torch.tensor([routing.window(number, channels).shared_start for number in range(T)]),
+        "reference": dtr.reference.routing_mask(t, channels, T, alpha, beta).argmax(1),
+    }
+    for name, start in starts.items():
+        np.testing.assert_array_equal(start.cpu(), expected, name)
 
 
 def test_half_rounds_to_even():
@@ -104,8 +139,72 @@ def test_integer_timesteps_of_any_dtype(device, dtype, T):
     largest = min(torch.iinfo(dtype).max, T - 1)
     t = sorted({0, 1, largest // 3, largest - 1, largest})
     window = dtr.DenoisingTaskRouting(T).window(torch.tensor(t, device=device).to(dtype), 1152)
-    expected = formula(np.array(t) / (T - 1), 4.0, 1152, window.width)
+    expected = formula(timesteps(T)[t], 4.0, 1152, window.width)
     np.testing.assert_array_equal(window.start.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("T", [1, 2, 393, 1000])
+def test_float_timesteps_are_the_integers_and_what_lies_between(device, dtype, T):
+    routing = dtr.DenoisingTaskRouting(T, beta=0.5, float_timesteps=True)
+    t = torch.arange(T, device=device)
+    window = routing.window(t, 768)
+    torch.testing.assert_close(routing.window(t.to(dtype), 768).start, window.start, rtol=0, atol=0)
+    assert torch.equal(routing.window(t, 768).start, dtr.DenoisingTaskRouting(T, beta=0.5).window(t, 768).start)
+    between = (t[:-1] + 0.25).to(dtype)
+    expected = formula(between.double().cpu().numpy() * (1 / max(T - 1, 1)), 4.0, 768, window.width)
+    np.testing.assert_array_equal(routing.window(between, 768).start.cpu(), expected)
+
+
+@pytest.mark.parametrize("t", [978.61, 500.0, 998.9999, np.float32(978.61), np.float16(500), 7, np.int32(7)], ids=repr)
+def test_a_float_timestep_for_the_whole_batch(t):
+    routing = dtr.DenoisingTaskRouting(float_timesteps=True)
+    one, batch = routing.window(t, 1152), routing.window(torch.tensor([float(t)], dtype=torch.float64), 1152)
+    assert [one.shared_start] == batch.start.tolist()
+    assert one.shared_start == round((float(t) / 999) ** 4 * (1152 - 921))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_rounding_beyond_the_ends_is_the_end(device, dtype):
+    """Noise levels such as 1 + 2e-7 and -3e-8, that arithmetic in a scheduler leaves; and timestep numbers."""
+    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    for last, routing in ((1, dtr.DenoisingTaskRouting()), (999, dtr.DenoisingTaskRouting(float_timesteps=True))):
+        t = torch.tensor([-2 * eps * last, last * (1 + 2 * eps)], dtype=torch.float64, device=device).to(dtype)
+        assert routing.window(t, 1152).start.tolist() == [0, 1152 - 921]
+        for far in (-6 * eps * last, last * (1 + 8 * eps)):
+            with pytest.raises(ValueError, match=f"t must be in 0..{last}"):
+                routing.window(torch.tensor([far], dtype=dtype), 1152)
+    for t in (1 + 2e-7, -3e-8):  # an fp32 number, as Python has it
+        assert dtr.DenoisingTaskRouting().window(t, 1152).shared_start in (0, 1152 - 921)
+
+
+def test_a_number_out_of_range_is_told_both_ways_out():
+    with pytest.raises(ValueError, match=r"float_timesteps=True.* noise_level"):
+        dtr.DenoisingTaskRouting().window(torch.tensor([978.61]), 64)
+    with pytest.raises(ValueError, match=r"t must be in 0..999; .*num_timesteps=1000; got values from 1010.0"):
+        dtr.DenoisingTaskRouting(float_timesteps=True).window(1010.0, 64)
+
+
+def test_float_timesteps_compile_and_export(fresh_compiler):
+    class Start(torch.nn.Module):
+        def forward(self, t):
+            return dtr.DenoisingTaskRouting(float_timesteps=True).window(t, 1152).start
+
+    t = torch.tensor([0.0, 978.61, 999.0])
+    torch.library.opcheck(torch.ops.dtr_kernels.window_starts, (t, 1000, 4.0, 231, True))
+    expected = Start()(t)
+    assert torch.equal(torch.compile(Start(), fullgraph=True, backend="aot_eager")(t), expected)
+    assert torch.equal(torch.export.export(Start(), (t,)).module()(t), expected)
+
+
+def test_numpy_numbers_are_numbers():
+    """Of which PyTorch takes some and refuses others."""
+    plain = dtr.DenoisingTaskRouting(20, 2.0, 0.5)
+    routing = dtr.DenoisingTaskRouting(np.int64(20), np.float32(2), np.float32(0.5))
+    assert routing == plain and type(routing.num_timesteps) is int
+    assert routing.window(np.int64(7), np.int32(64)).shared_start == plain.window(7, 64).shared_start
+    random, t = dtr.RandomRouting(np.int16(20), np.float64(0.5), np.uint8(3)), torch.arange(20)
+    assert torch.equal(random.mask(t, np.int64(64)), dtr.RandomRouting(20, 0.5, 3).mask(t, 64))
 
 
 @pytest.mark.parametrize("steps", [10, 50, 250])

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import any_torchvision  # noqa: F401  # before diffusers
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,6 +91,31 @@ def test_guidance_is_that_of_the_model():
     unguided = dtr.Sampler(model, y=LABELS[:3])(x, torch.tensor(700))
     torch.testing.assert_close(unguided, model(x, 700, LABELS[:3]))
     assert (guided[:, :2] - unguided[:, :2]).abs().max() > 1e-3
+
+
+def test_guidance_of_fewer_channels():
+    model, x = make_model(), torch.randn(3, 2, SIZE, SIZE)
+    sampler = dtr.Sampler(model, guidance_scale=3.0, guided_channels=1, y=LABELS)
+    guided, wanted = sampler(x, 700), model(x, 700, LABELS[:3])
+    torch.testing.assert_close(guided[:, :1], dtr.Sampler(model, guidance_scale=3.0, y=LABELS)(x, 700)[:, :1])
+    torch.testing.assert_close(guided[:, 1:], wanted[:, 1:])
+    torch.testing.assert_close(guided, model.forward_with_cfg(torch.cat([x, x]), 700, LABELS, 3.0, 1)[:3])
+    assert torch.equal(copy.deepcopy(sampler)(x, 700), guided)
+
+
+@pytest.mark.parametrize("kind", ["native", "swapped"])
+def test_float_timesteps(kind):
+    """Of a scheduler; an integer among them is the same number, and not refused."""
+    routing = dtr.DenoisingTaskRouting(num_timesteps=T, float_timesteps=True)
+    if kind == "native":
+        model, x = make_model(routing), torch.randn(3, 2, SIZE, SIZE)
+    else:
+        model, x = dtr.swap_blocks(facebook_dit().eval(), routing), torch.randn(3, 3, SIZE, SIZE)
+    sampler = dtr.Sampler(model, y=LABELS[:3])
+    for t in (torch.tensor(999.0), torch.tensor(978.61), np.float32(978.61), 500.5, 500, np.int64(3)):
+        times = torch.full((3,), float(t))
+        torch.testing.assert_close(sampler(x, t), model(x, times, LABELS[:3]))
+    assert torch.equal(sampler(x, 500), sampler(x, 500.0))
 
 
 # --- swapped models
@@ -374,7 +400,10 @@ def test_refusals():
         (lambda: sampler(x[:2], 5), ValueError, "this Sampler is for 3 samples, but"),
         (lambda: sampler(x, torch.tensor([5, 5, 5])), ValueError, "one timestep for the whole batch"),
         (lambda: sampler(x, 5.0), ValueError, "t was of type int before and is 5.0 now"),
-        (lambda: sampler(x, "5"), ValueError, "must be a number"),
+        (lambda: sampler(x, "5"), TypeError, "t must be a number, got '5'"),
+        (lambda: sampler(x, None), TypeError, "t must be a number, got None"),
+        (lambda: dtr.Sampler(model, 2.0, guided_channels=0, y=LABELS), ValueError, "guided_channels must be at least"),
+        (lambda: dtr.Sampler(model, 2.0, guided_channels=5, y=LABELS)(x, 5), ValueError, "at most the 4 channels"),
         (lambda: sampler(x, T), ValueError, "0..999|0 to 999|out of range|between"),
         (lambda: dtr.Sampler(model, cuda_graphs=True, y=LABELS[:3])(x, 5), ValueError, "needs x on a GPU"),
     ]:

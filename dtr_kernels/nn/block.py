@@ -11,7 +11,7 @@ from dtr_kernels import ops, reference
 from dtr_kernels.nn._torchscript import NoTorchScript
 from dtr_kernels.ops._checks import check_block, check_window
 from dtr_kernels.ops._launch import chosen_path
-from dtr_kernels.routing import ChannelWindow
+from dtr_kernels.routing import ChannelWindow, check_count, check_number
 
 __all__ = ["RoutedDiTBlock", "Stream", "advance", "check_scope"]
 
@@ -102,7 +102,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
+        if dim % num_heads:
             raise ValueError(f"hidden_size must be divisible by num_heads, got {dim} and {num_heads}")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -131,25 +131,32 @@ class RoutedDiTBlock(NoTorchScript, nn.Module):
             and the MLP sees what attention wrote on every channel. "branch": attention and MLP both skip.
 
     Raises:
-        ValueError: if scope is unknown or num_heads does not divide hidden_size.
+        TypeError: if an argument is not a number of its kind.
+        ValueError: if scope is unknown, a size is less than 1, num_heads does not divide hidden_size, or mlp_ratio
+            leaves the MLP no channel.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, scope: str = "block") -> None:
         super().__init__()
         check_scope(scope)
+        hidden_size, num_heads = check_count("hidden_size", hidden_size), check_count("num_heads", num_heads)
+        mlp_width = int(hidden_size * check_number("mlp_ratio", mlp_ratio))
+        if mlp_width < 1:
+            raise ValueError(f"mlp_ratio must be at least 1 / hidden_size = 1/{hidden_size}, got {mlp_ratio}")
         self.scope = scope
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.mlp = Mlp(hidden_size, mlp_width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor | Stream, c: Tensor, window: ChannelWindow | Tensor | None = None) -> Tensor | Stream:
         """Runs the block.
 
         Args:
-            x: residual stream [B, N, C], floating point; or the ``Stream`` that the block before returned, whose
-                pending update is then added in the kernel of this block's first norm.
+            x: residual stream [B, N, C], floating point; or, between the blocks of a ``DiT`` that nobody looks into,
+                the ``Stream`` that the block before returned, whose pending update is then added in the kernel of this
+                block's first norm.
             c: conditioning [B, C].
             window: ``DenoisingTaskRouting.window(t, C)``; or a bool mask [B, C], which runs the plain PyTorch path
                 (random routing); or None, the unrouted block.
@@ -159,13 +166,8 @@ class RoutedDiTBlock(NoTorchScript, nn.Module):
 
         Raises:
             ValueError: if shapes, devices or the window do not fit x.
-            TypeError: if x is not floating point, or neither a tensor nor a Stream.
+            TypeError: if x is not floating point.
         """
-        if type(x) is tuple:
-            raise TypeError(
-                "x must be a tensor or a Stream, got a tuple, which reentrant checkpointing makes of a Stream; "
-                "checkpoint the blocks of a DiT with use_reentrant=False"
-            )
         stream = x if isinstance(x, Stream) else Stream(x)
         check_block(stream.x, c, window if isinstance(window, Tensor) else None, self.attn.qkv.in_features)
         if isinstance(window, Tensor):

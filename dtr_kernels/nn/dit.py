@@ -1,7 +1,8 @@
 """DiT (Peebles & Xie, ICCV 2023) with Denoising Task Routing, loading checkpoints of both public code bases.
 
 Parameters are named, shaped and initialised as in facebookresearch/DiT. Between blocks the last gated residual stays
-open, and the next block's first norm, or the final layer's, adds it.
+open, and the next block's first norm, or the final layer's, adds it; a block with hooks, or wrapped in another module,
+is called with tensors and returns one.
 """
 
 from __future__ import annotations
@@ -9,15 +10,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from dtr_kernels import ops
 from dtr_kernels.nn._torchscript import NoTorchScript
 from dtr_kernels.nn.block import RoutedDiTBlock, Stream
-from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting, RandomRouting
+from dtr_kernels.ops._checks import check_floating
+from dtr_kernels.ops._registration import op
+from dtr_kernels.routing import (
+    ChannelWindow,
+    DenoisingTaskRouting,
+    RandomRouting,
+    _check_range,
+    check_count,
+    check_number,
+    check_timesteps,
+)
 
 __all__ = ["DiT", "DiT_models"]
 
@@ -46,6 +59,19 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(next(self.mlp.parameters()).dtype))
 
 
+# An op of its own, so that the range check (a data-dependent branch on a CPU) does not break a torch.compile graph.
+@op("checked_labels")
+def _checked_labels(y: Tensor, rows: int) -> Tensor:
+    """Return the labels as int64, in memory of their own, as the op's output must be."""
+    _check_range(y, rows - 1, "labels are class indices, and num_classes one with class_dropout_prob > 0 alone", "y")
+    return y.to(torch.int64, copy=True)
+
+
+@_checked_labels.register_fake
+def _(y: Tensor, rows: int) -> Tensor:
+    return torch.empty_like(y, dtype=torch.int64)
+
+
 class LabelEmbedder(nn.Module):
     """Embeds class labels [B] as [B, C]; in training it replaces some by the null class, index num_classes."""
 
@@ -56,6 +82,7 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:
+        y = _checked_labels(y, self.embedding_table.num_embeddings)
         if self.training and self.dropout_prob > 0:
             dropped = torch.rand(y.shape[0], device=y.device) < self.dropout_prob
             y = torch.where(dropped, self.num_classes, y)
@@ -71,13 +98,30 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, stream: Stream, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Stream, c: Tensor) -> Tensor:
+        stream = x if isinstance(x, Stream) else Stream(x)
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         weight, bias, eps = self.linear.weight, self.linear.bias, self.norm_final.eps
         _, out = ops.routed_linear(
             stream.x, shift, scale, weight, bias, branch=stream.branch, gate=stream.gate, eps=eps
         )
         return out
+
+
+_OURS = (RoutedDiTBlock.forward, FinalLayer.forward)
+
+
+def _takes_streams(module: nn.Module) -> bool:
+    """Return whether a module is one of ours as it was made, with no hook or patch to which a ``Stream`` would show.
+
+    Hooks that take Streams have an attribute ``takes_streams``.
+    """
+    if type(module).forward not in _OURS or "forward" in module.__dict__ or _has_any_global_hook():
+        return False
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return not (module._backward_hooks or module._backward_pre_hooks) and all(
+        hasattr(hook, "takes_streams") for hook in hooks
+    )
 
 
 class DiT(NoTorchScript, nn.Module):
@@ -97,14 +141,14 @@ class DiT(NoTorchScript, nn.Module):
         mlp_ratio: hidden width of the MLP over C.
         class_dropout_prob: how often training replaces a label by the null class (index num_classes), for guidance.
             At 0 there is no null class.
-        num_classes: number of classes.
+        num_classes: number of classes; 0, with class_dropout_prob above 0, for the null class alone.
         learn_sigma: predict 2 * in_channels channels, the second half for the variance.
         routing: which channels a timestep activates; None is the ordinary DiT.
         scope: what the routing masks, see ``RoutedDiTBlock``.
 
     Raises:
-        ValueError: if an argument does not fit the others, as said above, or scope is unknown.
-        TypeError: if routing is not one of the above.
+        ValueError: if a size is less than 1, an argument does not fit the others, as said above, or scope is unknown.
+        TypeError: if a size is not an integer, a ratio not a number, or routing not one of the above.
     """
 
     def __init__(
@@ -124,12 +168,17 @@ class DiT(NoTorchScript, nn.Module):
         scope: str = "block",
     ) -> None:
         super().__init__()
+        sizes = {"input_size": input_size, "patch_size": patch_size, "in_channels": in_channels, "depth": depth}
+        input_size, patch_size, in_channels, depth = (check_count(*size) for size in sizes.items())
+        hidden_size = check_count("hidden_size", hidden_size)
         if input_size % patch_size:
             raise ValueError(f"input_size must be divisible by patch_size, got {input_size} and {patch_size}")
         if hidden_size % 4:
             raise ValueError(f"hidden_size must be divisible by 4 for the position embedding, got {hidden_size}")
-        if not 0 <= class_dropout_prob <= 1:
+        if not 0 <= check_number("class_dropout_prob", class_dropout_prob) <= 1:
             raise ValueError(f"class_dropout_prob must be between 0 and 1, got {class_dropout_prob}")
+        # The null class alone is a model without classes.
+        num_classes = check_count("num_classes", num_classes, least=0 if class_dropout_prob > 0 else 1)
         if not isinstance(routing, DenoisingTaskRouting | RandomRouting | None):
             raise TypeError(f"routing must be DenoisingTaskRouting, RandomRouting or None, got {routing!r}")
         self.input_size = input_size
@@ -166,19 +215,22 @@ class DiT(NoTorchScript, nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, t: Tensor | int | float, y: Tensor) -> Tensor:
-        """Predicts the noise (or whatever it is trained to predict).
+        """Predict the noise (or whatever the model is trained to predict).
 
         Args:
             x: noisy input [B, in_channels, input_size, input_size], floating point.
-            t: timesteps [B]: integers, or floating point for continuous time in [0, 1]. One Python number stands for
-                the whole batch, as in sampling: its window is then known without asking the device.
+            t: timesteps [B]: integers, or floating point for continuous time in [0, 1], or for timestep numbers if the
+                routing has ``float_timesteps``. One Python or NumPy number stands for the whole batch, as in sampling:
+                its window is then known without asking the device.
             y: class labels [B], integer; num_classes is the null class.
 
         Returns:
             [B, out_channels, input_size, input_size].
 
         Raises:
-            ValueError: if a shape does not fit or t is outside the routing's range.
+            TypeError: if x, t or y is of another kind or dtype.
+            ValueError: if a shape or device does not fit, t is outside the routing's range or y not a class. On a GPU
+                values are checked by device-side assertions.
         """
         self._check_batch(x, t, y)
         times = t if isinstance(t, Tensor) else torch.full((x.shape[0],), t, device=x.device)
@@ -186,38 +238,40 @@ class DiT(NoTorchScript, nn.Module):
         stream = Stream(self.x_embedder(x) + self.pos_embed)
         active = self._active_channels(t, times)
         for block in self.blocks:
-            stream = block(stream, c, active)
-        return self.unpatchify(self.final_layer(stream, c))
+            stream = block(stream, c, active) if _takes_streams(block) else Stream(block(stream.sum(), c, active))
+        return self.unpatchify(self.final_layer(stream if _takes_streams(self.final_layer) else stream.sum(), c))
 
     def _active_channels(self, t: Tensor | int | float, times: Tensor) -> ChannelWindow | Tensor | None:
         if isinstance(self.routing, RandomRouting):
             return self.routing.mask(times, self.hidden_size)
         return None if self.routing is None else self.routing.window(t, self.hidden_size)
 
-    def forward_with_cfg(self, x: Tensor, t: Tensor | int | float, y: Tensor, cfg_scale: float) -> Tensor:
-        """Forward pass with classifier-free guidance of the first in_channels output channels.
+    def forward_with_cfg(
+        self, x: Tensor, t: Tensor | int | float, y: Tensor, cfg_scale: float, guided_channels: int | None = None
+    ) -> Tensor:
+        """Run the forward pass with classifier-free guidance.
 
         Args:
             x: [2B, in_channels, input_size, input_size], of which only the first half is read.
             t: as in ``forward``, [2B].
             y: [2B]: the classes, then as many null labels (num_classes).
             cfg_scale: 1 is the class-conditional prediction, more is stronger guidance.
+            guided_channels: number of output channels that are guided, the first ones; None for in_channels.
+                facebookresearch/DiT guides 3 of its 4, which its published samples were made with.
 
         Returns:
             [2B, out_channels, input_size, input_size]: the guided channels are the same in both halves, the others are
             those of either pass.
 
         Raises:
-            ValueError: as ``forward``, or if the batch is odd.
+            TypeError: as ``forward``, or if guided_channels is not an integer.
+            ValueError: as ``forward``, if the batch is odd or guided_channels not in 1..out_channels.
         """
         if x.shape[0] % 2:
             raise ValueError(f"x must hold an even number of samples, the second half unread, got {x.shape[0]}")
         half = x[: x.shape[0] // 2]
         out = self(torch.cat([half, half]), t, y)
-        guided, rest = out[:, : self.in_channels], out[:, self.in_channels :]
-        conditional, unconditional = guided.chunk(2)
-        guided = unconditional + cfg_scale * (conditional - unconditional)
-        return torch.cat([torch.cat([guided, guided]), rest], dim=1)
+        return torch.cat(guide(out, cfg_scale, self.in_channels if guided_channels is None else guided_channels))
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Images [B, out_channels, H, W] from tokens [B, N, patch_size**2 * out_channels], channels last in a patch."""
@@ -225,14 +279,38 @@ class DiT(NoTorchScript, nn.Module):
         return x.reshape(-1, grid, grid, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def _check_batch(self, x: Tensor, t: Tensor | int | float, y: Tensor) -> None:
+        check_floating("x", x, "; convert it with x.float()")
         expected = [self.in_channels, self.input_size, self.input_size]
         if list(x.shape[1:]) != expected:
             raise ValueError(f"x must have shape [B, {', '.join(map(str, expected))}], got {list(x.shape)}")
         B = x.shape[0]
         if isinstance(t, Tensor) and t.shape != (B,):
             raise ValueError(f"t must have shape [{B}], one timestep per sample of x, got {list(t.shape)}")
+        check_timesteps(t)
+        if not isinstance(t, Tensor | Integral) and not math.isfinite(t):
+            raise ValueError(f"t must be finite, got {t}")
+        if not isinstance(y, Tensor) or y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
+            given = getattr(y, "dtype", type(y).__name__)
+            raise TypeError(f"y must be an integer tensor [{B}] of class labels, got {given}")
         if y.shape != (B,):
             raise ValueError(f"y must have shape [{B}], one label per sample of x, got {list(y.shape)}")
+        for name, tensor in (("t", t), ("y", y)):
+            if isinstance(tensor, Tensor) and tensor.device != x.device:
+                raise ValueError(f"{name} must be on {x.device}, as x is, got it on {tensor.device}; move it there")
+
+
+def guide(out: Tensor, scale: float, channels: int) -> tuple[Tensor, Tensor]:
+    """Return both halves of a prediction [2B, C, ...] with their first ``channels`` channels guided.
+
+    The first half is the conditional prediction and the second the unconditional one; of the guided channels
+    unconditional + scale * (conditional - unconditional) both hold the same.
+    """
+    channels = check_count("guided_channels", channels)
+    if channels > out.shape[1]:
+        raise ValueError(f"guided_channels must be at most the {out.shape[1]} channels of the output, got {channels}")
+    wanted, other = out.chunk(2)
+    guided = other[:, :channels] + scale * (wanted[:, :channels] - other[:, :channels])
+    return torch.cat([guided, wanted[:, channels:]], dim=1), torch.cat([guided, other[:, channels:]], dim=1)
 
 
 def _position_embedding(channels: int, grid: int) -> Tensor:

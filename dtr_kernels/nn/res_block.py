@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from dtr_kernels import ops, reference
 from dtr_kernels.nn._torchscript import NoTorchScript
-from dtr_kernels.ops._checks import _check_shape, _check_tensor
+from dtr_kernels.ops._checks import _check_shape, _check_tensor, check_floating
 from dtr_kernels.reference.res_block import Resampling, resampling, rest_of_branch
-from dtr_kernels.routing import ChannelWindow
+from dtr_kernels.routing import ChannelWindow, check_count
 
 __all__ = ["RoutedResBlock", "for_any_channels", "run_res_block"]
 
@@ -88,7 +88,9 @@ class RoutedResBlock(NoTorchScript, nn.Module):
         num_groups: of both norms; must divide C and out_channels.
 
     Raises:
-        ValueError: if both up and down are asked for, or num_groups does not divide the channels.
+        TypeError: if a number of channels or groups is not an integer.
+        ValueError: if one of them is less than 1, num_groups does not divide the channels, dropout is not a
+            probability, or both up and down are asked for.
     """
 
     def __init__(
@@ -104,9 +106,11 @@ class RoutedResBlock(NoTorchScript, nn.Module):
         num_groups: int = 32,
     ) -> None:
         super().__init__()
-        out_channels = channels if out_channels is None else out_channels
+        channels, emb_channels = check_count("channels", channels), check_count("emb_channels", emb_channels)
+        out_channels = channels if out_channels is None else check_count("out_channels", out_channels)
+        num_groups = check_count("num_groups", num_groups)
         for name, number in (("channels", channels), ("out_channels", out_channels)):
-            if number < 1 or num_groups < 1 or number % num_groups:
+            if number % num_groups:
                 raise ValueError(f"{name} must be a multiple of num_groups, got {number} and {num_groups}")
         self.channels = channels
         self.emb_channels = emb_channels
@@ -141,8 +145,7 @@ class RoutedResBlock(NoTorchScript, nn.Module):
             ValueError: if shapes, dtypes, devices or the window do not fit x.
             TypeError: if x or emb is not floating point.
         """
-        if not x.is_floating_point():
-            raise TypeError(f"x must be floating point, got {x.dtype}; convert it with x.float()")
+        check_floating("x", x, "; convert it with x.float()")
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x must have shape [B, {self.channels}, H, W], got {list(x.shape)}")
         _check_tensor("emb", emb, (x.shape[0], self.emb_channels), x)

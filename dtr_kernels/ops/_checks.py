@@ -17,8 +17,7 @@ def check_block(x: Tensor, c: Tensor, mask: Tensor | None, channels: int) -> Non
         TypeError: if x or c is not floating point.
         ValueError: if a shape or device does not fit.
     """
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}; convert it with x.float()")
+    check_floating("x", x, "; convert it with x.float()")
     if x.dim() != 3 or x.shape[-1] != channels:
         raise ValueError(f"x must have shape [B, N, {channels}], got {list(x.shape)}")
     _check_tensor("c", c, (x.shape[0], channels), x)
@@ -94,9 +93,16 @@ def check_window(x: Tensor, window: ChannelWindow | None) -> ChannelWindow | Non
     return None if window.width == window.channels else window
 
 
-def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+def check_floating(name: str, tensor: Tensor, hint: str = "") -> None:
+    """Raise TypeError unless ``tensor`` is a floating-point tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be floating point, a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}{hint}")
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    check_floating(name, tensor)
     _check_shape(name, tensor, shape, x)
 
 

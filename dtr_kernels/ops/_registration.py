@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 _library = torch.library.Library("dtr_kernels", "FRAGMENT")
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
@@ -38,6 +39,16 @@ class Op:
         """Decorator: shapes and dtypes of the outputs, for tracing."""
         torch.library.register_fake(f"dtr_kernels::{self.name}", function, lib=_library)
         return function
+
+    def register_flops(self, formula: Callable[..., int]) -> None:
+        """Decorator: floating-point operations of the op's matrix products, for ``torch.utils.flop_counter``.
+
+        The formula takes the op's arguments, with shapes in place of tensors. It counts the products of the plain model
+        over active channels: W of C also where a dense GEMM is faster, and no closed form of deactivated channels.
+        """
+        register_flop_formula(getattr(torch.ops.dtr_kernels, self.name))(
+            lambda *args, out_shape=None, **kwargs: formula(*args, **kwargs)
+        )
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
         """The backward pass, as ``torch.library.register_autograd`` takes it."""

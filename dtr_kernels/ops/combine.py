@@ -7,7 +7,8 @@ product is formed, also with a zero coefficient, so that NaN and inf in a gradie
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from math import prod
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -50,6 +51,11 @@ def _(grads: list[Tensor], coefficients: Tensor) -> None:
     return None
 
 
+@_combine.register_flops
+def _(grads: list[Any], coefficients: Any) -> int:
+    return 2 * coefficients[0] * sum(map(prod, grads))
+
+
 @op("weighted_sum")
 def _weighted_sum(grads: list[Tensor], weights: Tensor) -> list[Tensor]:
     clusters = len(weights)
@@ -74,6 +80,11 @@ def _weighted_sum(grads: list[Tensor], weights: Tensor) -> list[Tensor]:
 @_weighted_sum.register_fake
 def _(grads: list[Tensor], weights: Tensor) -> list[Tensor]:
     return [torch.empty_like(tensor) for tensor in grads[:: len(weights)]]
+
+
+@_weighted_sum.register_flops
+def _(grads: list[Any], weights: Any) -> int:
+    return 2 * sum(map(prod, grads))
 
 
 def combine_(grads: Tensor | Sequence[Sequence[Tensor]], coefficients: Tensor) -> None:

@@ -8,6 +8,8 @@ the same bits, whatever the number of threads. ``reference.gram`` is the oracle.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +41,11 @@ def _gram(grads: list[Tensor], clusters: int) -> Tensor:
 @_gram.register_fake
 def _(grads: list[Tensor], clusters: int) -> Tensor:
     return grads[0].new_empty(clusters, clusters, dtype=torch.float64)
+
+
+@_gram.register_flops
+def _(grads: list[Any], clusters: int) -> int:
+    return 2 * clusters * sum(map(prod, grads))
 
 
 def gram(grads: Tensor | Sequence[Sequence[Tensor]]) -> Tensor:

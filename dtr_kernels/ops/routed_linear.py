@@ -51,6 +51,14 @@ def _(
     return stream, x.new_empty(B, N, weight.shape[0], dtype=weight.dtype), statistics, torch.empty_like(statistics)
 
 
+@_op.register_flops
+def _(
+    x: Any, branch: Any, gate: Any, shift: Any, scale: Any, weight: Any, bias: Any, start: Any, width: int, eps: float
+) -> int:
+    B, N, _ = x
+    return 2 * B * N * width * weight[0]
+
+
 @op("routed_linear_backward")
 def _backward_op(
     dstream: Tensor | None,
@@ -129,6 +137,28 @@ def _(
         weight.new_empty(weight.shape if need_weight else 0),
         weight.new_empty(weight.shape[0] if need_bias else 0),
     )
+
+
+@_backward_op.register_flops
+def _(
+    dstream: Any,
+    dout: Any,
+    stream: Any,
+    branch: Any,
+    gate: Any,
+    shift: Any,
+    scale: Any,
+    weight: Any,
+    mean: Any,
+    rstd: Any,
+    start: Any,
+    width: int,
+    eps: float,
+    need_weight: bool,
+    need_bias: bool,
+) -> int:
+    B, N, O = dout
+    return 2 * B * N * width * O * (1 + need_weight)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

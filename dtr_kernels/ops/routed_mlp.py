@@ -78,6 +78,28 @@ def _(
     )
 
 
+@_op.register_flops
+def _(
+    x: Any,
+    branch: Any,
+    gate: Any,
+    shift: Any,
+    scale: Any,
+    fc1_weight: Any,
+    fc1_bias: Any,
+    fc2_weight: Any,
+    fc2_bias: Any,
+    start: Any,
+    width: int,
+    keep_branch: bool,
+    eps: float,
+    write_pre: bool,
+) -> int:
+    B, N, C = x
+    O, H = fc2_weight
+    return 2 * B * N * H * ((C if keep_branch else width) + O)
+
+
 @op("routed_mlp_backward")
 def _backward_op(
     dstream: Tensor | None,
@@ -157,6 +179,32 @@ def _(
         fc2_weight.new_empty(fc2_weight.shape if needs[2] else 0),
         fc2_weight.new_empty(fc2_weight.shape[0] if needs[3] else 0),
     )
+
+
+@_backward_op.register_flops
+def _(
+    dstream: Any,
+    dout: Any,
+    x: Any,
+    branch: Any,
+    gate: Any,
+    shift: Any,
+    scale: Any,
+    fc1_weight: Any,
+    fc2_weight: Any,
+    pre: Any,
+    mean: Any,
+    rstd: Any,
+    start: Any,
+    width: int,
+    keep_branch: bool,
+    eps: float,
+    needs: list[bool],
+) -> int:
+    B, N, C = x
+    O, H = fc2_weight
+    fc1, fc2 = (C if keep_branch else width) * (1 + needs[0]), O * (1 + needs[2])
+    return 2 * B * N * H * (fc1 + fc2)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,9 +21,9 @@ def routing_mask(t: Tensor, channels: int, num_timesteps: int = 1000, alpha: flo
     """DTR's mask [B, C] for integer timesteps t [B], one sample after the other (section 4.2)."""
     width = int(beta * channels)
     mask = torch.zeros(len(t), channels, device=t.device)
+    times = np.linspace(0, 1, num_timesteps)  # whose last bits decide where halves are rounded
     for b, timestep in enumerate(t.tolist()):
-        time = timestep / (num_timesteps - 1) if num_timesteps > 1 else 0.0
-        start = round(time**alpha * (channels - width))  # Python rounds half to even, as numpy does
+        start = round(times[timestep] ** alpha * (channels - width))  # Python rounds half to even, as numpy does
         mask[b, start : start + width] = 1
     return mask
 
