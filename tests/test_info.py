@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from dtr_kernels import info
 from dtr_kernels.ops import _cpu, _launch, _tiles, _triton, _tuned
 from dtr_kernels.ops._tuned import KINDS, NEVER, Crossover, GemmTile, Measurement, Tuned
 
+ROOT = Path(__file__).parent.parent
 WITHOUT_CUDA = {
     "compiler": "1.2",
     "instruction_set": "baseline",
@@ -56,6 +59,17 @@ def test_names_the_triton_that_fits_pytorch(monkeypatch, capsys, installed_torch
     else:
         assert f"triton {installed_triton} does not fit torch {installed_torch}" in shown
         assert shown.endswith(f'pip install "triton=={fitting}.*"')
+
+
+def test_the_triton_of_each_pytorch_is_the_one_in_the_docs():
+    page = (ROOT / "docs" / "install.md").read_text()
+    releases = re.search(r"^\| PyTorch \| (.*) \|$", page, re.MULTILINE)[1].split(" | ")
+    tritons = re.search(r"^\| Triton \| (.*) \|$", page, re.MULTILINE)[1].split(" | ")
+    documented = {
+        release: triton for together, triton in zip(releases, tritons, strict=True) for release in together.split(", ")
+    }
+    table = {".".join(map(str, t)): ".".join(map(str, fits)) for t, fits in _triton._TRITON_OF_TORCH.items()}
+    assert documented == table
 
 
 def test_the_first_launch_warns_of_a_triton_that_does_not_fit(monkeypatch):
