@@ -83,7 +83,8 @@ void queue(Function function) {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+// Calls share nothing but constants, and kernels run without the lock anyway: free-threaded Python needs none.
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.doc() = "Compiled kernels of dtr_kernels.";
     py::enum_<Type>(m, "Type").value("f32", Type::f32).value("f64", Type::f64).value("bf16", Type::bf16).value("f16", Type::f16);
     py::class_<Rows>(m, "Rows").def(py::init([](uintptr_t data, Type type, int64_t stride) {

@@ -29,6 +29,9 @@ NVCC_FLAGS = "-std=c++17 -O3 -DNDEBUG -Xcompiler=-fPIC,-fvisibility=hidden -Xfat
 AGAIN = "run python -m dtr_kernels build, or install this package again (pip install -v --force-reinstall --no-deps)"
 
 
+EXTRA = 'pip install "dtr_kernels[build]", or ninja and "pybind11>=2.13" where dtr_kernels is not installed'
+
+
 @dataclass
 class Cuda:
     """What the CUDA kernels are built with, or why they are not."""
@@ -56,9 +59,9 @@ def build(root: Path, folder: Path, target: Path, cuda: Cuda) -> str | None:
     try:
         import pybind11
     except ImportError:
-        return "pybind11 is missing; pip install pybind11"
+        return f"pybind11 is missing; {EXTRA}"
     if not (ninja := find_ninja()):
-        return "ninja is missing; pip install ninja"
+        return f"ninja is missing; {EXTRA}"
     if not (compiler := find_compiler()):
         return f"no C++ compiler was found; install g++ or set CXX, and {AGAIN}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -80,7 +80,7 @@ def _parts(file: Path) -> tuple[Path, ...]:
 def build() -> Path:
     """Compiles the extension for this machine's Python, GPUs and nvcc, to be used in place of the installed one.
 
-    Takes a C++ compiler, ninja and pybind11 (pip install ninja pybind11), and nvcc. Reads from the environment:
+    Takes a C++ compiler, ninja and pybind11 (pip install "dtr_kernels[build]"), and nvcc. Reads from the environment:
 
       CXX, CXXFLAGS, LDFLAGS   the C++ compiler, further options
       CUDA_HOME                whose nvcc to use; otherwise the one on the PATH, or that of PyPI's nvidia-cuda-nvcc

@@ -8,7 +8,7 @@ a timestep belongs to is computed where the timesteps are.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral
@@ -224,10 +224,10 @@ def interval_clusters(num_timesteps: int, k: int, cost: str = "timestep", values
 
     ANT uses K = 5, and DTR's runs with it K = 8.
 
-    The minimum is exact, by dynamic programming over costs in fp64, in O(K T^2) time and O(T^2) memory. Where several
-    clusterings cost the same, the one with the least sum of squared lengths is taken, and of those the one whose last
-    bound is largest, then the one before it, and so on: longer intervals come first, as in ``numpy.array_split``, whose
-    lengths the timestep cost always gives.
+    The minimum is exact, by dynamic programming over costs in fp64, in O(K T^2) time and, beside ``values``, O(K T)
+    memory. Where several clusterings cost the same, the one with the least sum of
+    squared lengths is taken, and of those the one whose last bound is largest, then the one before it, and so on:
+    longer intervals come first, as in ``numpy.array_split``, whose lengths the timestep cost always gives.
 
     Args:
         num_timesteps: T, the number of timesteps.
@@ -252,72 +252,64 @@ def interval_clusters(num_timesteps: int, k: int, cost: str = "timestep", values
             f"k, the number of clusters, must be an integer from 1 to num_timesteps = {num_timesteps}, got {k!r}"
         )
     _check_cost(cost)
-    costs = _interval_costs(_distances(int(num_timesteps), cost, values))
-    return IntervalClusters(_cheapest_bounds(costs, int(k)), cost)
+    T, K = int(num_timesteps), int(k)
+    if cost != "timestep":
+        return IntervalClusters(_cheapest_bounds(_distances(T, cost, values), T, K), cost)
+    if values is not None:
+        raise ValueError('values must be None for cost "timestep"; name the cost that they are for')
+    # n timesteps cost n^2 // 4, a convex function: equal lengths are cheapest, and longer ones come first.
+    length, longer = divmod(T, K)
+    return IntervalClusters(tuple(j * length + min(j, longer) for j in range(K + 1)), cost)
 
 
-def _distances(num_timesteps: int, cost: str, values: Any) -> np.ndarray:
-    """D, fp64 [T, T]: what timestep t costs in an interval with centre c is D[c, t]."""
-    if cost == "timestep":
-        if values is not None:
-            raise ValueError('values must be None for cost "timestep"; name the cost that they are for')
-        return _gaps(np.arange(num_timesteps, dtype=np.float64))
+def _distances(num_timesteps: int, cost: str, values: Any) -> Iterator[np.ndarray]:
+    """Yield for every centre c the fp64 vector [T] of what each timestep costs in an interval with that centre."""
     if cost == "affinity":
-        shape = (num_timesteps, num_timesteps)
-        return -real_numbers(values, shape, "the affinity of all pairs of timesteps")
+        affinity = real_numbers(values, (num_timesteps, num_timesteps), "the affinity of all pairs of timesteps")
+        return (-row for row in affinity)
     snr = real_numbers(values, (num_timesteps,), "the SNR at every timestep")
     check_snr(snr, cost)
-    return _gaps(np.log(snr) if cost == "log_snr" else snr)
+    x = np.log(snr) if cost == "log_snr" else snr
+    return (np.abs(x - centre) for centre in x)
 
 
-def _gaps(x: np.ndarray) -> np.ndarray:
-    return np.abs(x - x[:, None])
+def _cheapest_bounds(distances: Iterable[np.ndarray], num_timesteps: int, k: int) -> tuple[int, ...]:
+    """Return the bounds of the K intervals of least total cost; see ``interval_clusters`` for ties.
 
-
-def _interval_costs(distances: np.ndarray) -> np.ndarray:
-    """[T + 1, T]: the cost of the interval s..e-1 at [e, s], infinite where s >= e.
-
-    An interval grows from its centre, by one timestep to the left and then to the right in turn. Differences of prefix
-    sums would lose the small distances beside the large ones: SNRs span eight orders of magnitude.
+    Takes the intervals centre by centre, so that each cost is needed once: an interval with centre c starts at c or
+    before, and every clustering that ends there is made of intervals with earlier centres.
     """
-    T = len(distances)
-    costs = np.full((T + 1, T), np.inf)
-    cost = distances.diagonal()  # of all intervals of one length, by their first timestep
-    np.fill_diagonal(costs[1:], cost)
-    for length in range(2, T + 1):
-        half = length // 2
-        if length % 2 == 0:  # around the same centre, one further to the left
-            cost = cost[1:] + distances.diagonal(-half)[: T + 1 - length]
-        else:
-            cost = cost[:-1] + distances.diagonal(half)[half:]
-        np.fill_diagonal(costs[length:], cost)
-    return costs
-
-
-def _cheapest_bounds(costs: np.ndarray, k: int) -> tuple[int, ...]:
-    """The bounds of the K intervals of least total cost; see ``interval_clusters`` for ties.
-
-    Every cluster holds a timestep, so the first j clusters end in j..T-(K-j): one of W places.
-    """
-    T = costs.shape[1]
-    W = T - k + 1
-    places = np.arange(W)
-    squared_lengths = (places[:, None] - places + 1) ** 2  # [end, start] of a cluster
-    # Of the best clusterings into j clusters, by the place where they end; at first j = 0.
-    total = np.where(places == 0, 0.0, np.inf)
-    squares = np.zeros(W, dtype=np.int64)
-    starts = []
-    for j in range(k):
-        totals = costs[j + 1 : j + 1 + W, j : j + W] + total
-        total = totals.min(axis=1)
-        candidates = np.where(totals == total[:, None], squared_lengths + squares, np.iinfo(np.int64).max)
-        starts.append(W - 1 - candidates[:, ::-1].argmin(axis=1))  # of equals the last
-        squares = candidates[places, starts[-1]]
+    T = num_timesteps
+    longest = T - k + 1  # every other cluster holds a timestep
+    squared = np.arange(longest + 2) ** 2
+    # The best clustering into j clusters that end at e, [j, e]: cost, sum of squared lengths, start of the last one.
+    total = np.full((k + 1, T + 1), np.inf)
+    total[0, 0] = 0
+    squares = np.zeros((k + 1, T + 1), dtype=np.int64)
+    starts = np.zeros((k + 1, T + 1), dtype=np.int32)
+    for c, distance in enumerate(distances):
+        # An interval grows from its centre, to the left and to the right in turn. Differences of prefix sums would lose
+        # the small distances beside the large ones: SNRs span eight orders of magnitude.
+        even, odd = min(c, T - c, longest // 2), min(c + 1, T - c, (longest + 1) // 2)  # number of such lengths
+        costs = np.empty(even + odd)
+        costs[::2] = distance[c : c + odd]
+        costs[1::2] = distance[c - even : c][::-1]
+        costs = costs.cumsum()
+        # Two of them may end at the same place: the one of odd length starts later, and wins ties.
+        for n, parity in ((even, 0), (odd, 1)):
+            start, end = slice(c + parity - n, c + parity), slice(c + 1, c + 1 + n)
+            before = slice(max(0, c - (T - k)), min(k, c + n))  # how many clusters: each holds a timestep
+            after = slice(before.start + 1, before.stop + 1)
+            new_total = total[before, start][:, ::-1] + costs[1 - parity :: 2]
+            new_squares = squares[before, start][:, ::-1] + squared[2 - parity :: 2][:n]
+            old_total, old_squares = total[after, end], squares[after, end]
+            better = (new_total < old_total) | ((new_total == old_total) & (new_squares <= old_squares))
+            np.copyto(old_total, new_total, where=better)
+            np.copyto(old_squares, new_squares, where=better)
+            np.copyto(starts[after, end], np.arange(c + parity - 1, c + parity - 1 - n, -1), where=better)
     bounds = [T]
-    place = W - 1
-    for j in reversed(range(k)):
-        place = int(starts[j][place])
-        bounds.append(j + place)
+    for j in range(k, 0, -1):
+        bounds.append(int(starts[j, bounds[-1]]))
     return tuple(reversed(bounds))
 
 
@@ -334,7 +326,12 @@ def _check_cost(cost: object) -> None:
 
 
 def real_numbers(values: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
-    """The values in fp64, or what is wrong with them."""
+    """Return the values in fp64, to be read only: they may be the caller's own memory.
+
+    Raises:
+        ValueError: if the shape differs, or a value is NaN or of a magnitude above 1e300.
+        TypeError: if they are not real numbers.
+    """
     wanted = f"values must be {what}, finite real numbers of shape {list(shape)}"
     if isinstance(values, Tensor):
         values = values.detach().cpu()
@@ -348,8 +345,9 @@ def real_numbers(values: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
         raise TypeError(f"{wanted}, got {given}")
     if array.shape != shape:
         raise ValueError(f"{wanted}, got shape {list(array.shape)}")
-    array = array.astype(np.float64)
-    if len(bad := np.argwhere(~(np.abs(array) <= _LARGEST))):
+    array = array.astype(np.float64, copy=False)
+    if not max(array.max(), -array.min()) <= _LARGEST:  # also if one is NaN
+        bad = np.argwhere(~(np.abs(array) <= _LARGEST))
         raise ValueError(f"{wanted} and magnitude at most {_LARGEST:g}, got {_entry(array, bad[0])}")
     return array
 

@@ -11,7 +11,7 @@ import torch
 import triton
 
 import dtr_kernels
-from dtr_kernels.ops import _cpu
+from dtr_kernels.ops import _cpu, _triton
 from dtr_kernels.ops._gradients import why_plain as surgery_why_plain
 from dtr_kernels.ops._launch import LEAST_ELEMENTS_ON_CPU, kernel_path, why_plain
 from dtr_kernels.ops._tiles import Configuration, configuration, tuned_for
@@ -28,8 +28,8 @@ _TOKENS, _WIDTHS = 256, (384, 768, 1024, 1152)
 
 
 def collect() -> dict[str, Any]:
-    """Versions, devices, which tiles the kernels of each GPU use and where they replace cuBLAS, the extension's build,
-    and for each op, device and dtype what computes it and why that is not faster."""
+    """Return versions and their problems, devices, the tiles and crossovers of each GPU, the extension's build, and for
+    each op, device and dtype what computes it and why nothing faster does."""
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     return {
         "dtr_kernels": dtr_kernels.__version__,
@@ -37,6 +37,7 @@ def collect() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
+        "problems": [problem] if (problem := _triton.mismatch()) else [],
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
         "tiles": [_tiles(i) for i in range(torch.cuda.device_count())],
         "crossovers": [_crossovers(i) for i in range(torch.cuda.device_count())],

@@ -323,6 +323,16 @@ def test_without_a_working_compiler_nothing_stale_is_left(project, settings, why
     assert not stale.exists()
 
 
+@pytest.mark.parametrize("missing", ["pybind11", "ninja"])
+def test_a_missing_build_requirement_names_the_extra(monkeypatch, tmp_path, missing):
+    if missing == "pybind11":
+        monkeypatch.setitem(sys.modules, "pybind11", None)
+    else:
+        monkeypatch.setattr(_build, "find_ninja", lambda: None)
+    why = _build.build(ROOT, tmp_path, tmp_path / "_C.so", _build.Cuda(missing="not asked for"))
+    assert why.startswith(f'{missing} is missing; pip install "dtr_kernels[build]"')
+
+
 def test_source_distribution_holds_every_source(project):
     assert run_setup(project, "sdist").returncode == 0
     (archive,) = project.glob("dist/*.tar.gz")

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import tracemalloc
 from collections import Counter
 from contextlib import contextmanager
 from fractions import Fraction
@@ -155,6 +156,55 @@ def test_longer_processes(seed, cost):
         assert sum(itertools.starmap(one, itertools.pairwise(bounds))) == pytest.approx(
             least(0, K), rel=1e-12, abs=1e-11
         )
+
+
+def bounds_from_all_costs(distances, K):
+    """The recursion over [T, T] costs as it is written down, in fp64, with sums in the order of growing intervals."""
+    T = len(distances)
+    best = {(0, 0): (0.0, 0, (0,))}
+    for j in range(1, K + 1):
+        for end in range(1, T + 1):
+            candidates = []
+            for s in range(end):
+                if (j - 1, s) in best:
+                    c, total = (s + end) // 2, 0.0
+                    for t in sorted(range(s, end), key=lambda t: (abs(t - c), t)):
+                        total += distances[c][t]
+                    before, squares, bounds = best[j - 1, s]
+                    candidates.append((total + before, squares + (end - s) ** 2, -s, (*bounds, end)))
+            if candidates:
+                total, squares, _, bounds = min(candidates)
+                best[j, end] = total, squares, bounds
+    return best[K, T][2]
+
+
+@pytest.mark.parametrize("kind", ["snr", "equal snr", "log_snr", "affinity", "equal affinity"])
+def test_the_same_clusters_as_from_all_costs(seed, kind):
+    """SNRs that go up and down, and ties; sums that are rounded alike."""
+    for T in (2, 7, 16):
+        cost = kind.removeprefix("equal ")
+        values = random_values(cost, T)
+        if kind.startswith("equal"):
+            values = values.clamp(0, 2).round()
+        x = torch.from_numpy(np.log(values.numpy())) if cost == "log_snr" else values
+        distances = (-x if cost == "affinity" else (x - x[:, None]).abs()).tolist()
+        for K in {1, 2, T // 3 + 1, T - 1}:
+            assert dtr.interval_clusters(T, K, cost, values).bounds == bounds_from_all_costs(distances, K), (T, K)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_memory_grows_with_timesteps_and_not_with_their_square(seed, cost):
+    T, K = 1000, 5
+    values = random_values(cost, T)
+    tracemalloc.start()
+    dtr.interval_clusters(T, K, cost, values)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * T * T / 16
+
+
+def test_closed_form_of_the_timestep_cost():
+    assert dtr.interval_clusters(10**12 + 1, 3).bounds == (0, 333333333334, 666666666668, 10**12 + 1)
 
 
 @pytest.mark.parametrize("cost, values", [("snr", [1e8, 1e4, 1, 1, 1, 1, 1]), ("snr", schedule()), ("affinity", None)])

@@ -67,6 +67,10 @@ def examples(text):
 @pytest.mark.parametrize("page", pages_with(examples))
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch, one_thread):
     """From top to bottom in one namespace, and all of them: there is no directive here that skips one."""
+    for trainer in set(
+        re.findall(r"^(?:from|import) (peft|accelerate|pytorch_lightning)", page.read_text(), re.MULTILINE)
+    ):
+        pytest.importorskip(trainer, reason=f"NOT RUN: needs {trainer}; pip install '.[demo,test]'")
     monkeypatch.chdir(tmp_path)  # which takes the files that they write, some of which they import
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(registry, "FAMILIES", list(registry.FAMILIES))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 import dtr_kernels
 from benchmarks import environment
 from dtr_kernels import info
-from dtr_kernels.ops import _cpu, _tiles, _tuned
+from dtr_kernels.ops import _cpu, _launch, _tiles, _triton, _tuned
 from dtr_kernels.ops._tuned import KINDS, NEVER, Crossover, GemmTile, Measurement, Tuned
 
+ROOT = Path(__file__).parent.parent
 WITHOUT_CUDA = {
     "compiler": "1.2",
     "instruction_set": "baseline",
@@ -30,6 +34,56 @@ def built(monkeypatch):
     if _cpu.kernels is None:
         pytest.skip("NOT RUN: the extension is not built")
     return lambda config: monkeypatch.setattr(_cpu.kernels, "build_config", lambda: config)
+
+
+@pytest.mark.parametrize(
+    "installed_torch, installed_triton, fitting",
+    [
+        ("2.13.0+cpu", "3.9.0", "3.7"),
+        ("2.13.0+cpu", "3.7.1", None),
+        ("2.10.0", "3.6.1", None),
+        ("2.10.0", "3.10.0", "3.6"),
+        ("2.8.0a0+git1234", "3.7.0", "3.4"),
+        ("2.15.0", "3.8.0", "3.9"),
+        ("2.99.0", "3.9.0", None),
+        ("3.0.0", "4.0.0", None),
+    ],
+)
+def test_names_the_triton_that_fits_pytorch(monkeypatch, capsys, installed_torch, installed_triton, fitting):
+    monkeypatch.setattr(torch, "__version__", installed_torch)
+    monkeypatch.setattr(triton, "__version__", installed_triton)
+    info.show()
+    shown = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("problems"))
+    if fitting is None:
+        assert shown == "problems     none"
+    else:
+        assert f"triton {installed_triton} does not fit torch {installed_torch}" in shown
+        assert shown.endswith(f'pip install "triton=={fitting}.*"')
+
+
+def test_the_triton_of_each_pytorch_is_the_one_in_the_docs():
+    page = (ROOT / "docs" / "install.md").read_text()
+    releases = re.search(r"^\| PyTorch \| (.*) \|$", page, re.MULTILINE)[1].split(" | ")
+    tritons = re.search(r"^\| Triton \| (.*) \|$", page, re.MULTILINE)[1].split(" | ")
+    documented = {
+        release: triton for together, triton in zip(releases, tritons, strict=True) for release in together.split(", ")
+    }
+    table = {".".join(map(str, t)): ".".join(map(str, fits)) for t, fits in _triton._TRITON_OF_TORCH.items()}
+    assert documented == table
+
+
+def test_the_first_launch_warns_of_a_triton_that_does_not_fit(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
+    monkeypatch.setattr(triton, "__version__", "3.9.0")
+    monkeypatch.setattr(_launch, "_INTERPRETED", True)
+    _triton.warn_of_mismatch.cache_clear()
+    launched = []
+    kernel = {(2,): lambda x: launched.append(x)}
+    with pytest.warns(RuntimeWarning, match=r"does not fit torch 2\.13\.0") as warned:
+        for _ in range(2):
+            _launch.launch(kernel, 2, torch.ones(1))
+    assert len(launched) == 2 and len(warned) == 1
+    _triton.warn_of_mismatch.cache_clear()
 
 
 def test_covers_every_op_device_and_dtype():

@@ -189,6 +189,60 @@ def test_it_is_built_for_the_gpus_of_this_machine(sources, monkeypatch, asked, g
     assert seen == [expected]
 
 
+# ---- where the extension is missing
+
+
+def info_of(checkout, *folders):
+    """What ``python -m dtr_kernels info`` prints in a folder, where ``folders`` are on the path, and its warnings."""
+    settings = {"PYTHONPATH": os.pathsep.join(map(str, folders)), "DTR_KERNELS_CACHE": str(checkout / "cache")}
+    command = [sys.executable, "-m", "dtr_kernels", "info"]
+    done = subprocess.run(command, cwd=checkout, env=os.environ | settings, text=True, capture_output=True, check=True)
+    return done.stdout, done.stderr
+
+
+def copy_of_the_package(folder):
+    ignored = shutil.ignore_patterns("_C*.so", "__pycache__")
+    return shutil.copytree(ROOT / "dtr_kernels", folder / "dtr_kernels", ignore=ignored)
+
+
+EXTENSION = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def test_a_checkout_that_hides_an_installed_package_says_so(tmp_path):
+    """As after pip install . in a checkout; in every program that imports the package, once."""
+    package, installed = copy_of_the_package(tmp_path / "checkout"), tmp_path / "site-packages" / "dtr_kernels"
+    installed.mkdir(parents=True)
+    (installed / EXTENSION).touch()
+    said = (
+        f"the compiled CPU kernels are missing: {package} has none, and is imported instead of {installed}, which has "
+        f"them; run pip install -e . in {package.parent}, or start Python in another folder"
+    )
+    shown, warned = info_of(package.parent, installed.parent)
+    assert f"extension    {said}" in shown and warned.count(said) == 1
+    assert "circular" not in shown + warned
+
+
+def test_an_extension_that_does_not_load_is_told_with_the_loaders_reason(tmp_path):
+    package = copy_of_the_package(tmp_path)
+    (package / EXTENSION).touch()
+    shown, warned = info_of(tmp_path)
+    reason = (
+        rf"missing: {re.escape(str(package / EXTENSION))}: file too short; install a C\+\+ compiler, and run python -m"
+    )
+    assert re.search(reason, shown) and re.search(reason, warned)
+
+
+def test_an_extension_of_another_checkout_is_not_borrowed(tmp_path, monkeypatch):
+    """An editable install finds its own for whoever asks."""
+    spec = SimpleNamespace(origin=str(tmp_path / "other" / "dtr_kernels" / EXTENSION))
+    monkeypatch.delitem(sys.modules, "dtr_kernels._C", raising=False)
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_spec=lambda *_: spec)])
+    assert str(tmp_path / "other") in _cpu._hidden_package(tmp_path / "dtr_kernels")
+    monkeypatch.setattr(sys, "meta_path", [])
+    assert _cpu._hidden_package(tmp_path / "dtr_kernels") is None, "there is none at all"
+
+
 # ---- code for a GPU
 
 
@@ -276,9 +330,9 @@ def test_a_compiler_that_no_folder_has_comes_from_pypi(wheels, monkeypatch, tmp_
     assert wheels.compiler("13.7") == str(expected), "installed already"
 
 
-@pytest.mark.parametrize("python", ["3.99", "no-such-python"])
+@pytest.mark.parametrize("python", ["3.99", "3.99t", "no-such-python"])
 def test_an_interpreter_that_is_not_there_is_named(wheels, python):
-    with pytest.raises(wheels.Impossible, match=f"{python} is not on the PATH"):
+    with pytest.raises(wheels.Impossible, match=f"python{python} is not on the PATH|^no-such-python is not"):
         wheels.interpreter(python)
 
 

@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+import warnings
+from importlib.machinery import PathFinder
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from dtr_kernels import _just_in_time
+from dtr_kernels import _build, _just_in_time
 
+_NAME = "dtr_kernels._C"
+
+
+def _hidden_package(package: Path) -> str | None:
+    """Return which other copy of this package has an extension, and what to do, if this one has none.
+
+    An editable install of another checkout would lend its own, which may be of other sources.
+    """
+    if _NAME in sys.modules or PathFinder.find_spec(_NAME, [str(package)]):
+        return None
+    on_path = [str(Path(folder, package.name)) for folder in sys.path]
+    other = PathFinder.find_spec(_NAME, on_path) or importlib.util.find_spec(_NAME)
+    if not other or not other.origin:
+        return None
+    return (
+        f"{package} has none, and is imported instead of {Path(other.origin).parent}, which has them; run "
+        f"pip install -e . in {package.parent}, or start Python in another folder"
+    )
+
+
+_just_in_time.load()
+_hidden = _hidden_package(_just_in_time.PACKAGE)
 try:
+    if _hidden:
+        raise ImportError
     # PyTorch must be imported first: it brings the OpenMP runtime that the extension runs on.
-    _just_in_time.load()
-    from dtr_kernels import _C as kernels
+    import dtr_kernels._C as kernels
 except ImportError as error:
     kernels = None  # type: ignore[assignment]
     unavailable: str | None = (
-        f"the compiled CPU kernels are missing ({error}); install a C++ compiler, and run python -m dtr_kernels build "
-        "or install this package again (pip install --force-reinstall --no-deps)"
+        f"the compiled CPU kernels are missing: {_hidden or f'{error}; install a C++ compiler, and {_build.AGAIN}'}"
     )
+    warnings.warn(f"{unavailable}. Until then plain PyTorch runs, which is slower", RuntimeWarning, stacklevel=2)
 else:
     unavailable = None
     _TYPES = {

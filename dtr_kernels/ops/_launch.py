@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dtr_kernels.ops import _cpu
+from dtr_kernels.ops import _cpu, _triton
 
 # Bytes to which tensor descriptors (Hopper's TMA) want base address and strides aligned.
 _ALIGNMENT = 16
@@ -95,6 +95,7 @@ def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
     device = next(a.device if isinstance(a, Tensor) else a.base.device for a in args if a is not None)
     if device.type != "cuda" and not _INTERPRETED:
         raise RuntimeError(f"no kernel runs on {device}: {_cpu.unavailable or 'Triton needs an NVIDIA GPU'}")
+    _triton.warn_of_mismatch()
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[(programs,)](*args, **options)
 
