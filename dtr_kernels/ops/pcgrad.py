@@ -50,7 +50,7 @@ def _plain_coefficients(gram: Tensor, order: Tensor) -> Tensor:
         step = torch.where((product < 0) & (norm > 0), product / norm, 0.0)
         C.scatter_add_(1, j[:, None], -step)
         products -= step * gram[j]
-    return C.masked_fill(~valid, torch.nan)
+    return C.masked_fill(~(valid & gram.isfinite().all()), torch.nan)
 
 
 @_coefficients.register_fake
@@ -102,8 +102,8 @@ def _moved(order: Tensor, device: torch.device) -> Tensor:
 def pcgrad_coefficients(gram: Tensor, order: Tensor) -> Tensor:
     """The coefficients of PCGrad's projected gradients: g_i' = sum over j of C[i, j] g_j.
 
-    A gradient of norm 0 changes nothing and is not divided by. Computed on the matrix's device without host
-    synchronisation.
+    A gradient of norm 0 changes nothing and is not divided by. Where an entry of the matrix is NaN or inf, all
+    coefficients are NaN. Computed on the matrix's device without host synchronisation.
 
     Args:
         gram: [K, K], 1 <= K <= 64; used as fp64.
