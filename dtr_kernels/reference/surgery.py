@@ -50,5 +50,8 @@ def pcgrad_coefficients(gram: Tensor, order: Tensor) -> Tensor:
 
 
 def uncertainty_loss(losses: Tensor, log_variances: Tensor) -> Tensor:
-    """Uncertainty weighting (Kendall et al., 2018): sum over k of (exp(-s_k) l_k + s_k) / 2."""
-    return 0.5 * (torch.exp(-log_variances) * losses + log_variances).sum()
+    """Uncertainty weighting (Kendall et al., 2018, as ANT uses it): sum over k of (exp(-s_k) l_k + s_k) / 2.
+
+    l_k is the mean loss of cluster k, losses[k], divided by K.
+    """
+    return 0.5 * (torch.exp(-log_variances) * losses / len(losses) + log_variances).sum()
