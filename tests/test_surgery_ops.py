@@ -448,6 +448,37 @@ def test_coefficients_and_weights_that_are_not_finite(path, device, bad):
     assert not grads[1].isfinite().any() and grads[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("K", [1, 2, 9])
+def test_an_overflow_of_the_gram_matrix_is_no_silent_error(seed, path, device, K, dtype):
+    """Finite gradients whose products are not: the update is right, or NaN."""
+    small, order = gradients(K, 1003, dtype, device), ops.random_order(K)
+    grads = small * {torch.float64: 1e200}.get(dtype, 1e30)
+    assert grads.isfinite().all()
+    update, projected = ops.pcgrad_sum(grads, order), grads.clone()
+    ops.pcgrad_(projected, order)
+    if ops.gram(grads).isfinite().all():  # as in fp64, in which the plain path multiplies
+        expected = Expected(grads, order)
+        expected.check_sum(update, dtype)
+        expected.check_projected(projected, dtype)
+    else:
+        assert update.isnan().all() and projected.isnan().all()
+        assert path != "plain" or dtype == torch.float64
+    assert reference.pcgrad(small.float() * 1e30, order).isnan().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("K", [1, 2, 33])
+def test_coefficients_of_a_gram_matrix_that_is_not_finite_are_nan(seed, path, device, K, value):
+    """On and off the diagonal, in every row."""
+    order = ops.random_order(K)
+    for i, j in ((0, 0), (K - 1, K - 1), (K // 2, K - 1)):
+        gram = reference.gram(conflicting(K, 20))
+        gram[i, j] = value
+        assert ops.pcgrad_coefficients(gram.to(device), order).isnan().all()
+        assert reference.pcgrad_coefficients(gram, order).isnan().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("zero", [0, 2, 4])
 def test_an_empty_cluster_changes_nothing(seed, path, device, zero, dtype):

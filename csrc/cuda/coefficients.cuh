@@ -2,6 +2,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
 
 namespace dtr::cuda {
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(32)
     const bool permutation = (uint64_t{high} << 32 | low) == all;
     // A comparison with NaN is false: without this, an overflow would look like gradients without conflicts.
     bool overflow = false;
-    for (int n = lane; n < K * K; n += 32) overflow |= !isfinite(gram[n]);
+    for (int n = lane; n < K * K; n += 32) overflow |= !std::isfinite(gram[n]);
     const bool valid = permutation && !__reduce_or_sync(~0u, overflow);
 
     double C[2], products[2];

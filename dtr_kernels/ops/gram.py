@@ -50,7 +50,8 @@ def gram(grads: Tensor | Sequence[Sequence[Tensor]]) -> Tensor:
 
     Returns:
         fp64 [K, K], on the gradients' device. NaN and inf in a gradient reach its row and column. The kernels multiply
-        in fp32: elements above about 1e19 give inf, and those below about 1e-23 count as zero.
+        in fp32: elements above about 1e19 give inf, those below about 1e-19 lose digits, and those below about 1e-23
+        count as zero. fp64 gradients are multiplied in fp64.
 
     Raises:
         TypeError, ValueError: if the gradients are not as described.

@@ -129,7 +129,10 @@ def pcgrad_(
     order: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Projects K gradients in place, each off those that it conflicts with: g_i <- g_i'.
+    """Project K gradients in place, each off those that it conflicts with: g_i <- g_i'.
+
+    Where the Gram matrix is not finite, all of the result is NaN: of NaN and inf, and of products beyond ``gram``'s
+    range. A gradient whose elements are all below that range counts as zero and conflicts with none; scale it up.
 
     Args:
         grads: as in ``gram``; no two tensors may share memory.
@@ -156,6 +159,9 @@ def pcgrad_sum(
     generator: torch.Generator | None = None,
 ) -> Tensor | list[Tensor]:
     """PCGrad's update, the sum of the projected gradients; the gradients themselves stay as they are.
+
+    Where the Gram matrix is not finite, all of the result is NaN: of NaN and inf, and of products beyond ``gram``'s
+    range. A gradient whose elements are all below that range counts as zero and conflicts with none; scale it up.
 
     Args:
         grads: as in ``gram``.
