@@ -13,24 +13,35 @@ import torch
 from torch import Tensor
 
 from dtr_kernels.ops import _cpu
-from dtr_kernels.ops._gradients import current_stream, described, plain_chunks, segments, surgery_path
+from dtr_kernels.ops._gradients import (
+    Gathered,
+    Segments,
+    checked,
+    current_stream,
+    described,
+    plain_chunks,
+    surgery_path,
+)
 from dtr_kernels.ops._registration import op
 
 
 @op("gram")
 def _gram(grads: list[Tensor], clusters: int) -> Tensor:
+    if surgery_path(grads[0]) != "plain":
+        return _launch(described(grads, clusters), clusters, grads[0].device)
     out = torch.zeros(clusters, clusters, device=grads[0].device, dtype=torch.float64)
-    path = surgery_path(grads[0])
-    if path == "plain":
-        for _, rows in plain_chunks(grads, clusters):
-            wide = torch.stack(rows).double()
-            out += wide @ wide.T
-        return out
-    gradients = described(grads, clusters)
-    if path == "cpu":
+    for _, rows in plain_chunks(grads, clusters):
+        wide = torch.stack(rows).double()
+        out += wide @ wide.T
+    return out
+
+
+def _launch(gradients: _cpu.kernels.Gradients, clusters: int, device: torch.device) -> Tensor:
+    out = torch.zeros(clusters, clusters, device=device, dtype=torch.float64)
+    if device.type == "cpu":
         _cpu.kernels.gram(gradients, out.data_ptr())
         return out
-    with torch.cuda.device(out.device):
+    with torch.cuda.device(device):
         workspace = torch.empty(_cpu.kernels.cuda.gram_workspace(gradients), device=out.device, dtype=torch.float64)
         _cpu.kernels.cuda.gram(gradients, out.data_ptr(), workspace.data_ptr(), current_stream(out))
     return out
@@ -39,6 +50,11 @@ def _gram(grads: list[Tensor], clusters: int) -> Tensor:
 @_gram.register_fake
 def _(grads: list[Tensor], clusters: int) -> Tensor:
     return grads[0].new_empty(clusters, clusters, dtype=torch.float64)
+
+
+def gram_of(grads: Gathered | Segments) -> Tensor:
+    """``gram`` of checked gradients."""
+    return _launch(grads.described, grads.clusters, grads.device) if isinstance(grads, Gathered) else _gram(*grads)
 
 
 def gram(grads: Tensor | Sequence[Sequence[Tensor]]) -> Tensor:
@@ -56,4 +72,4 @@ def gram(grads: Tensor | Sequence[Sequence[Tensor]]) -> Tensor:
     Raises:
         TypeError, ValueError: if the gradients are not as described.
     """
-    return _gram(*segments(grads))
+    return gram_of(checked(grads))

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from dtr_kernels.ops import _cpu
-from dtr_kernels.ops._gradients import MOST_CLUSTERS, current_stream, segments, surgery_path
+from dtr_kernels.ops._gradients import MOST_CLUSTERS, Gathered, Segments, checked, current_stream, surgery_path
 from dtr_kernels.ops._registration import op
-from dtr_kernels.ops.combine import _combine, _weighted_sum
-from dtr_kernels.ops.gram import _gram
+from dtr_kernels.ops.combine import combine_of, weighted_sum_of
+from dtr_kernels.ops.gram import gram_of
 
 
 @op("pcgrad_coefficients")
@@ -142,9 +142,9 @@ def pcgrad_(
     Raises:
         TypeError, ValueError: before anything is written, if an argument is not as described.
     """
-    tensors, clusters = segments(grads)
-    order = _order_for(tensors, clusters, order, generator)
-    _combine(tensors, _coefficients(_gram(tensors, clusters), order))
+    found = checked(grads)
+    order = _order_for(found, order, generator)
+    combine_of(found, _coefficients(gram_of(found), order))
 
 
 @overload
@@ -174,15 +174,16 @@ def pcgrad_sum(
     Raises:
         TypeError, ValueError: if an argument is not as described.
     """
-    tensors, clusters = segments(grads)
-    order = _order_for(tensors, clusters, order, generator)
-    out = _weighted_sum(tensors, _coefficients(_gram(tensors, clusters), order).sum(0))
+    found = checked(grads)
+    order = _order_for(found, order, generator)
+    out = weighted_sum_of(found, _coefficients(gram_of(found), order).sum(0))
     return out[0] if isinstance(grads, Tensor) else out
 
 
-def _order_for(tensors: list[Tensor], clusters: int, order: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    device = tensors[0].device
-    return random_order(clusters, generator, device) if order is None else _checked_order(order, clusters, device)
+def _order_for(grads: Gathered | Segments, order: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    if order is None:
+        return random_order(grads.clusters, generator, grads.device)
+    return _checked_order(order, grads.clusters, grads.device)
 
 
 def _checked_order(order: Tensor, clusters: int, device: torch.device) -> Tensor:
