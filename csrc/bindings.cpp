@@ -117,8 +117,8 @@ PYBIND11_MODULE(_C, m) {
     py::class_<OwnedGradients>(m, "Gradients")
         .def(py::init<Type, int64_t, const std::vector<uintptr_t>&, std::vector<int64_t>>(), py::arg("type"), py::arg("clusters"),
              py::arg("pointers"), py::arg("sizes"))
+        .def_static("of", gathered, py::arg("rows"), py::arg("tensor"), py::arg("parameter"))
         .def_property_readonly("sizes", &OwnedGradients::sizes);
-    m.def("gathered", gathered, py::arg("rows"), py::arg("exchange"), py::arg("tensor"), py::arg("parameter"));
     m.def("gram", [](const OwnedGradients& gradients, uintptr_t out) {
         gradients.check_gram(address<double>(out));
         py::gil_scoped_release unlocked;

@@ -51,11 +51,14 @@ struct DlExchange {
 
 // The K lists' gradients, or null where not all are tensors of the two types, of a dtype that the kernels take, alike and
 // dense: checks of one tensor after the other then say which.
-inline std::unique_ptr<OwnedGradients> gathered(const pybind11::sequence& rows, const pybind11::capsule& exchange,
-                                                pybind11::handle tensor, pybind11::handle parameter) {
+inline std::unique_ptr<OwnedGradients> gathered(const pybind11::sequence& rows, pybind11::handle tensor, pybind11::handle parameter) {
+    constexpr const char* kName = "__dlpack_c_exchange_api__";
+    if (!pybind11::hasattr(tensor, kName)) return nullptr;  // before PyTorch 2.10
+    const pybind11::object exchange = tensor.attr(kName);
     const auto* api = static_cast<const DlExchange*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
     const size_t K = rows.size();
-    if (!api || api->major != 1 || K < 1 || K > kMaxClusters) return nullptr;
+    if (!api) throw pybind11::error_already_set();
+    if (api->major != 1 || K < 1 || K > kMaxClusters) return nullptr;
     std::vector<pybind11::object> lists;
     for (const pybind11::handle row : rows) {
         if (!PyList_Check(row.ptr()) && !PyTuple_Check(row.ptr())) return nullptr;

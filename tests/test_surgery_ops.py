@@ -345,6 +345,50 @@ def test_hundreds_of_tiny_tensors(seed, path, device, dtype):
     expected.check_projected(torch.stack([torch.cat(row) for row in lists]), dtype)
 
 
+def of_many_kinds(dtype, device):
+    """K lists of tensors as models have them, some of them parameters."""
+    rows = [like_parameters(dtype, device) for _ in range(3)]
+    return [[torch.nn.Parameter(t, requires_grad=False) if i % 2 else t for i, t in enumerate(row)] for row in rows]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lists_are_read_by_the_extension(seed, path, device, dtype, monkeypatch):
+    """All at once, which gives the same bits as one tensor after the other, and writes to the same memory."""
+    grads, order = of_many_kinds(dtype, device), ops.random_order(3)
+    again = [[t.clone() for t in row] for row in grads]
+    known = hasattr(torch.Tensor, "__dlpack_c_exchange_api__") and path != "plain" and dtype != torch.float64
+    assert isinstance(_gradients.checked(grads), _gradients.Gathered) == known
+    results = step(grads, order)
+    monkeypatch.setattr(_gradients, "_gathered", lambda grads: None)
+    found, expected = (torch.utils._pytree.tree_leaves(x) for x in ((results, grads), (step(again, order), again)))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b) and a.stride() == b.stride()
+    assert all(t._version >= 2 for row in grads for t in row), "pcgrad_ and combine_ are told to autograd"
+
+
+def test_tensors_of_an_update_are_independent(seed, path, device):
+    """Also where they share an allocation: neither views of it, nor with a common version counter."""
+    update = ops.pcgrad_sum(of_many_kinds(torch.float32, device))
+    before, versions = [t.clone() for t in update], [t._version for t in update]
+    update[3].add_(torch.ones(7, 5, device=device, requires_grad=True))
+    assert [t._version - v for t, v in zip(update, versions, strict=True)] == [i == 3 for i in range(len(update))]
+    assert all(torch.equal(a, b) == (i != 3) for i, (a, b) in enumerate(zip(update, before, strict=True)))
+
+
+@pytest.mark.parametrize("where", ["vmap", "grad", "fake"])
+def test_tensors_without_memory_are_not_read(seed, path, device, where):
+    x = torch.randn(4, 3, device=device)
+    if where == "fake":
+        with FakeTensorMode():
+            assert ops.gram([[torch.empty(3)], [torch.empty(3)]]).shape == (2, 2)
+    elif where == "vmap":
+        with pytest.raises(RuntimeError):
+            torch.vmap(lambda row: ops.gram([[row], [row]]))(x)
+    else:
+        with pytest.raises((RuntimeError, ValueError)):
+            torch.func.grad(lambda x: ops.gram([[x[0]], [x[1]]]).sum())(x)
+
+
 GUARD = 77.0
 
 

@@ -61,12 +61,11 @@ def checked(grads: Tensor | Sequence[Sequence[Tensor]]) -> Gathered | Segments:
 
 def _gathered(grads: Tensor | Sequence[Sequence[Tensor]]) -> Gathered | None:
     """None where there is something to refuse, to trace or for PyTorch ops to compute."""
-    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # from PyTorch 2.10 on
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _cpu.kernels is None or exchange is None:
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _cpu.kernels is None:
         return None
     if not isinstance(grads, list | tuple):
         return None
-    described = _cpu.kernels.gathered(grads, exchange, Tensor, nn.Parameter)
+    described = _cpu.kernels.Gradients.of(grads, Tensor, nn.Parameter)
     if described is None or surgery_path(grads[0][0]) == "plain":
         return None
     if torch.is_grad_enabled() and any(torch._C._any_requires_grad(*row) for row in grads):
