@@ -11,6 +11,7 @@
 #include "build_config.h"  // written by dtr_kernels/_build.py
 #include "checks.h"
 #include "cpu/kernels.h"
+#include "gather.h"
 #include "surgery.h"
 
 namespace py = pybind11;
@@ -116,7 +117,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
     py::class_<OwnedGradients>(m, "Gradients")
         .def(py::init<Type, int64_t, const std::vector<uintptr_t>&, std::vector<int64_t>>(), py::arg("type"), py::arg("clusters"),
-             py::arg("pointers"), py::arg("sizes"));
+             py::arg("pointers"), py::arg("sizes"))
+        .def_static("of", gathered, py::arg("rows"), py::arg("tensor"), py::arg("parameter"))
+        .def_property_readonly("sizes", &OwnedGradients::sizes);
     m.def("gram", [](const OwnedGradients& gradients, uintptr_t out) {
         gradients.check_gram(address<double>(out));
         py::gil_scoped_release unlocked;

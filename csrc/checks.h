@@ -91,6 +91,7 @@ public:
         for (size_t i = 1; i < written_.size(); ++i)
             if (written_[i].begin < written_[i - 1].end) refuse_both(written_[i - 1], written_[i]);
         for (const Span& read : read_) {
+            if (written_.empty() || read.end <= written_.front().begin || written_.back().end <= read.begin) continue;
             const auto written = std::partition_point(written_.begin(), written_.end(), [&](const Span& w) { return w.end <= read.begin; });
             if (written != written_.end() && written->begin < read.end) refuse_both(*written, read);
         }
@@ -312,6 +313,7 @@ public:
         data_ = addresses("pointers", pointers, K_, spans_);
     }
 
+    const std::vector<int64_t>& sizes() const { return sizes_; }
     Gradients view() const { return {type_, K_, static_cast<int64_t>(sizes_.size()), data_.data(), sizes_.data()}; }
 
     // Checks of a call's other arguments. A workspace of 0 doubles is none.

@@ -37,7 +37,7 @@ extern const SurgeryKernels avx512_surgery;
 #endif
 
 // order [K, K-1] (int64): row i holds the other clusters in the order in which gradient i meets them. Where it does not hold
-// each of them once, row i of the coefficients is NaN.
+// each of them once, row i of the coefficients is NaN. All rows are where the Gram matrix is not finite.
 void pcgrad_coefficients(int64_t K, const double* gram, const int64_t* order, double* coefficients);
 
 // For fresh memory of many megabytes: in pages of 4 KiB its first writing costs more than what is computed.

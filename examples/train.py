@@ -128,7 +128,7 @@ class Objective(nn.Module):
         losses = self.losses(*batch)
         if self.weighting is None:
             return losses.mean(), losses.mean()
-        means = losses.new_zeros(len(self.weighting.log_variances)).index_add(0, clusters, losses * shares)
+        means = losses.new_zeros(len(self.weighting.s)).index_add(0, clusters, losses * shares)
         return self.weighting(means), losses.mean()
 
 

@@ -320,7 +320,16 @@ def test_no_conflict_and_zero_gradients_change_nothing(cuda):
     assert_same(cuda.coefficients(torch.zeros(5, 5).double(), order), identity)
     G = -torch.ones(5, 5).double()  # no Gram matrix: every product is a conflict with a gradient of "norm" -1
     assert_same(cuda.coefficients(G, order), identity)
-    assert_same(cuda.coefficients(nan(5, 5), order), identity)
+
+
+@pytest.mark.parametrize("K", [1, 2, 5, 33, 64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_coefficients_of_a_gram_matrix_that_is_not_finite_are_nan(cuda, seed, K, value):
+    """Wherever it overflowed: a comparison with NaN is false, as if there were no conflict."""
+    for i, j in ((0, 0), (K - 1, K - 1), (K // 2, K - 1)):
+        G = reference.gram(torch.randn(K, 4, dtype=torch.float64))
+        G[i, j] = value
+        assert cuda.coefficients(G, random_order(K)).isnan().all()
 
 
 @pytest.mark.parametrize("K", [2, 5, 33, 64])

@@ -249,6 +249,42 @@ def test_nan_and_inf_reach_the_update(bad, weighting, seed):
         assert not p.grad.isfinite().any(), name
 
 
+@pytest.mark.parametrize("weighting", ["pcgrad", "nash", "external"])
+def test_an_overflow_of_the_gram_matrix_reaches_the_update(weighting, seed):
+    """Finite gradients with products that are not: the step is NaN, and the next one as if it had not been."""
+    if weighting == "nash":
+        pytest.importorskip("torchjd")
+    model, batches = Net(), Batches()
+    means = batches.functions(model)
+
+    def updates(overflow):
+        chosen = Averaging() if weighting == "external" else weighting
+        surgery = dtr.GradientSurgery(model.parameters(), K, chosen, generator=seeded(seed), engine="per_cluster")
+        if overflow:
+            before = surgery.state_dict()["weighting_state"].get("generator")
+            surgery.backward([lambda mean=mean: mean() * 1e25 for mean in means])
+            assert not surgery.last_gram.isfinite().all()
+            assert surgery.last_weights.isnan().all() and update(model).isnan().all()
+            if before is not None:
+                surgery.load_state_dict(surgery.state_dict() | {"weighting_state": {"generator": before}})
+            model.zero_grad()
+        surgery.backward(means)
+        result = update(model)
+        model.zero_grad()
+        return result
+
+    assert torch.equal(updates(overflow=True), updates(overflow=False))
+
+
+def test_sum_needs_no_gram_matrix(seed):
+    """The update of finite gradients is right where their products overflow."""
+    model, batches = Net(), Batches()
+    surgery = dtr.GradientSurgery(model.parameters(), K, "sum")
+    surgery.backward([lambda k=k: batches.loss(model, k) * 1e25 for k in range(K)])
+    assert not surgery.last_gram.isfinite().all()
+    torch.testing.assert_close(update(model) / 1e25, ordinary_step(model, batches), rtol=1e-5, atol=1e-5)
+
+
 # --- precisions ------------------------------------------------------------------------------------------------------
 
 
@@ -1025,25 +1061,43 @@ def calls_of_the_solver(weighting, monkeypatch):
 
 @pytest.mark.parametrize("clusters", [1, 2, 5, 8])
 def test_nash_solves_the_bargaining_problem(nash, clusters, seed):
-    """w_i (G w)_i = 1 for all i; these weights then give an update of norm sqrt(K), and are shrunk to norm 1."""
+    """w_i (K^2 G w)_i = 1 for all i, so that the update has norm 1 / sqrt(K)."""
     weighting = nash(clusters)
     gram = random_gram(clusters)
     gram += gram.diagonal().mean() * torch.eye(clusters)  # far from singular: 20 iterations suffice
     weights = weighting(gram)
-    solution = weighting._weights
-    torch.testing.assert_close(solution * (gram @ solution), torch.ones_like(solution), rtol=0.05, atol=0)
-    torch.testing.assert_close(weights, solution / (solution @ gram @ solution).sqrt())
+    of_undivided = clusters**2 * gram
+    torch.testing.assert_close(weights * (of_undivided @ weights), torch.ones_like(weights), rtol=0.05, atol=0)
+    torch.testing.assert_close((weights @ gram @ weights).sqrt().item(), clusters**-0.5, rtol=0.03, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:You are solving a parameterized problem that is not DPP")
-def test_nash_is_torchjds(nash, seed):
-    """The same steps as TorchJD's aggregator makes of gradients, with its own schedule and clipping."""
+@pytest.mark.parametrize("clusters", [2, 5])
+def test_nash_is_ants_loop(nash, clusters, seed):
+    """Written as in ANT's code, on losses that are not divided by K, with TorchJD's solver and schedule."""
     from torchjd.aggregation import NashMTL
 
-    weighting, aggregator = nash(K), NashMTL(K, max_norm=1.0, update_weights_every=25, optim_niter=20)
-    for _ in range(27):
-        grads = torch.randn(K, 20, dtype=torch.float64)
-        torch.testing.assert_close(weighting(grads @ grads.T) @ grads, aggregator(grads), rtol=1e-4, atol=1e-6)
+    model, ants = Net(), Net()
+    ants.load_state_dict(model.state_dict())
+    surgery = dtr.GradientSurgery(model.parameters(), clusters, "nash", engine="per_cluster")
+    solver = NashMTL(clusters, max_norm=0.0, update_weights_every=25, optim_niter=20).weighting
+    shrunk = 0
+    for step in range(55):
+        batches = Batches(clusters)
+        if step % 25 > 20:  # weights of before, and gradients that have grown: some updates are above the bound
+            batches.y *= 30
+        model.zero_grad(), ants.zero_grad()
+        surgery.backward(batches.functions(model))
+        losses = batches.tensors(ants)
+        alpha = solver(clusters * cluster_gradients(ants, losses))
+        sum(a * loss for a, loss in zip(alpha.detach().float(), losses, strict=True)).div(clusters).backward()
+        shrunk += nn.utils.clip_grad_norm_(ants.parameters(), 1.0) > 1
+        torch.testing.assert_close(update(model), update(ants), rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            for p, q in zip(model.parameters(), ants.parameters(), strict=True):
+                p -= 0.01 * p.grad
+                q.copy_(p)
+    assert 0 < shrunk < 55
 
 
 def test_nash_solves_every_25_steps(nash, monkeypatch, seed):
@@ -1083,6 +1137,8 @@ def test_nash_keeps_its_weights_where_there_is_no_solution(nash, bad, after, mon
         if bad == "empty cluster":
             assert weights.isfinite().all()
             assert weights @ gram @ weights <= 1 + 1e-9
+        else:
+            assert weights.isnan().all()
     assert len(solves) == after
     weighting(random_gram())
     # Now and then the solver finds nothing better than the weights that it starts from.
@@ -1198,6 +1254,17 @@ def test_torchjds_pcgrad_is_this_one(seed):
         dtr.GradientSurgery(model.parameters(), 2, weighting).backward(batches.functions(model))
         updates.append(update(model))
     torch.testing.assert_close(*updates)
+
+
+class Averaging:
+    """A weighting with a running average, as some of TorchJD's have, which NaN and made-up matrices would spoil."""
+
+    def __init__(self):
+        self.average = None
+
+    def __call__(self, gram):
+        self.average = gram if self.average is None else (self.average + gram) / 2
+        return 1 / self.average.diagonal()
 
 
 class Counting:
@@ -1345,8 +1412,52 @@ def test_bad_num_clusters(clusters):
     )  # fmt: skip
 
 
-def aggregator():
-    return pytest.importorskip("torchjd.aggregation").UPGrad()
+def from_torchjd(make):
+    """make(torchjd.aggregation), later."""
+    return lambda: make(pytest.importorskip("torchjd.aggregation"))
+
+
+# What each makes of gradients [K, P] it would silently make of a Gram matrix.
+WANT_GRADIENTS = {
+    "ExcessMTLWeighting": lambda jd: jd.ExcessMTLWeighting(),
+    "MoDoWeighting": lambda jd: jd.MoDoWeighting(),
+    "SDMGradWeighting": lambda jd: jd.SDMGradWeighting(),
+    "_NashMTLWeighting": lambda jd: jd.NashMTL(K).weighting,
+    "_Composition": lambda jd: jd.UPGrad().weighting,  # makes a Gram matrix of what it gets
+}
+
+
+@pytest.mark.parametrize("name", WANT_GRADIENTS)
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_torchjd_weightings_that_want_gradients_are_refused(name, smoothed):
+    jd = pytest.importorskip("torchjd.aggregation")
+    weighting = WANT_GRADIENTS[name](jd)
+    if smoothed:
+        weighting = jd.CRMOGMWeighting(jd.CRMOGMWeighting(weighting))
+    refused(
+        lambda: dtr.GradientSurgery(Net().parameters(), K, weighting),
+        TypeError, "weighting", f"TorchJD's {name} is no Gramian weighting", "UPGradWeighting()",
+    )  # fmt: skip
+
+
+def test_weightings_of_torchjds_kind_are_taken(seed):
+    """Around others, of the user's own, and those that look at K alone."""
+    jd, psd = pytest.importorskip("torchjd.aggregation"), pytest.importorskip("torchjd.linalg").PSDMatrix
+
+    class Own(jd.Weighting[psd]):
+        def forward(self, gram):
+            return 1 / gram.diagonal()
+
+    class Derived(Own):
+        pass
+
+    model, batches = Net(), Batches()
+    fixed = torch.tensor([1.0, 2.0, 0.5])
+    for weighting in (Own(), Derived(), jd.CRMOGMWeighting(jd.UPGradWeighting()), jd.ConstantWeighting(fixed)):
+        surgery = dtr.GradientSurgery(model.parameters(), K, weighting)
+        surgery.backward(batches.functions(model))
+        assert surgery.last_weights.isfinite().all()
+    assert torch.equal(surgery.last_weights, fixed.double())
 
 
 @pytest.mark.parametrize(
@@ -1356,7 +1467,7 @@ def aggregator():
         (lambda: 3, TypeError, ["weighting", "callable", "int"]),
         (lambda: None, TypeError, ["weighting", "callable", "NoneType"]),
         (lambda: Counting, TypeError, ["weighting", "class", "Counting(...)"]),
-        (aggregator, TypeError, ["weighting", "UPGrad aggregates", "UPGradWeighting()"]),
+        (from_torchjd(lambda jd: jd.UPGrad()), TypeError, ["weighting", "UPGrad aggregates", "UPGradWeighting()"]),
     ],
     ids=["name", "number", "none", "class", "aggregator"],
 )
@@ -1685,9 +1796,7 @@ def test_a_refused_one_pass_leaves_nothing_behind(monkeypatch, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("form", ["tensor", "list"])
 def test_uncertainty_is_the_reference(dtype, form, device, seed):
-    weighting = dtr.UncertaintyWeighting(5).to(device)
-    with torch.no_grad():
-        weighting.log_variances.normal_()
+    weighting = with_log_variances(torch.randn(5)).to(device)
     losses = torch.rand(5, device=device, dtype=dtype, requires_grad=True)
     s = weighting.log_variances.detach().double().requires_grad_()
     wide = losses.detach().double().requires_grad_()
@@ -1698,22 +1807,72 @@ def test_uncertainty_is_the_reference(dtype, form, device, seed):
     assert loss.dtype == dtype
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(losses.grad.double(), wide.grad, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(weighting.log_variances.grad.double(), s.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(flat(p.grad for p in weighting.s).double(), s.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_uncertainty_starts_from_half_the_sum():
+def with_log_variances(values):
+    weighting = dtr.UncertaintyWeighting(len(values))
+    weighting.load_state_dict({f"s.{k}": value.reshape(1) for k, value in enumerate(values)})
+    return weighting
+
+
+def test_uncertainty_starts_from_half_the_mean():
+    """ANT and DTR weight l_k / K."""
     weighting = dtr.UncertaintyWeighting(3)
     assert weighting.log_variances.tolist() == [0, 0, 0]
-    assert weighting(torch.tensor([1.0, 2.0, 3.0])).item() == 3
+    assert weighting(torch.tensor([1.0, 2.0, 3.0])).item() == 1
+
+
+def test_uncertainty_settles_at_the_loss_divided_by_the_number_of_clusters(seed):
+    """exp(s_k) = l_k / K."""
+    weighting, losses = dtr.UncertaintyWeighting(3), torch.tensor([0.3, 1.0, 6.0])
+    optimizer = torch.optim.SGD([weighting.param_group(lr=0.5)])
+    for _ in range(300):
+        optimizer.zero_grad()
+        weighting(losses).backward()
+        optimizer.step()
+    torch.testing.assert_close(weighting.log_variances.detach().exp(), losses / 3, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("least", [0.0, 1e-20, -3.0])
+def test_uncertainty_of_a_loss_of_zero_does_not_run_away(optimizer, least):
+    weighting = dtr.UncertaintyWeighting(3)
+    optimizer = optimizer([weighting.param_group()])
+    losses = torch.tensor([least, 1.0, 1e-3])
+    for _ in range(2000):
+        optimizer.zero_grad()
+        weighting(losses).backward()
+        optimizer.step()
+    weights = weighting.log_variances.detach().neg().exp()
+    torch.testing.assert_close(weights, torch.tensor([1e8, 3.0, 3e3]), rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize("loss", [0.0, -2.0, 1e-12, 5.0])
+def test_uncertainty_passes_the_gradient_of_every_loss(loss):
+    """The floor is what s_k sees; the model's gradient is weighted as ever."""
+    weighting = with_log_variances(torch.tensor([-1.0, 0.5]))
+    losses = torch.tensor([loss, 1.0], requires_grad=True)
+    weighting(losses).backward()
+    torch.testing.assert_close(losses.grad, torch.tensor([1.0, -0.5]).exp() / 4)
+    assert weighting.s[0].grad == pytest.approx(0.5 - math.e * max(loss / 2, 1e-8) / 2)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_uncertainty_of_nan_and_inf(bad):
+    weighting, losses = dtr.UncertaintyWeighting(2), torch.tensor([bad, 1.0])
+    loss = weighting(losses)
+    loss.backward()
+    assert torch.equal(loss, torch.tensor(bad)) or (loss.isnan() and math.isnan(bad))
+    assert not weighting.s[0].grad.isfinite() and weighting.s[1].grad.isfinite()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_uncertainty_of_narrow_losses(dtype, device, seed):
     """Computed in fp32, also where the module has been cast with the model."""
     losses = (10 * torch.rand(5, device=device)).to(dtype)
-    for weighting in (dtr.UncertaintyWeighting(5).to(device), dtr.UncertaintyWeighting(5).to(device, dtype)):
-        with torch.no_grad():
-            weighting.log_variances.copy_(torch.randn(5))
+    for cast in (torch.float32, dtype):
+        weighting = with_log_variances(torch.randn(5)).to(device, cast)
         expected = dtr.reference.uncertainty_loss(losses.double(), weighting.log_variances.detach().double())
         with torch.autocast(device.type, torch.bfloat16):
             loss = weighting(list(losses))
@@ -1725,16 +1884,45 @@ def test_uncertainty_of_narrow_losses(dtype, device, seed):
 
 def test_uncertainty_without_some_clusters(seed):
     """None is left out, and its s_k gets no gradient; NaN is NaN."""
-    weighting = dtr.UncertaintyWeighting(4)
-    with torch.no_grad():
-        weighting.log_variances.normal_()
+    weighting = with_log_variances(torch.randn(4))
     losses = torch.rand(4)
     loss = weighting([losses[0], None, losses[2], None])
-    present = [0, 2]
-    torch.testing.assert_close(loss, dtr.reference.uncertainty_loss(losses[present], weighting.log_variances[present]))
+    present, s = [0, 2], weighting.log_variances.detach()
+    torch.testing.assert_close(loss, dtr.reference.uncertainty_loss(losses[present] / 2, s[present]))
     loss.backward()
-    assert (weighting.log_variances.grad != 0).tolist() == [True, False, True, False]
+    assert [p.grad is None for p in weighting.s] == [False, True, False, True]
     assert weighting([losses[0], losses[1], torch.tensor(math.nan), None]).isnan()
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [lambda group: torch.optim.SGD([group], momentum=0.9), lambda group: torch.optim.AdamW([group])],
+    ids=["momentum", "AdamW"],
+)
+def test_uncertainty_leaves_an_absent_cluster_where_it_was(optimizer):
+    """A gradient of zero would let the optimizer's moments move it."""
+    weighting = dtr.UncertaintyWeighting(3)
+    optimizer, losses = optimizer(weighting.param_group()), [torch.tensor(9.0)] * 3
+    for absent in (None, None, 1, 1, 1):
+        before = weighting.log_variances.detach()
+        optimizer.zero_grad()
+        weighting([None if k == absent else loss for k, loss in enumerate(losses)]).backward()
+        optimizer.step()
+        assert (weighting.log_variances != before).tolist() == [k != absent for k in range(3)]
+
+
+def test_uncertainty_loads_checkpoints_of_one_parameter():
+    values = torch.randn(3)
+    for module, prefix in (
+        (dtr.UncertaintyWeighting(3), ""),
+        (nn.ModuleDict({"w": dtr.UncertaintyWeighting(3)}), "w."),
+    ):
+        state = {f"{prefix}log_variances": values}
+        module.load_state_dict(state)
+        assert torch.equal((module if not prefix else module["w"]).log_variances, values)
+        assert list(state) == [f"{prefix}log_variances"], "the caller's dictionary is not changed"
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*s\.3"):
+        dtr.UncertaintyWeighting(3).load_state_dict({"log_variances": torch.randn(4)})
 
 
 def test_uncertainty_trains_with_the_model(seed):
@@ -1749,7 +1937,7 @@ def test_uncertainty_trains_with_the_model(seed):
         optimizer.zero_grad()
     # A loss above its variance raises the variance.
     losses = torch.stack(batches.tensors(model)).detach()
-    assert torch.equal(weighting.log_variances > 0, losses > 1)
+    assert torch.equal(weighting.log_variances > 0, losses > K)
     restored = dtr.UncertaintyWeighting(K)
     restored.load_state_dict(through_a_file(weighting.state_dict()))
     assert torch.equal(restored.log_variances, weighting.log_variances)

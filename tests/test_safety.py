@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from fuzz_cases import Draw, calls, issue, wrong
 
 from dtr_kernels.ops import _cpu
@@ -50,6 +51,22 @@ def test_wrong_calls_are_refused(function):
             else:
                 pytest.fail(f"case {case} accepts: {what}")
     assert len(mistakes) > (0 if not call.arguments else 10)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "rows",
+    [[], [[]], [None], "ab", [["a"]], [[1.0]], [[None, torch.ones(1)]], [[torch.ones(1)], 3], [[torch.ones(1)], []]],
+    ids=repr,
+)
+def test_what_is_no_list_of_tensors_is_not_read(rows):
+    """``Gradients.of`` takes objects: their types are known before anything in them is read."""
+    read = _cpu.kernels.Gradients.of
+    assert read(rows, torch.Tensor, torch.nn.Parameter) is None
+    assert read([[torch.ones(1)]], int, object) is None and read([[torch.ones(1).int()]], torch.Tensor, int) is None
+    for arguments in ((None, torch.Tensor, torch.Tensor), (rows, torch.Tensor), (3, int, int)):
+        with pytest.raises(TypeError):
+            read(*arguments)
 
 
 _RIGHT_CALLS = """

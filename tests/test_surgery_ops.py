@@ -345,6 +345,50 @@ def test_hundreds_of_tiny_tensors(seed, path, device, dtype):
     expected.check_projected(torch.stack([torch.cat(row) for row in lists]), dtype)
 
 
+def of_many_kinds(dtype, device):
+    """K lists of tensors as models have them, some of them parameters."""
+    rows = [like_parameters(dtype, device) for _ in range(3)]
+    return [[torch.nn.Parameter(t, requires_grad=False) if i % 2 else t for i, t in enumerate(row)] for row in rows]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lists_are_read_by_the_extension(seed, path, device, dtype, monkeypatch):
+    """All at once, which gives the same bits as one tensor after the other, and writes to the same memory."""
+    grads, order = of_many_kinds(dtype, device), ops.random_order(3)
+    again = [[t.clone() for t in row] for row in grads]
+    known = hasattr(torch.Tensor, "__dlpack_c_exchange_api__") and path != "plain" and dtype != torch.float64
+    assert isinstance(_gradients.checked(grads), _gradients.Gathered) == known
+    results = step(grads, order)
+    monkeypatch.setattr(_gradients, "_gathered", lambda grads: None)
+    found, expected = (torch.utils._pytree.tree_leaves(x) for x in ((results, grads), (step(again, order), again)))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b) and a.stride() == b.stride()
+    assert all(t._version >= 2 for row in grads for t in row), "pcgrad_ and combine_ are told to autograd"
+
+
+def test_tensors_of_an_update_are_independent(seed, path, device):
+    """Also where they share an allocation: neither views of it, nor with a common version counter."""
+    update = ops.pcgrad_sum(of_many_kinds(torch.float32, device))
+    before, versions = [t.clone() for t in update], [t._version for t in update]
+    update[3].add_(torch.ones(7, 5, device=device, requires_grad=True))
+    assert [t._version - v for t, v in zip(update, versions, strict=True)] == [i == 3 for i in range(len(update))]
+    assert all(torch.equal(a, b) == (i != 3) for i, (a, b) in enumerate(zip(update, before, strict=True)))
+
+
+@pytest.mark.parametrize("where", ["vmap", "grad", "fake"])
+def test_tensors_without_memory_are_not_read(seed, path, device, where):
+    x = torch.randn(4, 3, device=device)
+    if where == "fake":
+        with FakeTensorMode():
+            assert ops.gram([[torch.empty(3)], [torch.empty(3)]]).shape == (2, 2)
+    elif where == "vmap":
+        with pytest.raises(RuntimeError):
+            torch.vmap(lambda row: ops.gram([[row], [row]]))(x)
+    else:
+        with pytest.raises((RuntimeError, ValueError)):
+            torch.func.grad(lambda x: ops.gram([[x[0]], [x[1]]]).sum())(x)
+
+
 GUARD = 77.0
 
 
@@ -446,6 +490,37 @@ def test_coefficients_and_weights_that_are_not_finite(path, device, bad):
     coefficients[1, 2] = bad
     ops.combine_(grads, coefficients)
     assert not grads[1].isfinite().any() and grads[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("K", [1, 2, 9])
+def test_an_overflow_of_the_gram_matrix_is_no_silent_error(seed, path, device, K, dtype):
+    """Finite gradients whose products are not: the update is right, or NaN."""
+    small, order = gradients(K, 1003, dtype, device), ops.random_order(K)
+    grads = small * {torch.float64: 1e200}.get(dtype, 1e30)
+    assert grads.isfinite().all()
+    update, projected = ops.pcgrad_sum(grads, order), grads.clone()
+    ops.pcgrad_(projected, order)
+    if ops.gram(grads).isfinite().all():  # as in fp64, in which the plain path multiplies
+        expected = Expected(grads, order)
+        expected.check_sum(update, dtype)
+        expected.check_projected(projected, dtype)
+    else:
+        assert update.isnan().all() and projected.isnan().all()
+        assert path != "plain" or dtype == torch.float64
+    assert reference.pcgrad(small.float() * 1e30, order).isnan().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("K", [1, 2, 33])
+def test_coefficients_of_a_gram_matrix_that_is_not_finite_are_nan(seed, path, device, K, value):
+    """On and off the diagonal, in every row."""
+    order = ops.random_order(K)
+    for i, j in ((0, 0), (K - 1, K - 1), (K // 2, K - 1)):
+        gram = reference.gram(conflicting(K, 20))
+        gram[i, j] = value
+        assert ops.pcgrad_coefficients(gram.to(device), order).isnan().all()
+        assert reference.pcgrad_coefficients(gram, order).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

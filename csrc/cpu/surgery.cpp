@@ -2,6 +2,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -25,6 +26,11 @@ bool is_permutation_of_others(int64_t K, int64_t i, const int64_t* order) {
 
 // The CUDA kernel in csrc/cuda/coefficients.cuh takes the same steps in the same order.
 void pcgrad_coefficients(int64_t K, const double* gram, const int64_t* order, double* coefficients) {
+    // A comparison with NaN is false: without this, an overflow would look like gradients without conflicts.
+    if (!std::all_of(gram, gram + K * K, [](double x) { return std::isfinite(x); })) {
+        std::fill(coefficients, coefficients + K * K, std::numeric_limits<double>::quiet_NaN());
+        return;
+    }
     std::vector<double> products(K);
     double* v = products.data();  // (C G)[i, :]
     for (int64_t i = 0; i < K; ++i) {

@@ -2,6 +2,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
 
 namespace dtr::cuda {
@@ -32,12 +33,16 @@ __global__ void __launch_bounds__(32)
     // K - 1 numbers make up this set only if they are a permutation of it.
     const uint64_t all = ~uint64_t{0} >> (64 - K) & ~(uint64_t{1} << i);
     const bool permutation = (uint64_t{high} << 32 | low) == all;
+    // A comparison with NaN is false: without this, an overflow would look like gradients without conflicts.
+    bool overflow = false;
+    for (int n = lane; n < K * K; n += 32) overflow |= !std::isfinite(gram[n]);
+    const bool valid = permutation && !__reduce_or_sync(~0u, overflow);
 
     double C[2], products[2];
     load_row(i, products);
     for (int half = 0; half < 2; ++half)
-        C[half] = permutation ? lane + 32 * half == i : __longlong_as_double(-1);  // all bits set: NaN
-    for (int first = 0; permutation && first < K - 1; first += kMeetings) {
+        C[half] = valid ? lane + 32 * half == i : __longlong_as_double(-1);  // all bits set: NaN
+    for (int first = 0; valid && first < K - 1; first += kMeetings) {
         double rows[kMeetings][2];
 #pragma unroll
         for (int n = 0; n < kMeetings; ++n)

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dtr_kernels._build import has_code_for
 from dtr_kernels.ops import _cpu
@@ -22,8 +24,57 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN_CHUNK = 1 << 18
 
 
-def segments(grads: Tensor | Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], int]:
-    """A [K, P] tensor, or K lists of equally shaped tensors, as the flat list that the ops take, and K.
+class Segments(NamedTuple):
+    """Gradients as the registered ops take them."""
+
+    tensors: list[Tensor]
+    clusters: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+
+class Gathered(NamedTuple):
+    """K lists of tensors that the extension has looked at, in a small part of the time that Python needs for each."""
+
+    rows: Sequence[Sequence[Tensor]]
+    described: _cpu.kernels.Gradients
+
+    @property
+    def clusters(self) -> int:
+        return len(self.rows)
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows[0][0].device
+
+
+def checked(grads: Tensor | Sequence[Sequence[Tensor]]) -> Gathered | Segments:
+    """A [K, P] tensor, or K lists of equally shaped tensors, for the ops.
+
+    Raises:
+        TypeError, ValueError: as ``segments``.
+    """
+    return _gathered(grads) or segments(grads)
+
+
+def _gathered(grads: Tensor | Sequence[Sequence[Tensor]]) -> Gathered | None:
+    """None where there is something to refuse, to trace or for PyTorch ops to compute."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _cpu.kernels is None:
+        return None
+    if not isinstance(grads, list | tuple):
+        return None
+    described = _cpu.kernels.Gradients.of(grads, Tensor, nn.Parameter)
+    if described is None or surgery_path(grads[0][0]) == "plain":
+        return None
+    if torch.is_grad_enabled() and any(torch._C._any_requires_grad(*row) for row in grads):
+        return None
+    return Gathered(grads, described)
+
+
+def segments(grads: Tensor | Sequence[Sequence[Tensor]]) -> Segments:
+    """A [K, P] tensor, or K lists of equally shaped tensors, as the flat list that the registered ops take, and K.
 
     Raises:
         TypeError: if grads is neither, or holds anything but floating-point tensors.
@@ -51,7 +102,7 @@ def segments(grads: Tensor | Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], 
     for k, row in enumerate(rows):
         for i, tensor in enumerate(row):
             _check(f"grads[{k}]" + ("" if isinstance(grads, Tensor) else f"[{i}]"), tensor, rows[0][i], rows[0][0])
-    return [tensor for segment in zip(*rows, strict=True) for tensor in segment], len(rows)
+    return Segments([tensor for segment in zip(*rows, strict=True) for tensor in segment], len(rows))
 
 
 def _check(name: str, tensor: Tensor, like: Tensor, first: Tensor) -> None:

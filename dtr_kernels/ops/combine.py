@@ -15,6 +15,9 @@ from torch import Tensor
 
 from dtr_kernels.ops import _cpu
 from dtr_kernels.ops._gradients import (
+    Gathered,
+    Segments,
+    checked,
     current_stream,
     described,
     flat,
@@ -32,14 +35,16 @@ def _combine(grads: list[Tensor], coefficients: Tensor) -> None:
     refuse_shared_memory(grads, clusters)
     # So that autograd notices if it has saved one of them for a backward pass.
     torch.autograd.graph.increment_version(grads)
-    path = surgery_path(grads[0])
-    if path == "plain":
-        for _, rows in plain_chunks(grads, clusters):
-            for row, combined in zip(rows, coefficients @ torch.stack(rows).double(), strict=True):
-                row.copy_(combined)
+    if surgery_path(grads[0]) != "plain":
+        _launch_combine(described(grads, clusters), coefficients)
         return
-    gradients = described(grads, clusters)
-    if path == "cpu":
+    for _, rows in plain_chunks(grads, clusters):
+        for row, combined in zip(rows, coefficients @ torch.stack(rows).double(), strict=True):
+            row.copy_(combined)
+
+
+def _launch_combine(gradients: _cpu.kernels.Gradients, coefficients: Tensor) -> None:
+    if coefficients.device.type == "cpu":
         _cpu.kernels.combine(gradients, coefficients.data_ptr())
         return
     with torch.cuda.device(coefficients.device):
@@ -60,21 +65,24 @@ def _(grads: list[Any], coefficients: Any) -> int:
 def _weighted_sum(grads: list[Tensor], weights: Tensor) -> list[Tensor]:
     clusters = len(weights)
     out = [torch.empty_like(tensor) for tensor in grads[::clusters]]
-    path = surgery_path(grads[0])
-    if path == "plain":
-        sums: list[list[Tensor]] = [[] for _ in out]
-        for s, rows in plain_chunks(grads, clusters):
-            sums[s].append((weights @ torch.stack(rows).double()).to(rows[0].dtype))
-        for tensor, parts in zip(out, sums, strict=True):
-            torch.cat(parts, out=flat(tensor))
+    if surgery_path(grads[0]) != "plain":
+        _launch_weighted_sum(described(grads, clusters), weights, out)
         return out
-    gradients, pointers = described(grads, clusters), [tensor.data_ptr() for tensor in out]
-    if path == "cpu":
-        _cpu.kernels.weighted_sum(gradients, weights.data_ptr(), pointers)
-    else:
-        with torch.cuda.device(weights.device):
-            _cpu.kernels.cuda.weighted_sum(gradients, weights.data_ptr(), pointers, current_stream(weights))
+    sums: list[list[Tensor]] = [[] for _ in out]
+    for s, rows in plain_chunks(grads, clusters):
+        sums[s].append((weights @ torch.stack(rows).double()).to(rows[0].dtype))
+    for tensor, parts in zip(out, sums, strict=True):
+        torch.cat(parts, out=flat(tensor))
     return out
+
+
+def _launch_weighted_sum(gradients: _cpu.kernels.Gradients, weights: Tensor, out: list[Tensor]) -> None:
+    pointers = [tensor.data_ptr() for tensor in out]
+    if weights.device.type == "cpu":
+        _cpu.kernels.weighted_sum(gradients, weights.data_ptr(), pointers)
+        return
+    with torch.cuda.device(weights.device):
+        _cpu.kernels.cuda.weighted_sum(gradients, weights.data_ptr(), pointers, current_stream(weights))
 
 
 @_weighted_sum.register_fake
@@ -87,6 +95,39 @@ def _(grads: list[Any], weights: Any) -> int:
     return 2 * sum(map(prod, grads))
 
 
+def combine_of(grads: Gathered | Segments, coefficients: Tensor) -> None:
+    """``combine_`` of checked gradients."""
+    if isinstance(grads, Gathered):
+        try:
+            _launch_combine(grads.described, coefficients)
+        except ValueError:  # Some share memory, and the op says which.
+            grads = segments(grads.rows)
+        else:
+            torch.autograd.graph.increment_version([tensor for row in grads.rows for tensor in row])
+            return
+    _combine(grads.tensors, coefficients)
+
+
+def weighted_sum_of(grads: Gathered | Segments, weights: Tensor) -> list[Tensor]:
+    """``weighted_sum`` of checked gradients, one tensor for each segment."""
+    if isinstance(grads, Segments):
+        return _weighted_sum(grads.tensors, weights)
+    out = _pieces_like(grads.rows[0], grads.described.sizes)
+    _launch_weighted_sum(grads.described, weights, out)
+    return out
+
+
+def _pieces_like(tensors: Sequence[Tensor], sizes: list[int]) -> list[Tensor]:
+    """Uninitialised tensors; on a CPU pieces of one allocation, which take less time than as many of their own."""
+    if tensors[0].device.type != "cpu":  # whose kernels are faster where each is aligned
+        return [torch.empty_like(tensor) for tensor in tensors]
+    pieces = torch.unsafe_split_with_sizes(tensors[0].new_empty(sum(sizes)), sizes)
+    return [
+        piece if tensor.dim() == 1 else piece.as_strided(tensor.shape, tensor.stride())
+        for piece, tensor in zip(pieces, tensors, strict=True)
+    ]
+
+
 def combine_(grads: Tensor | Sequence[Sequence[Tensor]], coefficients: Tensor) -> None:
     """Replaces K gradients by linear combinations of them, in place: g_i <- sum over j of coefficients[i, j] g_j.
 
@@ -97,8 +138,8 @@ def combine_(grads: Tensor | Sequence[Sequence[Tensor]], coefficients: Tensor) -
     Raises:
         TypeError, ValueError: before anything is written, if an argument is not as described.
     """
-    tensors, clusters = segments(grads)
-    _combine(tensors, _matrix("coefficients", coefficients, (clusters, clusters), tensors[0]))
+    found = checked(grads)
+    combine_of(found, _matrix("coefficients", coefficients, (found.clusters, found.clusters), found.device))
 
 
 @overload
@@ -118,17 +159,17 @@ def weighted_sum(grads: Tensor | Sequence[Sequence[Tensor]], weights: Tensor) ->
     Raises:
         TypeError, ValueError: if an argument is not as described.
     """
-    tensors, clusters = segments(grads)
-    out = _weighted_sum(tensors, _matrix("weights", weights, (clusters,), tensors[0]))
+    found = checked(grads)
+    out = weighted_sum_of(found, _matrix("weights", weights, (found.clusters,), found.device))
     return out[0] if isinstance(grads, Tensor) else out
 
 
-def _matrix(name: str, matrix: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
+def _matrix(name: str, matrix: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
         given = getattr(matrix, "dtype", type(matrix).__name__)
         raise TypeError(f"{name} must be a floating-point tensor, got {given}")
     if tuple(matrix.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)} for {shape[0]} gradients, got {list(matrix.shape)}")
-    if matrix.device != like.device:
-        raise ValueError(f"{name} is on {matrix.device}, but the gradients are on {like.device}; move one of them")
+    if matrix.device != device:
+        raise ValueError(f"{name} is on {matrix.device}, but the gradients are on {device}; move one of them")
     return matrix.detach().double().contiguous()

@@ -15,24 +15,35 @@ import torch
 from torch import Tensor
 
 from dtr_kernels.ops import _cpu
-from dtr_kernels.ops._gradients import current_stream, described, plain_chunks, segments, surgery_path
+from dtr_kernels.ops._gradients import (
+    Gathered,
+    Segments,
+    checked,
+    current_stream,
+    described,
+    plain_chunks,
+    surgery_path,
+)
 from dtr_kernels.ops._registration import op
 
 
 @op("gram")
 def _gram(grads: list[Tensor], clusters: int) -> Tensor:
+    if surgery_path(grads[0]) != "plain":
+        return _launch(described(grads, clusters), clusters, grads[0].device)
     out = torch.zeros(clusters, clusters, device=grads[0].device, dtype=torch.float64)
-    path = surgery_path(grads[0])
-    if path == "plain":
-        for _, rows in plain_chunks(grads, clusters):
-            wide = torch.stack(rows).double()
-            out += wide @ wide.T
-        return out
-    gradients = described(grads, clusters)
-    if path == "cpu":
+    for _, rows in plain_chunks(grads, clusters):
+        wide = torch.stack(rows).double()
+        out += wide @ wide.T
+    return out
+
+
+def _launch(gradients: _cpu.kernels.Gradients, clusters: int, device: torch.device) -> Tensor:
+    out = torch.zeros(clusters, clusters, device=device, dtype=torch.float64)
+    if device.type == "cpu":
         _cpu.kernels.gram(gradients, out.data_ptr())
         return out
-    with torch.cuda.device(out.device):
+    with torch.cuda.device(device):
         workspace = torch.empty(_cpu.kernels.cuda.gram_workspace(gradients), device=out.device, dtype=torch.float64)
         _cpu.kernels.cuda.gram(gradients, out.data_ptr(), workspace.data_ptr(), current_stream(out))
     return out
@@ -48,6 +59,11 @@ def _(grads: list[Any], clusters: int) -> int:
     return 2 * clusters * sum(map(prod, grads))
 
 
+def gram_of(grads: Gathered | Segments) -> Tensor:
+    """``gram`` of checked gradients."""
+    return _launch(grads.described, grads.clusters, grads.device) if isinstance(grads, Gathered) else _gram(*grads)
+
+
 def gram(grads: Tensor | Sequence[Sequence[Tensor]]) -> Tensor:
     """The Gram matrix of K gradients.
 
@@ -57,9 +73,10 @@ def gram(grads: Tensor | Sequence[Sequence[Tensor]]) -> Tensor:
 
     Returns:
         fp64 [K, K], on the gradients' device. NaN and inf in a gradient reach its row and column. The kernels multiply
-        in fp32: elements above about 1e19 give inf, and those below about 1e-23 count as zero.
+        in fp32: elements above about 1e19 give inf, those below about 1e-19 lose digits, and those below about 1e-23
+        count as zero. fp64 gradients are multiplied in fp64.
 
     Raises:
         TypeError, ValueError: if the gradients are not as described.
     """
-    return _gram(*segments(grads))
+    return gram_of(checked(grads))

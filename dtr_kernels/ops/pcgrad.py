@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from dtr_kernels.ops import _cpu
-from dtr_kernels.ops._gradients import MOST_CLUSTERS, current_stream, segments, surgery_path
+from dtr_kernels.ops._gradients import MOST_CLUSTERS, Gathered, Segments, checked, current_stream, surgery_path
 from dtr_kernels.ops._registration import op
-from dtr_kernels.ops.combine import _combine, _weighted_sum
-from dtr_kernels.ops.gram import _gram
+from dtr_kernels.ops.combine import combine_of, weighted_sum_of
+from dtr_kernels.ops.gram import gram_of
 
 
 @op("pcgrad_coefficients")
@@ -50,7 +50,7 @@ def _plain_coefficients(gram: Tensor, order: Tensor) -> Tensor:
         step = torch.where((product < 0) & (norm > 0), product / norm, 0.0)
         C.scatter_add_(1, j[:, None], -step)
         products -= step * gram[j]
-    return C.masked_fill(~valid, torch.nan)
+    return C.masked_fill(~(valid & gram.isfinite().all()), torch.nan)
 
 
 @_coefficients.register_fake
@@ -102,8 +102,8 @@ def _moved(order: Tensor, device: torch.device) -> Tensor:
 def pcgrad_coefficients(gram: Tensor, order: Tensor) -> Tensor:
     """The coefficients of PCGrad's projected gradients: g_i' = sum over j of C[i, j] g_j.
 
-    A gradient of norm 0 changes nothing and is not divided by. Computed on the matrix's device without host
-    synchronisation.
+    A gradient of norm 0 changes nothing and is not divided by. Where an entry of the matrix is NaN or inf, all
+    coefficients are NaN. Computed on the matrix's device without host synchronisation.
 
     Args:
         gram: [K, K], 1 <= K <= 64; used as fp64.
@@ -129,7 +129,10 @@ def pcgrad_(
     order: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Projects K gradients in place, each off those that it conflicts with: g_i <- g_i'.
+    """Project K gradients in place, each off those that it conflicts with: g_i <- g_i'.
+
+    Where the Gram matrix is not finite, all of the result is NaN: of NaN and inf, and of products beyond ``gram``'s
+    range. A gradient whose elements are all below that range counts as zero and conflicts with none; scale it up.
 
     Args:
         grads: as in ``gram``; no two tensors may share memory.
@@ -139,9 +142,9 @@ def pcgrad_(
     Raises:
         TypeError, ValueError: before anything is written, if an argument is not as described.
     """
-    tensors, clusters = segments(grads)
-    order = _order_for(tensors, clusters, order, generator)
-    _combine(tensors, _coefficients(_gram(tensors, clusters), order))
+    found = checked(grads)
+    order = _order_for(found, order, generator)
+    combine_of(found, _coefficients(gram_of(found), order))
 
 
 @overload
@@ -157,6 +160,9 @@ def pcgrad_sum(
 ) -> Tensor | list[Tensor]:
     """PCGrad's update, the sum of the projected gradients; the gradients themselves stay as they are.
 
+    Where the Gram matrix is not finite, all of the result is NaN: of NaN and inf, and of products beyond ``gram``'s
+    range. A gradient whose elements are all below that range counts as zero and conflicts with none; scale it up.
+
     Args:
         grads: as in ``gram``.
         order: as in ``pcgrad_coefficients``; default: ``random_order``.
@@ -168,15 +174,16 @@ def pcgrad_sum(
     Raises:
         TypeError, ValueError: if an argument is not as described.
     """
-    tensors, clusters = segments(grads)
-    order = _order_for(tensors, clusters, order, generator)
-    out = _weighted_sum(tensors, _coefficients(_gram(tensors, clusters), order).sum(0))
+    found = checked(grads)
+    order = _order_for(found, order, generator)
+    out = weighted_sum_of(found, _coefficients(gram_of(found), order).sum(0))
     return out[0] if isinstance(grads, Tensor) else out
 
 
-def _order_for(tensors: list[Tensor], clusters: int, order: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    device = tensors[0].device
-    return random_order(clusters, generator, device) if order is None else _checked_order(order, clusters, device)
+def _order_for(grads: Gathered | Segments, order: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    if order is None:
+        return random_order(grads.clusters, generator, grads.device)
+    return _checked_order(order, grads.clusters, grads.device)
 
 
 def _checked_order(order: Tensor, clusters: int, device: torch.device) -> Tensor:

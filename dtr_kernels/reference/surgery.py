@@ -19,19 +19,27 @@ def pcgrad(grads: Tensor, order: Tensor) -> Tensor:
     """PCGrad (Yu et al., 2020, algorithm 1), the loop: projected gradients [K, P], whose sum is the update.
 
     Each gradient meets the original others one after the other, and loses its component along each that it conflicts
-    with.
+    with. All of it is NaN where a squared norm is not finite: after an overflow nobody knows which gradients conflict.
     """
+    norms = torch.stack([g @ g for g in grads])
+    if not norms.isfinite().all():
+        return torch.full_like(grads, torch.nan)
     projected = grads.clone()
     for i, others in enumerate(order.tolist()):
         for j in others:
             product = projected[i] @ grads[j]
             if product < 0:
-                projected[i] -= product / (grads[j] @ grads[j]) * grads[j]
+                projected[i] -= product / norms[j] * grads[j]
     return projected
 
 
 def pcgrad_coefficients(gram: Tensor, order: Tensor) -> Tensor:
-    """C [K, K] with projected gradients = C @ grads: the same loop on the coefficients of each projected gradient."""
+    """C [K, K] with projected gradients = C @ grads: the same loop on the coefficients of each projected gradient.
+
+    NaN where the Gram matrix is not finite.
+    """
+    if not gram.isfinite().all():
+        return torch.full_like(gram, torch.nan)
     C = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for i, others in enumerate(order.tolist()):
         for j in others:
@@ -42,5 +50,8 @@ def pcgrad_coefficients(gram: Tensor, order: Tensor) -> Tensor:
 
 
 def uncertainty_loss(losses: Tensor, log_variances: Tensor) -> Tensor:
-    """Uncertainty weighting (Kendall et al., 2018): sum over k of (exp(-s_k) l_k + s_k) / 2."""
-    return 0.5 * (torch.exp(-log_variances) * losses + log_variances).sum()
+    """Uncertainty weighting (Kendall et al., 2018, as ANT uses it): sum over k of (exp(-s_k) l_k + s_k) / 2.
+
+    l_k is the mean loss of cluster k, losses[k], divided by K.
+    """
+    return 0.5 * (torch.exp(-log_variances) * losses / len(losses) + log_variances).sum()

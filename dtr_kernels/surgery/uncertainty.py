@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# What s_k sees of a smaller loss.
+_LEAST_LOSS = 1e-8
+
 
 class UncertaintyWeighting(nn.Module):
-    """One learned log-variance s_k for each cluster (Kendall et al., 2018, as ANT uses it).
+    """One learned log-variance s_k for each cluster (Kendall et al., 2018, as ANT uses it), a parameter ``s[k]`` [1].
 
     In ANT's results it does as well as PCGrad (see ``GradientSurgery``), at the speed of ordinary training: 2.103
     steps a second against PCGrad's 1.523 and 2.108 without either (LDM on FFHQ).
@@ -27,14 +30,26 @@ class UncertaintyWeighting(nn.Module):
         super().__init__()
         if isinstance(num_clusters, bool) or not isinstance(num_clusters, int) or num_clusters < 1:
             raise ValueError(f"num_clusters must be a positive integer, got {num_clusters!r}")
-        self.log_variances = nn.Parameter(torch.zeros(num_clusters))
+        # One parameter each, so that an optimizer leaves a cluster without samples alone, and its moments with it.
+        self.s = nn.ParameterList(torch.zeros(1) for _ in range(num_clusters))
+        self.register_load_state_dict_pre_hook(_split_log_variances)
+
+    @property
+    def log_variances(self) -> Tensor:
+        """A copy of all s_k, [K]; write to ``s[k]`` to change one."""
+        return torch.cat(list(self.s))
 
     def forward(self, losses: Tensor | Sequence[Tensor | None]) -> Tensor:
-        """The loss to differentiate: sum over k of (exp(-s_k) l_k + s_k) / 2, where there is an l_k.
+        """Compute the loss to differentiate: sum over k of (exp(-s_k) l_k + s_k) / 2, where there is an l_k.
+
+        l_k is the mean loss of cluster k divided by K, as in ANT's code. To s_k it is 1e-8 at least, also where it is
+        zero or negative, so that exp(-s_k) settles at 1e8 instead of growing without end; the gradient with respect to
+        the loss itself stays exp(-s_k) / 2K.
 
         Args:
             losses: the K clusters' mean losses: a tensor [K], or K scalars with None for each cluster without samples,
-                which is left out of the sum. A loss of NaN gives NaN. fp16 and bf16 are computed in fp32.
+                which is left out of the sum and whose s_k gets no gradient (None). A loss of NaN gives NaN. fp16 and
+                bf16 are computed in fp32.
 
         Returns:
             A scalar, fp32 or, for losses in fp64, fp64.
@@ -46,12 +61,14 @@ class UncertaintyWeighting(nn.Module):
         present = self._present(losses)
         dtype = reduce(torch.promote_types, (loss.dtype for loss in present.values()), torch.float32)
         stacked = torch.stack([loss.reshape(()).to(dtype) for loss in present.values()])
-        log_variances = self.log_variances if len(present) == len(losses) else self.log_variances[list(present)]
-        return 0.5 * (torch.exp(-log_variances.to(dtype)) * stacked + log_variances.to(dtype)).sum()
+        l = stacked / len(self.s)
+        l = torch.where(l < _LEAST_LOSS, _LEAST_LOSS + (l - l.detach()), l)
+        s = torch.cat([self.s[k].to(dtype) for k in present])
+        return 0.5 * (torch.exp(-s) * l + s).sum()
 
     def _present(self, losses: Tensor | Sequence[Tensor | None]) -> dict[int, Tensor]:
         """The losses that are not None, by cluster."""
-        clusters = len(self.log_variances)
+        clusters = len(self.s)
         if not isinstance(losses, Sequence | Tensor) or (isinstance(losses, Tensor) and losses.dim() == 0):
             given = "one scalar" if isinstance(losses, Tensor) else type(losses).__name__
             raise TypeError(f"losses must be a sequence of {clusters} losses, one for each cluster, got {given}")
@@ -68,5 +85,12 @@ class UncertaintyWeighting(nn.Module):
         return present
 
     def param_group(self, lr: float = 0.025) -> dict[str, Any]:
-        """An optimizer's parameter group with the learning rate of the paper and without weight decay."""
-        return {"params": [self.log_variances], "lr": lr, "weight_decay": 0.0}
+        """Return an optimizer's parameter group with the learning rate of the paper and without weight decay."""
+        return {"params": list(self.s), "lr": lr, "weight_decay": 0.0}
+
+
+def _split_log_variances(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Read the checkpoints of before, when all s_k were one parameter [K]."""
+    if f"{prefix}log_variances" in state:
+        for k, s in enumerate(state.pop(f"{prefix}log_variances")):
+            state[f"{prefix}s.{k}"] = s.reshape(1)

@@ -64,12 +64,13 @@ class Sum:
 class Nash:
     """Nash-MTL (Navon et al., 2022) with the settings of ANT, solved by TorchJD.
 
-    The weights solve w_i (G w)_i = 1. They are solved for anew every few steps, which the host waits for, starting from
-    the last ones; in between they stay. On every step they are shrunk so that the update has at most norm 1; its
-    squared norm is w^T G w.
+    The weights solve w_i (K^2 G w)_i = 1, where K^2 G is the Gram matrix of losses that are not divided by K; the
+    update then has norm 1 / sqrt(K). They are solved for anew every few steps, which the host waits for, starting from
+    the last ones; in between they stay, and are shrunk where the update would have a norm above 1. Its squared norm is
+    w^T G w.
 
     A matrix that has no solution (NaN, inf, or a gradient of zero, as from an empty cluster) leaves the weights as they
-    are, and the next step tries again.
+    are, and the next step tries again. Of NaN and inf the step itself gets weights of NaN.
 
     Raises:
         ImportError: if TorchJD or its solver is not installed.
@@ -102,7 +103,8 @@ class Nash:
                 self._weights, self._steps_until_solved = solution.to(gram.device), self.every
         self._steps_until_solved = max(self._steps_until_solved - 1, 0)
         norm = (self._weights @ gram @ self._weights).clamp_min(0).sqrt()
-        return self._weights * torch.where(norm > self.max_norm, self.max_norm / norm, 1.0)
+        shrunk = self._weights * torch.where(norm > self.max_norm, self.max_norm / norm, 1.0)
+        return torch.where(gram.isfinite().all(), shrunk, torch.nan)
 
     def _solved(self, gram: Tensor) -> Tensor | None:
         if not (gram.isfinite().all() and (gram.diagonal() > 0).all()):
@@ -110,7 +112,7 @@ class Nash:
         if len(gram) == 1:  # which TorchJD's formulation does not take
             return gram[0].rsqrt()
         # TorchJD wants gradients [K, P], and uses their Gram matrix alone: any square root of it will do.
-        eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+        eigenvalues, eigenvectors = torch.linalg.eigh(len(gram) ** 2 * gram)
         root = eigenvectors * eigenvalues.clamp_min(0).sqrt()
         self._solver.prvs_alpha = self._weights.cpu().numpy()
         with warnings.catch_warnings():
@@ -129,17 +131,18 @@ class Nash:
 
 
 class External:
-    """Somebody else's weighting, checked, and never shown NaN or inf, at which solvers fail.
+    """Somebody else's weighting, checked, and never shown NaN or inf, at which solvers fail and averages stay NaN.
 
-    In place of a matrix that is not finite it gets the identity; the NaN still reach the update, through the gradients.
+    It is not called with a matrix that is not finite, for which the host waits; the weights are NaN then.
     """
 
     def __init__(self, weighting: GramWeighting) -> None:
         self._weighting: Any = weighting
 
     def __call__(self, gram: Tensor) -> Tensor:
-        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        weights = self._weighting(torch.where(gram.isfinite().all(), gram, identity))
+        if not gram.isfinite().all():
+            return gram.new_full((len(gram),), torch.nan)
+        weights = self._weighting(gram)
         if not isinstance(weights, Tensor) or not weights.is_floating_point():
             given = getattr(weights, "dtype", type(weights).__name__)
             raise TypeError(f"weighting must return a floating-point tensor of {len(gram)} weights, got {given}")
@@ -186,11 +189,36 @@ def make(weighting: str | GramWeighting, clusters: int, generator: torch.Generat
     if not callable(weighting):
         names = ", ".join(map(repr, NAMES))
         raise TypeError(f"weighting must be one of {names} or a callable, got {type(weighting).__name__}")
-    # An aggregator is callable too and would take the Gram matrix for the gradients themselves.
-    torchjd = sys.modules.get("torchjd.aggregation")
-    if torchjd is not None and isinstance(weighting, torchjd.Aggregator):
+    _refuse_what_takes_gradients(weighting)
+    return External(weighting)
+
+
+def _refuse_what_takes_gradients(weighting: GramWeighting) -> None:
+    """Refuse TorchJD's aggregators and weightings that would take the Gram matrix for the gradients [K, P]."""
+    if "torchjd.aggregation" not in sys.modules:
+        return
+    from torchjd import aggregation
+    from torchjd.linalg import PSDMatrix
+
+    inner: Any = weighting
+    while isinstance(inner, aggregation.CRMOGMWeighting):  # which smooths the weights of another
+        inner = inner.weighting
+    if isinstance(inner, aggregation.Aggregator):
         raise TypeError(
-            f"weighting must map a Gram matrix to weights, but TorchJD's {type(weighting).__name__} aggregates "
+            f"weighting must map a Gram matrix to weights, but TorchJD's {type(inner).__name__} aggregates "
             "gradients; pass its weighting, such as UPGradWeighting() for UPGrad, or 'nash' for NashMTL"
         )
-    return External(weighting)
+    number_alone = (  # They look at the number of rows alone.
+        aggregation.ConstantWeighting,
+        aggregation.MeanWeighting,
+        aggregation.RandomWeighting,
+        aggregation.SumWeighting,
+    )
+    if not isinstance(inner, aggregation.Weighting) or isinstance(inner, number_alone):
+        return
+    if not any(aggregation.Weighting[PSDMatrix] in getattr(t, "__orig_bases__", ()) for t in type(inner).__mro__):
+        raise TypeError(
+            f"weighting must map a Gram matrix to weights, but TorchJD's {type(inner).__name__} is no Gramian "
+            "weighting and would take it for the gradients; pass one that is, such as UPGradWeighting(), or 'nash' "
+            "for NashMTL"
+        )
