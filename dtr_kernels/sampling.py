@@ -202,14 +202,16 @@ class _Modulations:
         self._rows = rows
         self._known: dict[tuple[Any, ...], Tensor] = {}
         self._calls: dict[int, int] = {}
+        self._thread: int | None = None  # that samples
         self._computed: set[int] = set()  # modules that are checked once when they compute,
         self._repeated: set[int] = set()  # and once when they need not
 
     @contextmanager
     def remembered(self, modules: list[Any], when: tuple[Any, ...]) -> Iterator[None]:
-        """Lets modules return what they returned at the same timestep before."""
+        """Lets modules return what they returned at the same timestep before, in this thread."""
         patched = [vars(module).get("forward") for module in modules]
         self._calls.clear()
+        self._thread = threading.get_ident()
         for number, module in enumerate(modules):
             vars(module)["forward"] = partial(self._recall, number, when, module.forward)
         try:
@@ -224,6 +226,8 @@ class _Modulations:
     def _recall(
         self, module: int, when: tuple[Any, ...], compute: Callable[..., Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
+        if threading.get_ident() != self._thread:  # which calls the model directly, at a timestep of its own
+            return compute(*args, **kwargs)
         # Blocks may share a module, which each of them calls with a conditioning of its own.
         call = self._calls[module] = self._calls.get(module, 0) + 1
         key = (module, call, *when)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import numpy as np
 import pytest
@@ -495,3 +496,51 @@ def test_autocast_keeps_the_stream_in_fp32():
         out = model(x, t, y)
     assert streams[0].dtype == torch.float32
     torch.testing.assert_close(out.float(), model(x, t, y), rtol=0.1, atol=0.1)
+
+
+class Adapter(torch.nn.Module):
+    """A linear layer and something on top, as LoRA's, with the attributes of the layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name == "layer" else getattr(self.layer, name)
+
+    def forward(self, x):
+        return 2 * self.layer(x)
+
+
+def _adapt(model, path):
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, Adapter(model.get_submodule(path)))
+
+
+def _patch(model, path):
+    model.get_submodule(path).forward = lambda *inputs: inputs[0]
+
+
+def _hook(model, path):
+    model.get_submodule(path).register_forward_hook(lambda module, inputs, out: 2 * out)
+
+
+@pytest.mark.parametrize("change", [_adapt, _patch, _hook], ids=["adapter", "patch", "hook"])
+@pytest.mark.parametrize(
+    "path", ["blocks.1.attn.qkv", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2", "final_layer.linear", "blocks.0.norm2"]
+)
+def test_a_changed_part_that_kernels_read_is_refused_by_name(change, path):
+    model = make_model()
+    change(model, path)
+    part = re.escape(path.removeprefix("blocks.0.").removeprefix("blocks.1.").removeprefix("final_layer."))
+    with pytest.raises(RuntimeError, match=f"^{part} of a .* the kernels read its parameters and do not call it"):
+        model(*make_batch())
+
+
+@pytest.mark.parametrize("change", [_adapt, _hook], ids=["adapter", "hook"])
+@pytest.mark.parametrize("path", ["blocks.1.attn.proj", "blocks.1.adaLN_modulation", "x_embedder.proj"])
+def test_a_changed_part_that_is_called_is_used(change, path):
+    model, batch = make_model(), make_batch()
+    before = model(*batch)
+    change(model, path)
+    assert (model(*batch) - before).abs().max() > 1e-3

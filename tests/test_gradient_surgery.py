@@ -1999,3 +1999,14 @@ def test_ddp_wrappers_are_refused_in_the_threads_of_steps_alone(monkeypatch):
     ended.set()
     thread.join()
     assert found == [True] and DistributedDataParallel._pre_forward is original
+
+
+def test_numpys_integers_are_integers():
+    import numpy as np
+
+    model, batches = Net(), Batches()
+    plain, with_numpy = (dtr.GradientSurgery(model.parameters(), kind(K)) for kind in (int, np.int64))
+    for surgery, counts in ((plain, [1, 2, 3]), (with_numpy, np.array([1, 2, 3]))):
+        surgery.backward(batches.tensors(model), counts=list(counts))
+    assert type(with_numpy.num_clusters) is int and torch.equal(plain.last_gram, with_numpy.last_gram)
+    assert len(dtr.UncertaintyWeighting(np.int32(3)).s) == 3

@@ -76,6 +76,18 @@ def test_threads_at_other_timesteps_share_a_model(kind, routing):
             torch.testing.assert_close(result, right)
 
 
+@pytest.mark.parametrize("kind", [facebook_dit, native])
+def test_a_sampler_in_one_thread_beside_calls_in_others(kind):
+    model = native() if kind is native else dtr.swap_blocks(kind(), ROUTING)
+    x, y = images(), labels()
+    sampler = dtr.Sampler(model.eval(), y=y)
+    calls = [lambda: sampler(x, 1), torch.no_grad()(lambda: model(x, at(49), y)), lambda: sampler(x, 30)]
+    expected = [torch.no_grad()(model)(x, at(t), y) for t in (1, 49, 30)]
+    for results, right in zip(in_threads(*calls, times=20), expected, strict=True):
+        for result in results:
+            torch.testing.assert_close(result, right, rtol=1e-4, atol=1e-5)
+
+
 def test_threads_with_backward_passes_of_checkpointed_blocks():
     model, x, y = dtr.swap_blocks(facebook_dit(reentrant=False), ROUTING), images(), labels()
     weight = model.blocks[0].attn.qkv.weight

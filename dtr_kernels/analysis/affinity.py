@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -175,8 +176,9 @@ def task_affinity(
     """
     if not callable(loss):
         raise TypeError(f"loss must be a function of a timestep, got {type(loss).__name__}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
         raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
+    seed = int(seed)
     ascending = _checked_timesteps(timesteps)
     parameters = _flattened(trainable(named(params)))
     n = len(ascending)
@@ -226,7 +228,7 @@ def _flattened(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _row_bytes(memory: int, parameters: Mapping[str, Tensor], n: int) -> int:
     """The bytes of ``memory`` that one timestep has."""
-    if isinstance(memory, bool) or not isinstance(memory, int):
+    if isinstance(memory, bool) or not isinstance(memory, Integral):
         raise TypeError(f"memory must be an integer, the bytes of the buffer, got {memory!r}")
     sizes: Counter[torch.dtype] = Counter()
     for p in parameters.values():

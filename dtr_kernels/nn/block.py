@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dtr_kernels import ops, reference
 from dtr_kernels.nn._torchscript import NoTorchScript
+from dtr_kernels.nn.parts import ReadParts
 from dtr_kernels.ops._checks import check_block, check_window
 from dtr_kernels.ops._launch import chosen_path
 from dtr_kernels.routing import ChannelWindow, check_count, check_number
@@ -136,6 +137,18 @@ class RoutedDiTBlock(NoTorchScript, nn.Module):
             leaves the MLP no channel.
     """
 
+    _read = ReadParts(
+        {
+            "norm1": nn.LayerNorm,
+            "attn": Attention,
+            "attn.qkv": nn.Linear,
+            "norm2": nn.LayerNorm,
+            "mlp": Mlp,
+            "mlp.fc1": nn.Linear,
+            "mlp.fc2": nn.Linear,
+        }
+    )
+
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, scope: str = "block") -> None:
         super().__init__()
         check_scope(scope)
@@ -167,7 +180,9 @@ class RoutedDiTBlock(NoTorchScript, nn.Module):
         Raises:
             ValueError: if shapes, devices or the window do not fit x.
             TypeError: if x is not floating point.
+            RuntimeError: if a part that is not called, ``attn.qkv`` for one, was wrapped, patched or given hooks.
         """
+        self._read.refuse_changes(self)
         stream = x if isinstance(x, Stream) else Stream(x)
         check_block(stream.x, c, window if isinstance(window, Tensor) else None, self.attn.qkv.in_features)
         if isinstance(window, Tensor):

@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from dtr_kernels import ops
 from dtr_kernels.nn._torchscript import NoTorchScript
 from dtr_kernels.nn.block import RoutedDiTBlock, Stream
+from dtr_kernels.nn.parts import ReadParts
 from dtr_kernels.ops._checks import check_floating
 from dtr_kernels.ops._registration import op
 from dtr_kernels.routing import (
@@ -92,6 +93,8 @@ class LabelEmbedder(nn.Module):
 class FinalLayer(nn.Module):
     """Norm, modulation and the linear layer that turns each token into the pixels of its patch."""
 
+    _read = ReadParts({"norm_final": nn.LayerNorm, "linear": nn.Linear})
+
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
@@ -99,6 +102,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor | Stream, c: Tensor) -> Tensor:
+        self._read.refuse_changes(self)
         stream = x if isinstance(x, Stream) else Stream(x)
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         weight, bias, eps = self.linear.weight, self.linear.bias, self.norm_final.eps

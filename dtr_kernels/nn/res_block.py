@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dtr_kernels import ops, reference
 from dtr_kernels.nn._torchscript import NoTorchScript
+from dtr_kernels.nn.parts import ReadParts
 from dtr_kernels.ops._checks import _check_shape, _check_tensor, check_floating
 from dtr_kernels.reference.res_block import Resampling, resampling, rest_of_branch
 from dtr_kernels.routing import ChannelWindow, check_count
@@ -93,6 +94,17 @@ class RoutedResBlock(NoTorchScript, nn.Module):
             probability, or both up and down are asked for.
     """
 
+    _read = ReadParts(
+        {
+            "in_layers": nn.Sequential,
+            "in_layers.0": nn.GroupNorm,
+            "in_layers.1": nn.SiLU,
+            "in_layers.2": nn.Conv2d,
+            "out_layers": nn.Sequential,
+            "out_layers.0": nn.GroupNorm,
+        }
+    )
+
     def __init__(
         self,
         channels: int,
@@ -144,7 +156,9 @@ class RoutedResBlock(NoTorchScript, nn.Module):
         Raises:
             ValueError: if shapes, dtypes, devices or the window do not fit x.
             TypeError: if x or emb is not floating point.
+            RuntimeError: if a part that is not called, ``in_layers`` for one, was wrapped, patched or given hooks.
         """
+        self._read.refuse_changes(self)
         check_floating("x", x, "; convert it with x.float()")
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x must have shape [B, {self.channels}, H, W], got {list(x.shape)}")

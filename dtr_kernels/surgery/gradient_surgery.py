@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
+from numbers import Integral
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -115,13 +116,13 @@ class GradientSurgery:
     ) -> None:
         if (
             isinstance(num_clusters, bool)
-            or not isinstance(num_clusters, int)
+            or not isinstance(num_clusters, Integral)
             or not 1 <= num_clusters <= MOST_CLUSTERS
         ):
             raise ValueError(f"num_clusters must be an integer from 1 to {MOST_CLUSTERS}, got {num_clusters!r}")
         self._parameters = named(params)
         parameters = trainable(self._parameters)  # refuses those that no step could use
-        self.num_clusters = num_clusters
+        self.num_clusters = num_clusters = int(num_clusters)
         self._weighting = weightings.make(weighting, num_clusters, generator)
         self._weighting_name = weighting if isinstance(weighting, str) else type(weighting).__name__
         self._ranks = distributed.ranks(parameters, process_group, num_clusters, self._weighting_name, engine)
@@ -361,11 +362,11 @@ def _checked_counts(counts: Sequence[int] | None, losses: Sequence[Loss] | Tenso
     if len(counts) != len(losses):
         raise ValueError(f"counts must have {len(losses)} entries, one for each cluster, got {len(counts)}")
     for k, (count, loss) in enumerate(zip(counts, losses, strict=True)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        if isinstance(count, bool) or not isinstance(count, Integral) or count < 0:
             raise ValueError(f"counts must be numbers of samples, integers from 0 on, got counts[{k}] = {count!r}")
         if count and loss is None:
             raise ValueError(f"counts[{k}] must be 0, because losses[{k}] is None, got {count}")
-    return counts
+    return [int(count) for count in counts]
 
 
 def _check_reached(received: set[str], values: Sequence[Tensor | None]) -> None:

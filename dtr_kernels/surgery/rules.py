@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import reduce
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ def _any_convolution(
 
 def _each(value: Any, sizes: Sequence[int]) -> list[int]:
     """One number for every spatial dimension."""
-    values = [value] if isinstance(value, int) else list(value)
+    values = [value] if isinstance(value, Integral) else list(value)
     return values * len(sizes) if len(values) == 1 else values
 
 

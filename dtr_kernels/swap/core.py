@@ -58,9 +58,10 @@ def swap_blocks(
         scope: what the routing masks: "block", the whole residual block as in the paper, or "branch", what attention
             and MLP of a DiT block each see.
         noise_level: where the model's timesteps are not what the routing takes (integers 0..T-1, or floating-point
-            noise levels in [0, 1], where 1 is noise), a function that makes that of them, [B] to [B]. SiT counts the
-            other way round, from noise at 0 to data at 1: ``def noise_level(t): return 1 - t``. It must be a function
-            that can be imported, which copies of the model in other processes do; a lambda cannot.
+            noise levels in [0, 1], where 1 is noise; with ``float_timesteps`` of the routing, floating-point timesteps
+            0..T-1), a function that makes that of them, [B] to [B]. SiT counts the other way round, from noise at 0 to
+            data at 1: ``def noise_level(t): return 1 - t``. It must be a function that can be imported, which copies of
+            the model in other processes do; a lambda cannot.
 
     Returns:
         ``model`` itself.

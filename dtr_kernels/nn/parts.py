@@ -1,0 +1,41 @@
+"""Parts of our modules that are never called, since kernels read their parameters: changes of them are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import attrgetter
+from typing import Any
+
+from torch import nn
+
+
+class ReadParts:
+    """Parts of a module whose parameters the kernels read.
+
+    Args:
+        kinds: by their paths within the module, the classes whose forward the kernels stand for.
+    """
+
+    def __init__(self, kinds: Mapping[str, type[nn.Module]]) -> None:
+        self._parts = [(path, attrgetter(path), kind.forward) for path, kind in kinds.items()]
+
+    def refuse_changes(self, module: nn.Module) -> None:
+        """Raise RuntimeError if one of them would, if it were called, compute something else than its parameters say.
+
+        An adapter (LoRA) may have taken its place, or it may have been patched or given hooks.
+        """
+        for path, part_of, forward in self._parts:
+            part: Any = part_of(module)
+            if type(part).forward is not forward or "forward" in part.__dict__:
+                found = f"is {type(part).__module__}.{type(part).__qualname__}, or was patched"
+            elif part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+                found = "has hooks"
+            elif isinstance(part, nn.LayerNorm) and part.elementwise_affine:
+                found = "has affine parameters"
+            else:
+                continue
+            raise RuntimeError(
+                f"{path} of a {module._get_name()} {found}, but the kernels read its parameters and do not call it; "
+                "merge what was added into its weight, or add it where modules are called, such as the block itself, "
+                "attn.proj and adaLN_modulation"
+            )
