@@ -22,6 +22,7 @@ WITHOUT_PRODUCTS = {
     "gated_residual_backward",
     "pcgrad_coefficients",
     "random_masks",
+    "window_of_block",
     "window_starts",
 }
 
