@@ -273,6 +273,25 @@ def test_the_pipeline_draws_the_same(routing, scheduler, tmp_path):
     torch.testing.assert_close(images(loaded), own)
 
 
+def test_the_pipeline_draws_the_same_at_the_float_timesteps_of_euler():
+    routing, pipe = dtr.DenoisingTaskRouting(float_timesteps=True), pipeline(diffusers.EulerDiscreteScheduler())
+    model = pipe.transformer
+    pipe.transformer = oracle(model, lambda t: routing.window(t, C).mask())
+    expected = images(pipe)
+    pipe.transformer = dtr.swap_blocks(model, routing)
+    torch.testing.assert_close(images(pipe), expected, rtol=0, atol=1e-4)
+    pipe.transformer = dtr.swap_blocks(dtr.restore_blocks(model), ROUTING)
+    with pytest.raises(ValueError, match=r"float_timesteps=True; .* noise_level"):
+        images(pipe)
+
+
+def test_one_number_is_the_timestep_of_the_batch():
+    model, latents, labels = dtr.swap_blocks(dit().eval(), ROUTING), torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    expected = model(latents, timestep=torch.tensor([640, 640]), class_labels=labels).sample
+    for t in (640, torch.tensor(640)):
+        torch.testing.assert_close(model(latents, timestep=t, class_labels=labels).sample, expected)
+
+
 def test_a_pipeline_made_of_a_swapped_model(tmp_path):
     parts = pipeline(diffusers.DDIMScheduler()).components
     parts["transformer"] = dtr.swap_blocks(parts["transformer"], ROUTING)

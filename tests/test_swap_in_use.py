@@ -6,6 +6,7 @@ import copy
 import inspect
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -375,8 +376,9 @@ def test_one_number_is_the_timestep_of_the_batch():
     model = dtr.swap_blocks(Annotated([DiTBlock(DIM, HEADS)], DIM), ROUTING)
     x, y = images(), labels()
     expected = model(x, at(30), y)
-    for call in (lambda: model(x, 30, y), lambda: model(x=x, t=30, y=y), lambda: model(y=y, t=30, x=x)):
-        torch.testing.assert_close(call(), expected)
+    for t in (30, np.int64(30), torch.tensor(30)):
+        for call in (lambda t=t: model(x, t, y), lambda t=t: model(x=x, t=t, y=y), lambda t=t: model(y=y, t=t, x=x)):
+            torch.testing.assert_close(call(), expected)
     for bad in ("30", [30, 3, 1, 2], True):
         with pytest.raises(TypeError, match=r"t must be a tensor of timesteps \[B\], or one number for the batch, got"):
             model(x, bad, y)

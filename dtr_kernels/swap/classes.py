@@ -329,7 +329,7 @@ def model_class(original: Any) -> type:
         call = self._dtr.call
         outer = call.windows, call.traced
         call.windows, call.traced = self._dtr.make_windows(t), torch.compiler.is_compiling()
-        if wants_tensor and not isinstance(t, Tensor):
+        if wants_tensor and not (isinstance(t, Tensor) and t.dim()):
             args, kwargs = _with_tensor(name, position, args, kwargs)
         try:
             return original.forward(self, *args, **kwargs)
@@ -340,12 +340,13 @@ def model_class(original: Any) -> type:
 
 
 def _with_tensor(name: str, position: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a forward with the timestep, a number, as a tensor of one for each sample."""
-    images = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-    t = torch.full((len(images),), kwargs[name] if name in kwargs else args[position], device=images.device)
+    """The arguments of a forward with the timestep, one number, as a tensor of one for each sample."""
+    t = kwargs[name] if name in kwargs else args[position]
+    images = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim())
+    each = t.expand(len(images)) if isinstance(t, Tensor) else torch.full((len(images),), t, device=images.device)
     if name in kwargs:
-        return args, {**kwargs, name: t}
-    return (*args[:position], t, *args[position + 1 :]), kwargs
+        return args, {**kwargs, name: each}
+    return (*args[:position], each, *args[position + 1 :]), kwargs
 
 
 def timestep_argument(original: Any) -> tuple[str, int] | None:
