@@ -326,11 +326,11 @@ def model_class(original: Any) -> type:
             raise TypeError(f"{original.__name__}.forward is routed by its argument {name!r}, which is missing")
         if isinstance(t, bool) or not isinstance(t, Tensor | Real):
             raise TypeError(f"{name} must be a tensor of timesteps [B], or one number for the batch, got {t!r}")
+        if wants_tensor and not (isinstance(t, Tensor) and t.dim()):
+            args, kwargs = _with_tensor(name, position, args, kwargs)
         call = self._dtr.call
         outer = call.windows, call.traced
         call.windows, call.traced = self._dtr.make_windows(t), torch.compiler.is_compiling()
-        if wants_tensor and not (isinstance(t, Tensor) and t.dim()):
-            args, kwargs = _with_tensor(name, position, args, kwargs)
         try:
             return original.forward(self, *args, **kwargs)
         finally:
@@ -342,7 +342,9 @@ def model_class(original: Any) -> type:
 def _with_tensor(name: str, position: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The arguments of a forward with the timestep, one number, as a tensor of one for each sample."""
     t = kwargs[name] if name in kwargs else args[position]
-    images = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim())
+    images = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()), None)
+    if images is None:
+        raise TypeError(f"{name} must be a tensor of timesteps [B] where no other input is a tensor, got {t!r}")
     each = t.expand(len(images)) if isinstance(t, Tensor) else torch.full((len(images),), t, device=images.device)
     if name in kwargs:
         return args, {**kwargs, name: each}
