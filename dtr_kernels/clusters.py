@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dtr_kernels._files import replacing
-from dtr_kernels.routing import _check_range
+from dtr_kernels.routing import _check_range, is_integer
 
 __all__ = ["IntervalClusters", "interval_clusters"]
 
@@ -47,7 +46,7 @@ class IntervalClusters:
 
     def __post_init__(self) -> None:
         edges = tuple(self.bounds) if isinstance(self.bounds, Sequence) else ()
-        ascending = all(map(_is_integer, edges)) and all(first < end for first, end in pairwise(edges))
+        ascending = all(map(is_integer, edges)) and all(first < end for first, end in pairwise(edges))
         if len(edges) < 2 or not ascending or edges[0] != 0:
             raise ValueError(
                 "bounds must be a sequence of integers that begins with 0 and ascends to the number of timesteps, "
@@ -124,7 +123,7 @@ class IntervalClusters:
             ValueError: if batch_size is not a positive integer.
             TypeError: if generator is something else, such as a seed.
         """
-        if not _is_integer(batch_size) or batch_size < 1:
+        if not is_integer(batch_size) or batch_size < 1:
             raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(
@@ -178,7 +177,7 @@ class IntervalClusters:
     def _assign_one(self, t: Any) -> int:
         if isinstance(t, float):
             raise ValueError(self._not_an_integer(type(t).__name__))
-        if not _is_integer(t):
+        if not is_integer(t):
             raise TypeError(f"t must be an integer tensor [B] or an int, got {type(t).__name__}")
         if not 0 <= t < self.num_timesteps:
             raise ValueError(f"t must be in 0..{self.num_timesteps - 1}; {_covered(self.num_timesteps)}; got {t}")
@@ -245,9 +244,9 @@ def interval_clusters(num_timesteps: int, k: int, cost: str = "timestep", values
             "log_snr", 0.
         TypeError: if values are not real numbers.
     """
-    if not _is_integer(num_timesteps) or num_timesteps < 1:
+    if not is_integer(num_timesteps) or num_timesteps < 1:
         raise ValueError(f"num_timesteps must be a positive integer, got {num_timesteps!r}")
-    if not _is_integer(k) or not 1 <= k <= num_timesteps:
+    if not is_integer(k) or not 1 <= k <= num_timesteps:
         raise ValueError(
             f"k, the number of clusters, must be an integer from 1 to num_timesteps = {num_timesteps}, got {k!r}"
         )
@@ -314,10 +313,6 @@ def _cheapest_bounds(distances: Iterable[np.ndarray], num_timesteps: int, k: int
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
-
-
-def _is_integer(x: object) -> bool:
-    return isinstance(x, Integral) and not isinstance(x, bool)
 
 
 def _check_cost(cost: object) -> None:

@@ -72,6 +72,11 @@ class ChannelWindow:
         return ChannelWindow(self.start.expand(batch_size).contiguous(), self.width, self.channels)
 
 
+def is_integer(value: object) -> bool:
+    """Return whether value is an integer, Python's or NumPy's."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_count(name: str, value: Any, least: int = 1) -> int:
     """Return an integer, NumPy's too, as an int.
 
@@ -79,7 +84,7 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
         TypeError: if value is not an integer.
         ValueError: if it is less than ``least``.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not is_integer(value):
         raise TypeError(f"{name} must be an integer of at least {least}, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -22,7 +22,7 @@ ALLOWED = {
     "swap": {"nn", "ops", "reference", "routing"},
     "surgery": {"ops", "reference", "routing"},
     "clusters": {"_files", "routing"},
-    "analysis": {"_files", "clusters", "surgery"},
+    "analysis": {"_files", "clusters", "routing", "surgery"},
 }
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch import Tensor
 from dtr_kernels._files import replacing
 from dtr_kernels.analysis.bar import ticking
 from dtr_kernels.analysis.progress import Checkpoint, Progress
+from dtr_kernels.routing import is_integer
 from dtr_kernels.surgery.parameters import device_of, named, trainable
 
 # With less memory each timestep would take more passes than this.
@@ -176,7 +176,7 @@ def task_affinity(
     """
     if not callable(loss):
         raise TypeError(f"loss must be a function of a timestep, got {type(loss).__name__}")
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+    if not is_integer(seed) or seed < 0:
         raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
     seed = int(seed)
     ascending = _checked_timesteps(timesteps)
@@ -228,7 +228,7 @@ def _flattened(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _row_bytes(memory: int, parameters: Mapping[str, Tensor], n: int) -> int:
     """The bytes of ``memory`` that one timestep has."""
-    if isinstance(memory, bool) or not isinstance(memory, Integral):
+    if not is_integer(memory):
         raise TypeError(f"memory must be an integer, the bytes of the buffer, got {memory!r}")
     sizes: Counter[torch.dtype] = Counter()
     for p in parameters.values():

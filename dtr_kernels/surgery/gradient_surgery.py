@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
-from numbers import Integral
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtr_kernels.ops._gradients import MOST_CLUSTERS
+from dtr_kernels.routing import is_integer
 from dtr_kernels.surgery import distributed, low_memory, one_pass, per_cluster, weightings, wrappers
 from dtr_kernels.surgery.batch import Batch
 from dtr_kernels.surgery.buffer import GradientBuffer
@@ -114,11 +114,7 @@ class GradientSurgery:
         generator: torch.Generator | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if (
-            isinstance(num_clusters, bool)
-            or not isinstance(num_clusters, Integral)
-            or not 1 <= num_clusters <= MOST_CLUSTERS
-        ):
+        if not is_integer(num_clusters) or not 1 <= num_clusters <= MOST_CLUSTERS:
             raise ValueError(f"num_clusters must be an integer from 1 to {MOST_CLUSTERS}, got {num_clusters!r}")
         self._parameters = named(params)
         parameters = trainable(self._parameters)  # refuses those that no step could use
@@ -362,7 +358,7 @@ def _checked_counts(counts: Sequence[int] | None, losses: Sequence[Loss] | Tenso
     if len(counts) != len(losses):
         raise ValueError(f"counts must have {len(losses)} entries, one for each cluster, got {len(counts)}")
     for k, (count, loss) in enumerate(zip(counts, losses, strict=True)):
-        if isinstance(count, bool) or not isinstance(count, Integral) or count < 0:
+        if not is_integer(count) or count < 0:
             raise ValueError(f"counts must be numbers of samples, integers from 0 on, got counts[{k}] = {count!r}")
         if count and loss is None:
             raise ValueError(f"counts[{k}] must be 0, because losses[{k}] is None, got {count}")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import reduce
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dtr_kernels.routing import is_integer
 from dtr_kernels.surgery.interception import Interception, Refusal, Rule, in_autocast_dtype, take_linear
 from dtr_kernels.surgery.layout import replaced, tensors_in
 from dtr_kernels.surgery.routed_rules import ROUTED_RULES
@@ -114,7 +114,7 @@ def _any_convolution(
 
 def _each(value: Any, sizes: Sequence[int]) -> list[int]:
     """One number for every spatial dimension."""
-    values = [value] if isinstance(value, Integral) else list(value)
+    values = [int(value)] if is_integer(value) else list(value)
     return values * len(sizes) if len(values) == 1 else values
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dtr_kernels.routing import is_integer
 
 # What s_k sees of a smaller loss.
 _LEAST_LOSS = 1e-8
@@ -29,7 +30,7 @@ class UncertaintyWeighting(nn.Module):
 
     def __init__(self, num_clusters: int) -> None:
         super().__init__()
-        if isinstance(num_clusters, bool) or not isinstance(num_clusters, Integral) or num_clusters < 1:
+        if not is_integer(num_clusters) or num_clusters < 1:
             raise ValueError(f"num_clusters must be a positive integer, got {num_clusters!r}")
         # One parameter each, so that an optimizer leaves a cluster without samples alone, and its moments with it.
         self.s = nn.ParameterList(torch.zeros(1) for _ in range(num_clusters))
