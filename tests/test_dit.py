@@ -214,7 +214,7 @@ def test_public_dtr_checkpoint_loads(wrapped):
 
 
 def test_public_dtr_checkpoint_with_windows_near_halves_loads():
-    """Of which t / (T - 1) rounds one the other way."""
+    """Masks of a T at which t / (T - 1) rounds some timestep the other way."""
     routing = dtr.DenoisingTaskRouting(27, 1.0, 0.6)
     start = np.round(np.linspace(0, 1, 27) ** 1.0 * (C - int(0.6 * C)))
     assert (start != np.round(np.arange(27) / 26 * (C - int(0.6 * C)))).any()

@@ -28,7 +28,7 @@ WITHOUT_PRODUCTS = {
 
 
 def flops(function, *args):
-    """Of the forward pass, and of the backward pass."""
+    """Return the FLOPs of the forward pass and of the backward pass."""
     counts = []
     with FlopCounterMode(display=False) as counter:
         out = function(*args)

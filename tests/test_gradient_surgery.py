@@ -1417,7 +1417,7 @@ def from_torchjd(make):
     return lambda: make(pytest.importorskip("torchjd.aggregation"))
 
 
-# What each makes of gradients [K, P] it would silently make of a Gram matrix.
+# Each would silently take a Gram matrix for gradients [K, P].
 WANT_GRADIENTS = {
     "ExcessMTLWeighting": lambda jd: jd.ExcessMTLWeighting(),
     "MoDoWeighting": lambda jd: jd.MoDoWeighting(),

@@ -155,7 +155,7 @@ ONE_FORWARD = [
     ("reentrant checkpointing", "DistributedDataParallel"),
     ("FSDP2", "functional_call"),
 ]
-# Of one kind: the second would take the place of the first, or wrap the same blocks once more.
+# Features of one kind: the second would take the place of the first, or wrap the same blocks once more.
 KINDS = [
     {"checkpointing", "reentrant checkpointing", "selective checkpointing"},
     {"FSDP2", "DistributedDataParallel"},

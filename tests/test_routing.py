@@ -198,7 +198,7 @@ def test_float_timesteps_compile_and_export(fresh_compiler):
 
 
 def test_numpy_numbers_are_numbers():
-    """Of which PyTorch takes some and refuses others."""
+    """PyTorch takes some of them itself and refuses others."""
     plain = dtr.DenoisingTaskRouting(20, 2.0, 0.5)
     routing = dtr.DenoisingTaskRouting(np.int64(20), np.float32(2), np.float32(0.5))
     assert routing == plain and type(routing.num_timesteps) is int

@@ -105,7 +105,7 @@ def test_guidance_of_fewer_channels():
 
 @pytest.mark.parametrize("kind", ["native", "swapped"])
 def test_float_timesteps(kind):
-    """Of a scheduler; an integer among them is the same number, and not refused."""
+    """A scheduler's timesteps; an integer among them is the same number, and not refused."""
     routing = dtr.DenoisingTaskRouting(num_timesteps=T, float_timesteps=True)
     if kind == "native":
         model, x = make_model(routing), torch.randn(3, 2, SIZE, SIZE)

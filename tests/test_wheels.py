@@ -193,7 +193,7 @@ def test_it_is_built_for_the_gpus_of_this_machine(sources, monkeypatch, asked, g
 
 
 def info_of(checkout, *folders):
-    """What ``python -m dtr_kernels info`` prints in a folder, where ``folders`` are on the path, and its warnings."""
+    """Return output and warnings of ``python -m dtr_kernels info`` in a folder, with ``folders`` on the path."""
     settings = {"PYTHONPATH": os.pathsep.join(map(str, folders)), "DTR_KERNELS_CACHE": str(checkout / "cache")}
     command = [sys.executable, "-m", "dtr_kernels", "info"]
     done = subprocess.run(command, cwd=checkout, env=os.environ | settings, text=True, capture_output=True, check=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dtr_kernels.routing import is_integer
 
-# What s_k sees of a smaller loss.
+# The least that s_k sees of a loss.
 _LEAST_LOSS = 1e-8
 
 
