@@ -273,6 +273,24 @@ def test_the_pipeline_draws_the_same(routing, scheduler, tmp_path):
     torch.testing.assert_close(images(loaded), own)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda block: block.set_chunk_feed_forward(2), "its MLP is computed in chunks"),
+        (lambda block: nn.utils.weight_norm(block.attn1.to_k), "attn1.to_k has hooks"),
+        (lambda block: block.ff.net.__setitem__(0, GEGLU(C, 4 * C)), "ff.net.0 is GEGLU"),
+        (lambda block: block.ff.register_forward_hook(print), "ff has hooks"),
+    ],
+    ids=["chunks", "weight norm", "gated GELU", "hook"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_blocks_that_were_changed_after_the_swap_are_refused(change, message):
+    model = dtr.swap_blocks(dit().eval())
+    change(model.transformer_blocks[1])
+    with pytest.raises(RuntimeError, match=f"'transformer_blocks.1' was changed: {message}"):
+        model(torch.randn(2, 4, 8, 8), timestep=torch.tensor([1, 2]), class_labels=torch.tensor([1, 2]))
+
+
 def test_the_pipeline_draws_the_same_at_the_float_timesteps_of_euler():
     routing, pipe = dtr.DenoisingTaskRouting(float_timesteps=True), pipeline(diffusers.EulerDiscreteScheduler())
     model = pipe.transformer

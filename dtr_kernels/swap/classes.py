@@ -142,7 +142,7 @@ class BlockState:
 
         A layer may have been wrapped by an adapter (LoRA), patched, given hooks or replaced.
         """
-        if self._parts is not None and self._parts.unchanged():
+        if self._parts is not None and self._parts.unchanged(block):
             return
         if torch.compiler.is_compiling():  # where a trial cannot run; torch.compile, if not whole, comes back without
             raise RuntimeError(

@@ -13,6 +13,7 @@ from dtr_kernels.swap.family import Family
 # is a patch, are noticed also where they are new.
 _ADDITIONS = ("forward", "gate", "rope")
 _SETTINGS = ("p", "drop_prob", "approximate", "processor")
+_SETTINGS_OF_BLOCKS = ("_chunk_size",)
 
 
 class _Part(NamedTuple):
@@ -32,7 +33,8 @@ class Parts:
 
     def __init__(self, block: nn.Module, family: type[Family]) -> None:
         called = family.calls(block)
-        self._children = block._modules, list(block._modules.values())
+        self._children = list(block._modules.values())
+        self._settings = [(name, vars(block).get(name)) for name in _SETTINGS_OF_BLOCKS]
         self._parts = [
             _Part(
                 module,
@@ -45,14 +47,16 @@ class Parts:
             if name and not is_within(name, called)
         ]
 
-    def unchanged(self) -> bool:
-        """Return whether all are as they were; the block itself may have hooks and be patched.
+    def unchanged(self, block: nn.Module) -> bool:
+        """Return whether all of the block are as they were; the block itself may have hooks and be patched.
 
         Tells replaced, wrapped and patched modules, hooks and settings. Called at every forward, it reads no more.
         """
-        modules, children = self._children
-        if list(modules.values()) != children:
+        if list(block._modules.values()) != self._children:
             return False
+        for name, value in self._settings:
+            if block.__dict__.get(name) is not value:
+                return False
         for module, kind, children, settings in self._parts:
             state = module.__dict__
             if (
