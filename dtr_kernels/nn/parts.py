@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -17,15 +16,17 @@ class ReadParts:
     """
 
     def __init__(self, kinds: Mapping[str, type[nn.Module]]) -> None:
-        self._parts = [(path, attrgetter(path), kind.forward) for path, kind in kinds.items()]
+        self._parts = [(path, path.split("."), kind.forward) for path, kind in kinds.items()]
 
     def refuse_changes(self, module: nn.Module) -> None:
         """Raise RuntimeError if one of them would, if it were called, compute something else than its parameters say.
 
         An adapter (LoRA) may have taken its place, or it may have been patched or given hooks.
         """
-        for path, part_of, forward in self._parts:
-            part: Any = part_of(module)
+        for path, names, forward in self._parts:
+            part: Any = module
+            for name in names:
+                part = getattr(part, name)
             if type(part).forward is not forward or "forward" in part.__dict__:
                 found = f"is {type(part).__module__}.{type(part).__qualname__}, or was patched"
             elif part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
