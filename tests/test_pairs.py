@@ -93,7 +93,7 @@ class Functional(nn.Module):
 def with_compiled_blocks(model):
     for module in model.modules():
         if is_block(module):
-            module.compile(backend="aot_eager")
+            module.compile(backend="eager")
     return model
 
 
@@ -123,7 +123,7 @@ FEATURES = {
     "DistributedDataParallel": DistributedDataParallel,
     "checkpointing of the whole": Whole,
     "functional_call": Functional,
-    "torch.compile": functools.partial(torch.compile, backend="aot_eager"),
+    "torch.compile": functools.partial(torch.compile, backend="eager"),
     "autocast": lambda model: Within(model, functools.partial(torch.autocast, "cpu", torch.bfloat16)),
     "deterministic algorithms": lambda model: Within(model, deterministic),
 }
