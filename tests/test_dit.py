@@ -537,6 +537,13 @@ def test_a_changed_part_that_kernels_read_is_refused_by_name(change, path):
         model(*make_batch())
 
 
+def test_a_norm_that_got_a_weight_is_refused_by_name():
+    model = make_model()
+    model.blocks[1].norm1.weight = torch.nn.Parameter(torch.full((C,), 2.0))
+    with pytest.raises(RuntimeError, match=r"^norm1 of a RoutedDiTBlock has affine parameters"):
+        model(*make_batch())
+
+
 @pytest.mark.parametrize("change", [_adapt, _hook], ids=["adapter", "hook"])
 @pytest.mark.parametrize("path", ["blocks.1.attn.proj", "blocks.1.adaLN_modulation", "x_embedder.proj"])
 def test_a_changed_part_that_is_called_is_used(change, path):

@@ -166,6 +166,7 @@ REFUSED_IN_DIT = {
     "wrapped qkv": change("attn.qkv", Doubled),
     "wrapped MLP": change("mlp", lambda mlp: nn.Sequential(mlp)),
     "norm in the MLP": change("mlp.norm", lambda _: nn.LayerNorm(4 * DIM)),
+    "weight of a norm": change("norm2.weight", lambda _: nn.Parameter(torch.full((DIM,), 2.0))),
     "affine norm": change("norm1", lambda _: nn.LayerNorm(DIM)),
     "activation": change("mlp.act", lambda _: nn.ReLU()),
     "exact GELU": change("mlp.act.approximate", lambda _: "none"),

@@ -31,7 +31,7 @@ class ReadParts:
                 found = f"is {type(part).__module__}.{type(part).__qualname__}, or was patched"
             elif part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
                 found = "has hooks"
-            elif isinstance(part, nn.LayerNorm) and part.elementwise_affine:
+            elif isinstance(part, nn.LayerNorm) and (part.weight is not None or part.bias is not None):
                 found = "has affine parameters"
             else:
                 continue

@@ -21,6 +21,7 @@ class _Part(NamedTuple):
     kind: type
     children: list[nn.Module | None]
     settings: list[tuple[str, Any]]
+    absent: list[str]  # parameters, such as a norm's, that it may have and has not
 
 
 class Parts:
@@ -42,6 +43,7 @@ class Parts:
                 list(module._modules.values()),
                 [(name, vars(module).get(name)) for name in _ADDITIONS]
                 + [(name, vars(module)[name]) for name in _SETTINGS if name in vars(module)],
+                [parameter for parameter, value in module._parameters.items() if value is None],
             )
             for name, module in block.named_modules()
             if name and not is_within(name, called)
@@ -57,7 +59,7 @@ class Parts:
         for name, value in self._settings:
             if block.__dict__.get(name) is not value:
                 return False
-        for module, kind, children, settings in self._parts:
+        for module, kind, children, settings, absent in self._parts:
             state = module.__dict__
             if (
                 type(module) is not kind
@@ -70,5 +72,8 @@ class Parts:
                 return False
             for name, value in settings:
                 if state.get(name) is not value:
+                    return False
+            for name in absent:
+                if state["_parameters"].get(name) is not None:
                     return False
         return True
