@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0 torchvision==0.28.0 triton==3.7.1
 NVCC ?= nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
 # Tests run on all cores, a thread each; PARALLEL= (empty) runs them one by one, without pytest-xdist.
 PARALLEL ?= -n auto
-SOURCES := setup.py dtr_kernels/_build.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+SOURCES := setup.py dtr_kernels/compilation.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
 ifeq ($(VENV),)
 RUN := PYTHONPATH=. $(PYTHON)

@@ -1,4 +1,4 @@
-"""Builds the extension ``dtr_kernels._C`` as dtr_kernels/_build.py says; pyproject.toml declares everything else.
+"""Builds the extension ``dtr_kernels._C`` as dtr_kernels/compilation.py says; pyproject.toml declares everything else.
 
 Where a compiler is missing or fails, the package installs with what could be built and says so here;
 ``python -m dtr_kernels info`` says it later. With DTR_CUDA=13.0 it is built with CUDA 13.0 or not at all, and the
@@ -18,9 +18,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 # By its path: the package imports PyTorch, which the build does not need.
-spec = importlib.util.spec_from_file_location("_build", "dtr_kernels/_build.py")
-_build = sys.modules["_build"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(_build)
+spec = importlib.util.spec_from_file_location("compilation", "dtr_kernels/compilation.py")
+compilation = sys.modules["compilation"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(compilation)
 
 
 class BuildExtension(build_ext):
@@ -28,13 +28,15 @@ class BuildExtension(build_ext):
         # setuptools builds editable installs in a folder that it deletes; a lasting one recompiles only what changed.
         folder = Path("build/editable" if self.editable_mode else self.build_temp)
         target = Path(self.get_ext_fullpath(extension.name))
-        cuda = _build.find_cuda()
-        error = _build.build(Path(), folder, target, cuda)
+        cuda = compilation.find_cuda()
+        error = compilation.build(Path(), folder, target, cuda)
         if error and required:
             sys.exit(f"DTR_CUDA={required}: {error}")
         if error and not cuda.missing:
-            cuda = _build.Cuda(missing=f"{cuda.nvcc} {cuda.version} failed; see what it says and {_build.AGAIN}")
-            error = _build.build(Path(), folder, target, cuda)
+            cuda = compilation.Cuda(
+                missing=f"{cuda.nvcc} {cuda.version} failed; see what it says and {compilation.AGAIN}"
+            )
+            error = compilation.build(Path(), folder, target, cuda)
         if error:
             target.unlink(missing_ok=True)  # an older build's
             print(f"dtr_kernels: built without compiled kernels: {error}", flush=True)
@@ -56,13 +58,13 @@ class BuildPython(build_py):
             shutil.copytree("csrc", copy)
 
 
-required = None if _build.asked_cuda() == "0" else _build.asked_cuda()
+required = None if compilation.asked_cuda() == "0" else compilation.asked_cuda()
 version = re.search(r'^__version__ = "(.+)"', Path("dtr_kernels/__init__.py").read_text(), re.MULTILINE)[1]
 if required and "sdist" not in sys.argv:  # a source distribution is for every CUDA version
     version += f"+cu{required.replace('.', '')}"
 setup(
     version=version,
     license="MIT",
-    ext_modules=[Extension("dtr_kernels._C", _build.sources(Path()), optional=True)],
+    ext_modules=[Extension("dtr_kernels._C", compilation.sources(Path()), optional=True)],
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
 )

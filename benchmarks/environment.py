@@ -17,7 +17,7 @@ import torch
 
 import dtr_kernels
 from dtr_kernels import info
-from dtr_kernels.ops._tuned import slug
+from dtr_kernels.ops.tuned_tiles import slug
 
 _ROOT = Path(__file__).parent.parent
 

@@ -27,16 +27,15 @@ from triton.backends.compiler import GPUTarget
 from benchmarks.cases import DTYPES, dtype_name
 from benchmarks.measure import BAR
 from dtr_kernels import ops, reference
-from dtr_kernels.ops import _launch, _tiles
-from dtr_kernels.ops._gradients import why_plain
+from dtr_kernels.ops import dispatch, tiles
+from dtr_kernels.ops.gradient_lists import why_plain
 
 # ``dtr_kernels.ops`` has functions of the same names.
 gated_norm, gated_residual, gelu, window_linear = LAUNCHERS = [
-    importlib.import_module(f"dtr_kernels.ops.{name}")
-    for name in ("gated_norm", "gated_residual", "gelu", "window_linear")
+    importlib.import_module(f"dtr_kernels.ops.{name}") for name in ("gated_norm", "residual", "gelu", "window_linear")
 ]
 _EPS = 1e-6
-_FUSED, _UNFUSED = _tiles.Crossover(1), _tiles.Crossover(_tiles.NEVER)
+_FUSED, _UNFUSED = tiles.Crossover(1), tiles.Crossover(tiles.NEVER)
 # Errors that rounding explains: the root mean square of found - exact, over that of exact or 1 if that is larger.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 
@@ -115,7 +114,7 @@ class _Inputs:
     def random_rows(self, *shape: int) -> _Both:
         """``random`` with the strides of what one launcher leaves for another."""
         x = self.random(*shape)
-        return x._replace(given=_launch.empty_rows(*shape, like=x.given, dtype=self.dtype).copy_(x.given))
+        return x._replace(given=dispatch.empty_rows(*shape, like=x.given, dtype=self.dtype).copy_(x.given))
 
     def statistic(self, x: Tensor) -> Tensor:
         """x as the launchers take statistics and sums."""
@@ -312,7 +311,7 @@ class _Linear:
 
     def _run_linear_gelu(self, routed: bool, bias: bool, write_pre: bool, fused: bool) -> Sequence[Tensor]:
         arguments = self._routed() if routed else [self.x.given, None, *self._routed()[2:]]
-        with _tiles.forced("gelu_forward", _FUSED if fused else _UNFUSED):
+        with tiles.forced("gelu_forward", _FUSED if fused else _UNFUSED):
             pre, act = window_linear.linear_gelu_forward(
                 *arguments,
                 self.fc1.given,
@@ -331,7 +330,7 @@ class _Linear:
         return [pre, act] if write_pre else [act]
 
     def _run_gelu_linear(self, fused: bool) -> Sequence[Tensor]:
-        with _tiles.forced("gelu_backward", _FUSED if fused else _UNFUSED):
+        with tiles.forced("gelu_backward", _FUSED if fused else _UNFUSED):
             return window_linear.gelu_linear_backward(self.x.given, self.pre.given, self.fc2.given)
 
     def _exact_gelu_linear(self) -> Sequence[Tensor]:
@@ -418,8 +417,8 @@ class Launch(NamedTuple):
     """What a launcher was about to run.
 
     Attributes:
-        kernel: the launcher's file and the kernel, such as "window_linear.input_gradient".
-        op: what its tile is chosen for, of ``_tiles.tile_for``.
+        kernel: its name, such as "window_input_gradient".
+        op: what its tile is chosen for, of ``tiles.tile_for``.
         options: the kernel's constants, warps and stages.
         compiled: what Triton made of it.
     """
@@ -463,18 +462,18 @@ def compiling(arch: int, only: str | None = None) -> Iterator[list[Launch]]:
     def tile_for(op: str, *problem: Any) -> Any:
         nonlocal asked
         asked = op
-        return _tiles.tile_for(op, *problem)  # type: ignore[call-overload]
+        return tiles.tile_for(op, *problem)  # type: ignore[call-overload]
 
     def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
         nonlocal asked
         if only in (None, asked):
-            name = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__.strip('_').removesuffix('_kernel')}"
+            name = kernel.__name__.removesuffix("_kernel")
             launches.append(Launch(name, asked, options, kernel.warmup(*args, grid=(programs,), **options)))
         asked = ""  # the next kernel may have one tile for all sizes
 
     instead = {"launch": launch, "tile_for": tile_for, "kernel_path": lambda x: "triton", "capability": lambda x: arch}
     with ExitStack() as stack:
-        for module in (_launch, *LAUNCHERS):
+        for module in (dispatch, *LAUNCHERS):
             for name in instead.keys() & vars(module).keys():
                 stack.enter_context(mock.patch.object(module, name, instead[name]))
         stack.callback(triton.runtime.driver.set_active, None)  # finds the real driver when next it is asked for
@@ -546,7 +545,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
         parser.error("argument --device: PyTorch finds no CUDA device here; use --device cpu")
     seed = torch.seed() % 2**31 if arguments.seed is None else arguments.seed
     torch.manual_seed(seed)
-    if _launch.kernel_path(torch.empty(0, device=device)) == "plain":
+    if dispatch.kernel_path(torch.empty(0, device=device)) == "plain":
         parser.error(f"argument --device: there are no kernels for {device} here; python -m dtr_kernels info says why")
     print(f"device {device}, seed {seed}")
     if reason := why_plain(device, torch.float32):

@@ -17,7 +17,7 @@ BLOCKS = (
     "csrc/types.h",
     "csrc/cpu/kernels.*",
     "dtr_kernels/ops/_[clr]*.py",
-    "dtr_kernels/ops/_tiles.py",
+    "dtr_kernels/ops/tiles.py",
     "dtr_kernels/ops/g[ae]*.py",
     "dtr_kernels/ops/routed_[lm]*.py",
     "dtr_kernels/ops/window_linear.py",
@@ -27,8 +27,8 @@ BLOCKS = (
     "dtr_kernels/reference/dit.py",  # the baseline, and what small blocks on a CPU run
 )
 RES_BLOCK = (
-    "dtr_kernels/ops/_checks.py",
-    "dtr_kernels/ops/routed_conv.py",
+    "dtr_kernels/ops/checks.py",
+    "dtr_kernels/ops/conv.py",
     "dtr_kernels/nn/res_block.py",
     "dtr_kernels/routing.py",
     "dtr_kernels/reference/res_block.py",
@@ -38,8 +38,8 @@ SURGERY = (
     "csrc/surgery.h",
     "csrc/cpu/surgery.*",
     "csrc/cuda/*",
-    "dtr_kernels/ops/_gradients.py",
-    "dtr_kernels/ops/gram.py",
+    "dtr_kernels/ops/gradient_lists.py",
+    "dtr_kernels/ops/gram_matrix.py",
     "dtr_kernels/ops/combine.py",
     "dtr_kernels/ops/pcgrad.py",
 )

@@ -33,12 +33,12 @@ from benchmarks.cases import DTYPES, dtype_name
 from benchmarks.every_kernel import Launch, Size, binaries
 from benchmarks.measure import BAR
 from benchmarks.tables import table
-from dtr_kernels.ops import _cpu
-from dtr_kernels.ops._tiles import Crossover, Tuned, forced, packaged
+from dtr_kernels.ops import extension
+from dtr_kernels.ops.tiles import Crossover, Tuned, forced, packaged
 
 WIDTHS = (384, 768, 1024, 1152)  # of DiT-S, B, L and XL
 TOKENS = (256, 16)  # of patches of 2 and of 8, in latents of 32 x 32
-GEMMS = ("window_linear.forward", "window_linear.input_gradient", "window_linear.weight_gradient")
+GEMMS = ("window_forward", "window_input_gradient", "window_weight_gradient")
 _RELATIVE = "benchmarks/results/static"
 REPORT = sources.ROOT / _RELATIVE
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -270,7 +270,7 @@ class Row:
     """A kernel in one configuration, compiled for one architecture.
 
     Attributes:
-        kernel: such as "window_linear.forward"; of a CUDA kernel its name in the source.
+        kernel: such as "window_forward"; of a CUDA kernel its name in the source.
         language: "Triton" or "CUDA".
         dtype: of its operands; "" of a kernel that has one type for all.
         tile: sides of the tile, warps and stages; of a CUDA kernel its template's number K.
@@ -443,13 +443,13 @@ class Report:
     @classmethod
     def collect(cls, architectures: Sequence[int]) -> Report:
         """Compiles and reads everything, on all cores and with a progress bar."""
-        no_cuda, nvcc = _cpu.unavailable, None
+        no_cuda, nvcc = extension.unavailable, None
         if no_cuda is None:
-            config = _cpu.kernels.build_config()
+            config = extension.kernels.build_config()
             no_cuda, nvcc = config["no_cuda_reason"], config["cuda"]
         jobs = jobs_for(architectures)
         if nvcc:
-            jobs += [partial(rows_of_extension, Path(_cpu.kernels.__file__), arch) for arch in architectures]
+            jobs += [partial(rows_of_extension, Path(extension.kernels.__file__), arch) for arch in architectures]
         # Processes, since Triton's compiler parses Python, which is not safe in threads before Python 3.13.
         with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as workers:
             compiled = [workers.submit(job) for job in jobs]

@@ -40,21 +40,20 @@ from benchmarks.cases import DTYPES, dtype_name
 from benchmarks.measure import BAR, one_line
 from benchmarks.timing import Spread, Stopwatch, copies, ratio
 from dtr_kernels.nn import DiT_models
-from dtr_kernels.ops import _tiles, _tuned
-from dtr_kernels.ops._launch import empty_rows
-from dtr_kernels.ops._tiles import capability, default_tile, forced
-from dtr_kernels.ops._tuned import KINDS, NEVER, Crossover, GemmTile, Measurement, RowTile, SumTile, Tile, Tuned
+from dtr_kernels.ops import tiles, tuned_tiles
+from dtr_kernels.ops.dispatch import empty_rows
+from dtr_kernels.ops.tiles import capability, default_tile, forced
+from dtr_kernels.ops.tuned_tiles import KINDS, NEVER, Crossover, GemmTile, Measurement, RowTile, SumTile, Tile, Tuned
 
 # ``dtr_kernels.ops`` has functions of the same names.
 gated_norm, gated_residual, gelu, window_linear = LAUNCHERS = [
-    importlib.import_module(f"dtr_kernels.ops.{name}")
-    for name in ("gated_norm", "gated_residual", "gelu", "window_linear")
+    importlib.import_module(f"dtr_kernels.ops.{name}") for name in ("gated_norm", "residual", "gelu", "window_linear")
 ]
 # Of the kernels and of what hands them their tensors.
 SOURCES = (
-    "dtr_kernels/ops/_launch.py",
+    "dtr_kernels/ops/dispatch.py",
     "dtr_kernels/ops/g[ae]*.py",
-    "dtr_kernels/ops/routed_linear.py",
+    "dtr_kernels/ops/linear.py",
     "dtr_kernels/ops/window_linear.py",
 )
 MODELS = ("DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2")
@@ -91,7 +90,7 @@ class Problem:
         # fc2's input gradient has no window: its rows are the tokens of all samples.
         rows = self.tokens * (self.batch if self.op == "gelu_input_gradient" else 1)
         channels = self.channels * (3 if self.op == "token_sums" else 1)
-        return self.op, str(self.dtype).removeprefix("torch."), channels, _tuned.rows_class(rows)
+        return self.op, str(self.dtype).removeprefix("torch."), channels, tuned_tiles.rows_class(rows)
 
     def default(self, arch: int) -> Tile:
         """The tile that runs without tuning."""
@@ -159,7 +158,7 @@ def cached_file(gpu: str) -> Path:
     Raises:
         ValueError: if nobody knows where that is.
     """
-    path = _tuned.user_file(gpu)
+    path = tuned_tiles.user_file(gpu)
     if path.parts[0] == "~":
         raise ValueError(
             "the home folder is unknown, and with it the user's cache; set DTR_KERNELS_CACHE to a folder, "
@@ -223,7 +222,7 @@ class Tuning:
 
     def _stored(self) -> list[Tuned]:
         try:
-            return _tuned.read(self.path)
+            return tuned_tiles.read(self.path)
         except FileNotFoundError:
             return []
         except (OSError, ValueError) as error:
@@ -249,7 +248,7 @@ class Tuning:
                     op, dtype, channels, rows = problem.key
                     self.found.append(Tuned(op, dtype, channels, rows, *choice, self.measurement))
                     # Read again, for another process may have added to it.
-                    _tuned.write(self.path, _tuned.merged(self._stored(), self.found))
+                    tuned_tiles.write(self.path, tuned_tiles.merged(self._stored(), self.found))
         except KeyboardInterrupt:
             self.interrupted = True
         finally:
@@ -259,12 +258,12 @@ class Tuning:
 @contextmanager
 def used(path: Path) -> Iterator[None]:
     """Inside, kernels run with the tiles of a file as it is now: it takes the place of the user's."""
-    with mock.patch.object(_tiles, "user_file", lambda gpu: path):
-        _tiles.forget()
+    with mock.patch.object(tiles, "user_file", lambda gpu: path):
+        tiles.forget()
         try:
             yield
         finally:
-            _tiles.forget()
+            tiles.forget()
 
 
 def table(found: Sequence[Tuned]) -> str:
@@ -392,7 +391,7 @@ def candidates(problem: Problem, arch: int, shared_memory: int) -> list[Tile]:
         tiles = _row_tiles(channels)
     else:
         tiles = _sum_tiles()
-    return [tile for tile in tiles if _tuned.problem_of(op, tile, rows, channels) is None]
+    return [tile for tile in tiles if tuned_tiles.problem_of(op, tile, rows, channels) is None]
 
 
 def _gemm_tiles(op: str, dtype: torch.dtype, rows: int, arch: int, shared_memory: int) -> Iterator[GemmTile]:
@@ -425,7 +424,7 @@ def _sum_tiles() -> Iterator[SumTile]:
 
 
 def _row_tiles(channels: int) -> Iterator[RowTile]:
-    block = _tuned.power_of_two(channels)
+    block = tuned_tiles.power_of_two(channels)
     for rows, warps in itertools.product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16)):
         if 4 <= rows * block // (32 * warps) <= 64:
             yield RowTile(rows, block, warps)
@@ -616,7 +615,7 @@ def pieces(inputs: Inputs) -> list[Piece]:
         # After a window in scope "branch", on all channels in scope "block".
         "forward_gelu": lambda i: (
             [_forward(i, gelu=True)]
-            + ([_ours("gelu_forward", _gelu_forward(i, write_pre=True))] if i.N >= _tuned.MOST_ROWS else [])
+            + ([_ours("gelu_forward", _gelu_forward(i, write_pre=True))] if i.N >= tuned_tiles.MOST_ROWS else [])
         ),
         "input_gradient": lambda i: [_input_gradient(i)],
         "gelu_input_gradient": lambda i: [_ours("gelu_backward", _gelu_backward(i))],

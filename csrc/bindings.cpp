@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "build_config.h"  // written by dtr_kernels/_build.py
+#include "build_config.h"  // written by dtr_kernels/compilation.py
 #include "checks.h"
 #include "cpu/kernels.h"
 #include "gather.h"

@@ -1,4 +1,4 @@
-// Many tensors in one call: what dtr_kernels/ops/_gradients.py would ask of each in Python, which takes microseconds, is
+// Many tensors in one call: what dtr_kernels/ops/gradient_lists.py would ask of each in Python, which takes microseconds, is
 // read through the C functions that PyTorch has for it, DLPack's exchange API (from version 1.2 of the standard on).
 #pragma once
 #include <pybind11/pybind11.h>

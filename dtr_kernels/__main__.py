@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from dtr_kernels import _just_in_time, info, verify
+from dtr_kernels import info, just_in_time, verify
 
 
 def main() -> int:
@@ -23,7 +23,7 @@ def main() -> int:
     commands.add_parser(
         "build",
         help="compile the extension for this machine, to be used in place of the installed one",
-        description=_just_in_time.build.__doc__,
+        description=just_in_time.build.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arguments = parser.parse_args()
@@ -35,7 +35,7 @@ def main() -> int:
             info.show()
         return 0
     if arguments.command == "build":
-        _just_in_time.build()
+        just_in_time.build()
         return 0
     try:
         device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtr_kernels._files import replacing
+from dtr_kernels.files import replacing
 from dtr_kernels.routing import _check_range, is_integer
 
 __all__ = ["IntervalClusters", "interval_clusters"]

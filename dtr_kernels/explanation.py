@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dtr_kernels.nn import RoutedDiTBlock, RoutedResBlock
 from dtr_kernels.nn.block import Stream, weights_of
 from dtr_kernels.nn.res_block import for_any_channels
-from dtr_kernels.ops._launch import kernel_path, why_plain
-from dtr_kernels.ops.routed_conv import why_dense
+from dtr_kernels.ops.conv import why_dense
+from dtr_kernels.ops.dispatch import kernel_path, why_plain
 from dtr_kernels.ops.window_linear import gelu_gemm_path, gemm_path
 from dtr_kernels.reference.res_block import resampling
 from dtr_kernels.routing import ChannelWindow

@@ -11,12 +11,12 @@ import torch
 import triton
 
 import dtr_kernels
-from dtr_kernels.ops import _cpu, _triton
-from dtr_kernels.ops._gradients import why_plain as surgery_why_plain
-from dtr_kernels.ops._launch import LEAST_ELEMENTS_ON_CPU, kernel_path, why_plain
-from dtr_kernels.ops._tiles import Configuration, configuration, tuned_for
-from dtr_kernels.ops._tiles import crossover as default_crossover
-from dtr_kernels.ops._tuned import KINDS, Crossover, Tuned, user_file
+from dtr_kernels.ops import extension, triton_version
+from dtr_kernels.ops.dispatch import LEAST_ELEMENTS_ON_CPU, kernel_path, why_plain
+from dtr_kernels.ops.gradient_lists import why_plain as surgery_why_plain
+from dtr_kernels.ops.tiles import Configuration, configuration, tuned_for
+from dtr_kernels.ops.tiles import crossover as default_crossover
+from dtr_kernels.ops.tuned_tiles import KINDS, Crossover, Tuned, user_file
 
 __all__ = ["collect", "show"]
 
@@ -37,11 +37,11 @@ def collect() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
-        "problems": [problem] if (problem := _triton.mismatch()) else [],
+        "problems": [problem] if (problem := triton_version.mismatch()) else [],
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
         "tiles": [_tiles(i) for i in range(torch.cuda.device_count())],
         "crossovers": [_crossovers(i) for i in range(torch.cuda.device_count())],
-        "extension": _cpu.unavailable or _cpu.kernels.build_config(),
+        "extension": extension.unavailable or extension.kernels.build_config(),
         "ops": {
             op: {
                 str(device): {str(dtype).removeprefix("torch."): path(device, dtype) for dtype in _DTYPES}
@@ -170,7 +170,7 @@ _PATHS: dict[str, Callable[[torch.device, torch.dtype], str]] = {
 def show() -> None:
     """Prints ``collect()`` for people."""
     facts = collect()
-    ops, extension, tiles, crossovers = (facts.pop(name) for name in ("ops", "extension", "tiles", "crossovers"))
+    ops, built, tiles, crossovers = (facts.pop(name) for name in ("ops", "extension", "tiles", "crossovers"))
     for name, value in facts.items():
         print(f"{name:12} {', '.join(value) or 'none' if isinstance(value, list) else value}")
     for index, source in enumerate(tiles):
@@ -180,13 +180,13 @@ def show() -> None:
         print(f"{'crossovers':12} cuda:{index}, {what}:")
         for line in lines:
             print(f"{'':12} {line}")
-    if isinstance(extension, str):
-        print(f"{'extension':12} {extension}")
+    if isinstance(built, str):
+        print(f"{'extension':12} {built}")
     else:
-        print(f"{'extension':12} compiler {extension['compiler']}, instruction set {extension['instruction_set']}")
-        cuda = f"CUDA {extension['cuda']} for {' '.join(extension['architectures'])}"
-        print(f"{'':12} {cuda if extension['cuda'] else 'no CUDA kernels: ' + extension['no_cuda_reason']}")
-        print(f"{'':12} {_cpu.kernels.__file__}")
+        print(f"{'extension':12} compiler {built['compiler']}, instruction set {built['instruction_set']}")
+        cuda = f"CUDA {built['cuda']} for {' '.join(built['architectures'])}"
+        print(f"{'':12} {cuda if built['cuda'] else 'no CUDA kernels: ' + built['no_cuda_reason']}")
+        print(f"{'':12} {extension.kernels.__file__}")
     alike: dict[str, list[str]] = {}
     for op, by_device in ops.items():
         alike.setdefault(json.dumps(by_device), []).append(op)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from dtr_kernels import nn, ops, reference
-from dtr_kernels.ops._launch import kernel_path
-from dtr_kernels.ops._tiles import NEVER, Crossover, CrossoverOp, forced
+from dtr_kernels.ops.dispatch import kernel_path
+from dtr_kernels.ops.tiles import NEVER, Crossover, CrossoverOp, forced
 from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting
 
 __all__ = ["Comparison", "check_block", "check_surgery", "compare", "run"]

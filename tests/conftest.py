@@ -17,8 +17,8 @@ if os.environ.get("TRITON_INTERPRET"):
 
     repair()
 
-from dtr_kernels.ops import _tiles
-from dtr_kernels.ops._tiles import NEVER, Crossover, CrossoverOp
+from dtr_kernels.ops import tiles
+from dtr_kernels.ops.tiles import NEVER, Crossover, CrossoverOp
 
 
 def pytest_collection_modifyitems(items):
@@ -53,10 +53,10 @@ def kernels_at_every_size(monkeypatch):
     Slices of the weight, which long samples or narrow windows are worth on a CPU, begin between the tests' small and
     large sizes.
     """
-    monkeypatch.setattr("dtr_kernels.ops._launch.LEAST_ELEMENTS_ON_CPU", 0)
+    monkeypatch.setattr("dtr_kernels.ops.dispatch.LEAST_ELEMENTS_ON_CPU", 0)
     monkeypatch.setattr("dtr_kernels.ops.window_linear._LEAST_GAIN", 35)
     for op in get_args(CrossoverOp):
-        monkeypatch.setitem(_tiles._forced, op, Crossover(1))
+        monkeypatch.setitem(tiles._forced, op, Crossover(1))
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def dense_products(monkeypatch, kernels_at_every_size):
     """What runs where windows do not pay: PyTorch's products on all channels, and GELU in a pass of its own."""
     monkeypatch.setattr("dtr_kernels.ops.window_linear._LEAST_GAIN", sys.maxsize)
     for op in get_args(CrossoverOp):
-        monkeypatch.setitem(_tiles._forced, op, Crossover(NEVER))
+        monkeypatch.setitem(tiles._forced, op, Crossover(NEVER))
 
 
 @pytest.fixture

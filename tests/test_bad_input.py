@@ -13,7 +13,7 @@ from refusals import refused
 
 import dtr_kernels as dtr
 from dtr_kernels import ops
-from dtr_kernels.ops._launch import kernel_path
+from dtr_kernels.ops.dispatch import kernel_path
 
 B, N, C, H, T = 2, 3, 32, 48, 20
 ROUTING = dtr.DenoisingTaskRouting(T)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from dtr_kernels import _build
+from dtr_kernels import compilation
 
 pytest.importorskip("pybind11")
 if not shutil.which("g++"):
@@ -46,14 +46,14 @@ def project(tmp_path_factory):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     (folder / "dtr_kernels").mkdir()
-    shutil.copy(_build.__file__, folder / "dtr_kernels")
+    shutil.copy(compilation.__file__, folder / "dtr_kernels")
     (folder / "dtr_kernels" / "__init__.py").write_text('__version__ = "0"\n')
     return folder
 
 
 @pytest.fixture
 def nvcc():
-    found = _build.find_nvcc()
+    found = compilation.find_nvcc()
     if not found:
         pytest.skip("NOT RUN: needs nvcc")
     return found
@@ -167,7 +167,7 @@ def test_cuda_switched_off(project):
 def test_no_nvcc(project, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", path_without("nvcc", tmp_path))
     monkeypatch.delenv("CUDA_HOME", raising=False)
-    if found := _build.find_nvcc():
+    if found := compilation.find_nvcc():
         pytest.skip(f"NOT RUN: this environment has {found}")
     check_cpu_only(*build(project), "nvcc was not found; put it on the PATH or set CUDA_HOME")
 
@@ -185,8 +185,8 @@ def test_nvcc_that_does_not_run(tmp_path, monkeypatch):
     fake = script(tmp_path / "bin" / "nvcc", "exit 1")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.delenv("DTR_CUDA", raising=False)
-    assert _build.find_cuda().missing.startswith(f"{fake} does not work")
-    assert _build.find_nvcc("99.0") is None
+    assert compilation.find_cuda().missing.startswith(f"{fake} does not work")
+    assert compilation.find_nvcc("99.0") is None
 
 
 def test_nvcc_of_a_version(tmp_path, monkeypatch):
@@ -195,7 +195,7 @@ def test_nvcc_of_a_version(tmp_path, monkeypatch):
     on_path = script(tmp_path / "bin" / "nvcc", "echo release 13.2, V13.2.51")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PATH", f"{on_path.parent}{os.pathsep}{os.environ['PATH']}")
-    found = {version: _build.find_nvcc(version) for version in ("12.8", "13.2", "3.2", "2.8")}
+    found = {version: compilation.find_nvcc(version) for version in ("12.8", "13.2", "3.2", "2.8")}
     assert found == {"12.8": str(at_home), "13.2": str(on_path), "3.2": None, "2.8": None}
 
 
@@ -232,7 +232,7 @@ def test_where_nvcc_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(on_path.parent))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     for expected in (at_home, on_path, packaged):
-        assert _build.find_nvcc() == str(expected)
+        assert compilation.find_nvcc() == str(expected)
         expected.unlink()
 
 
@@ -247,7 +247,7 @@ def test_where_nvcc_is_looked_for(tmp_path, monkeypatch):
     ],
 )
 def test_architectures_asked_for(listed, expected):
-    assert _build.asked_architectures(listed, "nvcc", ["sm_80", "sm_90", "sm_100"]) == expected
+    assert compilation.asked_architectures(listed, "nvcc", ["sm_80", "sm_90", "sm_100"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_architectures_asked_for(listed, expected):
     ],
 )
 def test_usual_architectures(supported, expected):
-    assert _build.usual_architectures(supported) == expected
+    assert compilation.usual_architectures(supported) == expected
 
 
 @pytest.mark.parametrize(
@@ -278,9 +278,9 @@ def test_usual_architectures(supported, expected):
 )
 def test_which_gpus_a_build_has_code_for(architectures, runs_on, not_on):
     for capability in runs_on:
-        assert _build.has_code_for(*capability, architectures), capability
+        assert compilation.has_code_for(*capability, architectures), capability
     for capability in not_on:
-        assert not _build.has_code_for(*capability, architectures), capability
+        assert not compilation.has_code_for(*capability, architectures), capability
 
 
 @pytest.mark.parametrize(
@@ -328,8 +328,8 @@ def test_a_missing_build_requirement_names_the_extra(monkeypatch, tmp_path, miss
     if missing == "pybind11":
         monkeypatch.setitem(sys.modules, "pybind11", None)
     else:
-        monkeypatch.setattr(_build, "find_ninja", lambda: None)
-    why = _build.build(ROOT, tmp_path, tmp_path / "_C.so", _build.Cuda(missing="not asked for"))
+        monkeypatch.setattr(compilation, "find_ninja", lambda: None)
+    why = compilation.build(ROOT, tmp_path, tmp_path / "_C.so", compilation.Cuda(missing="not asked for"))
     assert why.startswith(f'{missing} is missing; pip install "dtr_kernels[build]"')
 
 

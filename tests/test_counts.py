@@ -13,7 +13,7 @@ from benchmarks.suite._models import TINY, make_dit
 from dtr_kernels import nn, reference
 from dtr_kernels.ops import window_linear as linear_ops
 from dtr_kernels.ops.gated_norm import gated_norm_backward, gated_norm_forward
-from dtr_kernels.ops.gated_residual import gated_residual_backward, gated_residual_forward
+from dtr_kernels.ops.residual import gated_residual_backward, gated_residual_forward
 from dtr_kernels.sampling import Sampler
 
 CPU = torch.device("cpu")
@@ -201,7 +201,7 @@ def test_operations_of_the_reference_model(seed):
 
 
 def test_operations_that_a_sampler_leaves_out(seed, monkeypatch):
-    monkeypatch.setattr("dtr_kernels.ops._launch.LEAST_ELEMENTS_ON_CPU", 1 << 30)  # kernels are not counted
+    monkeypatch.setattr("dtr_kernels.ops.dispatch.LEAST_ELEMENTS_ON_CPU", 1 << 30)  # kernels are not counted
     model = make_dit(TINY, CPU, torch.float32).eval()
     B, C = 3, model.hidden_size
     x = torch.randn(B, model.in_channels, model.input_size, model.input_size)

@@ -11,8 +11,8 @@ from models import facebook_dit
 from unets import UNetModel
 
 import dtr_kernels as dtr
-from dtr_kernels.ops import _cpu
-from dtr_kernels.ops.routed_linear import _op as routed_linear_op
+from dtr_kernels.ops import extension
+from dtr_kernels.ops.linear import _op as routed_linear_op
 
 C, T = 32, 20
 ROUTING = dtr.DenoisingTaskRouting(num_timesteps=T)
@@ -81,7 +81,7 @@ def test_16_bit_gemms_are_dense_on_a_cpu():
 
 
 def test_small_batches(monkeypatch):
-    monkeypatch.setattr("dtr_kernels.ops._launch.LEAST_ELEMENTS_ON_CPU", 1025)
+    monkeypatch.setattr("dtr_kernels.ops.dispatch.LEAST_ELEMENTS_ON_CPU", 1025)
     report = dtr.explain(make_model(), BATCH)
     assert only(report)["why_plain"].startswith("x has 1,024 elements") and not only(report)["ops"]
     assert str(report).startswith("0 of 2 blocks run fused ops")
@@ -90,8 +90,8 @@ def test_small_batches(monkeypatch):
 def test_masks_and_missing_kernels(monkeypatch):
     random = make_model(dtr.RandomRouting(num_timesteps=T, beta=0.8, seed=0))
     assert "RandomRouting" in only(dtr.explain(random, BATCH))["why_plain"]
-    monkeypatch.setattr(_cpu, "kernels", None)
-    monkeypatch.setattr(_cpu, "unavailable", "the extension was lost")
+    monkeypatch.setattr(extension, "kernels", None)
+    monkeypatch.setattr(extension, "unavailable", "the extension was lost")
     assert only(dtr.explain(make_model(None), BATCH)) == {
         "name": "",
         "kind": "RoutedDiTBlock",

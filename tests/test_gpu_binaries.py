@@ -14,13 +14,13 @@ import torch
 
 from benchmarks import every_kernel, static
 from benchmarks.every_kernel import Size
-from dtr_kernels.ops import _tuned
-from dtr_kernels.ops._tiles import GemmTile, RowTile, Tuned
+from dtr_kernels.ops import tuned_tiles
+from dtr_kernels.ops.tiles import GemmTile, RowTile, Tuned
 
 pytestmark = pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="the interpreter compiles nothing")
 
-ROW_KERNELS = {"gated_norm.forward", "gated_norm.backward", "gated_residual.forward", "gated_residual.backward"}
-KERNELS = {*static.GEMMS, *ROW_KERNELS, "window_linear.token_sums", "gelu.forward", "gelu.backward"}
+ROW_KERNELS = {"gated_norm_forward", "gated_norm_backward", "gated_residual_forward", "gated_residual_backward"}
+KERNELS = {*static.GEMMS, *ROW_KERNELS, "token_sums", "gelu_forward", "gelu_backward"}
 MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 
 
@@ -60,30 +60,30 @@ def test_tf32_uses_the_matrix_units_where_pytorch_may(monkeypatch):
 
 
 def tuned(op, tile, rows, channels, dtype="float32"):
-    measurement = _tuned.Measurement("NVIDIA H0", 90, "2.13.0", "3.7.1", None, "2026-01-01", "tune", "0123")
+    measurement = tuned_tiles.Measurement("NVIDIA H0", 90, "2.13.0", "3.7.1", None, "2026-01-01", "tune", "0123")
     return Tuned(op, dtype, channels, rows, tile, 1e-5, 2e-5, measurement)
 
 
 def test_a_tuned_tile_that_spills_is_found(monkeypatch, tmp_path):
     small, large = RowTile(1, 1024, 8), RowTile(4, 1024, 4)
     entries = [tuned("residual_backward", small, 128, 768), tuned("norm_backward_update", large, 128, 768)]
-    _tuned.write(tmp_path / "nvidia-h0.json", entries)
+    tuned_tiles.write(tmp_path / "nvidia-h0.json", entries)
     defaults = len(static.jobs_for([90]))
-    monkeypatch.setattr(_tuned, "PACKAGED", tmp_path)
+    monkeypatch.setattr(tuned_tiles, "PACKAGED", tmp_path)
     assert len(static.jobs_for([80])) == defaults, "the entries are of another architecture"
     rows = [row for job in static.jobs_for([90])[defaults:] for row in job()]
     assert {row.chosen for row in rows} == {"NVIDIA H0"}
     assert {(row.kernel, row.tile["rows"]) for row in rows} == {
-        ("gated_residual.backward", 1),
-        ("gated_norm.backward", 4),
+        ("gated_residual_backward", 1),
+        ("gated_norm_backward", 4),
     }
     found = complaints(rows)
-    assert found and all("gated_norm.backward" in said and "spills" in said for said in found)
+    assert found and all("gated_norm_backward" in said and "spills" in said for said in found)
 
 
 @pytest.mark.parametrize("op", ["forward_gelu", "token_sums"])
 def test_a_tuned_tile_is_compiled_alone(op):
-    tile = GemmTile(16, 64, 32, 4, 2) if op == "forward_gelu" else _tuned.SumTile(128, 2)
+    tile = GemmTile(16, 64, 32, 4, 2) if op == "forward_gelu" else tuned_tiles.SumTile(128, 2)
     entry = tuned(op, tile, 16, 384 * (3 if op == "token_sums" else 1), "bfloat16")
     rows = static.rows_of_tuned(entry)
     assert {tuple(row.tile.values()) for row in rows} == {tuple(tile)}

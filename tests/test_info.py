@@ -14,8 +14,8 @@ import triton
 import dtr_kernels
 from benchmarks import environment
 from dtr_kernels import info
-from dtr_kernels.ops import _cpu, _launch, _tiles, _triton, _tuned
-from dtr_kernels.ops._tuned import KINDS, NEVER, Crossover, GemmTile, Measurement, Tuned
+from dtr_kernels.ops import dispatch, extension, tiles, triton_version, tuned_tiles
+from dtr_kernels.ops.tuned_tiles import KINDS, NEVER, Crossover, GemmTile, Measurement, Tuned
 
 ROOT = Path(__file__).parent.parent
 WITHOUT_CUDA = {
@@ -31,9 +31,9 @@ WITH_CUDA = WITHOUT_CUDA | {"cuda": "13.0", "architectures": ["sm_90", "compute_
 @pytest.fixture
 def built(monkeypatch):
     """Sets what the extension says of its build."""
-    if _cpu.kernels is None:
+    if extension.kernels is None:
         pytest.skip("NOT RUN: the extension is not built")
-    return lambda config: monkeypatch.setattr(_cpu.kernels, "build_config", lambda: config)
+    return lambda config: monkeypatch.setattr(extension.kernels, "build_config", lambda: config)
 
 
 @pytest.mark.parametrize(
@@ -68,22 +68,22 @@ def test_the_triton_of_each_pytorch_is_the_one_in_the_docs():
     documented = {
         release: triton for together, triton in zip(releases, tritons, strict=True) for release in together.split(", ")
     }
-    table = {".".join(map(str, t)): ".".join(map(str, fits)) for t, fits in _triton._TRITON_OF_TORCH.items()}
+    table = {".".join(map(str, t)): ".".join(map(str, fits)) for t, fits in triton_version._TRITON_OF_TORCH.items()}
     assert documented == table
 
 
 def test_the_first_launch_warns_of_a_triton_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.13.0")
     monkeypatch.setattr(triton, "__version__", "3.9.0")
-    monkeypatch.setattr(_launch, "_INTERPRETED", True)
-    _triton.warn_of_mismatch.cache_clear()
+    monkeypatch.setattr(dispatch, "_INTERPRETED", True)
+    triton_version.warn_of_mismatch.cache_clear()
     launched = []
     kernel = {(2,): lambda x: launched.append(x)}
     with pytest.warns(RuntimeWarning, match=r"does not fit torch 2\.13\.0") as warned:
         for _ in range(2):
-            _launch.launch(kernel, 2, torch.ones(1))
+            dispatch.launch(kernel, 2, torch.ones(1))
     assert len(launched) == 2 and len(warned) == 1
-    _triton.warn_of_mismatch.cache_clear()
+    triton_version.warn_of_mismatch.cache_clear()
 
 
 def test_covers_every_op_device_and_dtype():
@@ -97,8 +97,8 @@ def test_covers_every_op_device_and_dtype():
 
 
 def test_says_why_plain_pytorch_runs(monkeypatch, capsys):
-    monkeypatch.setattr(_cpu, "unavailable", "the extension was lost")
-    monkeypatch.setattr(_cpu, "kernels", None)
+    monkeypatch.setattr(extension, "unavailable", "the extension was lost")
+    monkeypatch.setattr(extension, "kernels", None)
     info.show()
     assert "plain PyTorch (the reference): the extension was lost" in capsys.readouterr().out
 
@@ -116,8 +116,8 @@ def test_shows_why_there_is_no_cuda(built, capsys):
 
 
 def test_surgery_says_why_pytorch_ops_run(monkeypatch, capsys):
-    monkeypatch.setattr(_cpu, "unavailable", "the extension was lost")
-    monkeypatch.setattr(_cpu, "kernels", None)
+    monkeypatch.setattr(extension, "unavailable", "the extension was lost")
+    monkeypatch.setattr(extension, "kernels", None)
     facts = info.collect()
     assert facts["extension"] == "the extension was lost"
     assert facts["ops"]["gram"]["cpu"]["float32"] == "PyTorch ops: the extension was lost"
@@ -131,11 +131,11 @@ def gpu(monkeypatch, tmp_path):
     """A GPU that there seems to be; its files are in a folder for the test."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(_tuned, "PACKAGED", tmp_path / "packaged")
+    monkeypatch.setattr(tuned_tiles, "PACKAGED", tmp_path / "packaged")
     monkeypatch.setenv("DTR_KERNELS_CACHE", str(tmp_path / "cache"))
-    _tiles.configuration.cache_clear()
+    tiles.configuration.cache_clear()
     yield "NVIDIA H200"
-    _tiles.configuration.cache_clear()
+    tiles.configuration.cache_clear()
 
 
 def tuned(capability=90, commit="0123456789abcdef", date="2026-11-01"):
@@ -166,10 +166,10 @@ ONE = "1 entry, forward in bfloat16 of 1152 channels"
     ],
 )
 def test_says_where_a_gpus_tiles_are_from(gpu, packaged, user, says):
-    for path, entries in ((_tuned.packaged_file(gpu), packaged), (_tuned.user_file(gpu), user)):
+    for path, entries in ((tuned_tiles.packaged_file(gpu), packaged), (tuned_tiles.user_file(gpu), user)):
         if entries:
-            _tuned.write(path, entries)
-    assert info._tiles(0) == says.format(user=_tuned.user_file(gpu))
+            tuned_tiles.write(path, entries)
+    assert info._tiles(0) == says.format(user=tuned_tiles.user_file(gpu))
 
 
 def test_says_what_is_tuned():
@@ -200,8 +200,8 @@ def test_says_which_crossovers_are_tuned_and_where(gpu):
     packaged = [forward, replace(forward, channels=384, tile=Crossover(16384))]
     user = [replace(forward, tile=Crossover(1024)), replace(forward, op="gelu_forward", tile=Crossover(NEVER))]
     other_samples = replace(forward, op="gelu_backward", rows=64, tile=Crossover(64))
-    _tuned.write(_tuned.packaged_file(gpu), packaged)
-    _tuned.write(_tuned.user_file(gpu), [*user, other_samples])
+    tuned_tiles.write(tuned_tiles.packaged_file(gpu), packaged)
+    tuned_tiles.write(tuned_tiles.user_file(gpu), [*user, other_samples])
     said = info._crossovers(0)
     assert (
         "windows_forward in bfloat16: from 16,384 tokens on (packaged file) with 384 channels, "
@@ -212,8 +212,8 @@ def test_says_which_crossovers_are_tuned_and_where(gpu):
 
 
 def test_a_broken_file_makes_a_warning_and_is_not_called_tuned(gpu):
-    _tuned.write(_tuned.user_file(gpu), [tuned()])
-    _tuned.user_file(gpu).write_text("{}")
+    tuned_tiles.write(tuned_tiles.user_file(gpu), [tuned()])
+    tuned_tiles.user_file(gpu).write_text("{}")
     with pytest.warns(RuntimeWarning, match="nvidia-h200.json"):
         assert info._tiles(0).startswith("defaults: ")
 

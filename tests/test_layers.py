@@ -12,17 +12,17 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dtr_kernels"
 # Of each part the others that it may import. What is not listed stands above all and may import everything below.
 ALLOWED = {
-    "_build": set(),
-    "_files": set(),
-    "_just_in_time": {"_build", "_files"},
+    "compilation": set(),
+    "files": set(),
+    "just_in_time": {"compilation", "files"},
     "routing": set(),
     "reference": {"routing"},
-    "ops": {"_C", "_build", "_files", "_just_in_time", "reference", "routing"},
+    "ops": {"_C", "compilation", "files", "just_in_time", "reference", "routing"},
     "nn": {"ops", "reference", "routing"},
     "swap": {"nn", "ops", "reference", "routing"},
     "surgery": {"ops", "reference", "routing"},
-    "clusters": {"_files", "routing"},
-    "analysis": {"_files", "clusters", "routing", "surgery"},
+    "clusters": {"files", "routing"},
+    "analysis": {"files", "clusters", "routing", "surgery"},
 }
 
 

@@ -150,7 +150,7 @@ def test_norms_of_either_kind(compact, compact_gradient, monkeypatch):
 def test_norms_write_what_those_of_the_library_do(precision, least, width, monkeypatch):
     monkeypatch.setattr(linear_ops, "_LEAST_GAIN", least)
     written = []
-    op = importlib.import_module("dtr_kernels.ops.routed_linear")  # the package has a function of its name
+    op = importlib.import_module("dtr_kernels.ops.linear")  # the package has a function of its name
     original = op.gated_norm_forward
     monkeypatch.setattr(op, "gated_norm_forward", lambda *args: written.append(original(*args)) or written[-1])
     case = only(built("gated_norm", precisions=[precision], passes=["forward"], scopes=["branch"]), "branch, forward")
@@ -303,7 +303,7 @@ def test_calls_on_buffers_of_their_own(name, monkeypatch):
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_without_kernels_our_side_says_so(name, monkeypatch):
-    monkeypatch.setattr("dtr_kernels.ops._launch.kernel_path", lambda x: "plain")
+    monkeypatch.setattr("dtr_kernels.ops.dispatch.kernel_path", lambda x: "plain")
     for case in built(name, precisions=["fp32"]):
         ours = [side for side in case.sides if side.name.startswith(("gated", "window", "linear_gelu", "gelu_linear"))]
         assert ours
@@ -335,7 +335,7 @@ def test_scopes_that_mean_something():
 
 
 def test_a_note_says_where_the_library_would_run_plain_pytorch(monkeypatch):
-    monkeypatch.setattr("dtr_kernels.ops._launch.LEAST_ELEMENTS_ON_CPU", 3 << 16)
+    monkeypatch.setattr("dtr_kernels.ops.dispatch.LEAST_ELEMENTS_ON_CPU", 3 << 16)
     for name in BENCHMARKS:
         (case, *_) = built(name, precisions=["fp32"])
         assert "runs plain PyTorch at this size (16384 elements)" in case.notes[-1]

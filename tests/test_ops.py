@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from benchmarks.memory import saved_bytes
 from dtr_kernels import DenoisingTaskRouting, ops, reference
-from dtr_kernels.ops import _tiles
-from dtr_kernels.ops._tiles import Crossover
+from dtr_kernels.ops import tiles
 from dtr_kernels.ops.gelu import gelu_backward
+from dtr_kernels.ops.tiles import Crossover
 from dtr_kernels.ops.window_linear import _parts, slice_gain
 from dtr_kernels.routing import ChannelWindow
 from dtr_kernels.verify import check_block, compare, random_block
@@ -124,7 +124,7 @@ def test_routed_mlp_on_all_channels(seed, device, dtype, keep_branch, dense_prod
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_pass_over_windows_and_the_other_over_all_channels(seed, device, dtype, dense_products, monkeypatch):
     """What the forward pass keeps serves either: the choice is made anew in the backward pass."""
-    monkeypatch.setitem(_tiles._forced, "windows_forward", Crossover(1))
+    monkeypatch.setitem(tiles._forced, "windows_forward", Crossover(1))
     window = windows(3, 96, 0.8, device)
     check_routed_linear(3, 37, 96, 200, window, dtype, device)
     check_routed_mlp(3, 37, 96, 264, window, False, dtype, device)
@@ -396,7 +396,7 @@ def test_modulation_in_another_dtype(seed, device, monkeypatch):
     shift, scale = torch.randn(2, 2, 48, device=device).unbind(0)
     weight = torch.randn(64, 48, device=device).bfloat16()
     fused = ops.routed_linear(x, shift, scale, weight, None, window)[1]
-    monkeypatch.setattr("dtr_kernels.ops._launch.LEAST_ELEMENTS_ON_CPU", 1 << 30)
+    monkeypatch.setattr("dtr_kernels.ops.dispatch.LEAST_ELEMENTS_ON_CPU", 1 << 30)
     plain = ops.routed_linear(x, shift, scale, weight, None, window)[1]
     assert fused.dtype == plain.dtype == torch.bfloat16
     torch.testing.assert_close(fused, plain, rtol=0.05, atol=0.2)
@@ -460,12 +460,12 @@ def test_small_tensors_take_the_faster_plain_path_on_a_cpu(monkeypatch):
     block = random_block(48, 4, "block", torch.device("cpu"), torch.float32)
     x, c, window = torch.randn(2, 9, 48), torch.randn(2, 48), windows(2, 48, 0.8, "cpu")
     called = []
-    routed_linear = importlib.import_module("dtr_kernels.ops.routed_linear")  # ``ops`` has a function of the same name
+    routed_linear = importlib.import_module("dtr_kernels.ops.linear")  # ``ops`` has a function of the same name
     monkeypatch.setattr(routed_linear, "gated_norm_forward", lambda *args: called.append(args) or 1 / 0)
-    monkeypatch.setattr("dtr_kernels.ops._launch.LEAST_ELEMENTS_ON_CPU", x.numel() + 1)
+    monkeypatch.setattr("dtr_kernels.ops.dispatch.LEAST_ELEMENTS_ON_CPU", x.numel() + 1)
     torch.testing.assert_close(block(x, c, window), reference.dit_block(block, x, c, window.mask(), "block"))
     assert not called
-    monkeypatch.setattr("dtr_kernels.ops._launch.LEAST_ELEMENTS_ON_CPU", x.numel())
+    monkeypatch.setattr("dtr_kernels.ops.dispatch.LEAST_ELEMENTS_ON_CPU", x.numel())
     with pytest.raises(ZeroDivisionError):
         block(x, c, window)
 

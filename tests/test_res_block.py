@@ -27,7 +27,7 @@ from dtr_kernels.verify import compare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OP = importlib.import_module("dtr_kernels.ops.routed_conv")  # the package has the function under that name
+OP = importlib.import_module("dtr_kernels.ops.conv")  # the package has the function under that name
 E = 5
 
 

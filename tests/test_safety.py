@@ -16,11 +16,11 @@ import pytest
 import torch
 from fuzz_cases import Draw, calls, issue, wrong
 
-from dtr_kernels.ops import _cpu
+from dtr_kernels.ops import extension
 
 ROOT = Path(__file__).parent.parent
-needs_extension = pytest.mark.skipif(_cpu.kernels is None, reason=f"NOT RUN: {_cpu.unavailable}")
-FUNCTIONS = sorted(calls(_cpu.kernels)) if _cpu.kernels else []
+needs_extension = pytest.mark.skipif(extension.kernels is None, reason=f"NOT RUN: {extension.unavailable}")
+FUNCTIONS = sorted(calls(extension.kernels)) if extension.kernels else []
 CASES = 12
 
 # --- the extension's boundary ----------------------------------------------------------------------------------------
@@ -34,7 +34,7 @@ def functions_of(module) -> Iterator[str]:
 
 @needs_extension
 def test_every_function_is_fuzzed():
-    assert sorted(functions_of(_cpu.kernels)) == FUNCTIONS
+    assert sorted(functions_of(extension.kernels)) == FUNCTIONS
 
 
 @needs_extension
@@ -42,10 +42,10 @@ def test_every_function_is_fuzzed():
 def test_wrong_calls_are_refused(function):
     mistakes = set()
     for case in range(CASES):
-        call = calls(_cpu.kernels)[function](Draw(f"{function} {case}"))
+        call = calls(extension.kernels)[function](Draw(f"{function} {case}"))
         for what, arguments in wrong(call):
             try:
-                issue(_cpu.kernels, function, arguments)
+                issue(extension.kernels, function, arguments)
             except (ValueError, TypeError):
                 mistakes.add(what)
             else:
@@ -61,7 +61,7 @@ def test_wrong_calls_are_refused(function):
 )
 def test_what_is_no_list_of_tensors_is_not_read(rows):
     """``Gradients.of`` takes objects: their types are known before anything in them is read."""
-    read = _cpu.kernels.Gradients.of
+    read = extension.kernels.Gradients.of
     assert read(rows, torch.Tensor, torch.nn.Parameter) is None
     assert read([[torch.ones(1)]], int, object) is None and read([[torch.ones(1).int()]], torch.Tensor, int) is None
     for arguments in ((None, torch.Tensor, torch.Tensor), (rows, torch.Tensor), (3, int, int)):
@@ -86,7 +86,7 @@ print(kernels.build_config()["instruction_set"])
 
 def run_right_calls(instruction_set: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own: the extension chooses its kernels once."""
-    command = [sys.executable, "-c", _RIGHT_CALLS, str(ROOT / "tests"), _cpu.kernels.__file__, "40"]
+    command = [sys.executable, "-c", _RIGHT_CALLS, str(ROOT / "tests"), extension.kernels.__file__, "40"]
     return subprocess.run(command, env=os.environ | {"DTR_ISA": instruction_set}, capture_output=True, text=True)
 
 
@@ -126,7 +126,7 @@ def test_an_unknown_instruction_set_is_refused():
     ],
 )
 def test_messages_name_the_argument(change, message):
-    kernels = _cpu.kernels
+    kernels = extension.kernels
     rows = {"type": 0, "stride": 8}
     arguments = {"shape": {"B": 2, "N": 3, "C": 8, "start": 0, "width": 8, "chunk": 1}}
     # Never read, as every call is refused.
@@ -142,7 +142,7 @@ def test_messages_name_the_argument(change, message):
 
 @needs_extension
 def test_overlaps_are_named():
-    kernels = _cpu.kernels
+    kernels = extension.kernels
     with pytest.raises(
         ValueError, match=r"^out \(0x1000 to 0x1020\), which is written, must not overlap pointers\[1\] "
     ):
@@ -153,13 +153,13 @@ def test_overlaps_are_named():
 
 @needs_extension
 def test_windows_are_looked_at_again_in_every_call():
-    drawn = (calls(_cpu.kernels)["norm_forward"](Draw(f"windows {case}")) for case in range(20))
+    drawn = (calls(extension.kernels)["norm_forward"](Draw(f"windows {case}")) for case in range(20))
     call = next(call for call in drawn if call.keeps and call.arguments["shape"].N)
     (start,) = call.keeps
-    call.run(_cpu.kernels)
+    call.run(extension.kernels)
     start._memory[-1] = call.arguments["shape"].C
     with pytest.raises(ValueError, match=r"window.start must be in 0\.\.\d+ \(channels - width\), got"):
-        issue(_cpu.kernels, "norm_forward", list(call.plain().values()))
+        issue(extension.kernels, "norm_forward", list(call.plain().values()))
 
 
 # --- files, shells, downloads ----------------------------------------------------------------------------------------

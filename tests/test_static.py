@@ -12,8 +12,8 @@ import torch
 
 from benchmarks import every_kernel, static
 from benchmarks.every_kernel import Call, Size
-from dtr_kernels.ops import _cpu
-from dtr_kernels.ops._tiles import Crossover, packaged
+from dtr_kernels.ops import extension
+from dtr_kernels.ops.tiles import Crossover, packaged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,7 +61,7 @@ def row(**changes):
     usage |= {"matrix": {"wgmma": 4}, "copies": {"cp.async.bulk": 2}}
     usage |= {name: changes.pop(name) for name in list(changes) if name in usage}
     tile = {"m": 128, "n": 256, "k": 64, "warps": 8, "stages": 3}
-    facts = {"arch": 90, "language": "Triton", "kernel": "window_linear.forward", "dtype": "bf16", "tile": tile}
+    facts = {"arch": 90, "language": "Triton", "kernel": "window_forward", "dtype": "bf16", "tile": tile}
     facts |= {"chosen": "default", "tokens": [256], "widths": [384], "modes": ["routed"]}
     return static.Row(**facts | changes, usage=static.Usage(**usage))
 
@@ -81,7 +81,7 @@ def row(**changes):
         ({"matrix": {}, "dtype": "fp32"}, []),
         ({"matrix": {}, "dtype": "tf32"}, ["has no matrix instructions"]),
         ({"matrix": {"mma.sync": 4}, "dtype": "tf32"}, []),
-        ({"matrix": {}, "copies": {}, "kernel": "gated_norm.forward"}, []),
+        ({"matrix": {}, "copies": {}, "kernel": "gated_norm_forward"}, []),
         ({"matrix": {}, "copies": {}, "kernel": "gram_tiled"}, ["does not copy asynchronously"]),
     ],
 )
@@ -130,14 +130,14 @@ def test_markdown_has_a_line_for_each_configuration():
     rows += [replace(each, dtype="fp16") for each in rows]
     text = report(*rows).markdown()
     assert "No kernel spills" in text and "13.0.88" in text and "0123456789abcdef" in text
-    line = cells(text, "window_linear.forward")
+    line = cells(text, "window_forward")
     assert line["dtype"] == "bf16, fp16" and line["widths"] == "384, 1152" and line["modes"] == "2"
     assert line["tile"] == "128 x 256 x 64, 8 warps, 3 stages"
     assert (line["registers"], line["occupancy"]) == ("100 to 130", "12.5% to 25%")
     assert (line["matrix"], line["copies"], line["buffers"]) == ("wgmma", "cp.async.bulk", "3")
-    assert report(*rows).markdown(all_widths=True).count("| window_linear.forward") == 2
+    assert report(*rows).markdown(all_widths=True).count("| window_forward") == 2
     assert "sm_90" in text and "sm_80" not in text
-    assert "**window_linear.forward (routed), bf16" in report(row(spilled=8)).markdown()
+    assert "**window_forward (routed), bf16" in report(row(spilled=8)).markdown()
 
 
 # ---- the built extension
@@ -145,9 +145,9 @@ def test_markdown_has_a_line_for_each_configuration():
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_cuda_kernels_of_the_extension(arch):
-    if _cpu.kernels is None or f"sm_{arch}" not in _cpu.kernels.build_config()["architectures"]:
+    if extension.kernels is None or f"sm_{arch}" not in extension.kernels.build_config()["architectures"]:
         pytest.skip(f"the extension was built without kernels for sm_{arch}")
-    rows = static.rows_of_extension(Path(_cpu.kernels.__file__), arch)
+    rows = static.rows_of_extension(Path(extension.kernels.__file__), arch)
     assert [complaint for each in rows for complaint in each.complaints] == []
     assert len(rows) == 2 + 3 * (8 + 1 + 4 + 8)
     threads = {"coefficients": 32, "sum_partials": 256, "gram": 256, "gram_tiled": 160, "combine": 128}
@@ -217,7 +217,7 @@ def test_committed_report_knows_every_packaged_tile():
 def test_every_launcher_and_op_on_the_cpu(seed):
     calls = list(every_kernel.routed_calls(Size(2, 5, 40), torch.float32, torch.device("cpu")))
     calls += every_kernel.surgery_calls(5, [33, 0, 7], torch.bfloat16, torch.device("cpu"))
-    if _cpu.kernels is None:
+    if extension.kernels is None:
         pytest.skip("the launchers have no kernels here")
     assert [problem for call in calls if (problem := call.problem())] == []
     assert len({(call.name, call.mode) for call in calls}) == len(calls)
@@ -248,7 +248,7 @@ def test_what_is_left_unwritten_is_nan():
 
 
 def test_every_kernel_fails_when_one_is_wrong(monkeypatch, capsys):
-    if _cpu.kernels is None:
+    if extension.kernels is None:
         pytest.skip("the launchers have no kernels here")
     monkeypatch.setattr(every_kernel, "SIZES", (Size(2, 3, 20),))
     monkeypatch.setattr(every_kernel, "CLUSTERS", (3,))

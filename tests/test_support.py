@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import dtr_kernels as dtr
-from dtr_kernels.ops import _launch
+from dtr_kernels.ops import dispatch
 
 ROOT = Path(__file__).parent.parent
 ROUTING = dtr.DenoisingTaskRouting(TIMESTEPS)
@@ -133,7 +133,7 @@ def test_export(make, strict, seed, fresh_compiler):
 def test_export_of_a_batch_on_both_sides_of_the_limit(make, seed, monkeypatch):
     """Of small tensors on a CPU, which an exported graph does not know."""
     model = make(depth=1)
-    monkeypatch.setattr(_launch, "LEAST_ELEMENTS_ON_CPU", 16 * 9 * DIM)  # 16 samples
+    monkeypatch.setattr(dispatch, "LEAST_ELEMENTS_ON_CPU", 16 * 9 * DIM)  # 16 samples
     exported = export(model).module()
     for samples in (3, 40):
         batch = make_batch(samples)
@@ -280,7 +280,7 @@ def whole(parameter):
 def step_of_two_processes(rank, store, seed):
     """A step of each kind of parallelism makes the parameters of one process that has the whole batch."""
     torch.set_num_threads(1)
-    _launch.LEAST_ELEMENTS_ON_CPU = 0
+    dispatch.LEAST_ELEMENTS_ON_CPU = 0
     dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=60), rank=rank, world_size=2)
     torch.manual_seed(seed)
     for make in (native, swapped):
@@ -508,7 +508,7 @@ def test_dtypes(make, dtype, seed, monkeypatch):
     x, t, y = make_batch()
     batch = x.to(dtype), t, y
     found = results(model, batch)
-    monkeypatch.setattr(_launch, "LEAST_ELEMENTS_ON_CPU", PLAIN_AT_EVERY_SIZE)
+    monkeypatch.setattr(dispatch, "LEAST_ELEMENTS_ON_CPU", PLAIN_AT_EVERY_SIZE)
     exact = results(*widened(model, batch))
     assert_as_exact(found, results(model, batch), exact)
 

@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 from dtr_kernels import ops, reference
-from dtr_kernels.ops import _gradients
+from dtr_kernels.ops import gradient_lists
 from dtr_kernels.verify import check_surgery
 
 OPS = torch.ops.dtr_kernels
@@ -42,10 +42,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def path(request, device, monkeypatch):
     """Which implementation runs on ``device``: "plain", or its kernels, "cpu" or "cuda"."""
     if request.param == "plain":
-        monkeypatch.setattr(_gradients, "why_plain", lambda device, dtype: "the test asks for it")
+        monkeypatch.setattr(gradient_lists, "why_plain", lambda device, dtype: "the test asks for it")
     else:
-        assert _gradients.why_plain(device, torch.float32) is None
-    chosen = _gradients.surgery_path(torch.empty(0, device=device))
+        assert gradient_lists.why_plain(device, torch.float32) is None
+    chosen = gradient_lists.surgery_path(torch.empty(0, device=device))
     assert chosen == ("plain" if request.param == "plain" else device.type)
     return chosen
 
@@ -357,9 +357,9 @@ def test_lists_are_read_by_the_extension(seed, path, device, dtype, monkeypatch)
     grads, order = of_many_kinds(dtype, device), ops.random_order(3)
     again = [[t.clone() for t in row] for row in grads]
     known = hasattr(torch.Tensor, "__dlpack_c_exchange_api__") and path != "plain" and dtype != torch.float64
-    assert isinstance(_gradients.checked(grads), _gradients.Gathered) == known
+    assert isinstance(gradient_lists.checked(grads), gradient_lists.Gathered) == known
     results = step(grads, order)
-    monkeypatch.setattr(_gradients, "_gathered", lambda grads: None)
+    monkeypatch.setattr(gradient_lists, "_gathered", lambda grads: None)
     found, expected = (torch.utils._pytree.tree_leaves(x) for x in ((results, grads), (step(again, order), again)))
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b) and a.stride() == b.stride()

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from benchmarks import environment
-from dtr_kernels.ops import _tiles, _tuned
-from dtr_kernels.ops._tiles import NEVER, Crossover, GemmTile, RowTile, SumTile, forced, tile_for
-from dtr_kernels.ops._tuned import KINDS, Measurement, Tuned
+from dtr_kernels.ops import tiles, tuned_tiles
+from dtr_kernels.ops.tiles import NEVER, Crossover, GemmTile, RowTile, SumTile, forced, tile_for
+from dtr_kernels.ops.tuned_tiles import KINDS, Measurement, Tuned
 
 window_linear = importlib.import_module("dtr_kernels.ops.window_linear")
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -39,8 +39,8 @@ def ask(op="forward", dtype=bf16, rows=256, channels=1152):
 
 
 def forget():
-    _tiles.forget()
-    _tiles._capability.cache_clear()
+    tiles.forget()
+    tiles._capability.cache_clear()
 
 
 @pytest.fixture
@@ -48,11 +48,11 @@ def files(monkeypatch, tmp_path):
     """Paths of the user's and of the package's file of a GPU that there seems to be. Neither exists."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(_tuned, "PACKAGED", tmp_path / "packaged")
-    monkeypatch.setattr(_tiles, "_forced", {})  # what tests of kernels want
+    monkeypatch.setattr(tuned_tiles, "PACKAGED", tmp_path / "packaged")
+    monkeypatch.setattr(tiles, "_forced", {})  # what tests of kernels want
     monkeypatch.setenv("DTR_KERNELS_CACHE", str(tmp_path / "cache"))
     forget()
-    yield SimpleNamespace(user=_tuned.user_file(GPU), packaged=_tuned.packaged_file(GPU))
+    yield SimpleNamespace(user=tuned_tiles.user_file(GPU), packaged=tuned_tiles.packaged_file(GPU))
     forget()
 
 
@@ -94,7 +94,7 @@ def files(monkeypatch, tmp_path):
 )
 def test_defaults(op, dtype, rows, channels, arch, tile):
     """Written down, so that no change of a default goes unnoticed: it makes every result stale."""
-    assert _tiles.default_tile(op, dtype, rows, channels, arch) == tile
+    assert tiles.default_tile(op, dtype, rows, channels, arch) == tile
 
 
 def test_every_default_could_be_an_entry(seed):
@@ -103,13 +103,17 @@ def test_every_default_could_be_an_entry(seed):
         for dtype in (bf16, fp16, fp32):
             for arch in (75, 80, 89, 90, 100, 120):
                 rows, channels = random.choice([1, 16, 17, 100, 128, 5000]), random.randint(1, 5000)
-                tile = _tiles.default_tile(op, dtype, rows, channels, arch)
-                assert _tuned.problem_of(op, tile, _tuned.rows_class(rows), channels) is None, (op, rows, channels)
+                tile = tiles.default_tile(op, dtype, rows, channels, arch)
+                assert tuned_tiles.problem_of(op, tile, tuned_tiles.rows_class(rows), channels) is None, (
+                    op,
+                    rows,
+                    channels,
+                )
 
 
 def test_without_a_gpu_no_file_is_read(files, monkeypatch):
     """In Triton's interpreter, where a CPU stands in for a GPU, and where kernels are compiled for another machine."""
-    monkeypatch.setattr(_tiles, "read", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr(tiles, "read", lambda path: pytest.fail(f"{path} was read"))
     assert tile_for("forward", torch.empty(1, dtype=bf16), 256, 1152, 80) == GemmTile(64, 128, 32, 8, 3)
     assert tile_for("forward", torch.empty(1, dtype=bf16, device="meta"), 256, 1152, 90) == GemmTile(128, 256, 64, 8, 3)
 
@@ -118,12 +122,12 @@ def test_without_a_gpu_no_file_is_read(files, monkeypatch):
 
 
 def test_the_users_entry_goes_before_the_packages_and_both_before_the_default(files):
-    default = _tiles.default_tile("forward", bf16, 256, 1152, 90)
+    default = tiles.default_tile("forward", bf16, 256, 1152, 90)
     assert ask() == default
-    _tuned.write(files.packaged, [entry(tile=GemmTile(128, 64, 32, 4, 3)), entry(channels=384, tile=default)])
+    tuned_tiles.write(files.packaged, [entry(tile=GemmTile(128, 64, 32, 4, 3)), entry(channels=384, tile=default)])
     forget()
     assert ask() == GemmTile(128, 64, 32, 4, 3)
-    _tuned.write(files.user, [entry(tile=SPECIAL)])
+    tuned_tiles.write(files.user, [entry(tile=SPECIAL)])
     forget()
     assert ask() == SPECIAL
     assert ask(channels=384) == default  # which only the package has; the user's is of another width
@@ -131,13 +135,13 @@ def test_the_users_entry_goes_before_the_packages_and_both_before_the_default(fi
 
 def test_the_nearest_width_in_proportion(files):
     narrow, wide = GemmTile(64, 64, 32, 4, 3), GemmTile(64, 128, 32, 4, 3)
-    _tuned.write(files.user, [entry(channels=384, tile=narrow), entry(channels=1152, tile=wide)])
+    tuned_tiles.write(files.user, [entry(channels=384, tile=narrow), entry(channels=1152, tile=wide)])
     asked = {channels: ask(channels=channels) for channels in (1, 384, 660, 670, 1152, 9000)}
     assert asked == {1: narrow, 384: narrow, 660: narrow, 670: wide, 1152: wide, 9000: wide}
 
 
 def test_rows_dtype_and_op_must_be_the_same(files):
-    _tuned.write(files.user, [entry(rows=64, tile=SPECIAL)])
+    tuned_tiles.write(files.user, [entry(rows=64, tile=SPECIAL)])
     assert [ask(rows=rows) == SPECIAL for rows in (32, 33, 64, 65, 256)] == [False, True, True, False, False]
     assert ask(rows=64, dtype=fp16) != SPECIAL
     assert ask("input_gradient", rows=64) != SPECIAL
@@ -146,14 +150,14 @@ def test_rows_dtype_and_op_must_be_the_same(files):
 def test_a_row_kernel_takes_no_tile_for_longer_or_shorter_rows(files):
     """Its registers hold whole rows: what fits twice as many channels would spill, or leave half of them idle."""
     tile = RowTile(1, 2048, 8)
-    _tuned.write(files.user, [entry("norm_forward", channels=1152, tile=tile)])
+    tuned_tiles.write(files.user, [entry("norm_forward", channels=1152, tile=tile)])
     assert ask("norm_forward", channels=1152) == ask("norm_forward", channels=1025) == tile
     assert ask("norm_forward", channels=1024) == RowTile(4, 1024, 8)
 
 
 def test_a_tuned_crossover_goes_before_the_default(files):
     found = [entry("windows_forward", tile=Crossover(512)), entry("gelu_forward", tile=Crossover(NEVER))]
-    _tuned.write(files.user, [*found, entry("gelu_backward", dtype="float32", tile=Crossover(64))])
+    tuned_tiles.write(files.user, [*found, entry("gelu_backward", dtype="float32", tile=Crossover(64))])
     asked = [ask(op) for op in ("windows_forward", "windows_backward", "gelu_forward", "gelu_backward")]
     assert asked == [Crossover(512), Crossover(NEVER), Crossover(NEVER), Crossover(1)]
     assert ask("gelu_backward", dtype=fp32) == Crossover(64)
@@ -171,14 +175,14 @@ def test_a_crossover_in_words():
 
 def test_forgetting_reads_files_again(files):
     assert ask() != SPECIAL
-    _tuned.write(files.user, [entry()])
+    tuned_tiles.write(files.user, [entry()])
     assert ask() != SPECIAL
-    _tiles.forget()
+    tiles.forget()
     assert ask() == SPECIAL
 
 
 def test_what_was_measured_with_another_capability_is_ignored(files):
-    _tuned.write(files.user, [entry(measurement=replace(MEASUREMENT, capability=100))])
+    tuned_tiles.write(files.user, [entry(measurement=replace(MEASUREMENT, capability=100))])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ask() != SPECIAL
@@ -188,7 +192,7 @@ def broken(change):
     """The text of a file with one entry that ``change`` was applied to."""
 
     def text(path):
-        _tuned.write(path, [entry()])
+        tuned_tiles.write(path, [entry()])
         stored = json.loads(path.read_text())
         change(stored)
         return json.dumps(stored).encode()
@@ -251,7 +255,7 @@ def change_tile(**sides):
 )
 def test_a_file_that_cannot_be_used_makes_one_warning(files, text, reason):
     files.user.parent.mkdir(parents=True)
-    _tuned.write(files.packaged, [entry(tile=GemmTile(128, 64, 32, 4, 3))])
+    tuned_tiles.write(files.packaged, [entry(tile=GemmTile(128, 64, 32, 4, 3))])
     if text is None:
         files.user.mkdir()
     else:
@@ -273,10 +277,10 @@ def test_where_no_file_can_be_there_is_nothing_to_warn_of(files, monkeypatch):
 
 
 def test_files_are_read_once_and_not_before_the_first_launch(files):
-    code = "import dtr_kernels.ops._tiles as t; print(t.configuration.cache_info().misses, t._tile.cache_info().misses)"
+    code = "import dtr_kernels.ops.tiles as t; print(t.configuration.cache_info().misses, t._tile.cache_info().misses)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "0"]
-    _tuned.write(files.user, [entry()])
+    tuned_tiles.write(files.user, [entry()])
     assert ask() == SPECIAL
     files.user.unlink()
     assert ask() == ask(rows=300) == SPECIAL
@@ -292,13 +296,13 @@ def test_a_file_is_read_as_it_was_written(files):
         entry("windows_forward", tile=Crossover(4096)),
         entry("gelu_backward", "float32", tile=Crossover(NEVER)),
     ]
-    _tuned.write(files.user, entries)
-    assert sorted(_tuned.read(files.user), key=str) == sorted(entries, key=str)
+    tuned_tiles.write(files.user, entries)
+    assert sorted(tuned_tiles.read(files.user), key=str) == sorted(entries, key=str)
     assert len(json.loads(files.user.read_text())["measurements"]) == 2
 
 
 def test_an_interrupted_write_leaves_the_file_as_it_was(files, monkeypatch):
-    _tuned.write(files.user, [entry()])
+    tuned_tiles.write(files.user, [entry()])
     before = files.user.read_bytes()
 
     def interrupt(*_):
@@ -306,7 +310,7 @@ def test_an_interrupted_write_leaves_the_file_as_it_was(files, monkeypatch):
 
     monkeypatch.setattr(Path, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        _tuned.write(files.user, [entry(channels=384)])
+        tuned_tiles.write(files.user, [entry(channels=384)])
     assert files.user.read_bytes() == before
     assert list(files.user.parent.iterdir()) == [files.user]
 
@@ -316,11 +320,11 @@ def test_where_the_users_file_is(monkeypatch, tmp_path):
     monkeypatch.delenv("DTR_KERNELS_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert _tuned.user_file(GPU) == tmp_path / ".cache" / "dtr_kernels" / name
+    assert tuned_tiles.user_file(GPU) == tmp_path / ".cache" / "dtr_kernels" / name
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert _tuned.user_file(GPU) == tmp_path / "xdg" / "dtr_kernels" / name
+    assert tuned_tiles.user_file(GPU) == tmp_path / "xdg" / "dtr_kernels" / name
     monkeypatch.setenv("DTR_KERNELS_CACHE", str(tmp_path / "own"))
-    assert _tuned.user_file(GPU) == tmp_path / "own" / name
+    assert tuned_tiles.user_file(GPU) == tmp_path / "own" / name
 
 
 @pytest.mark.parametrize(
@@ -328,21 +332,21 @@ def test_where_the_users_file_is(monkeypatch, tmp_path):
 )
 def test_files_are_named_as_folders_of_results_are(monkeypatch, gpu, slug):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu)
-    assert _tuned.slug(gpu) == environment.folder_name(torch.device("cuda")) == slug
+    assert tuned_tiles.slug(gpu) == environment.folder_name(torch.device("cuda")) == slug
 
 
 def test_packaged_files_can_be_read_and_have_their_gpus_name():
-    for path in _tuned.PACKAGED.glob("*.json"):
-        for tuned in _tuned.read(path):
-            assert path == _tuned.packaged_file(tuned.measurement.gpu)
+    for path in tuned_tiles.PACKAGED.glob("*.json"):
+        for entry in tuned_tiles.read(path):
+            assert path == tuned_tiles.packaged_file(entry.measurement.gpu)
 
 
 def test_packaged_gives_the_entries_of_all_files(files):
-    assert _tiles.packaged() == []
+    assert tiles.packaged() == []
     other = entry(measurement=replace(MEASUREMENT, gpu="NVIDIA B200", capability=100))
-    _tuned.write(files.packaged, [entry()])
-    _tuned.write(_tuned.packaged_file("NVIDIA B200"), [other])
-    assert _tiles.packaged() == [other, entry()]
+    tuned_tiles.write(files.packaged, [entry()])
+    tuned_tiles.write(tuned_tiles.packaged_file("NVIDIA B200"), [other])
+    assert tiles.packaged() == [other, entry()]
 
 
 # --- forced tiles ----------------------------------------------------------------------------------------------------
@@ -438,7 +442,7 @@ def test_only_what_has_a_tile_can_be_forced():
 
 def test_torch_compile_traces_no_lookup(monkeypatch):
     """Inside a compiled function an op is one node of the graph, and asks for its tile when it runs."""
-    residual = importlib.import_module("dtr_kernels.ops.gated_residual")
+    residual = importlib.import_module("dtr_kernels.ops.residual")
     asked, graphs = [], []
     monkeypatch.setattr(residual, "kernel_path", lambda x: "triton")
     monkeypatch.setattr(residual, "launch", lambda *args, **options: None)

@@ -24,8 +24,8 @@ import pytest
 import torch
 
 import dtr_kernels
-from dtr_kernels import _build, _just_in_time
-from dtr_kernels.ops import _cpu, _gradients
+from dtr_kernels import compilation, just_in_time
+from dtr_kernels.ops import extension, gradient_lists
 
 ROOT = Path(__file__).parent.parent
 
@@ -91,7 +91,7 @@ def test_a_wheel_holds_the_package_its_extension_and_its_sources(wheel):
 
 
 def test_what_is_built_here_takes_the_place_of_what_is_installed(installed):
-    nvcc = _build.find_nvcc()
+    nvcc = compilation.find_nvcc()
     if not nvcc:
         pytest.skip("NOT RUN: needs nvcc")
     before = json.loads(installed("dtr_kernels", "info", "--json"))["extension"]
@@ -109,7 +109,7 @@ def test_what_is_built_here_takes_the_place_of_what_is_installed(installed):
 @pytest.fixture
 def sources(monkeypatch, tmp_path):
     """A package's sources, and a cache."""
-    monkeypatch.setattr(_just_in_time, "ROOT", tmp_path)
+    monkeypatch.setattr(just_in_time, "ROOT", tmp_path)
     monkeypatch.setenv("DTR_KERNELS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "csrc" / "cpu").mkdir(parents=True)
     for name in ("a.cpp", "cpu/b.h"):
@@ -118,36 +118,40 @@ def sources(monkeypatch, tmp_path):
 
 
 def test_an_extension_of_other_sources_is_not_found(sources):
-    paths = [_just_in_time.path()]
-    assert paths[0] == _just_in_time.path()
+    paths = [just_in_time.path()]
+    assert paths[0] == just_in_time.path()
     assert paths[0].is_relative_to(sources.parent / "cache") and sysconfig.get_config_var("SOABI") in str(paths[0])
     (sources / "cpu" / "b.h").write_text("changed")
-    paths.append(_just_in_time.path())
+    paths.append(just_in_time.path())
     (sources / "cpu" / "b.h").rename(sources / "cpu" / "c.h")
-    paths.append(_just_in_time.path())
+    paths.append(just_in_time.path())
     assert len(set(paths)) == 3
 
 
 @pytest.mark.parametrize(
     ("cuda", "settings", "why"),
     [
-        (_build.Cuda(missing="nvcc was lost"), {}, "nvcc was lost; set DTR_CUDA=0 to build without CUDA kernels"),
-        (_build.Cuda(missing="asked for"), {"DTR_CUDA": "0", "CXX": "no-such-compiler"}, "no C.. compiler was found"),
+        (compilation.Cuda(missing="nvcc was lost"), {}, "nvcc was lost; set DTR_CUDA=0 to build without CUDA kernels"),
+        (
+            compilation.Cuda(missing="asked for"),
+            {"DTR_CUDA": "0", "CXX": "no-such-compiler"},
+            "no C.. compiler was found",
+        ),
     ],
 )
 def test_what_cannot_be_built_here_leaves_nothing(sources, monkeypatch, cuda, settings, why):
     monkeypatch.delenv("DTR_CUDA", raising=False)
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(_build, "find_cuda", lambda listed: cuda)
+    monkeypatch.setattr(compilation, "find_cuda", lambda listed: cuda)
     with pytest.raises(SystemExit, match=why):
-        _just_in_time.build()
+        just_in_time.build()
     assert not list((sources.parent / "cache").rglob("*.*"))
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_an_extension_that_others_could_have_written_is_not_loaded(sources, part):
-    file = _just_in_time.path()
+    file = just_in_time.path()
     file.parent.mkdir(parents=True)
     file.touch(0o644)
     for folder in file.parents[:2]:
@@ -155,23 +159,23 @@ def test_an_extension_that_others_could_have_written_is_not_loaded(sources, part
     parts = [file, *file.parents]
     parts[part].chmod(parts[part].stat().st_mode | 0o020)
     with pytest.warns(match="not used: .* the path must be absolute, and nobody but its owner"):
-        _just_in_time.load()
+        just_in_time.load()
     parts[part].chmod(parts[part].stat().st_mode & ~0o020)
     with pytest.warns(match="too short"):  # the loader has looked at the empty file
-        _just_in_time.load()
+        just_in_time.load()
 
 
 def test_the_cache_must_not_depend_on_the_working_folder(sources, monkeypatch):
     monkeypatch.setenv("DTR_KERNELS_CACHE", "cache")
     monkeypatch.chdir(sources.parent)
     with pytest.raises(SystemExit, match="must be an absolute path, got cache"):
-        monkeypatch.setattr(_build, "find_cuda", lambda listed: _build.Cuda())
-        _just_in_time.build()
-    file = _just_in_time.path()
+        monkeypatch.setattr(compilation, "find_cuda", lambda listed: compilation.Cuda())
+        just_in_time.build()
+    file = just_in_time.path()
     file.parent.mkdir(parents=True, mode=0o755)
     file.touch(0o644)
     with pytest.warns(match="must be absolute"):
-        _just_in_time.load()
+        just_in_time.load()
 
 
 @pytest.mark.parametrize(
@@ -183,9 +187,9 @@ def test_it_is_built_for_the_gpus_of_this_machine(sources, monkeypatch, asked, g
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: gpus[index])
     seen = []
-    monkeypatch.setattr(_build, "find_cuda", lambda listed: seen.append(listed) or sys.exit("stop"))
+    monkeypatch.setattr(compilation, "find_cuda", lambda listed: seen.append(listed) or sys.exit("stop"))
     with pytest.raises(SystemExit):
-        _just_in_time.build()
+        just_in_time.build()
     assert seen == [expected]
 
 
@@ -238,9 +242,9 @@ def test_an_extension_of_another_checkout_is_not_borrowed(tmp_path, monkeypatch)
     monkeypatch.delitem(sys.modules, "dtr_kernels._C", raising=False)
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_spec=lambda *_: spec)])
-    assert str(tmp_path / "other") in _cpu._hidden_package(tmp_path / "dtr_kernels")
+    assert str(tmp_path / "other") in extension._hidden_package(tmp_path / "dtr_kernels")
     monkeypatch.setattr(sys, "meta_path", [])
-    assert _cpu._hidden_package(tmp_path / "dtr_kernels") is None, "there is none at all"
+    assert extension._hidden_package(tmp_path / "dtr_kernels") is None, "there is none at all"
 
 
 # ---- code for a GPU
@@ -262,11 +266,11 @@ def test_an_extension_of_another_checkout_is_not_borrowed(tmp_path, monkeypatch)
 def test_what_was_built_is_compared_with_the_device(monkeypatch, capability, architectures, why):
     config = {"architectures": architectures}
     cuda = SimpleNamespace(unsupported=lambda: "asked the runtime")
-    monkeypatch.setattr(_cpu, "kernels", SimpleNamespace(cuda=cuda, build_config=lambda: config))
+    monkeypatch.setattr(extension, "kernels", SimpleNamespace(cuda=cuda, build_config=lambda: config))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
     monkeypatch.setattr(torch.cuda, "device", lambda device: pytest.MonkeyPatch.context())
-    assert why in _gradients._cuda_unavailable.__wrapped__(torch.device("cuda", 0))
+    assert why in gradient_lists._cuda_unavailable.__wrapped__(torch.device("cuda", 0))
 
 
 # ---- make wheels
@@ -304,7 +308,9 @@ def test_the_matrix_goes_on_after_what_cannot_be_built(wheels, monkeypatch, caps
                     files.writestr("dtr_kernels/_C.abi.so", "")
 
     monkeypatch.setattr(wheels, "run", fake)
-    monkeypatch.setattr(wheels._build, "find_nvcc", lambda version: "/cuda/bin/nvcc" if version == "13.1" else None)
+    monkeypatch.setattr(
+        wheels.compilation, "find_nvcc", lambda version: "/cuda/bin/nvcc" if version == "13.1" else None
+    )
     (tmp_path / "dist").mkdir()
     assert wheels.main(["--python", "3.10", "3.11", "--cuda", "12.8", "13.1", "none"]) == 1
     report = capsys.readouterr().out.partition("\nIn ")[2]
@@ -323,7 +329,7 @@ def test_a_compiler_that_no_folder_has_comes_from_pypi(wheels, monkeypatch, tmp_
         nvcc.touch()
 
     monkeypatch.setattr(wheels, "run", fake)
-    monkeypatch.setattr(wheels._build, "find_nvcc", lambda version: None)
+    monkeypatch.setattr(wheels.compilation, "find_nvcc", lambda version: None)
     expected = tmp_path / "build" / "cuda-13.7" / "nvidia" / "cu13" / "bin" / "nvcc"
     assert wheels.compiler("13.7") == str(expected)
     monkeypatch.setattr(wheels, "run", None)
@@ -337,7 +343,7 @@ def test_an_interpreter_that_is_not_there_is_named(wheels, python):
 
 
 def test_without_nvcc_a_wheel_is_not_built_as_something_else(wheels, monkeypatch):
-    monkeypatch.setattr(wheels._build, "find_nvcc", lambda: None)
+    monkeypatch.setattr(wheels.compilation, "find_nvcc", lambda: None)
     with pytest.raises(SystemExit, match=r"nvcc was not found: .* choose, as in CUDA=13\.0 or CUDA=none"):
         wheels.main(["--python", "python3", "--cuda"])
 

@@ -21,7 +21,7 @@ from benchmarks.memory import saved_bytes
 from benchmarks.suite import _peers, block, cpu_limits, model
 from benchmarks.suite._peers import Cell, Gate
 from dtr_kernels import reference
-from dtr_kernels.ops import _launch, window_linear
+from dtr_kernels.ops import dispatch, window_linear
 from dtr_kernels.routing import ChannelWindow
 
 CPU = torch.device("cpu")
@@ -132,9 +132,7 @@ def forget_deactivated_channels(monkeypatch):
     """The forward pass leaves out what deactivated channels are to each token: of the closed form, and of the input of
     a dense GEMM."""
     # The package has functions of the modules' names.
-    routed_linear, routed_mlp = (
-        importlib.import_module(f"dtr_kernels.ops.routed_{name}") for name in ("linear", "mlp")
-    )
+    routed_linear, routed_mlp = (importlib.import_module(f"dtr_kernels.ops.{name}") for name in ("linear", "mlp"))
     layer, norm = window_linear.window_linear_forward, routed_linear.gated_norm_forward
 
     def wrong_layer(u, mean_rstd, *rest):
@@ -266,7 +264,7 @@ def test_bytes_saved_where_the_block_is_fused(fresh):
 
 
 def test_small_blocks_on_a_cpu_say_that_they_are_plain(monkeypatch):
-    monkeypatch.setattr(_launch, "LEAST_ELEMENTS_ON_CPU", 1 << 30)
+    monkeypatch.setattr(dispatch, "LEAST_ELEMENTS_ON_CPU", 1 << 30)
     case = block.build(CENTRE, CPU)
     assert any("is plain PyTorch" in note for note in case.notes)
     (goal,) = case.goals
@@ -344,7 +342,7 @@ def test_a_failing_compiler_fails_its_own_sides(monkeypatch):
 
 def test_limits_of_cpus(fresh, monkeypatch):
     """Either way is what its name says, and the library's limits are afterwards as before."""
-    monkeypatch.setattr(_launch, "LEAST_ELEMENTS_ON_CPU", 1000)
+    monkeypatch.setattr(dispatch, "LEAST_ELEMENTS_ON_CPU", 1000)
     monkeypatch.setattr(window_linear, "_LEAST_GAIN", 100)
     ran = []
 

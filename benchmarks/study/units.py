@@ -17,7 +17,7 @@ from benchmarks import environment
 from benchmarks.study.judge import Judge, split, trained_classifier
 from benchmarks.study.plan import METHODS, TIMED_STEPS, VANILLA, WARM_UP, Plan, unit
 from benchmarks.timing import Stopwatch
-from dtr_kernels._files import replacing
+from dtr_kernels.files import replacing
 from examples import digits
 from examples.train import Recipe, Training, run, write_atomically
 

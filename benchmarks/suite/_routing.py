@@ -20,7 +20,7 @@ from benchmarks.suite._models import TINY
 from benchmarks.suite._peers import AUTOTUNED, COMPILED, SEED, Axes, Cell, Gate
 from benchmarks.timing import copies
 from dtr_kernels import reference
-from dtr_kernels.ops import _cpu, _launch, window_linear
+from dtr_kernels.ops import dispatch, extension, window_linear
 from dtr_kernels.ops.window_linear import WindowsOp
 from dtr_kernels.routing import ChannelWindow
 
@@ -117,7 +117,7 @@ def in_window(dense: Tensor, window: ChannelWindow | None) -> Tensor:
         return dense
     B, N, _ = dense.shape
     index = window.start[:, None].long() + torch.arange(window.width, device=dense.device)
-    rows = _launch.empty_rows(B, N, window.width, like=dense, dtype=dense.dtype)
+    rows = dispatch.empty_rows(B, N, window.width, like=dense, dtype=dense.dtype)
     return rows.copy_(dense.gather(2, index[:, None].expand(-1, N, -1)))
 
 
@@ -154,8 +154,8 @@ def widened(inputs: Inputs) -> Inputs:
 
 def require_kernels(x: Tensor) -> None:
     """Raises NotImplementedError where no kernel can run on x."""
-    if _launch.kernel_path(x) == "plain":
-        raise NotImplementedError(_cpu.unavailable or f"there are no kernels for {x.dtype} on {x.device}")
+    if dispatch.kernel_path(x) == "plain":
+        raise NotImplementedError(extension.unavailable or f"there are no kernels for {x.dtype} on {x.device}")
 
 
 def how_called(cell: Cell, device: torch.device) -> str:
@@ -164,7 +164,7 @@ def how_called(cell: Cell, device: torch.device) -> str:
     if device.type != "cpu":
         return called
     N, C, _ = sizes_of(cell)
-    here, least = cell.batch * N * C, _launch.LEAST_ELEMENTS_ON_CPU
+    here, least = cell.batch * N * C, dispatch.LEAST_ELEMENTS_ON_CPU
     runs = "as it does here" if here >= least else "and so runs plain PyTorch at this size"
     return f"{called}; on a CPU the library calls them from {least} elements [B, N, C] on, {runs} ({here} elements)"
 
@@ -201,7 +201,7 @@ class Linear:
         u = draw(B, N, W)
         return cls(
             window,
-            _launch.empty_rows(B, N, W, like=u, dtype=u.dtype).copy_(u),
+            dispatch.empty_rows(B, N, W, like=u, dtype=u.dtype).copy_(u),
             None if window is None else 0.5 * torch.randn(B, N, device=device),
             shift,
             scale,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.cases import DTYPES, Options
 from dtr_kernels import reference
-from dtr_kernels.ops._gradients import why_plain
+from dtr_kernels.ops.gradient_lists import why_plain
 
 # Columns of the gradients that are widened to fp64 at a time.
 _CHUNK = 1 << 20

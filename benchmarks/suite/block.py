@@ -30,7 +30,7 @@ from benchmarks.suite._peers import (
     Gate,
 )
 from dtr_kernels import nn, reference
-from dtr_kernels.ops._launch import chosen_path
+from dtr_kernels.ops.dispatch import chosen_path
 from dtr_kernels.routing import ChannelWindow
 
 PASSES = ("forward", "training")

@@ -30,7 +30,7 @@ from benchmarks.suite import _peers, block
 from benchmarks.suite._models import TINY
 from benchmarks.suite._peers import SEED, Cell, Gate
 from dtr_kernels import ops, reference
-from dtr_kernels.ops import _launch, window_linear
+from dtr_kernels.ops import dispatch, window_linear
 from dtr_kernels.ops.window_linear import slice_gain
 from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting
 
@@ -80,7 +80,7 @@ class _Limit:
         return forced
 
 
-_ELEMENTS = _Limit(_launch, "LEAST_ELEMENTS_ON_CPU", "fused block", "plain block")
+_ELEMENTS = _Limit(dispatch, "LEAST_ELEMENTS_ON_CPU", "fused block", "plain block")
 _SLICES = _Limit(window_linear, "_LEAST_GAIN", "slices of the weight", "dense weight")
 
 

@@ -18,7 +18,7 @@ from benchmarks.suite import _peers, _routing
 from benchmarks.suite._peers import Cell, Gate
 from benchmarks.suite._routing import rotated
 from dtr_kernels import reference
-from dtr_kernels.ops._launch import compute_dtype
+from dtr_kernels.ops.dispatch import compute_dtype
 from dtr_kernels.ops.gated_norm import NormOutput, gated_norm_backward, gated_norm_forward
 from dtr_kernels.ops.window_linear import WindowsOp, contracts_windows
 from dtr_kernels.routing import ChannelWindow

@@ -17,7 +17,7 @@ from benchmarks.counts import ITEMSIZES, Itemsizes, Work
 from benchmarks.suite import _peers, _routing
 from benchmarks.suite._peers import Cell, Gate
 from benchmarks.suite._routing import Linear, rotated
-from dtr_kernels.ops import _launch
+from dtr_kernels.ops import dispatch
 from dtr_kernels.ops import window_linear as ops
 
 FUSED, DENSE, SLICE = "window_linear", "F.linear, all channels", "F.linear, one slice"
@@ -184,7 +184,7 @@ def _fused_weight_gradient(layer: Linear) -> list[Tensor]:
     _routing.require_kernels(layer.u)
     if layer.start is None:
         return _product_weight_gradient(layer.u, layer.weight, layer.bias, layer.g)
-    if _launch.kernel_path(layer.u) == "cpu":
+    if dispatch.kernel_path(layer.u) == "cpu":
         raise NotImplementedError("on a CPU the weight gradient is computed with the other gradients only")
     return [ops._launch_weight_gradient(layer.g, layer.u, layer.start, layer.weight.shape[1])]
 

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtr_kernels._files import replacing
 from dtr_kernels.analysis.bar import ticking
 from dtr_kernels.analysis.progress import Checkpoint, Progress
+from dtr_kernels.files import replacing
 from dtr_kernels.routing import is_integer
 from dtr_kernels.surgery.parameters import device_of, named, trainable
 

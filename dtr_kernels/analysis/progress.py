@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtr_kernels._files import replacing
+from dtr_kernels.files import replacing
 
 FORMAT = 1
 _SECONDS_BETWEEN_SAVES = 30.0

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtr_kernels import ops, reference
-from dtr_kernels.nn._torchscript import NoTorchScript
 from dtr_kernels.nn.parts import ReadParts
-from dtr_kernels.ops._checks import check_block, check_window
-from dtr_kernels.ops._launch import chosen_path
+from dtr_kernels.nn.torchscript import NoTorchScript
+from dtr_kernels.ops.checks import check_block, check_window
+from dtr_kernels.ops.dispatch import chosen_path
 from dtr_kernels.routing import ChannelWindow, check_count, check_number
 
 __all__ = ["RoutedDiTBlock", "Stream", "advance", "check_scope"]

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from dtr_kernels import ops
-from dtr_kernels.nn._torchscript import NoTorchScript
 from dtr_kernels.nn.block import RoutedDiTBlock, Stream
 from dtr_kernels.nn.parts import ReadParts
-from dtr_kernels.ops._checks import check_floating
-from dtr_kernels.ops._registration import op
+from dtr_kernels.nn.torchscript import NoTorchScript
+from dtr_kernels.ops.checks import check_floating
+from dtr_kernels.ops.registration import op
 from dtr_kernels.routing import (
     ChannelWindow,
     DenoisingTaskRouting,

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtr_kernels import ops, reference
-from dtr_kernels.nn._torchscript import NoTorchScript
 from dtr_kernels.nn.parts import ReadParts
-from dtr_kernels.ops._checks import _check_shape, _check_tensor, check_floating
+from dtr_kernels.nn.torchscript import NoTorchScript
+from dtr_kernels.ops.checks import _check_shape, _check_tensor, check_floating
 from dtr_kernels.reference.res_block import Resampling, resampling, rest_of_branch
 from dtr_kernels.routing import ChannelWindow, check_count
 

@@ -7,12 +7,12 @@ attention. They are built from ``gated_norm`` and ``window_linear``, whose files
 """
 
 from dtr_kernels.ops.combine import combine_, weighted_sum
-from dtr_kernels.ops.gated_residual import gated_residual
-from dtr_kernels.ops.gram import gram
+from dtr_kernels.ops.conv import routed_conv
+from dtr_kernels.ops.gram_matrix import gram
+from dtr_kernels.ops.linear import routed_linear
+from dtr_kernels.ops.mlp import routed_mlp
 from dtr_kernels.ops.pcgrad import pcgrad_, pcgrad_coefficients, pcgrad_sum, random_order
-from dtr_kernels.ops.routed_conv import routed_conv
-from dtr_kernels.ops.routed_linear import routed_linear
-from dtr_kernels.ops.routed_mlp import routed_mlp
+from dtr_kernels.ops.residual import gated_residual
 
 __all__ = [
     "combine_",

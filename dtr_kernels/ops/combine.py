@@ -13,8 +13,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from dtr_kernels.ops import _cpu
-from dtr_kernels.ops._gradients import (
+from dtr_kernels.ops import extension
+from dtr_kernels.ops.gradient_lists import (
     Gathered,
     Segments,
     checked,
@@ -26,7 +26,7 @@ from dtr_kernels.ops._gradients import (
     segments,
     surgery_path,
 )
-from dtr_kernels.ops._registration import op
+from dtr_kernels.ops.registration import op
 
 
 @op("combine_", mutates=("grads",))
@@ -43,12 +43,12 @@ def _combine(grads: list[Tensor], coefficients: Tensor) -> None:
             row.copy_(combined)
 
 
-def _launch_combine(gradients: _cpu.kernels.Gradients, coefficients: Tensor) -> None:
+def _launch_combine(gradients: extension.kernels.Gradients, coefficients: Tensor) -> None:
     if coefficients.device.type == "cpu":
-        _cpu.kernels.combine(gradients, coefficients.data_ptr())
+        extension.kernels.combine(gradients, coefficients.data_ptr())
         return
     with torch.cuda.device(coefficients.device):
-        _cpu.kernels.cuda.combine(gradients, coefficients.data_ptr(), current_stream(coefficients))
+        extension.kernels.cuda.combine(gradients, coefficients.data_ptr(), current_stream(coefficients))
 
 
 @_combine.register_fake
@@ -76,13 +76,13 @@ def _weighted_sum(grads: list[Tensor], weights: Tensor) -> list[Tensor]:
     return out
 
 
-def _launch_weighted_sum(gradients: _cpu.kernels.Gradients, weights: Tensor, out: list[Tensor]) -> None:
+def _launch_weighted_sum(gradients: extension.kernels.Gradients, weights: Tensor, out: list[Tensor]) -> None:
     pointers = [tensor.data_ptr() for tensor in out]
     if weights.device.type == "cpu":
-        _cpu.kernels.weighted_sum(gradients, weights.data_ptr(), pointers)
+        extension.kernels.weighted_sum(gradients, weights.data_ptr(), pointers)
         return
     with torch.cuda.device(weights.device):
-        _cpu.kernels.cuda.weighted_sum(gradients, weights.data_ptr(), pointers, current_stream(weights))
+        extension.kernels.cuda.weighted_sum(gradients, weights.data_ptr(), pointers, current_stream(weights))
 
 
 @_weighted_sum.register_fake

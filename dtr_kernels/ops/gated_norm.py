@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dtr_kernels.ops import _cpu
-from dtr_kernels.ops._launch import (
+from dtr_kernels.ops import extension
+from dtr_kernels.ops.dispatch import (
     TOKENS_PER_SUM,
     chunks_of,
     compute_dtype,
@@ -37,7 +37,7 @@ from dtr_kernels.ops._launch import (
     row_stride,
     rows_contiguous,
 )
-from dtr_kernels.ops._tiles import tile_for
+from dtr_kernels.ops.tiles import tile_for
 
 
 class NormOutput(NamedTuple):
@@ -71,7 +71,7 @@ def _near(c, first, width):
 
 
 @triton.jit
-def _forward_kernel(
+def gated_norm_forward_kernel(
     x_ptr,
     branch_ptr,
     gate_ptr,
@@ -148,7 +148,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def gated_norm_backward_kernel(
     du_ptr,
     dstream_ptr,
     inactive_ptr,
@@ -296,12 +296,14 @@ def gated_norm_forward(
         return output
     if kernel_path(x) == "cpu":
         tensors = (x, branch, stream, u, gate, shift, scale, mean, rstd)
-        shape = _cpu.shape(B, N, C, start, width)
-        _cpu.kernels.norm_forward(shape, eps, compact, keep_branch, _cpu.dtype_code(x.dtype), *map(_cpu.rows, tensors))
+        shape = extension.shape(B, N, C, start, width)
+        extension.kernels.norm_forward(
+            shape, eps, compact, keep_branch, extension.dtype_code(x.dtype), *map(extension.rows, tensors)
+        )
         return output
     tile = tile_for("norm_forward" if branch is None else "norm_forward_update", x, N, C)
     launch(
-        _forward_kernel,
+        gated_norm_forward_kernel,
         B * triton.cdiv(N, tile.rows),
         x,
         branch,
@@ -369,12 +371,12 @@ def gated_norm_backward(
     sums = torch.empty(2 if branch is None else 3, B, chunks_of(N), C, device=x.device, dtype=compute_dtype(x))
     if B * N > 0 and kernel_path(x) == "cpu":
         tensors = (du, dstream, x, branch, dx, dbranch, gate, scale, mean, rstd, inactive, sums)
-        shape = _cpu.shape(B, N, C, start, width, TOKENS_PER_SUM)
-        _cpu.kernels.norm_backward(shape, compact, keep_branch, x_is_stream, *map(_cpu.rows, tensors))
+        shape = extension.shape(B, N, C, start, width, TOKENS_PER_SUM)
+        extension.kernels.norm_backward(shape, compact, keep_branch, x_is_stream, *map(extension.rows, tensors))
     elif B * N > 0:
         tile = tile_for("norm_backward" if branch is None else "norm_backward_update", x, N, C)
         launch(
-            _backward_kernel,
+            gated_norm_backward_kernel,
             B * chunks_of(N),
             du,
             dstream,

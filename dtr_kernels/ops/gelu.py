@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dtr_kernels.ops import _cpu
-from dtr_kernels.ops._launch import kernel_path, launch
+from dtr_kernels.ops import extension
+from dtr_kernels.ops.dispatch import kernel_path, launch
 
 # The terms of 2 y, for exp and for exp2.
 _LINEAR, _CUBIC = tl.constexpr(2 * math.sqrt(2 / math.pi)), tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
@@ -44,7 +44,7 @@ def gelu_and_slope(x):
 
 
 @triton.jit
-def _forward_kernel(pre_ptr, out_ptr, elements, BLOCK: tl.constexpr):
+def gelu_forward_kernel(pre_ptr, out_ptr, elements, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < elements
     pre = tl.load(pre_ptr + i, mask=inside, other=0.0).to(tl.float32)
@@ -52,7 +52,7 @@ def _forward_kernel(pre_ptr, out_ptr, elements, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward_kernel(dact_ptr, pre_ptr, act_ptr, elements, BLOCK: tl.constexpr):
+def gelu_backward_kernel(dact_ptr, pre_ptr, act_ptr, elements, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < elements
     act, slope = gelu_and_slope(tl.load(pre_ptr + i, mask=inside, other=0.0).to(tl.float32))
@@ -68,9 +68,11 @@ _BLOCK = 2048
 def gelu_forward(pre: Tensor, out: Tensor) -> Tensor:
     """Writes GELU(pre) to out, which may be pre itself; both contiguous. Returns out."""
     if kernel_path(pre) == "cpu":
-        _cpu.kernels.gelu(pre.numel(), _cpu.rows(pre), _cpu.rows(out), _cpu.rows(None), _cpu.rows(None))
+        extension.kernels.gelu(
+            pre.numel(), extension.rows(pre), extension.rows(out), extension.rows(None), extension.rows(None)
+        )
     elif pre.numel() > 0:
-        launch(_forward_kernel, triton.cdiv(pre.numel(), _BLOCK), pre, out, pre.numel(), BLOCK=_BLOCK)
+        launch(gelu_forward_kernel, triton.cdiv(pre.numel(), _BLOCK), pre, out, pre.numel(), BLOCK=_BLOCK)
     return out
 
 
@@ -78,7 +80,7 @@ def gelu_backward(dact: Tensor, pre: Tensor) -> Tensor:
     """Turns dact into the gradient of pre, in place, and returns GELU(pre), recomputed beside it; both contiguous."""
     act = torch.empty_like(pre)
     if kernel_path(pre) == "cpu":
-        _cpu.kernels.gelu(pre.numel(), *map(_cpu.rows, (pre, act, dact, dact)))
+        extension.kernels.gelu(pre.numel(), *map(extension.rows, (pre, act, dact, dact)))
     elif pre.numel() > 0:
-        launch(_backward_kernel, triton.cdiv(pre.numel(), _BLOCK), dact, pre, act, pre.numel(), BLOCK=_BLOCK)
+        launch(gelu_backward_kernel, triton.cdiv(pre.numel(), _BLOCK), dact, pre, act, pre.numel(), BLOCK=_BLOCK)
     return act

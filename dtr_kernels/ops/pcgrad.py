@@ -13,11 +13,11 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from dtr_kernels.ops import _cpu
-from dtr_kernels.ops._gradients import MOST_CLUSTERS, Gathered, Segments, checked, current_stream, surgery_path
-from dtr_kernels.ops._registration import op
+from dtr_kernels.ops import extension
 from dtr_kernels.ops.combine import combine_of, weighted_sum_of
-from dtr_kernels.ops.gram import gram_of
+from dtr_kernels.ops.gradient_lists import MOST_CLUSTERS, Gathered, Segments, checked, current_stream, surgery_path
+from dtr_kernels.ops.gram_matrix import gram_of
+from dtr_kernels.ops.registration import op
 
 
 @op("pcgrad_coefficients")
@@ -29,10 +29,10 @@ def _coefficients(gram: Tensor, order: Tensor) -> Tensor:
         return _plain_coefficients(gram, order)
     out = torch.empty_like(gram)
     if path == "cpu":
-        _cpu.kernels.pcgrad_coefficients(clusters, gram.data_ptr(), order.data_ptr(), out.data_ptr())
+        extension.kernels.pcgrad_coefficients(clusters, gram.data_ptr(), order.data_ptr(), out.data_ptr())
         return out
     with torch.cuda.device(gram.device):
-        _cpu.kernels.cuda.pcgrad_coefficients(
+        extension.kernels.cuda.pcgrad_coefficients(
             clusters, gram.data_ptr(), order.data_ptr(), out.data_ptr(), current_stream(gram)
         )
     return out

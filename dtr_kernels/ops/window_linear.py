@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dtr_kernels.ops._launch import (
+from dtr_kernels.ops.dispatch import (
     TOKENS_PER_SUM,
     chunks_of,
     compute_dtype,
@@ -43,8 +43,8 @@ from dtr_kernels.ops._launch import (
     matmul_accumulated,
     row_stride,
 )
-from dtr_kernels.ops._tiles import CrossoverOp, capability, multiprocessors, tile_for
 from dtr_kernels.ops.gelu import gelu, gelu_and_slope, gelu_backward, gelu_forward
+from dtr_kernels.ops.tiles import CrossoverOp, capability, multiprocessors, tile_for
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
@@ -134,7 +134,7 @@ def _finish_input_gradient(acc, b, row, column, pre_ptr, du_ptr, act_ptr, N, K, 
 
 
 @triton.jit
-def _forward_kernel(
+def window_forward_kernel(
     u_desc,
     weight_desc,
     start_ptr,
@@ -192,7 +192,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _input_gradient_kernel(
+def window_input_gradient_kernel(
     g_desc,
     weight_desc,
     start_ptr,
@@ -231,7 +231,7 @@ def _input_gradient_kernel(
 
 
 @triton.jit
-def _weight_gradient_kernel(
+def window_weight_gradient_kernel(
     g_desc,
     u_desc,
     start_ptr,
@@ -274,7 +274,7 @@ def _weight_gradient_kernel(
 
 
 @triton.jit
-def _token_sums_kernel(
+def token_sums_kernel(
     g_ptr,
     mean_rstd_ptr,
     p_ptr,
@@ -479,7 +479,7 @@ def _launch_forward(
     tile = tile_for("forward_gelu" if gelu else "forward", u, N, weight.shape[1], capability(u))
     if B * N > 0:
         launch(
-            _forward_kernel,
+            window_forward_kernel,
             B * triton.cdiv(N, tile.m) * triton.cdiv(O, tile.n),
             descriptor(u, [1, tile.m, tile.k]),
             descriptor(weight, [tile.n, tile.k]),
@@ -591,7 +591,7 @@ def _launch_input_gradient(
         tile = tile_for("gelu_input_gradient", g, N, weight.shape[0], capability(g))
     if B * N > 0:
         launch(
-            _input_gradient_kernel,
+            window_input_gradient_kernel,
             B * triton.cdiv(N, tile.m) * triton.cdiv(du.shape[-1], tile.n),
             descriptor(g, [1, tile.m, tile.k]),
             descriptor(weight, [tile.k, tile.n]),
@@ -625,7 +625,7 @@ def _launch_weight_gradient(g: Tensor, u: Tensor, start: Tensor, channels: int) 
     parts = _parts(tiles, B * triton.cdiv(N, tile.k), multiprocessors(g))
     sums = torch.empty(parts, O, channels, device=g.device, dtype=torch.float32)
     launch(
-        _weight_gradient_kernel,
+        window_weight_gradient_kernel,
         tiles * parts,
         descriptor(g, [1, tile.k, tile.m]),
         descriptor(u, [1, tile.k, tile.n]),
@@ -671,7 +671,7 @@ def _launch_token_sums(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor,
     if B * N > 0:
         tile = tile_for("token_sums", g, N, O)
         launch(
-            _token_sums_kernel,
+            token_sums_kernel,
             B * chunks_of(N),
             g,
             mean_rstd,

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dtr_kernels.ops._gradients import MOST_CLUSTERS
+from dtr_kernels.ops.gradient_lists import MOST_CLUSTERS
 from dtr_kernels.routing import is_integer
 from dtr_kernels.surgery import distributed, low_memory, one_pass, per_cluster, weightings, wrappers
 from dtr_kernels.surgery.batch import Batch

@@ -8,7 +8,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from dtr_kernels.ops._gradients import DTYPES
+from dtr_kernels.ops.gradient_lists import DTYPES
 
 
 def named(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from dtr_kernels.nn._torchscript import NoTorchScript
+from dtr_kernels.nn.torchscript import NoTorchScript
 from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting, RandomRouting, _active_channels
 from dtr_kernels.swap.family import Family, WindowSource
 from dtr_kernels.swap.parts import Parts

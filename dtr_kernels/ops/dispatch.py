@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dtr_kernels.ops import _cpu, _triton
+from dtr_kernels.ops import extension, triton_version
 
 # Bytes to which tensor descriptors (Hopper's TMA) want base address and strides aligned.
 _ALIGNMENT = 16
@@ -32,7 +32,7 @@ def kernel_path(x: Tensor) -> str:
     """
     if x.device.type == "cuda" or _INTERPRETED:
         return "plain" if x.dtype == torch.float64 else "triton"
-    return "cpu" if x.device.type == "cpu" and _cpu.kernels is not None else "plain"
+    return "cpu" if x.device.type == "cpu" and extension.kernels is not None else "plain"
 
 
 def chosen_path(x: Tensor, *weights: Tensor) -> str:
@@ -53,7 +53,7 @@ def why_plain(x: Tensor, *weights: Tensor) -> str | None:
         if x.device.type == "cuda":
             return "Triton kernels do not compute in fp64; use fp32, bf16 or fp16"
         if x.device.type == "cpu":
-            return _cpu.unavailable
+            return extension.unavailable
         return f"there are no kernels for {x.device.type}, only for CUDA GPUs and CPUs"
     if _is_small(x, path):
         return (
@@ -94,8 +94,8 @@ def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
     """Runs ``programs`` programs of a Triton kernel on the device of its first tensor argument."""
     device = next(a.device if isinstance(a, Tensor) else a.base.device for a in args if a is not None)
     if device.type != "cuda" and not _INTERPRETED:
-        raise RuntimeError(f"no kernel runs on {device}: {_cpu.unavailable or 'Triton needs an NVIDIA GPU'}")
-    _triton.warn_of_mismatch()
+        raise RuntimeError(f"no kernel runs on {device}: {extension.unavailable or 'Triton needs an NVIDIA GPU'}")
+    triton_version.warn_of_mismatch()
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[(programs,)](*args, **options)
 

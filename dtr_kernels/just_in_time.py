@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from dtr_kernels import _build
-from dtr_kernels._files import cache_folder, replacing
+from dtr_kernels import compilation
+from dtr_kernels.files import cache_folder, replacing
 
 PACKAGE = Path(__file__).parent
 # The sources are in an installed package, or next to the package in a checkout.
@@ -31,7 +31,7 @@ def path() -> Path:
     """Where it is, if there is one. The folder's name says Python's ABI and what it is compiled from, so that one of
     other sources is never found."""
     digest = hashlib.sha256()
-    for file in [Path(_build.__file__), *sorted(ROOT.glob("csrc/**/*.*"))]:
+    for file in [Path(compilation.__file__), *sorted(ROOT.glob("csrc/**/*.*"))]:
         digest.update(f"{file.name}\0".encode() + file.read_bytes())
     folder = f"{sysconfig.get_config_var('SOABI')}-{digest.hexdigest()[:16]}"
     return cache_folder() / "extension" / folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -89,10 +89,10 @@ def build() -> Path:
       MAX_JOBS                 how many compilers run at once
       DTR_KERNELS_CACHE        where it is kept; otherwise ~/.cache/dtr_kernels
     """
-    if not _build.sources(ROOT):
+    if not compilation.sources(ROOT):
         sys.exit(f"the C++ sources are missing from {ROOT}; install this package again")
-    cuda = _build.find_cuda(os.environ.get("TORCH_CUDA_ARCH_LIST") or _architectures_here())
-    if cuda.missing and _build.asked_cuda() != "0":
+    cuda = compilation.find_cuda(os.environ.get("TORCH_CUDA_ARCH_LIST") or _architectures_here())
+    if cuda.missing and compilation.asked_cuda() != "0":
         sys.exit(f"{cuda.missing}; set DTR_CUDA=0 to build without CUDA kernels")
     target = path()
     if not target.is_absolute():
@@ -102,7 +102,7 @@ def build() -> Path:
     except OSError as error:
         sys.exit(f"the cache {cache_folder()} cannot be used ({error}); set DTR_KERNELS_CACHE to a folder of your own")
     with replacing(target) as unfinished, tempfile.TemporaryDirectory() as folder:
-        if failure := _build.build(ROOT, Path(folder), unfinished, cuda):
+        if failure := compilation.build(ROOT, Path(folder), unfinished, cuda):
             sys.exit(f"dtr_kernels: not built: {failure}")
     for part in _parts(target):
         part.chmod(part.stat().st_mode & ~_WRITABLE_BY_OTHERS)

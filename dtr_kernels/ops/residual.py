@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dtr_kernels import reference
-from dtr_kernels.ops import _cpu
-from dtr_kernels.ops._checks import check_stream
-from dtr_kernels.ops._launch import (
+from dtr_kernels.ops import extension
+from dtr_kernels.ops.checks import check_stream
+from dtr_kernels.ops.dispatch import (
     TOKENS_PER_SUM,
     chosen_path,
     chunks_of,
@@ -25,14 +25,16 @@ from dtr_kernels.ops._launch import (
     launch,
     modulation,
 )
-from dtr_kernels.ops._registration import op
-from dtr_kernels.ops._tiles import tile_for
+from dtr_kernels.ops.registration import op
+from dtr_kernels.ops.tiles import tile_for
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _forward_kernel(x_ptr, branch_ptr, gate_ptr, out_ptr, N, C, gate_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def gated_residual_forward_kernel(
+    x_ptr, branch_ptr, gate_ptr, out_ptr, N, C, gate_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     tiles = tl.cdiv(N, ROWS)
     pid = tl.program_id(0)
     b = (pid // tiles).to(tl.int64)
@@ -47,7 +49,7 @@ def _forward_kernel(x_ptr, branch_ptr, gate_ptr, out_ptr, N, C, gate_stride, ROW
 
 
 @triton.jit
-def _backward_kernel(
+def gated_residual_backward_kernel(
     dout_ptr,
     branch_ptr,
     gate_ptr,
@@ -88,12 +90,12 @@ def gated_residual_forward(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     if B * N == 0:
         return out
     if kernel_path(x) == "cpu":
-        shape = _cpu.shape(B, N, C, None, C)
-        _cpu.kernels.residual_forward(shape, *map(_cpu.rows, (x, branch, out, gate)))
+        shape = extension.shape(B, N, C, None, C)
+        extension.kernels.residual_forward(shape, *map(extension.rows, (x, branch, out, gate)))
         return out
     tile = tile_for("residual_forward", x, N, C)
     launch(
-        _forward_kernel,
+        gated_residual_forward_kernel,
         B * triton.cdiv(N, tile.rows),
         x,
         branch,
@@ -116,12 +118,12 @@ def gated_residual_backward(dout: Tensor, branch: Tensor, gate: Tensor) -> tuple
     dbranch = torch.empty_like(branch)
     sums = torch.empty(B, chunks_of(N), C, device=dout.device, dtype=compute_dtype(dout))
     if B * N > 0 and kernel_path(dout) == "cpu":
-        shape = _cpu.shape(B, N, C, None, C, TOKENS_PER_SUM)
-        _cpu.kernels.residual_backward(shape, *map(_cpu.rows, (dout, branch, dbranch, vector, sums)))
+        shape = extension.shape(B, N, C, None, C, TOKENS_PER_SUM)
+        extension.kernels.residual_backward(shape, *map(extension.rows, (dout, branch, dbranch, vector, sums)))
     elif B * N > 0:
         tile = tile_for("residual_backward", dout, N, C)
         launch(
-            _backward_kernel,
+            gated_residual_backward_kernel,
             B * chunks_of(N),
             dout,
             branch,

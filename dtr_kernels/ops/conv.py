@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtr_kernels import reference
-from dtr_kernels.ops._checks import DTYPES, _check_tensor, check_parameters, check_window
-from dtr_kernels.ops._launch import is_wrapper
+from dtr_kernels.ops.checks import DTYPES, _check_tensor, check_parameters, check_window
+from dtr_kernels.ops.dispatch import is_wrapper
 from dtr_kernels.reference.res_block import Resampling
 from dtr_kernels.routing import ChannelWindow
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtr_kernels import reference
-from dtr_kernels.ops._checks import check_linear, check_stream, check_window
-from dtr_kernels.ops._launch import chosen_path, in_dtype_of
-from dtr_kernels.ops._registration import op
+from dtr_kernels.ops.checks import check_linear, check_stream, check_window
+from dtr_kernels.ops.dispatch import chosen_path, in_dtype_of
 from dtr_kernels.ops.gated_norm import gated_norm_backward, gated_norm_forward
+from dtr_kernels.ops.registration import op
 from dtr_kernels.ops.window_linear import (
     contracts_windows,
     gelu_linear_backward,

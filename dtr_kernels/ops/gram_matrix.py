@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtr_kernels.ops import _cpu
-from dtr_kernels.ops._gradients import (
+from dtr_kernels.ops import extension
+from dtr_kernels.ops.gradient_lists import (
     Gathered,
     Segments,
     checked,
@@ -24,7 +24,7 @@ from dtr_kernels.ops._gradients import (
     plain_chunks,
     surgery_path,
 )
-from dtr_kernels.ops._registration import op
+from dtr_kernels.ops.registration import op
 
 
 @op("gram")
@@ -38,14 +38,16 @@ def _gram(grads: list[Tensor], clusters: int) -> Tensor:
     return out
 
 
-def _launch(gradients: _cpu.kernels.Gradients, clusters: int, device: torch.device) -> Tensor:
+def _launch(gradients: extension.kernels.Gradients, clusters: int, device: torch.device) -> Tensor:
     out = torch.zeros(clusters, clusters, device=device, dtype=torch.float64)
     if device.type == "cpu":
-        _cpu.kernels.gram(gradients, out.data_ptr())
+        extension.kernels.gram(gradients, out.data_ptr())
         return out
     with torch.cuda.device(device):
-        workspace = torch.empty(_cpu.kernels.cuda.gram_workspace(gradients), device=out.device, dtype=torch.float64)
-        _cpu.kernels.cuda.gram(gradients, out.data_ptr(), workspace.data_ptr(), current_stream(out))
+        workspace = torch.empty(
+            extension.kernels.cuda.gram_workspace(gradients), device=out.device, dtype=torch.float64
+        )
+        extension.kernels.cuda.gram(gradients, out.data_ptr(), workspace.data_ptr(), current_stream(out))
     return out
 
 

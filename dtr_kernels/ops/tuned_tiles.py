@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import triton
 
-from dtr_kernels._files import cache_folder, replacing
-from dtr_kernels.ops._launch import TOKENS_PER_SUM
+from dtr_kernels.files import cache_folder, replacing
+from dtr_kernels.ops.dispatch import TOKENS_PER_SUM
 
 FORMAT = 1
 PACKAGED = Path(__file__).parent.parent / "tuned"

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from dtr_kernels._build import has_code_for
-from dtr_kernels.ops import _cpu
+from dtr_kernels.compilation import has_code_for
+from dtr_kernels.ops import extension
 
 MOST_CLUSTERS = 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -39,7 +39,7 @@ class Gathered(NamedTuple):
     """K lists of tensors that the extension has looked at, in a small part of the time that Python needs for each."""
 
     rows: Sequence[Sequence[Tensor]]
-    described: _cpu.kernels.Gradients
+    described: extension.kernels.Gradients
 
     @property
     def clusters(self) -> int:
@@ -61,11 +61,11 @@ def checked(grads: Tensor | Sequence[Sequence[Tensor]]) -> Gathered | Segments:
 
 def _gathered(grads: Tensor | Sequence[Sequence[Tensor]]) -> Gathered | None:
     """None where there is something to refuse, to trace or for PyTorch ops to compute."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _cpu.kernels is None:
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or extension.kernels is None:
         return None
     if not isinstance(grads, list | tuple):
         return None
-    described = _cpu.kernels.Gradients.of(grads, Tensor, nn.Parameter)
+    described = extension.kernels.Gradients.of(grads, Tensor, nn.Parameter)
     if described is None or surgery_path(grads[0][0]) == "plain":
         return None
     if torch.is_grad_enabled() and any(torch._C._any_requires_grad(*row) for row in grads):
@@ -172,7 +172,7 @@ def why_plain(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return "the compiled kernels of gradient surgery do not take fp64"
     if device.type == "cpu":
-        return _cpu.unavailable
+        return extension.unavailable
     if device.type == "cuda":
         return _cuda_unavailable(device)
     return f"there are no compiled kernels for {device.type}"
@@ -180,11 +180,11 @@ def why_plain(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @cache
 def _cuda_unavailable(device: torch.device) -> str | None:
-    if _cpu.kernels is None:
-        return _cpu.unavailable
-    if not hasattr(_cpu.kernels, "cuda"):
-        return f"the extension was built without CUDA kernels: {_cpu.kernels.build_config()['no_cuda_reason']}"
-    architectures = _cpu.kernels.build_config()["architectures"]
+    if extension.kernels is None:
+        return extension.unavailable
+    if not hasattr(extension.kernels, "cuda"):
+        return f"the extension was built without CUDA kernels: {extension.kernels.build_config()['no_cuda_reason']}"
+    architectures = extension.kernels.build_config()["architectures"]
     major, minor = torch.cuda.get_device_capability(device)
     if major >= 8 and not has_code_for(major, minor, architectures):
         return (
@@ -193,13 +193,13 @@ def _cuda_unavailable(device: torch.device) -> str | None:
             f"nvcc, or install this package again with TORCH_CUDA_ARCH_LIST={major}.{minor}"
         )
     with torch.cuda.device(device):
-        return _cpu.kernels.cuda.unsupported()
+        return extension.kernels.cuda.unsupported()
 
 
-def described(grads: list[Tensor], clusters: int) -> _cpu.kernels.Gradients:
+def described(grads: list[Tensor], clusters: int) -> extension.kernels.Gradients:
     """The gradients' pointers and sizes for the extension; the caller keeps the tensors alive."""
-    return _cpu.kernels.Gradients(
-        _cpu.dtype_code(grads[0].dtype),
+    return extension.kernels.Gradients(
+        extension.dtype_code(grads[0].dtype),
         clusters,
         [tensor.data_ptr() for tensor in grads],
         [tensor.numel() for tensor in grads[::clusters]],

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dtr_kernels import _build, _just_in_time
+from dtr_kernels import compilation, just_in_time
 
 _NAME = "dtr_kernels._C"
 
@@ -33,8 +33,8 @@ def _hidden_package(package: Path) -> str | None:
     )
 
 
-_just_in_time.load()
-_hidden = _hidden_package(_just_in_time.PACKAGE)
+just_in_time.load()
+_hidden = _hidden_package(just_in_time.PACKAGE)
 try:
     if _hidden:
         raise ImportError
@@ -43,7 +43,8 @@ try:
 except ImportError as error:
     kernels = None  # type: ignore[assignment]
     unavailable: str | None = (
-        f"the compiled CPU kernels are missing: {_hidden or f'{error}; install a C++ compiler, and {_build.AGAIN}'}"
+        "the compiled CPU kernels are missing: "
+        f"{_hidden or f'{error}; install a C++ compiler, and {compilation.AGAIN}'}"
     )
     warnings.warn(f"{unavailable}. Until then plain PyTorch runs, which is slower", RuntimeWarning, stacklevel=2)
 else:

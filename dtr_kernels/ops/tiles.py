@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from dtr_kernels.ops._tuned import (
+from dtr_kernels.ops.tuned_tiles import (
     KINDS,
     NEVER,
     Crossover,
