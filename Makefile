@@ -28,8 +28,8 @@ study: $(READY)  ## train with and without each method, compare: out/study and d
 test: $(READY) lint test-kernels  ## everything that needs no GPU
 
 test-kernels: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs $(PARALLEL) $(if $(PARALLEL),--dist loadfile) tests
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest -q $(PARALLEL) tests/test_ops.py -m "not gpu"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs $(PARALLEL) $(if $(PARALLEL),--dist worksteal) tests
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest -q $(PARALLEL) tests/test_kernels.py tests/test_ops.py -m "not gpu"
 
 # FUZZ="--seconds 3600", or FUZZ="--isa avx2 --case ..." to repeat what it found.
 test-sanitize: $(READY)  ## calls the extension at random, CUDA kernels on the CPU too, under ASan and UBSan: 60 s after building
@@ -40,7 +40,7 @@ lint: $(READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-verify: $(READY)  ## kernels against the oracle on this machine
+verify: $(READY)  ## kernels against the reference on this machine
 	$(RUN) -m dtr_kernels verify
 
 docs: $(READY)  ## the documentation, into out/docs; links to other sites are not followed
@@ -52,18 +52,18 @@ linkcheck: $(READY)  ## are the documentation's links to other sites alive? need
 # On a machine that has CUDA PyTorch, Triton, pytest and nvcc and can install nothing. OUT gets results and a summary.
 OUT ?= out/gpu
 gpu:  ## builds in the checkout, tests, checks every kernel with compute-sanitizer; in under 10 minutes
-	$(PYTHON) .ci/gpu $(OUT) checks
+	$(PYTHON) .ci/gpu.py $(OUT) checks
 
 gpu-benchmarks:  ## builds in the checkout and measures; in under 10 minutes
-	$(PYTHON) .ci/gpu $(OUT) benchmarks
+	$(PYTHON) .ci/gpu.py $(OUT) benchmarks
 
 # CUDA is a version like 13.0, or none. Without it, wheel takes that of the nvcc here, and wheels those of its matrix.
 CUDA ?=
-WHEELS := build/tools/bin/python .ci/wheels
+WHEELS := build/tools/bin/python .ci/wheels.py
 wheel: build/tools/.ready  ## a wheel for $(PYTHON) and CUDA, into dist
 	$(WHEELS) --python $(PYTHON) --cuda $(CUDA)
 
-wheels: build/tools/.ready  ## one for each Python (PYTHONS="3.11 3.12") and CUDA version (CUDA="none 13.0") of .ci/wheels
+wheels: build/tools/.ready  ## one for each Python (PYTHONS="3.11 3.12") and CUDA version (CUDA="none 13.0") of .ci/wheels.py
 	$(WHEELS) $(if $(PYTHONS),--python $(PYTHONS)) $(if $(CUDA),--cuda $(CUDA))
 
 build/tools/.ready:

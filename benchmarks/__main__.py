@@ -10,31 +10,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks import environment, report, sources, static, study, tune
 from benchmarks.arguments import positive
-from benchmarks.cases import AUTOCAST, DTYPES, PASSES, WINDOWS, Benchmark, Case, Options
+from benchmarks.cases import Benchmark, Case, Options, add_axes, asked
 from benchmarks.measure import Bench, Rounds
 from benchmarks.results import Run
 from benchmarks.suite import BENCHMARKS
 from benchmarks.tables import case_table
-from dtr_kernels import reference
 
 _RESULTS = Path(__file__).parent / "results"
 _OTHER_RESULTS = Path("out/benchmarks")
-# Which option of the command line asks for which axis of a benchmark's grid.
-GRID = {
-    "precisions": "dtype",
-    "models": "model",
-    "batches": "batch",
-    "scopes": "scope",
-    "betas": "beta",
-    "windows": "window",
-    "passes": "pass",
-}
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -66,8 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         device = torch.device("cuda", torch.cuda.current_device())
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    grid = {name: getattr(arguments, argument) for name, argument in GRID.items()}
-    options = Options(device, arguments.quick, **grid)
+    options = Options(device, arguments.quick, **asked(arguments))
     builders = {}
     for name in arguments.names or BENCHMARKS:
         try:
@@ -80,13 +67,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.rounds:
         rounds = Rounds(arguments.rounds, arguments.rounds, 0)
     # Only the whole of a benchmark replaces what is kept in the checkout.
-    partial_run = options.quick or any(grid.values()) or arguments.skip
+    partial_run = options.quick or options.asked or arguments.skip
     folder = arguments.out or (_OTHER_RESULTS if partial_run else _RESULTS) / environment.folder_name(device)
     bench = Bench(device, options.quick)
     status = 0
+    # A quick run on a CPU captures graphs and leaves out the C++ compiler, which takes minutes.
+    backend = "aot_eager" if options.quick and device.type == "cpu" else None
     for name, build in builders.items():
         cases = [partial(_without, arguments.skip, builder) for builder in build]
-        finished = run_benchmark(BENCHMARKS[name], cases, bench, rounds, folder, environment.describe(device))
+        with torch.compiler.set_stance("default", force_backend=backend):
+            finished = run_benchmark(BENCHMARKS[name], cases, bench, rounds, folder, environment.describe(device))
         if finished.interrupted:
             return 130
         status |= finished.failed
@@ -108,7 +98,7 @@ def run_benchmark(
     where: dict[str, object],
 ) -> Run:
     """Measures cases, prints their tables and saves them as they come."""
-    run = Run(benchmark.name, benchmark.summary, sources.fingerprint(benchmark.sources), where)
+    run = Run(benchmark.name, benchmark.summary, sources.fingerprint(benchmark), where)
     try:
         for number, build in enumerate(builders, start=1):
             try:
@@ -155,20 +145,20 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    precisions = [*DTYPES, AUTOCAST]
-    several: dict[str, Any] = {"nargs": "+", "default": ()}
     parser.add_argument("names", nargs="*", help="benchmarks; default: all")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
-    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds, to see that everything works")
-    parser.add_argument("--model", **several, metavar="NAME", help="tiny, DiT-S/2, ... (several for a grid, as below)")
-    parser.add_argument("--batch", **several, type=positive, metavar="B", help="samples in a batch")
-    parser.add_argument("--dtype", **several, choices=precisions, help="of parameters, gradients and activations")
-    parser.add_argument("--scope", **several, choices=reference.SCOPES, help="of the routing")
-    parser.add_argument("--beta", **several, type=float, metavar="RATIO", help="active channels over all channels")
-    parser.add_argument("--window", **several, choices=WINDOWS, help="one per sample, or one that the batch shares")
-    parser.add_argument("--pass", **several, choices=PASSES, help="of a block or a model")
     parser.add_argument(
-        "--skip", **several, metavar="TEXT", help="leave out sides with it in their names: max-autotune, ..."
+        "--quick",
+        action="store_true",
+        help="small sizes, few rounds and on a CPU no C++ compiler: to see that everything works",
+    )
+    add_axes(parser)
+    parser.add_argument(
+        "--skip",
+        nargs="+",
+        default=(),
+        metavar="TEXT",
+        help="leave out sides with it in their names: max-autotune, ...",
     )
     parser.add_argument("--rounds", type=positive, help="how often every side is timed; default: 5, then --seconds")
     parser.add_argument("--seconds", type=positive, default=60, help="rounds go on for as long a case; default: 60")

@@ -1,16 +1,137 @@
-"""What a benchmark is made of."""
+"""The parts of a benchmark: the axes along which its cases differ, cases, their sides and goals."""
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from benchmarks.arguments import positive
 from benchmarks.counts import NOT_COUNTED, Work
+from dtr_kernels import reference
+from dtr_kernels.routing import DenoisingTaskRouting
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = "autocast"  # parameters and residual stream in fp32, matrix products in bf16
+WINDOWS = ("per sample", "shared")
+PASSES = ("forward", "training", "step", "sampling")  # the latter two of whole models
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the dtype's name on the command line."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def _axis(plural: str, help: str, option: str = "", **argument: Any) -> Any:
+    """Declare an axis: its name in ``Options`` and in messages, and its option on the command line."""
+    return field(metadata={"plural": plural, "option": option, "argument": {"help": help, **argument}})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Where a case stands: a value on each axis. Options, validation, grids and tables follow from these fields."""
+
+    model: str = _axis("models", "tiny, DiT-S/2, ... (several for a grid, as below)", metavar="NAME")
+    batch: int = _axis("batches", "samples in a batch", type=positive, metavar="B")
+    precision: str = _axis(
+        "precisions", "of parameters, gradients and activations", "--dtype", choices=(*DTYPES, AUTOCAST)
+    )
+    scope: str = _axis("scopes", "of the routing", choices=reference.SCOPES)
+    window: str = _axis("windows", "one per sample, or one that the batch shares", choices=WINDOWS)
+    beta: float = _axis("betas", "active channels over all channels", type=float, metavar="RATIO")
+    pass_: str = _axis("passes", "of a block or a model", choices=PASSES)
+
+    @property
+    def coordinates(self) -> dict[str, str | int | float]:
+        """The values by the names that a table has."""
+        return {name.rstrip("_"): value for name, value in asdict(self).items()}
+
+    @property
+    def routing(self) -> DenoisingTaskRouting:
+        """Of 1000 timesteps, as the paper's."""
+        return DenoisingTaskRouting(beta=self.beta)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of parameters and inputs."""
+        return DTYPES.get(self.precision, torch.float32)
+
+    @property
+    def matrix_dtype(self) -> torch.dtype:
+        """Of matrix products."""
+        return torch.bfloat16 if self.precision == AUTOCAST else self.dtype
+
+    def __str__(self) -> str:
+        return (
+            f"batch {self.batch}, {self.precision}, scope {self.scope}, window {self.window}, beta {self.beta:g}, "
+            f"{self.pass_}"
+        )
+
+
+_AXES = {axis.metadata["plural"]: axis for axis in fields(Cell)}
+AXES = tuple(axis.name for axis in _AXES.values())
+
+
+class Options:
+    """The choices of the command line.
+
+    Args:
+        device: where to measure.
+        quick: whether small sizes do.
+        asked: values for axes, by the axes' plurals. Axes without values are left to the benchmark.
+
+    Attributes:
+        asked: the same by the names of the fields of ``Cell``, without the empty ones.
+    """
+
+    def __init__(self, device: torch.device, quick: bool = False, **asked: Sequence[Any]) -> None:
+        self.device, self.quick = device, quick
+        self.asked = {_AXES[plural].name: values for plural, values in asked.items() if values}
+
+    @property
+    def size(self) -> str:
+        """Which of a benchmark's grids is asked for: "quick", "cpu" or "cuda"."""
+        return "quick" if self.quick else self.device.type
+
+    def check(self, benchmark: str, what: str, axes: Collection[str] = AXES, **allowed: Collection[str]) -> None:
+        """Raise ValueError unless values are given for these axes alone, and all of them are allowed.
+
+        Args:
+            benchmark, what: its name, and the words for what it measures.
+            axes: those that the benchmark has.
+            allowed: values of an axis, where that is fewer than the command line knows.
+        """
+        for axis in _AXES.values():
+            name, argument = axis.name, axis.metadata["argument"]
+            values = self.asked.get(name, ())
+            if values and name not in axes:
+                given = ", ".join(map(str, values))
+                raise ValueError(f"{benchmark} has no {axis.metadata['plural']} to choose; got {given}")
+            known = allowed.get(name, argument.get("choices", values))
+            for value in values:
+                if value not in known:
+                    raise ValueError(f"{_option(axis)} must be one of {', '.join(known)} for {what}, got {value}")
+
+
+def _option(axis: Any) -> str:
+    return axis.metadata["option"] or f"--{axis.name.rstrip('_')}"
+
+
+def add_axes(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each axis."""
+    for plural, axis in _AXES.items():
+        parser.add_argument(_option(axis), dest=plural, nargs="+", default=(), **axis.metadata["argument"])
+
+
+def asked(arguments: argparse.Namespace) -> dict[str, Sequence[Any]]:
+    """Return the values that the command line gives for axes, as ``Options`` takes them."""
+    return {plural: getattr(arguments, plural) for plural in _AXES}
+
 
 # What a goal is about; ``CaseResult.value`` measures it.
 Quantity = Literal["speed-up", "time", "error", "share of copy", "share of floor", "FLOP rate", "bytes saved", "peak"]
@@ -35,6 +156,7 @@ class Side:
         rotation: ``call`` on other buffers, for a GPU, so that no call finds its inputs in the L2 cache.
         forward: a forward pass whose result has a graph; the bytes that autograd saves for it are counted.
         parameters: tensors that live anyway and are not counted among them.
+        compiles: whether the first ``call`` compiles something: then the peak memory is that of the second.
     """
 
     name: str
@@ -46,6 +168,7 @@ class Side:
     rotation: Sequence[Callable[[], Any]] = ()
     forward: Callable[[], Any] | None = None
     parameters: Sequence[Tensor] = ()
+    compiles: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,50 +222,19 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the command line asks for. What is empty is left to the benchmark."""
-
-    device: torch.device
-    quick: bool = False
-    precisions: Sequence[str] = ()
-    models: Sequence[str] = ()
-    batches: Sequence[int] = ()
-    scopes: Sequence[str] = ()
-    betas: Sequence[float] = ()
-    windows: Sequence[str] = ()
-    passes: Sequence[str] = ()
-
-    def check_axes(self, benchmark: str, *known: str) -> None:
-        """Raises ValueError if the command line gives values for an axis that a benchmark does not have."""
-        for name in ("precisions", "models", "batches", "scopes", "betas", "windows", "passes"):
-            if getattr(self, name) and name not in known:
-                raise ValueError(f"{benchmark} has no {name} to choose; got {', '.join(map(str, getattr(self, name)))}")
-
-
-@dataclass(frozen=True)
 class Benchmark:
     """A name of the command line.
 
     Args:
         name: also that of the files of results.
         summary: one sentence.
-        cases: functions that each build one case. They are called in turn, so that one case's tensors live at a time.
-            Raises ValueError if the options do not fit.
-        sources: of the kernels, as patterns below the checkout: results are stale when these have changed.
+        cases: returns functions that each build one case. They are called in turn, so that one case's tensors live at a
+            time. Raises ValueError if the options do not fit. Results are stale when the library code that its module
+            imports has changed.
+        modules: of the library, on which results depend too.
     """
 
     name: str
     summary: str
     cases: Callable[[Options], Sequence[Callable[[], Case]]]
-    sources: Sequence[str]
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-AUTOCAST = "autocast"  # parameters and residual stream in fp32, matrix products in bf16
-WINDOWS = ("per sample", "shared")
-PASSES = ("forward", "training", "step", "sampling")  # the latter two of whole models
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The dtype's name on the command line."""
-    return next(name for name, known in DTYPES.items() if known == dtype)
+    modules: Sequence[str] = ()

@@ -30,12 +30,13 @@ def peak(call: Callable[[], object], device: torch.device) -> int | None:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
+    restarted = True
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak restarts from here: proc_pid_clear_refs(5)
     except OSError:
-        return None
+        restarted = False
     call()
-    return _resident("VmHWM")
+    return _resident("VmHWM") if restarted else None
 
 
 def saved_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor] = ()) -> int:

@@ -81,19 +81,14 @@ def drawable(run: Run) -> bool:
     return bool(panels(run))
 
 
-def draw(run: Run, stale: bool, path: Path) -> None:
-    """Saves the picture of a run.
-
-    Args:
-        run: the results.
-        stale: whether they are older than the source, which the picture then says.
-        path: of the PNG file.
+def draw(run: Run, path: Path) -> None:
+    """Save the picture of a run as a PNG file.
 
     Raises:
         ImportError: if matplotlib is not installed.
         ValueError: if there is nothing to draw.
     """
-    figure(run, stale).savefig(path, dpi=110)
+    figure(run).savefig(path, dpi=110)
 
 
 def drawn_sides(case: CaseResult, shares: bool) -> list[str]:
@@ -155,7 +150,7 @@ def _coordinate(case: CaseResult, name: str) -> str:
     return text if isinstance(case.cell[name], str) else f"{name}\N{NO-BREAK SPACE}{text}"
 
 
-def figure(run: Run, stale: bool) -> Figure:
+def figure(run: Run) -> Figure:
     """All panels of a run, with one legend.
 
     Raises:
@@ -168,15 +163,19 @@ def figure(run: Run, stale: bool) -> Figure:
     drawn = panels(run)
     if not drawn:
         raise ValueError(f"there is nothing to draw in the results of {run.benchmark}: no side has a figure")
+
+    def height_of(column: Sequence[Panel]) -> float:
+        return sum(panel.height for panel in column)
+
     columns: list[list[Panel]] = [[] for _ in range(1 + (sum(len(panel.cases) for panel in drawn) > ROWS_OF_COLUMN))]
     for panel in drawn:
-        min(columns, key=_height).append(panel)
+        min(columns, key=height_of).append(panel)
     named = list(dict.fromkeys(side for panel in drawn if not panel.shares for side in panel.sides))
     width = COLUMN * len(columns)
     in_a_line = max(1, int(width * LEGEND_CHARACTERS // max(len(side) + 6 for side in [*named, ""])))
-    below_title = 0.2 + TITLE_LINE * len(_title(run, stale))
+    below_title = 0.2 + TITLE_LINE * len(_title(run))
     top = below_title + LEGEND_LINE * math.ceil(len(named) / in_a_line)
-    highest = max(map(_height, columns))
+    highest = max(map(height_of, columns))
     height = highest + top
 
     picture = Figure(figsize=(width, height))
@@ -185,7 +184,7 @@ def figure(run: Run, stale: bool) -> Figure:
     places = picture.add_gridspec(1, len(columns))
     for number, column in enumerate(columns):
         # An empty row fills a column that ends before the other.
-        heights = [*(panel.height for panel in column), highest - _height(column) + 1e-6]
+        heights = [*(panel.height for panel in column), highest - height_of(column) + 1e-6]
         rows = places[0, number].subgridspec(len(heights), 1, height_ratios=heights)
         for row, panel in enumerate(column):
             axes = picture.add_subplot(rows[row, 0], sharex=first_of.get(panel.what))
@@ -195,7 +194,7 @@ def figure(run: Run, stale: bool) -> Figure:
     for what, axes in first_of.items():
         alike = [panel for panel in drawn if panel.what == what]
         (_scale_shares if alike[0].shares else _scale_comparison)(axes, alike)
-    title = picture.suptitle("\n".join(_title(run, stale)), fontsize=11, y=1 - 0.1 / height)
+    title = picture.suptitle("\n".join(_title(run)), fontsize=11, y=1 - 0.1 / height)
     title.set_in_layout(False)
     handles = []
     for side in named:
@@ -210,16 +209,12 @@ def figure(run: Run, stale: bool) -> Figure:
     return picture
 
 
-def _title(run: Run, stale: bool) -> list[str]:
+def _title(run: Run) -> list[str]:
     """Lines: what was measured, where and when, and the coordinates that all cases share."""
     facts = [str(run.environment.get("device", "unknown device")), str(run.environment.get("date", ""))[:10]]
     if len(run.cases) > 1:
         facts += [f"{name} {value}" for name, value in coordinates(run.cases)[0].items()]
-    return [marked(run, stale), *textwrap.wrap(", ".join(facts), COLUMN_TITLE)]
-
-
-def _height(column: Sequence[Panel]) -> float:
-    return sum(panel.height for panel in column)
+    return [marked(run), *textwrap.wrap(", ".join(facts), COLUMN_TITLE)]
 
 
 def style(side: str) -> tuple[str, str]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from benchmarks import floors, plots, sources
 from benchmarks.cases import Goal
 from benchmarks.results import CaseResult, Run, SideResult, load_all
 from benchmarks.study import findings
-from benchmarks.suite import BENCHMARKS, block, gated_norm, window_linear
+from benchmarks.suite import block, kernels
 from benchmarks.suite.block import COMPILED, FUSED, MASKED, UNROUTED
 from benchmarks.suite.surgery_projection import BMM, LOOP, MM
 from benchmarks.suite.surgery_projection import COMPILED as COMPILED_SUMS
@@ -34,6 +33,7 @@ from benchmarks.tables import (
     times,
     verdict,
 )
+from dtr_kernels.ops import KERNELS
 
 # The results of each device, "cpu" first, by the name of its folder.
 Results = Mapping[str, Sequence[Run]]
@@ -89,10 +89,10 @@ def report_of_folder(folder: Path, target: Path) -> None:
     runs = load_all(folder)
     pictures = {target / f"{run.benchmark}.png": run for run in runs if plots.drawable(run)}
     drawn = _draw(pictures)
-    parts = ["# Goals", goals_table((run, is_stale(run)) for run in runs)]
+    parts = ["# Goals", goals_table(runs)]
     for run in runs:
         picture = [_picture(f"{run.benchmark}.png", run)] if drawn and plots.drawable(run) else []
-        parts += [f"# {marked(run, is_stale(run))}", overview(run), *picture, run_markdown(run, is_stale(run))]
+        parts += [f"# {marked(run)}", overview(run), *picture, run_markdown(run)]
     text = "\n\n".join(part.rstrip() for part in parts) + "\n"
     _write(target / "report.md", text)
     print(text)
@@ -129,7 +129,7 @@ def committed_results(root: Path) -> dict[str, list[Run]]:
 def generated_texts(root: Path, results: Results) -> dict[Path, str]:
     """All text of a checkout that is generated from results, by the path where it belongs."""
     texts = {
-        root / RESULTS / device / f"{run.benchmark}.md": run_markdown(run, is_stale(run))
+        root / RESULTS / device / f"{run.benchmark}.md": run_markdown(run)
         for device, runs in results.items()
         for run in runs
     }
@@ -142,15 +142,6 @@ def generated_texts(root: Path, results: Results) -> dict[Path, str]:
     return texts
 
 
-def is_stale(run: Run) -> bool:
-    """Whether the source that a run depends on is another by now, or nothing is left that would measure it again."""
-    known = BENCHMARKS.get(run.benchmark)
-    return known is None or run.sources != _fingerprint(tuple(known.sources))
-
-
-_fingerprint = functools.cache(sources.fingerprint)
-
-
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -161,7 +152,7 @@ def _draw(pictures: Mapping[Path, Run]) -> bool:
     try:
         for path, run in pictures.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            plots.draw(run, is_stale(run), path)
+            plots.draw(run, path)
     except ImportError as error:
         print(f"no pictures were drawn: {error}; pip install matplotlib")
         return False
@@ -209,13 +200,16 @@ def _compare_runs(now: Run, then: Run) -> list[str]:
     verdicts = [row[-1] for row in rows[1:]]
     counts = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in ("faster", "slower", "same") if kind in verdicts)
     parts = [f"## {now.benchmark}" + (f": {counts}" if counts else "")]
-    parts += [f"**{when}: {caveat}**" for when, run in (("Now", now), ("Then", then)) for caveat in _caveats(run)]
+    parts += [f"**{when}: {caveat}**" for when, run in (("Now", now), ("Then", then)) for caveat in caveats(run)]
     if differ := [name for name in _MACHINE if now.environment.get(name) != then.environment.get(name)]:
         facts = [f"- {name}: {now.environment.get(name)} now, {then.environment.get(name)} then" for name in differ]
-        parts += ["**The ratios compare machines or their software, not only two states of the code:**", _lines(facts)]
+        parts += [
+            "**The ratios compare machines or their software, not only two states of the code:**",
+            "\n".join(facts),
+        ]
     if len(rows) > 1:
         parts.append(table(rows))
-    return [*parts, _lines(only)] if only else parts
+    return [*parts, "\n".join(only)] if only else parts
 
 
 def _compare_sides(now: SideResult | None, then: SideResult | None) -> list[str]:
@@ -233,14 +227,6 @@ def _time_or_reason(side: SideResult | None) -> str:
     if side is None:
         return "not there"
     return milliseconds(side.spread) if side.seconds else side.message or "not timed"
-
-
-def _caveats(run: Run) -> list[str]:
-    return caveats(run, is_stale(run))
-
-
-def _lines(lines: Iterable[str]) -> str:
-    return "\n".join(lines)
 
 
 _INTRODUCTION = """\
@@ -267,8 +253,8 @@ _METHOD = """\
   product, and by a copy of a tensor far larger than any cache, of which bytes read and bytes written count. A CPU also
   reads what a copy overwrites, so that what only reads, or writes where it has read, can be faster than this floor.
   FLOPs and bytes of a side are what its function needs at least; a multiply-add counts as two.
-- Peak memory is of a second call, above what was there before the first, on a CPU with what a compiler has left. Saved
-  bytes are what autograd keeps for the backward pass, parameters left out.
+- Peak memory is of a call that compiles nothing, above what was there before the first, on a CPU with what a compiler
+  has left. Saved bytes are what autograd keeps for the backward pass, parameters left out.
 - A goal is met or not by the median; where its limit lies between the percentiles, the verdict is "within the spread".
 - STALE: the source that the figures depend on has changed since they were measured. Comments do not count."""
 
@@ -296,8 +282,7 @@ def _goals_on_gpu() -> list[tuple[str, Goal]]:
     return [
         *(("a routed block, scope block", goal) for goal in block.goals_on_gpu("block")),
         ("a routed block, scope branch", block.goals_on_gpu("branch")[0]),
-        *(("norms", goal) for goal in gated_norm.GOALS_ON_GPU),
-        *(("the linear layer over a window, and its gradients", goal) for goal in window_linear.GOALS_ON_GPU),
+        *((kernel.name, goal) for kernel in KERNELS for goal in kernels.goals(kernel, "cuda")),
     ]
 
 
@@ -310,16 +295,16 @@ def docs_page(results: Results, static: bool) -> str:
     """
     parts = [_INTRODUCTION]
     for device, runs in results.items():
-        parts += [f"## {device}: {_machine(runs[0])}", "### Goals", goals_table((run, is_stale(run)) for run in runs)]
+        parts += [f"## {device}: {_machine(runs[0])}", "### Goals", goals_table(runs)]
         for run in runs:
             parts += [f"### {run.benchmark}", run.summary, *_bold_caveats(run), overview(run)]
             parts += [_picture(f"benchmarks/{device}-{run.benchmark}.png", run)] if plots.drawable(run) else []
             full = f"[All figures](../{(RESULTS / device / run.benchmark).as_posix()}.md)"
-            when = f"measured on {_day(run)} on commit {commit_of(run)}"
+            when = f"measured on {str(run.environment.get('date'))[:10]} on commit {commit_of(run)}"
             parts.append(f"{full}, {when} by `{run.environment.get('command')}`.")
     if not results:
         parts.append("No results are stored in benchmarks/results yet.")
-    if not _on_gpus(results):
+    if not results.keys() - {"cpu"}:
         parts += ["## GPU", _gpu(results)]
     if static:
         parts += [
@@ -436,7 +421,7 @@ def _blocks(results: Results) -> str:
 
 def _gpu(results: Results) -> str:
     """What is wanted on an H200, or what was found on GPUs."""
-    found = _on_gpus(results)
+    found = {device: runs for device, runs in results.items() if device != "cpu"}
     if not found:
         rows = [["to reach on an H200, in bf16", "", "measured"]]
         return table([*rows, *([what, goal.text, "not yet measured"] for what, goal in _goals_on_gpu())])
@@ -445,7 +430,7 @@ def _gpu(results: Results) -> str:
         parts.append(f"On {_machine(runs[0])}:")
         if block := _run(found, device, "block"):
             parts.append(_speed_of_blocks(device, block, _PEERS_ON_GPU))
-        parts.append(goals_table((run, is_stale(run)) for run in runs))
+        parts.append(goals_table(runs))
     return "\n\n".join(parts)
 
 
@@ -468,7 +453,7 @@ def _speed_of_blocks(device: str, run: Run, peers: Sequence[str]) -> str:
     rows += [[size, *(cells.get(column, "") for column in columns)] for size, cells in sizes.items()]
     routing = ", ".join(f"{name} {value}" for name, value in _USUAL_ROUTING.items())
     said = f"Speed-up of `{FUSED}` over {' / over '.join(peers)} ({routing}), on {_machine(run)}, of medians"
-    worst = _lines(line for peer in peers if (line := _cells_against(run.cases, peer)))
+    worst = "\n".join(line for peer in peers if (line := _cells_against(run.cases, peer)))
     return "\n\n".join([*_bold_caveats(run), f"{said} ({_links(device, run)}):", table(rows), worst])
 
 
@@ -505,22 +490,14 @@ def _not_stored(names: Sequence[str]) -> str:
     return f"{RESULTS.as_posix()}/cpu holds no figures of {' and '.join(names)} for this table yet."
 
 
-def _on_gpus(results: Results) -> Results:
-    return {device: runs for device, runs in results.items() if device != "cpu"}
-
-
 def _machine(run: Run) -> str:
     facts = run.environment
     cores = f"{facts.get('threads')} threads of " if facts.get("device") == facts.get("cpu") else ""
     return f"{cores}{facts.get('device')}, torch {facts.get('torch')}"
 
 
-def _day(run: Run) -> str:
-    return str(run.environment.get("date"))[:10]
-
-
 def _bold_caveats(*runs: Run) -> list[str]:
-    return [f"**{run.benchmark}: {caveat}**" for run in runs for caveat in _caveats(run)]
+    return [f"**{run.benchmark}: {caveat}**" for run in runs for caveat in caveats(run)]
 
 
 def _links(device: str, *runs: Run) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from benchmarks import sources
 from benchmarks.cases import Case, Goal, Quantity
 from benchmarks.counts import NOT_COUNTED, Work
+from benchmarks.suite import BENCHMARKS
 from benchmarks.timing import Spread, ratio
 
 Status = Literal["right", "wrong", "unavailable", "failed"]
@@ -71,32 +74,29 @@ class CaseResult:
     def of(cls, case: Case, copy_bytes: int, matrix_flops: int | None = None) -> CaseResult:
         """The still empty result of a case."""
         matrix = None if matrix_flops is None else Ceiling(matrix_flops)
-        return cls(
-            case.name,
-            Ceiling(copy_bytes),
-            matrix,
-            cell=dict(case.cell),
-            notes=list(case.notes),
-            goals=list(case.goals),
-            speedup_over=case.speedup_over,
-            time_over=case.time_over,
-        )
+        lists = dict(case.cell), list(case.notes), list(case.goals)
+        return cls(case.name, Ceiling(copy_bytes), matrix, None, *lists, case.speedup_over, case.time_over)
 
-    def add_round(self, seconds: dict[str, float], copying: float, multiplying: float | None = None) -> None:
-        """Seconds of one call of every side that is timed, of the copy and of the matrix product."""
-        taken = [(self.sides[name].seconds, value) for name, value in seconds.items()]
-        taken.append((self.copy.seconds, copying))
-        if self.matrix is not None and multiplying is not None:
-            taken.append((self.matrix.seconds, multiplying))
-        for values, value in taken:
-            values.append(value)
+    @property
+    def ceilings(self) -> list[Ceiling]:
+        """The copy, and the matrix product where there is one."""
+        return [self.copy] if self.matrix is None else [self.copy, self.matrix]
+
+    def add_round(self, seconds: dict[str, float], *ceilings: float) -> None:
+        """Add the seconds of one call of every side that is timed, of the copy and of the matrix product."""
+        for name, value in seconds.items():
+            self.sides[name].seconds.append(value)
+        for ceiling, value in zip(self.ceilings, ceilings, strict=True):
+            ceiling.seconds.append(value)
+
+    def _rounds(self) -> list[list[float]]:
+        """Each list of seconds of what was timed."""
+        return [side.seconds for side in self.sides.values() if side.seconds] + [c.seconds for c in self.ceilings]
 
     def drop_incomplete_round(self) -> None:
-        """Takes away what an interrupt left of a round."""
-        lists = [side.seconds for side in self.sides.values() if side.seconds] + [self.copy.seconds]
-        lists += [self.matrix.seconds] if self.matrix is not None else []
-        complete = min(map(len, lists))
-        for values in lists:
+        """Take away what an interrupt left of a round."""
+        complete = min(map(len, self._rounds()))
+        for values in self._rounds():
             del values[complete:]
 
     def timed(self, *sides: str | None) -> bool:
@@ -121,7 +121,7 @@ class CaseResult:
 
     def share_of_copy(self, side: str) -> float | None:
         """The side's bandwidth over that of the copy."""
-        return _quotient(self.bandwidth(side), self.copy.rate)
+        return quotient(self.bandwidth(side), self.copy.rate)
 
     def floor_seconds(self, side: str) -> float | None:
         """max(FLOPs / matrix rate, bytes / copy bandwidth), what a perfect implementation takes about."""
@@ -129,7 +129,7 @@ class CaseResult:
             return None
         work = self.sides[side].work
         matrix_rate = None if self.matrix is None else self.matrix.rate
-        times = [_quotient(work.bytes, self.copy.rate), _quotient(work.flops, matrix_rate)]
+        times = [quotient(work.bytes, self.copy.rate), quotient(work.flops, matrix_rate)]
         return max((time for time in times if time), default=None)
 
     def share_of_floor(self, side: str) -> float | None:
@@ -142,10 +142,8 @@ class CaseResult:
         side, over = goal.side, goal.over
         if side not in self.sides or (over is not None and over not in self.sides):
             return None
-        if goal.quantity in ("speed-up", "time"):
-            assert over is not None
-            spread = self.speedup(side, over) if goal.quantity == "speed-up" else self.time(side, over)
-            return None if spread is None else spread.median
+        if spread := self.spread(goal):
+            return spread.median
         figure = {
             "error": lambda name: self.sides[name].error,
             "share of copy": self.share_of_copy,
@@ -153,37 +151,32 @@ class CaseResult:
             "FLOP rate": self.flop_rate,
             "bytes saved": lambda name: self.sides[name].saved_bytes,
             "peak": lambda name: self.sides[name].peak_bytes,
-        }[goal.quantity]
-        return figure(side) if over is None else _quotient(figure(side), figure(over))
+        }.get(goal.quantity, lambda name: None)
+        return figure(side) if over is None else quotient(figure(side), figure(over))
+
+    def spread(self, goal: Goal) -> Spread | None:
+        """The spread of what a goal is about, where that was measured round by round."""
+        if goal.over is None or goal.quantity not in ("speed-up", "time"):
+            return None
+        return (self.speedup if goal.quantity == "speed-up" else self.time)(goal.side, goal.over)
 
     def as_json(self) -> dict[str, Any]:
         """Everything, in bytes, seconds and FLOPs; what follows from it stands beside it, for readers of the file."""
-        return {
-            "name": self.name,
-            "problem": self.problem,
-            "cell": self.cell,
-            "notes": self.notes,
-            "speedup_over": self.speedup_over,
-            "time_over": self.time_over,
-            "goals": [self._goal_as_json(goal) for goal in self.goals],
-            "copy": asdict(self.copy) | {"rate": self.copy.rate},
-            "matrix": None if self.matrix is None else asdict(self.matrix) | {"rate": self.matrix.rate},
-            "sides": [self._side_as_json(name) for name in self.sides],
-        }
+        kept = {name: getattr(self, name) for name in _KEPT}
+        goals = [self._goal_as_json(goal) for goal in self.goals]
+        copy, matrix = (ceiling and asdict(ceiling) | {"rate": ceiling.rate} for ceiling in (self.copy, self.matrix))
+        sides = [self._side_as_json(name) for name in self.sides]
+        return {**kept, "goals": goals, "copy": copy, "matrix": matrix, "sides": sides}
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> CaseResult:
         """The inverse of ``as_json``."""
-
-        def ceiling(facts: dict[str, Any]) -> Ceiling:
-            return Ceiling(facts["amount"], facts["seconds"])
-
-        kept = {key: stored[key] for key in ("name", "problem", "cell", "notes", "speedup_over", "time_over")}
-        result = cls(copy=ceiling(stored["copy"]), matrix=stored["matrix"] and ceiling(stored["matrix"]), **kept)
+        copy, matrix = (
+            facts and Ceiling(facts["amount"], facts["seconds"]) for facts in (stored["copy"], stored["matrix"])
+        )
+        result = cls(copy=copy, matrix=matrix, **{key: stored[key] for key in _KEPT})
         for facts in stored["goals"]:
-            limits = {"at_least": -math.inf, "at_most": math.inf} | {
-                key: facts[key] for key in ("at_least", "at_most") if facts[key] is not None
-            }
+            limits = {key: facts[key] for key in ("at_least", "at_most") if facts[key] is not None}
             result.goals.append(Goal(facts["quantity"], facts["side"], facts["over"], **limits))
         for facts in stored["sides"]:
             known = {key: value for key, value in facts.items() if key in SideResult.__dataclass_fields__}
@@ -191,10 +184,9 @@ class CaseResult:
         return result
 
     def _goal_as_json(self, goal: Goal) -> dict[str, Any]:
+        facts = {key: value if value not in (math.inf, -math.inf) else None for key, value in asdict(goal).items()}
         value = self.value(goal)
-        limits = {key: _finite(getattr(goal, key)) for key in ("at_least", "at_most")}
-        facts = {"quantity": goal.quantity, "side": goal.side, "over": goal.over}
-        return facts | limits | {"measured": value, "met": goal.met(value)}
+        return facts | {"measured": value, "met": goal.met(value)}
 
     def _side_as_json(self, name: str) -> dict[str, Any]:
         side = self.sides[name]
@@ -207,13 +199,32 @@ class CaseResult:
                 "share_of_copy": self.share_of_copy(name),
                 "share_of_floor": self.share_of_floor(name),
             }
-            for kind, over in (("speed-up", self.speedup_over), ("time", self.time_over)):
-                if over is not None and (spread := (self.speedup if kind == "speed-up" else self.time)(name, over)):
+            for kind, over, measure in (
+                ("speed-up", self.speedup_over, self.speedup),
+                ("time", self.time_over, self.time),
+            ):
+                if over is not None and (spread := measure(name, over)):
                     follows[f"{kind} over {over}"] = asdict(spread)
         return {"name": name, **asdict(side), **follows}
 
     def _per_second(self, side: str, amount: int) -> float | None:
         return amount / self.sides[side].spread.median if amount and self.timed(side) else None
+
+    def check(self) -> None:
+        """Raise ValueError or TypeError where figures could not follow from what was read."""
+        lists = self._rounds()
+        if any(len(seconds) != len(lists[0]) for seconds in lists):
+            raise ValueError(f"{self.name} has rounds of which something is missing")
+        if not all(seconds > 0 for each in lists for seconds in each):
+            raise ValueError(f"{self.name} has times that are not positive")
+        for goal in self.goals:
+            if goal.quantity not in get_args(Quantity):
+                raise ValueError(f"{self.name} has a goal about {goal.quantity!r}, which is not known")
+
+
+# Fields of a case, and of a run, that a file holds as they are.
+_KEPT = ("name", "problem", "cell", "notes", "speedup_over", "time_over")
+_KEPT_OF_RUN = ("benchmark", "summary", "sources", "interrupted", "environment")
 
 
 @dataclass
@@ -227,6 +238,12 @@ class Run:
     cases: list[CaseResult] = field(default_factory=list)
     interrupted: bool = False
 
+    @cached_property
+    def stale(self) -> bool:
+        """Whether the source that it depends on is another by now, or nothing is left that would measure it again."""
+        known = BENCHMARKS.get(self.benchmark)
+        return known is None or self.sources != sources.fingerprint(known)
+
     @property
     def failed(self) -> bool:
         """Whether a case could not be built, a side gave a wrong result or broke; one that cannot run here at all is no
@@ -238,7 +255,7 @@ class Run:
         """Writes <benchmark>.json, or <benchmark>.json.unfinished, and returns its path. The latter, once complete,
         replaces the former."""
         folder.mkdir(parents=True, exist_ok=True)
-        facts = {key: getattr(self, key) for key in ("benchmark", "summary", "sources", "interrupted", "environment")}
+        facts = {key: getattr(self, key) for key in _KEPT_OF_RUN}
         head = json.dumps(facts, indent=1, allow_nan=False).removesuffix("\n}")
         cases = ",\n".join(f"  {json.dumps(case.as_json(), allow_nan=False)}" for case in self.cases)
         text = f'{head},\n "cases": [\n{cases}\n ]\n}}'  # a case is a line, so that files can be compared
@@ -255,30 +272,17 @@ class Run:
         """
         try:
             stored = json.loads(path.read_text())
-            kept = {key: stored[key] for key in ("benchmark", "summary", "sources", "interrupted", "environment")}
-            run = cls(cases=[CaseResult.from_json(case) for case in stored["cases"]], **kept)
-            run._check()
+            cases = [CaseResult.from_json(case) for case in stored["cases"]]
+            run = cls(cases=cases, **{key: stored[key] for key in _KEPT_OF_RUN})
+            dict.get(run.environment, "device")
+            for case in cases:
+                case.check()
             return run
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} does not hold results of this version of the benchmarks ({error!r}); measure again with "
                 f"python -m benchmarks run {path.stem} --out {path.parent}, or delete the file"
             ) from error
-
-    def _check(self) -> None:
-        """Raises ValueError or TypeError where figures could not follow from what was read."""
-        dict.get(self.environment, "device")
-        for case in self.cases:
-            timed = [side.seconds for side in case.sides.values() if side.seconds]
-            ceilings = [case.copy] if case.matrix is None else [case.copy, case.matrix]
-            lists = [*timed, *(ceiling.seconds for ceiling in ceilings)]
-            if any(len(seconds) != len(lists[0]) for seconds in lists):
-                raise ValueError(f"{case.name} has rounds of which something is missing")
-            if not all(seconds > 0 for each in lists for seconds in each):
-                raise ValueError(f"{case.name} has times that are not positive")
-            for goal in case.goals:
-                if goal.quantity not in get_args(Quantity):
-                    raise ValueError(f"{case.name} has a goal about {goal.quantity!r}, which is not known")
 
 
 def load_all(folder: Path) -> list[Run]:
@@ -295,9 +299,6 @@ def load_all(folder: Path) -> list[Run]:
     return [Run.load(path) for path in paths]
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _quotient(a: float | None, b: float | None) -> float | None:
+def quotient(a: float | None, b: float | None) -> float | None:
+    """a / b where both are known."""
     return a / b if a is not None and b else None

@@ -1,105 +1,185 @@
-"""Which source a result was measured on, so that a report can say when it is older than the checkout's."""
+"""Which source a result was measured on, so that a report can say when it is older than the checkout's.
+
+A benchmark depends on the library functions that its module imports, on the modules that these import, and so on; and
+where they reach the extension, on the files that are compiled into it and on the compiler flags.
+"""
 
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
-import io
+import os
 import re
-import tokenize
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.cases import Benchmark
+
 ROOT = Path(__file__).parent.parent
 
-# What the speed of routed blocks of DiT and of ADM, and of gradient surgery, depends on.
-BLOCKS = (
-    "csrc/types.h",
-    "csrc/cpu/kernels.*",
-    "dtr_kernels/ops/_[clr]*.py",
-    "dtr_kernels/ops/tiles.py",
-    "dtr_kernels/ops/g[ae]*.py",
-    "dtr_kernels/ops/routed_[lm]*.py",
-    "dtr_kernels/ops/window_linear.py",
-    "dtr_kernels/tuned/*.json",
-    "dtr_kernels/nn/[bd]*.py",
-    "dtr_kernels/routing.py",
-    "dtr_kernels/reference/dit.py",  # the baseline, and what small blocks on a CPU run
-)
-RES_BLOCK = (
-    "dtr_kernels/ops/checks.py",
-    "dtr_kernels/ops/conv.py",
-    "dtr_kernels/nn/res_block.py",
-    "dtr_kernels/routing.py",
-    "dtr_kernels/reference/res_block.py",
-)
-SURGERY = (
-    "csrc/types.h",
-    "csrc/surgery.h",
-    "csrc/cpu/surgery.*",
-    "csrc/cuda/*",
-    "dtr_kernels/ops/gradient_lists.py",
-    "dtr_kernels/ops/gram_matrix.py",
-    "dtr_kernels/ops/combine.py",
-    "dtr_kernels/ops/pcgrad.py",
-)
-ENGINES = (*SURGERY, "dtr_kernels/surgery/*.py")
+_EXTENSION = "dtr_kernels._C"
+_COMPILATION = "dtr_kernels/compilation.py"
+# Parts of the compilation that decide what the compiled kernels are; the rest finds programs and explains failures.
+_FLAGS = ("CXX_FLAGS", "NVCC_FLAGS", "commands")
+_BUILDING = ("dtr_kernels.compilation", "dtr_kernels.just_in_time")
+# CUDA kernels are those of gradient surgery, whose launchers all stand on this module.
+_USES_CUDA = "dtr_kernels.ops.gradient_lists"
+_USES_TILES, _TILES = "dtr_kernels.ops.tiles", "dtr_kernels/tuned/*.json"
 
 
-def fingerprint(patterns: Sequence[str], root: Path = ROOT) -> str:
-    """A hash of what the files that match any of the patterns say. Comments, docstrings and layout do not count."""
+def fingerprint(benchmark: Benchmark, root: Path | None = None) -> str:
+    """Hash the library code that a benchmark's figures depend on, and the tuned tiles that it finds."""
+    return _fingerprint((benchmark.cases.__module__, *benchmark.modules), root or ROOT, with_tiles=True)
+
+
+def fingerprint_of(*modules: str, root: Path | None = None) -> str:
+    """Hash what modules of the library say, and all that they import of it; of a package, all that it exports.
+
+    Comments, docstrings and layout do not count.
+    """
+    return _fingerprint(modules, root or ROOT, with_tiles=False)
+
+
+def _fingerprint(modules: Sequence[str], root: Path, with_tiles: bool) -> str:
+    reached = _reached(modules, root)
+    counted = [path for name, path in reached.items() if name.startswith("dtr_kernels") and path.suffix == ".py"]
+    meanings = {path: _python(path.read_text()) for path in counted}
+    if _EXTENSION in reached:
+        meanings |= {path: _c(path.read_text()) for path in _compiled(root, cuda=_USES_CUDA in reached)}
+        meanings[root / _COMPILATION] = _python((root / _COMPILATION).read_text(), only=_FLAGS)
+    if with_tiles and _USES_TILES in reached:
+        meanings |= {path: path.read_text() for path in root.glob(_TILES)}
     digest = hashlib.sha256()
-    for path in _files(patterns, root):
-        digest.update(f"{path.relative_to(root).as_posix()}\0{_meaning(path)}\0".encode())
+    for path, meaning in sorted(meanings.items()):
+        digest.update(f"{path.relative_to(root).as_posix()}\0{meaning}\0".encode())
     return digest.hexdigest()[:16]
 
 
-def _files(patterns: Sequence[str], root: Path) -> Iterable[Path]:
-    found = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
-    return sorted(found)
+# --- imports ---------------------------------------------------------------------------------------------------------
 
 
-def _meaning(path: Path) -> str:
-    text = path.read_text()
-    if path.suffix == ".py":
-        return _python(text)
-    if path.suffix == ".json":
-        return text
+def _reached(modules: Iterable[str], root: Path) -> dict[str, Path]:
+    """The files of modules and of all that they import of the library and of the benchmarks' suite, by module name."""
+    found: dict[str, Path] = {}
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop()
+        path = _path(name, root)
+        if name in found or path is None or name in _BUILDING:
+            continue
+        if _is_package(path) and name not in modules:
+            continue  # what is used of it is imported from where it stands
+        found[name] = path
+        if path.suffix == ".py":
+            waiting += _imports(path, root)
+    return found
+
+
+def _path(module: str, root: Path) -> Path | None:
+    """The file of a module of the library or the suite; None for one of others."""
+    if not module.startswith(("dtr_kernels", "benchmarks.suite")):
+        return None
+    whole = root / module.replace(".", "/")
+    candidates = (whole.with_suffix(".py"), whole / "__init__.py", whole.with_suffix(".pyi"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _is_package(path: Path) -> bool:
+    return path.name == "__init__.py"
+
+
+def _imports(path: Path, root: Path) -> set[str]:
+    """The modules that define what a file imports."""
+    found = set()
+    for module, *names in _mentions(path.read_text()):
+        for name in names:
+            module = _home(module, name, root)
+        found.add(module)
+    return found
+
+
+@functools.cache
+def _mentions(text: str) -> set[tuple[str, ...]]:
+    """What a file imports, and what it uses of that: modules, each followed by a name in it, a name in that, ..."""
+    tree = _parsed(text)
+    names: dict[str, tuple[str, ...]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname or alias.name.partition(".")[0]: (alias.name,) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+
+    def used(node: ast.expr) -> tuple[str, ...]:
+        if isinstance(node, ast.Name):
+            return names.get(node.id, ())
+        base = used(node.value) if isinstance(node, ast.Attribute) else ()
+        return (*base, node.attr) if base and isinstance(node, ast.Attribute) else ()
+
+    return {*names.values(), *(used(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute))} - {()}
+
+
+def _home(module: str, name: str, root: Path) -> str:
+    """The module that defines what ``from module import name`` gives; itself, if that is a module."""
+    path = _path(module, root)
+    if path is None or not _is_package(path):
+        return module
+    for node in _parsed(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module not in (None, module):
+            for alias in node.names:
+                if name == (alias.asname or alias.name):
+                    return _home(node.module, alias.name, root)
+    return f"{module}.{name}"
+
+
+# --- includes --------------------------------------------------------------------------------------------------------
+
+
+def _compiled(root: Path, cuda: bool) -> set[Path]:
+    """The files that are compiled into the extension, and those that they include."""
+    suffixes = (".cpp", ".cu") if cuda else (".cpp",)
+    waiting = [path for path in (root / "csrc").rglob("*.c*") if path.suffix in suffixes]
+    found: set[Path] = set()
+    while waiting:
+        path = waiting.pop()
+        if path not in found and path.is_file():  # the build writes one of them
+            found.add(path)
+            included = re.findall(r'^\s*#include "(.+?)"', path.read_text(), re.MULTILINE)
+            waiting += [Path(os.path.normpath(path.parent / name)) for name in included]
+    return found
+
+
+# --- what a file says ------------------------------------------------------------------------------------------------
+
+
+def _c(text: str) -> str:
     return " ".join(re.sub(r"//[^\n]*|/\*.*?\*/", " ", text, flags=re.DOTALL).split())
 
 
-def _python(text: str) -> str:
-    """The tokens of a Python file without comments and docstrings."""
+_parsed = functools.cache(ast.parse)
+
+
+@functools.cache
+def _python(text: str, only: Sequence[str] = ()) -> str:
+    """A file's syntax tree without docstrings, the same in all versions of Python; ``only`` chooses among its names."""
+    tree = _parsed(text)
+    return _tree([node for node in tree.body if _names_of(node) & set(only)] if only else tree)
+
+
+def _names_of(node: ast.stmt) -> set[str]:
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    return {target.id for target in targets if isinstance(target, ast.Name)} | {getattr(node, "name", "")}
+
+
+def _tree(node: object) -> str:
+    if isinstance(node, list):
+        return f"[{','.join(map(_tree, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = dict(ast.iter_fields(node))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = {
-        node.body[0].lineno
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, documented) and ast.get_docstring(node) is not None
-    }
-    tokens = [
-        string
-        for kind, string, line in _tokens(text)
-        if kind not in (tokenize.COMMENT, tokenize.NL) and not (kind == tokenize.STRING and line in docstrings)
-    ]
-    # Indentation counts as a level, whatever its width.
-    return " ".join(token if token.strip() else repr(token.strip(" ")) for token in tokens)
-
-
-def _tokens(text: str) -> Iterable[tuple[int, str, int]]:
-    """Kind, text and first line of each token. From Python 3.12 on an f-string is several tokens; here it is one."""
-    lines = text.splitlines(keepends=True)
-    depth, begin = 0, (0, 0)
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        name = tokenize.tok_name[token.type]
-        if name in ("FSTRING_START", "TSTRING_START"):
-            begin = begin if depth else token.start
-            depth += 1
-        elif name in ("FSTRING_END", "TSTRING_END"):
-            depth -= 1
-            if not depth:
-                (first, left), (last, right) = begin, token.end
-                whole = "".join(lines[first - 1 : last])
-                end = len(whole) - len(lines[last - 1]) + right
-                yield tokenize.STRING, whole[left:end], first
-        elif not depth:
-            yield token.type, token.string, token.start[0]
+    if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+        fields["body"] = node.body[1:]
+    # Without empty fields, some of which only newer versions of Python have.
+    said = [f"{name}={_tree(value)}" for name, value in fields.items() if value is not None and value != []]
+    return f"{type(node).__name__}({','.join(said)})"

@@ -19,6 +19,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -27,14 +28,18 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
 
 from benchmarks import sources
 from benchmarks.cases import DTYPES, dtype_name
-from benchmarks.every_kernel import Launch, Size, binaries
 from benchmarks.measure import BAR
 from benchmarks.tables import table
+from dtr_kernels import ops, verify
 from dtr_kernels.ops import extension
-from dtr_kernels.ops.tiles import Crossover, Tuned, forced, packaged
+from dtr_kernels.ops.declaration import SIZES, Draw, Precision, Sizes, mode_name
+from dtr_kernels.ops.dispatch import recording
+from dtr_kernels.ops.tiles import forced
+from dtr_kernels.ops.tuned_tiles import Crossover, Tuned, packaged
 
 WIDTHS = (384, 768, 1024, 1152)  # of DiT-S, B, L and XL
 TOKENS = (256, 16)  # of patches of 2 and of 8, in latents of 32 x 32
@@ -200,9 +205,9 @@ def functions(path: Path, arch: int) -> dict[str, Function]:
     return found
 
 
-def usage_of_launch(launch: Launch) -> Usage:
+def usage_of_binary(binary: Binary) -> Usage:
     """Of a Triton kernel, from its binary and from what it was compiled from."""
-    compiled = launch.compiled
+    compiled = binary.compiled
     registers, spilled = _registers(compiled.asm["cubin"])
     ptx, metadata = compiled.asm["ptx"], compiled.metadata
     # The pipeliner gives a tile one more dimension, the first, of as many buffers as there are.
@@ -260,6 +265,63 @@ def _cuobjdump(*arguments: str | Path) -> str:
     environment = os.environ | {"PATH": f"{_TOOLS}:{os.environ['PATH']}"}
     command = [_TOOLS / "cuobjdump", *arguments]
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+# --- compiling instead of launching ----------------------------------------------------------------------------------
+
+
+class _Target:
+    """Stands in for Triton's GPU driver: names the architecture to compile for."""
+
+    def __init__(self, arch: int) -> None:
+        self._arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._arch, 32)
+
+    def get_current_device(self) -> int:
+        return self._arch  # Triton keeps what it compiled per device
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+
+class Binary(NamedTuple):
+    """A compiled Triton kernel: its name, the launch's mode, its constants with warps and stages, and the binary."""
+
+    kernel: str
+    mode: str
+    options: Mapping[str, Any]
+    compiled: Any
+
+
+def binaries(arch: int, dtype: torch.dtype, sizes: Sizes, tile: str | None = None) -> list[Binary]:
+    """Compile every declared Triton kernel in each of its modes for an architecture, without a GPU.
+
+    Args:
+        arch: compute capability, as 80, 90 or 100.
+        dtype: of the operands.
+        sizes: of the arguments, which have no storage.
+        tile: compile only the kernels whose tile has this name.
+    """
+    draw = Draw(sizes, Precision(dtype, dtype), torch.device("meta"))
+    kernels = [replace(kernel, sizes=[sizes]) for kernel in ops.KERNELS if kernel.sizes is SIZES]
+    found = []
+    triton.runtime.driver.set_active(_Target(arch))
+    try:
+        with recording(arch) as launches:
+            for call in verify.calls(draw.device, kernels):
+                if tile is None or (tile in call.kernel.tiles(**call.mode) and call.way != verify.LIBRARY):
+                    with call.forced():
+                        call.kernel.launch(**call.kernel.inputs(draw, **call.mode))
+                for kernel, programs, args, options in launches:
+                    compiled = kernel.warmup(*args, grid=(programs,), **options)
+                    name = kernel.__name__.removesuffix("_kernel")
+                    found.append(Binary(name, mode_name(call.mode), options, compiled))
+                launches.clear()
+    finally:
+        triton.runtime.driver.set_active(None)  # finds the real driver when next it is asked for
+    return found
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -335,16 +397,13 @@ class Row:
         return cls(**known | {"usage": Usage(**stored["usage"])})
 
 
-def rows_of_launchers(arch: int, dtype: torch.dtype, size: Size, tuned: Tuned | None = None) -> list[Row]:
-    """The Triton kernels that the launchers run on inputs of a size: with default tiles, or those of a tuned op."""
-    if tuned is None:
-        compiled = binaries(arch, dtype, size)
-    else:
-        with forced(tuned.op, tuned.tile):
-            compiled = binaries(arch, dtype, size, only=tuned.op)
+def rows_of_launchers(arch: int, dtype: torch.dtype, sizes: Sizes, tuned: Tuned | None = None) -> list[Row]:
+    """The Triton kernels that the launchers run on arguments of these sizes: with default tiles, or a tuned one's."""
+    with nullcontext() if tuned is None else forced(tuned.op, tuned.tile):
+        compiled = binaries(arch, dtype, sizes, tuned.op if tuned else None)
     rows = []
-    for mode, launch in compiled:
-        options = launch.options
+    for binary in compiled:
+        options = binary.options
         tile = {
             name.removeprefix("BLOCK_").lower(): value
             for name, value in options.items()
@@ -355,14 +414,14 @@ def rows_of_launchers(arch: int, dtype: torch.dtype, size: Size, tuned: Tuned | 
             Row(
                 arch,
                 "Triton",
-                launch.kernel,
+                binary.kernel,
                 "tf32" if options.get("PRECISION") == "tf32" else dtype_name(dtype),
                 tile,
                 tuned.measurement.gpu if tuned else "default",
-                [size.tokens],
-                [size.channels],
-                [mode],
-                usage_of_launch(launch),
+                [sizes.N],
+                [sizes.C],
+                [binary.mode],
+                usage_of_binary(binary),
             )
         )
     return rows
@@ -372,8 +431,8 @@ def rows_of_tuned(entry: Tuned) -> list[Row]:
     """The kernels of a tuned configuration."""
     # The sums over tokens are of a gradient with the channels of q, k and v.
     channels = entry.channels // 3 if entry.op == "token_sums" else entry.channels
-    size = Size(8, entry.rows, channels)
-    return rows_of_launchers(entry.measurement.capability, getattr(torch, entry.dtype), size, entry)
+    sizes = Sizes(8, entry.rows, channels)
+    return rows_of_launchers(entry.measurement.capability, getattr(torch, entry.dtype), sizes, entry)
 
 
 _CUDA_NAME = re.compile(r"_ZN3dtr4cuda\d+(\w+?)_kernel(?:I(f|6__half|13__nv_bfloat16)(?:Li(\d+)E)?E)?[Ev]")
@@ -399,7 +458,7 @@ def jobs_for(architectures: Sequence[int]) -> list[Callable[[], list[Row]]]:
     # Every width on its own, with 8 samples: tokens of all samples are the rows of a GEMM without windows.
     problems = itertools.product(architectures, DTYPES.values(), TOKENS, WIDTHS)
     jobs: list[Callable[[], list[Row]]] = [
-        partial(rows_of_launchers, arch, dtype, Size(8, tokens, width)) for arch, dtype, tokens, width in problems
+        partial(rows_of_launchers, arch, dtype, Sizes(8, tokens, width)) for arch, dtype, tokens, width in problems
     ]
     tuned = [
         entry
@@ -458,7 +517,7 @@ class Report:
             except BaseException:
                 workers.shutdown(cancel_futures=True)
                 raise
-        fingerprint = sources.fingerprint((*sources.BLOCKS, *sources.SURGERY))
+        fingerprint = sources.fingerprint_of("dtr_kernels.ops")
         return cls(triton.__version__, nvcc, no_cuda, fingerprint, joined(rows))
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from benchmarks.cases import Goal
-from benchmarks.results import CaseResult, Run
+from benchmarks.results import CaseResult, Run, quotient
 from benchmarks.timing import Spread
 
 MET, WITHIN, NOT_MET = "met", "within the spread", "NOT met"
@@ -24,24 +24,19 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def run_markdown(run: Run, stale: bool) -> str:
-    """All cases' tables, and below them where they were measured.
-
-    Args:
-        run: the results.
-        stale: whether the source that they depend on is another by now.
-    """
+def run_markdown(run: Run) -> str:
+    """All cases' tables, and below them where they were measured."""
     facts = [f"- {name}: {_plainly(value)}" for name, value in run.environment.items() if value is not None]
-    head = [f"## {run.benchmark}", run.summary, *(f"**{caveat}**" for caveat in caveats(run, stale))]
+    head = [f"## {run.benchmark}", run.summary, *(f"**{caveat}**" for caveat in caveats(run))]
     cases = [case_table(case).rstrip() for case in run.cases]
     return "\n\n".join([*head, *cases, "### Measured with", "\n".join(facts)]) + "\n"
 
 
-def caveats(run: Run, stale: bool) -> list[str]:
+def caveats(run: Run) -> list[str]:
     """What a reader of any figure of a run must be told, as sentences."""
     commit, unbuilt = commit_of(run), sum(case.problem is not None for case in run.cases)
     told = {
-        f"STALE: measured on commit {commit}; the source that the figures depend on has changed since.": stale,
+        f"STALE: measured on commit {commit}; the source that the figures depend on has changed since.": run.stale,
         f"Measured with uncommitted changes on top of commit {commit}.": run.environment.get("uncommitted changes"),
         "Interrupted: cases are missing or have fewer rounds.": run.interrupted,
         f"{unbuilt} of {len(run.cases)} cases could not be built.": unbuilt,
@@ -83,22 +78,29 @@ def _sides_table(case: CaseResult) -> str:
 
 def _columns(case: CaseResult) -> dict[str, Callable[[str], str]]:
     """For each column's title a function from the name of a side with figures to its cell."""
-    columns: dict[str, Callable[[str], str]] = {"ms (p20 to p80)": lambda side: milliseconds(case.sides[side].spread)}
+    sides, matrix = case.sides, case.matrix
+    columns: dict[str, Callable[[str], str]] = {"ms (p20 to p80)": lambda side: milliseconds(sides[side].spread)}
     if speedup_over := case.speedup_over:
         columns[f"speed-up over {speedup_over}"] = lambda side: times(case.speedup(side, speedup_over))
     if time_over := case.time_over:
         columns[f"time over {time_over}"] = lambda side: times(case.time(side, time_over))
-    columns["GB/s"] = lambda side: _number(case.bandwidth(side), 1e-9)
-    columns["of bandwidth"] = lambda side: percent(case.share_of_copy(side))
-    if matrix := case.matrix:  # without FLOPs the floor is the bandwidth's
-        columns["TFLOP/s"] = lambda side: _number(case.flop_rate(side), 1e-12)
-        columns["of matrix rate"] = lambda side: percent(_quotient(case.flop_rate(side), matrix.rate))
-        columns["of floor"] = lambda side: percent(case.share_of_floor(side))
-    columns["error"] = lambda side: _scientific(case.sides[side].error)
-    columns["peak MB"] = lambda side: _number(case.sides[side].peak_bytes, 1e-6)
-    columns["saved MB"] = lambda side: _number(case.sides[side].saved_bytes, 1e-6)
-    if any(side.graph for side in case.sides.values()):
-        columns["graph"] = lambda side: "yes" if case.sides[side].graph else "no"
+    columns |= {
+        "GB/s": lambda side: _number(case.bandwidth(side), 1e-9),
+        "of bandwidth": lambda side: percent(case.share_of_copy(side)),
+    }
+    if matrix:  # without FLOPs the floor is the bandwidth's
+        columns |= {
+            "TFLOP/s": lambda side: _number(case.flop_rate(side), 1e-12),
+            "of matrix rate": lambda side: percent(quotient(case.flop_rate(side), matrix.rate)),
+            "of floor": lambda side: percent(case.share_of_floor(side)),
+        }
+    columns |= {
+        "error": lambda side: "" if sides[side].error is None else f"{sides[side].error:.1e}",
+        "peak MB": lambda side: _number(sides[side].peak_bytes, 1e-6),
+        "saved MB": lambda side: _number(sides[side].saved_bytes, 1e-6),
+    }
+    if any(side.graph for side in sides.values()):
+        columns["graph"] = lambda side: "yes" if sides[side].graph else "no"
     return columns
 
 
@@ -115,7 +117,7 @@ def verdict(case: CaseResult, goal: Goal) -> str:
         return NOT_MEASURED
     if goal.over is not None and goal.quantity in _OF_TIMES and not comparable(case, goal.side, goal.over):
         return NOT_COMPARABLE
-    spread = goal_spread(case, goal)
+    spread = case.spread(goal)
     if spread is not None and any(spread.p20 < limit < spread.p80 for limit in (goal.at_least, goal.at_most)):
         return WITHIN
     return MET if met else NOT_MET
@@ -130,14 +132,6 @@ def comparable(case: CaseResult, side: str, over: str) -> bool:
     return case.sides[side].graph == case.sides[over].graph
 
 
-def goal_spread(case: CaseResult, goal: Goal) -> Spread | None:
-    """Of what a goal is about, where that was measured round by round."""
-    if goal.over is None or goal.quantity not in ("speed-up", "time"):
-        return None
-    measure = case.speedup if goal.quantity == "speed-up" else case.time
-    return measure(goal.side, goal.over)
-
-
 def _goal_line(case: CaseResult, goal: Goal) -> str:
     measured, found = goal_figure(case, goal), verdict(case, goal)
     if found == NOT_COMPARABLE:
@@ -147,20 +141,16 @@ def _goal_line(case: CaseResult, goal: Goal) -> str:
 
 def goal_figure(case: CaseResult, goal: Goal) -> str:
     """What was measured for a goal, in the unit of its limits; empty where nothing was."""
-    value, spread = case.value(goal), goal_spread(case, goal)
+    value, spread = case.value(goal), case.spread(goal)
     if value is None:
         return ""
     return f"{value:.3g}" if spread is None else f"{value:.3g} ({spread.p20:.3g} to {spread.p80:.3g})"
 
 
-def goals_table(runs: Iterable[tuple[Run, bool]]) -> str:
-    """One row for each goal of a benchmark, over all of its cases, with the worst of them.
-
-    Args:
-        runs: the results, and whether they are stale.
-    """
+def goals_table(runs: Iterable[Run]) -> str:
+    """One row for each goal of a benchmark, over all of its cases, with the worst of them."""
     rows = [["benchmark", "goal", "cases", *VERDICTS, "worst"]]
-    for run, stale in runs:
+    for run in runs:
         alike: dict[str, list[tuple[CaseResult, Goal]]] = {}
         for case in run.cases:
             for goal in case.goals:
@@ -168,13 +158,13 @@ def goals_table(runs: Iterable[tuple[Run, bool]]) -> str:
         for text, pairs in alike.items():
             verdicts = [verdict(case, goal) for case, goal in pairs]
             counts = [str(verdicts.count(kind) or "") for kind in VERDICTS]
-            rows.append([marked(run, stale), text, str(len(pairs)), *counts, _worst(pairs)])
+            rows.append([marked(run), text, str(len(pairs)), *counts, _worst(pairs)])
     return table(_without_empty_columns(rows)) if len(rows) > 1 else "No goals are set for these benchmarks."
 
 
-def marked(run: Run, stale: bool) -> str:
+def marked(run: Run) -> str:
     """The benchmark's name, with a mark where a caveat holds."""
-    marks = [f"STALE, commit {commit_of(run)}"] if stale else []
+    marks = [f"STALE, commit {commit_of(run)}"] if run.stale else []
     marks += ["uncommitted changes"] if run.environment.get("uncommitted changes") else []
     marks += ["interrupted"] if run.interrupted else []
     return run.benchmark + (f" ({', '.join(marks)})" if marks else "")
@@ -290,7 +280,7 @@ def _compared(case: CaseResult, side: str, with_spread: bool) -> str:
 def _saved(case: CaseResult, side: str, baseline: str | None) -> str:
     if baseline not in case.sides or side not in case.sides:
         return ""
-    share = _quotient(case.sides[side].saved_bytes, case.sides[baseline].saved_bytes)
+    share = quotient(case.sides[side].saved_bytes, case.sides[baseline].saved_bytes)
     return "" if share is None else f"{share:.2f}x"
 
 
@@ -333,18 +323,10 @@ def percent(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
-def _scientific(value: float | None) -> str:
-    return "" if value is None else f"{value:.1e}"
-
-
 def _number(value: float | None, scale: float) -> str:
     if value is None:
         return ""
     return f"{value * scale:.4g}" if abs(value * scale) < 1e4 else f"{value * scale:.0f}"
-
-
-def _quotient(a: float | None, b: float | None) -> float | None:
-    return a / b if a is not None and b else None
 
 
 def _plainly(value: Any) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 _MOST_COPIES = 64
 
 
+@dataclass(frozen=True)
 class Timer:
     """The seconds of one call: a function without arguments.
 
@@ -23,12 +24,11 @@ class Timer:
         graph: whether a CUDA graph is replayed, without the time that the host takes to launch kernels.
     """
 
-    def __init__(self, seconds: Callable[[], float], graph: bool) -> None:
-        self._seconds = seconds
-        self.graph = graph
+    seconds: Callable[[], float]
+    graph: bool
 
     def __call__(self) -> float:
-        return self._seconds()
+        return self.seconds()
 
 
 class Stopwatch:

@@ -12,7 +12,6 @@ that is run without graphs may wait for the host longer than the kernels take; c
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import os
 import sys
@@ -25,10 +24,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 from tqdm import tqdm
@@ -39,23 +36,14 @@ from benchmarks.arguments import positive
 from benchmarks.cases import DTYPES, dtype_name
 from benchmarks.measure import BAR, one_line
 from benchmarks.timing import Spread, Stopwatch, copies, ratio
+from dtr_kernels import ops
 from dtr_kernels.nn import DiT_models
-from dtr_kernels.ops import tiles, tuned_tiles
-from dtr_kernels.ops.dispatch import empty_rows
-from dtr_kernels.ops.tiles import capability, default_tile, forced
-from dtr_kernels.ops.tuned_tiles import KINDS, NEVER, Crossover, GemmTile, Measurement, RowTile, SumTile, Tile, Tuned
+from dtr_kernels.ops import tuned_tiles
+from dtr_kernels.ops.declaration import Draw, Kernel, Mode, Precision, Sizes, results, widened
+from dtr_kernels.ops.dispatch import Launch, capability, recording
+from dtr_kernels.ops.tiles import KINDS, crossovers, forced, instead_of_users
+from dtr_kernels.ops.tuned_tiles import NEVER, Crossover, GemmTile, Measurement, RowTile, SumTile, Tile, Tuned
 
-# ``dtr_kernels.ops`` has functions of the same names.
-gated_norm, gated_residual, gelu, window_linear = LAUNCHERS = [
-    importlib.import_module(f"dtr_kernels.ops.{name}") for name in ("gated_norm", "residual", "gelu", "window_linear")
-]
-# Of the kernels and of what hands them their tensors.
-SOURCES = (
-    "dtr_kernels/ops/dispatch.py",
-    "dtr_kernels/ops/g[ae]*.py",
-    "dtr_kernels/ops/linear.py",
-    "dtr_kernels/ops/window_linear.py",
-)
 MODELS = ("DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2")
 # A tile must be faster than the default by this share, and our GEMM than cuBLAS, in four of five rounds.
 MARGIN = 0.02
@@ -64,7 +52,6 @@ ROUNDS, FINAL_ROUNDS, FINALISTS = 7, 40, 4
 # What an element may be off, relative to its size and that of the others: several roundings. In fp32 they are those of
 # tf32, where that is allowed. Of what a wrong tile computes, elements are off by about one.
 BOUNDS = {torch.float32: 0.005, torch.bfloat16: 0.03, torch.float16: 0.005}
-_EPS = 1e-6
 # The two ways of an op with a crossover.
 OURS, CUBLAS = Crossover(1), Crossover(NEVER)
 
@@ -92,10 +79,15 @@ class Problem:
         channels = self.channels * (3 if self.op == "token_sums" else 1)
         return self.op, str(self.dtype).removeprefix("torch."), channels, tuned_tiles.rows_class(rows)
 
+    @property
+    def precision(self) -> Precision:
+        """Of all tensors."""
+        return Precision(self.dtype, self.dtype)
+
     def default(self, arch: int) -> Tile:
         """The tile that runs without tuning."""
         op, _, channels, rows = self.key
-        return default_tile(op, self.dtype, rows, channels, arch)
+        return KINDS[op].default(self.dtype, rows, channels, arch)
 
     def __str__(self) -> str:
         return f"{self.op} {dtype_name(self.dtype)}, {self.channels} channels, {self.tokens} tokens"
@@ -167,15 +159,15 @@ def cached_file(gpu: str) -> Path:
     return path
 
 
-def problems_of(models: Sequence[str], precisions: Sequence[str], ops: Sequence[str], batch: int) -> list[Problem]:
+def problems_of(models: Sequence[str], precisions: Sequence[str], names: Sequence[str], batch: int) -> list[Problem]:
     """What is to be tuned, none of it twice, the crossovers of a model in a dtype after its tiles.
 
     Raises:
         ValueError: if there is no model of a name.
     """
     problems: dict[tuple[Any, ...], Problem] = {}
-    ops = sorted(ops, key=lambda op: KINDS[op] is Crossover)
-    for model, precision, op in itertools.product(models, precisions, ops):
+    names = sorted(names, key=lambda op: op in crossovers())
+    for model, precision, op in itertools.product(models, precisions, names):
         if model not in DiT_models:
             raise ValueError(f"argument --model: there is no {model}; there are {', '.join(DiT_models)}")
         size = DiT_models[model].keywords  # type: ignore[attr-defined]
@@ -188,11 +180,12 @@ def problems_of(models: Sequence[str], precisions: Sequence[str], ops: Sequence[
 def measurement_on(device: torch.device) -> Measurement:
     """What a file says of everything that is measured now."""
     facts = environment.describe(device)
+    modules = sorted({kernel.inputs.__module__ for op in KINDS for kernel, _ in kernels_of(op)})
     return Measurement(
         gpu=facts["device"],
         capability=capability(torch.empty(0, device=device)),
         triton=triton.__version__,
-        sources=sources.fingerprint(SOURCES),
+        sources=sources.fingerprint_of(*modules),
         **{name: facts[name] for name in ("torch", "commit", "date", "command")},
     )
 
@@ -240,7 +233,7 @@ class Tuning:
                     return
                 progress.set_postfix_str(str(problem))
                 try:
-                    with used(self.path):
+                    with instead_of_users(self.path):
                         choice = choose(problem)
                 except (NotTuned, RuntimeError) as error:  # such as too little memory for the batch
                     self.failures[problem] = str(error).strip().partition("\n")[0]
@@ -253,17 +246,6 @@ class Tuning:
             self.interrupted = True
         finally:
             progress.close()
-
-
-@contextmanager
-def used(path: Path) -> Iterator[None]:
-    """Inside, kernels run with the tiles of a file as it is now: it takes the place of the user's."""
-    with mock.patch.object(tiles, "user_file", lambda gpu: path):
-        tiles.forget()
-        try:
-            yield
-        finally:
-            tiles.forget()
 
 
 def table(found: Sequence[Tuned]) -> str:
@@ -383,7 +365,7 @@ def candidates(problem: Problem, arch: int, shared_memory: int) -> list[Tile]:
         shared_memory: bytes that one program may have.
     """
     op, _, channels, rows = problem.key
-    kind = KINDS[op]
+    kind = KINDS[op].type
     tiles: Iterator[Tile]
     if kind is GemmTile:
         tiles = _gemm_tiles(op, problem.dtype, rows, arch, shared_memory)
@@ -391,7 +373,7 @@ def candidates(problem: Problem, arch: int, shared_memory: int) -> list[Tile]:
         tiles = _row_tiles(channels)
     else:
         tiles = _sum_tiles()
-    return [tile for tile in tiles if tuned_tiles.problem_of(op, tile, rows, channels) is None]
+    return [tile for tile in tiles if KINDS[op].problem(tile, rows, channels) is None]
 
 
 def _gemm_tiles(op: str, dtype: torch.dtype, rows: int, arch: int, shared_memory: int) -> Iterator[GemmTile]:
@@ -445,48 +427,27 @@ def choose_on(problem: Problem, device: torch.device, stopwatch: Stopwatch) -> C
     return choose(default, tiles, bound, TrialOnGpu(problem, device, stopwatch))
 
 
-class Launch(NamedTuple):
-    """What a launcher was about to launch."""
-
-    kernel: Any
-    programs: int
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-
-    @property
-    def bytes(self) -> int:
-        """Of the tensors that are read and written."""
-        tensors = [getattr(arg, "base", arg) for arg in self.args]  # of a tensor descriptor
-        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
-
-
-@contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Inside, launchers do everything but launch; what they were about to is in the list."""
-    launches: list[Launch] = []
-
-    def record(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-        launches.append(Launch(kernel, programs, args, options))
-
-    with ExitStack() as stack:
-        for module in LAUNCHERS:
-            stack.enter_context(mock.patch.object(module, "launch", record))
-        yield launches
+def bytes_of(launch: Launch) -> int:
+    """Bytes of the tensors that a launch reads and writes."""
+    tensors = [getattr(arg, "base", arg) for arg in launch.args]  # of a tensor descriptor
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
 class TrialOnGpu:
-    """Runs the tiles of a problem, in every way that the library calls the op, on buffers that L2 cannot hold."""
+    """Runs the tiles of a problem, in every mode that training and sampling call its kernels, on buffers that L2 cannot
+    hold."""
 
     def __init__(self, problem: Problem, device: torch.device, stopwatch: Stopwatch) -> None:
         self._op, self._device, self._stopwatch = problem.op, device, stopwatch
-        self._pieces = pieces(Inputs(problem, device))
-        self._exact = [exact for piece in self._pieces for exact in piece.exact()]
-        self._rotation = list(self._pieces)
-        with recorded() as launches:
-            for piece in self._pieces:
-                piece.launch()
-        for _ in range(copies(device, sum(launch.bytes for launch in launches)) - 1):
-            self._rotation += pieces(Inputs(problem, device))
+        self._calls = self._rotation = calls_of(problem, device)
+        self._exact = [
+            exact_of(kernel, call) for (kernel, _), call in zip(kernels_of(problem.op), self._calls, strict=True)
+        ]
+        with recording() as launches:
+            for call in self._calls:
+                call()
+        for _ in range(copies(device, sum(map(bytes_of, launches))) - 1):
+            self._rotation = self._rotation + calls_of(problem, device)
 
     def unusable(self, tiles: Sequence[Tile]) -> dict[Tile, str]:
         """As ``Trial`` says. Compiles as many at a time as there are cores."""
@@ -509,21 +470,21 @@ class TrialOnGpu:
 
     def error(self, tile: Tile) -> float:
         """As ``Trial`` says, for ``BOUNDS``."""
-        found = itertools.chain.from_iterable(self._call(piece, tile) for piece in self._pieces)
-        return largest_error(list(found), self._exact)
+        found = [results(self._run(call, tile)) for call in self._calls]
+        return largest_error(list(itertools.chain(*found)), list(itertools.chain(*self._exact)))
 
     def timer(self, tile: Tile) -> Callable[[], float]:
         """As ``Trial`` says."""
-        return self._stopwatch.timer([partial(self._call, piece, tile) for piece in self._rotation])
+        return self._stopwatch.timer([partial(self._run, call, tile) for call in self._rotation])
 
-    def _call(self, piece: Piece, tile: Tile) -> Sequence[Tensor]:
-        with forced(self._op, tile):
-            return piece.launch()
+    def _run(self, call: Callable[[], Any], tile: Tile) -> Any:
+        with forced(self._op, tile), _by_our_gemm(self._op):
+            return call()
 
     def _launches(self, tile: Tile) -> list[Launch]:
-        with recorded() as launches:
-            for piece in self._pieces:
-                self._call(piece, tile)
+        with recording() as launches:
+            for call in self._calls:
+                self._run(call, tile)
         return launches
 
     def _compile(self, launches: Sequence[Launch]) -> None:
@@ -553,335 +514,30 @@ def largest_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 # --- what is tuned ---------------------------------------------------------------------------------------------------
 
 
-class Piece(NamedTuple):
-    """One way to call an op: its launcher, and the same in plain PyTorch and fp64."""
-
-    launch: Callable[[], Sequence[Tensor]]
-    exact: Callable[[], Sequence[Tensor]]
-
-
-class Inputs:
-    """Random inputs of a problem, with a window of its own for each sample.
-
-    Attributes:
-        B, N, C, W: samples, tokens, channels, active channels. start: int32 [B].
-        channel: [B, 1, W], which channels are active, as ``gather`` and ``scatter`` take them.
-        mask: [B, 1, C], 1 where active.
-    """
-
-    def __init__(self, problem: Problem, device: torch.device) -> None:
-        self.op, self.dtype, self.device = problem.op, problem.dtype, device
-        self.B, self.N, self.C = problem.batch, problem.tokens, problem.channels
-        self.W = int(0.8 * self.C)
-        self.start = torch.randint(self.C - self.W + 1, (self.B,), device=device, dtype=torch.int32)
-        self.channel = (self.start[:, None] + torch.arange(self.W, device=device))[:, None]
-        self.mask = torch.zeros(self.B, 1, self.C, device=device, dtype=torch.float64).scatter(2, self.channel, 1)
-
-    def random(self, *shape: int, scale: float = 1, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal random numbers of standard deviation ``scale``, in the problem's dtype unless another is given."""
-        return (torch.randn(shape, device=self.device) * scale).to(dtype or self.dtype)
-
-    def statistic(self, *shape: int) -> Tensor:
-        """The same in fp32."""
-        return self.random(*shape, dtype=torch.float32)
-
-    def weight(self, outputs: int, inputs: int) -> Tensor:
-        """[outputs, inputs], of a scale that keeps that of activations."""
-        return self.random(outputs, inputs, scale=inputs**-0.5)
-
-    def modulation(self, count: int) -> Sequence[Tensor]:
-        """Strided [B, C] views of one [B, 6C], as adaLN gives them."""
-        return self.random(self.B, 6 * self.C, scale=0.5).chunk(6, dim=1)[:count]
-
-    def compact(self, full: Tensor) -> Tensor:
-        """The windows [B, N, W] of full [B, N, C], laid out as the kernels read and write them."""
-        x = empty_rows(self.B, self.N, self.W, like=full, dtype=self.dtype)
-        return x.copy_(self.windows(full))
-
-    def windows(self, full: Tensor) -> Tensor:
-        """[B, N, W] of [B, N, C]."""
-        return full.gather(2, self.channel.expand(-1, full.shape[1], -1))
-
-    def scattered(self, compact: Tensor) -> Tensor:
-        """[B, N, C] in fp64, zero outside of the windows."""
-        zeros = compact.new_zeros(self.B, self.N, self.C, dtype=torch.float64)
-        return zeros.scatter(2, self.channel.expand(-1, self.N, -1), compact.double())
-
-
-def pieces(inputs: Inputs) -> list[Piece]:
-    """The ways in which the library calls the op, on inputs of their own."""
-    return {
-        "forward": lambda i: [_forward(i, gelu=False)],
-        # After a window in scope "branch", on all channels in scope "block".
-        "forward_gelu": lambda i: (
-            [_forward(i, gelu=True)]
-            + ([_ours("gelu_forward", _gelu_forward(i, write_pre=True))] if i.N >= tuned_tiles.MOST_ROWS else [])
-        ),
-        "input_gradient": lambda i: [_input_gradient(i)],
-        "gelu_input_gradient": lambda i: [_ours("gelu_backward", _gelu_backward(i))],
-        "weight_gradient": lambda i: [_weight_gradient(i)],
-        "token_sums": lambda i: [_token_sums(i)],
-        "norm_forward": lambda i: [_norm_forward(i, False, compact) for compact in (True, False)],
-        "norm_forward_update": lambda i: [
-            _norm_forward(i, True, compact, keep_branch)
-            for compact, keep_branch in ((True, False), (False, False), (False, True))
-        ],
-        "norm_backward": lambda i: [_norm_backward(i, False, compact) for compact in (True, False)],
-        "norm_backward_update": lambda i: [
-            _norm_backward(i, True, compact, keep_branch, x_is_stream)
-            for compact, keep_branch, x_is_stream in (
-                (True, False, True),
-                (True, False, False),
-                (False, False, True),
-                (False, False, False),
-                (False, True, False),
-            )
-        ],
-        "residual_forward": lambda i: [_residual_forward(i)],
-        "residual_backward": lambda i: [_residual_backward(i)],
-        "windows_forward": lambda i: [_windows_forward(i)],
-        "windows_backward": lambda i: [_windows_backward(i)],
-        "gelu_forward": lambda i: [_gelu_forward(i, write_pre) for write_pre in (True, False)],
-        "gelu_backward": lambda i: [_gelu_backward(i)],
-    }[inputs.op](inputs)
-
-
-def _ours(crossover: str, piece: Piece) -> Piece:
-    """The same by our GEMM, however few tokens there are."""
-
-    def launch() -> Sequence[Tensor]:
-        with forced(crossover, OURS):
-            return piece.launch()
-
-    return piece._replace(launch=launch)
-
-
-def _gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-def _forward(i: Inputs, gelu: bool) -> Piece:
-    outputs = (4 if gelu else 3) * i.C
-    u, weight = i.compact(i.random(i.B, i.N, i.C)), i.weight(outputs, i.C)
-    mean_rstd, p, q = i.statistic(i.B, i.N), i.statistic(i.B, outputs), i.statistic(i.B, outputs)
-
-    def launch() -> Sequence[Tensor]:
-        return window_linear._launch_forward(u, weight, q, i.start, mean_rstd, p, gelu, write_out=True)[: 1 + gelu]
-
-    def exact() -> Sequence[Tensor]:
-        out = i.scattered(u) @ weight.double().t() + q[:, None] - mean_rstd[..., None].double() * p[:, None]
-        return (out, _gelu(out)) if gelu else (out,)
-
-    return Piece(launch, exact)
-
-
-def _gelu_forward(i: Inputs, write_pre: bool) -> Piece:
-    u, weight, bias = i.random(i.B, i.N, i.C), i.weight(4 * i.C, i.C), i.random(4 * i.C)
-    shift, scale = i.modulation(2)
-    first = 0 if write_pre else 1
-
-    def launch() -> Sequence[Tensor]:
-        return window_linear.linear_gelu_forward(u, None, shift, scale, weight, bias, None, write_pre)[first:]
-
-    def exact() -> Sequence[Tensor]:
-        out = F.linear(u.double(), weight.double(), bias.double())
-        return (out, _gelu(out))[first:]
-
-    return Piece(launch, exact)
-
-
-def _input_gradient(i: Inputs) -> Piece:
-    g, weight = i.random(i.B, i.N, 3 * i.C), i.weight(3 * i.C, i.C)
-
-    def launch() -> Sequence[Tensor]:
-        du = empty_rows(i.B, i.N, i.W, like=g, dtype=g.dtype)
-        return window_linear._launch_input_gradient(g, weight, i.start, du, None)[:1]
-
-    return Piece(launch, lambda: (i.windows(g.double() @ weight.double()),))
-
-
-def _gelu_backward(i: Inputs) -> Piece:
-    g, weight, pre = i.random(i.B, i.N, i.C), i.weight(i.C, 4 * i.C), i.random(i.B, i.N, 4 * i.C)
-
-    def exact() -> Sequence[Tensor]:
-        wide = pre.double().requires_grad_()
-        act = _gelu(wide)
-        return torch.autograd.grad(act, wide, g.double() @ weight.double())[0], act.detach()
-
-    return Piece(lambda: window_linear.gelu_linear_backward(g, pre, weight), exact)
-
-
-def _weight_gradient(i: Inputs) -> Piece:
-    g, u = i.random(i.B, i.N, 3 * i.C), i.compact(i.random(i.B, i.N, i.C))
-
-    def exact() -> Sequence[Tensor]:
-        return (g.double().flatten(0, 1).t() @ i.scattered(u).flatten(0, 1),)
-
-    return Piece(lambda: (window_linear._launch_weight_gradient(g, u, i.start, i.C),), exact)
-
-
-def _token_sums(i: Inputs) -> Piece:
-    g, mean_rstd, p = i.random(i.B, i.N, 3 * i.C), i.statistic(i.B, i.N), i.statistic(i.B, 3 * i.C)
-
-    def exact() -> Sequence[Tensor]:
-        wide = g.double()
-        inactive = torch.linalg.vecdot(wide, p.double()[:, None])
-        return inactive, -(mean_rstd.double()[..., None] * wide).sum(1), wide.sum(1)
-
-    return Piece(lambda: window_linear._launch_token_sums(g, mean_rstd, p), exact)
-
-
-class Norm(NamedTuple):
-    """What the norm computes, in fp64: stream and u [B, N, C], mean and rstd [B, N]."""
-
-    stream: Tensor
-    u: Tensor
-    mean: Tensor
-    rstd: Tensor
-
-
-def _norm(i: Inputs, tensors: Sequence[Tensor | None], keep_branch: bool) -> Norm:
-    """Of x, branch, gate, shift and scale in fp64; branch and gate may be None."""
-    x, branch, gate, shift, scale = tensors
-    assert x is not None and shift is not None and scale is not None
-    update = 0 if branch is None or gate is None else gate[:, None] * branch
-    v = i.mask * x + update if keep_branch else i.mask * (x + update)
-    mean = v.mean(-1, keepdim=True)
-    rstd = (v.var(-1, correction=0, keepdim=True) + _EPS) ** -0.5
-    u = (v - mean) * rstd * (1 + scale[:, None]) + shift[:, None]
-    return Norm(x + update, u, mean[..., 0], rstd[..., 0])
-
-
-def _norm_inputs(i: Inputs, update: bool) -> list[Tensor | None]:
-    """x, branch, gate, shift and scale."""
-    x, (gate, shift, scale) = i.random(i.B, i.N, i.C), i.modulation(3)
-    return [x, i.random(i.B, i.N, i.C), gate, shift, scale] if update else [x, None, None, shift, scale]
-
-
-def _in_fp64(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if t is None else t.double() for t in tensors]
-
-
-def _norm_forward(i: Inputs, update: bool, compact: bool, keep_branch: bool = False) -> Piece:
-    inputs = _norm_inputs(i, update)
-
-    def launch() -> Sequence[Tensor]:
-        stream, *others = gated_norm.gated_norm_forward(*inputs, i.start, i.W, _EPS, i.dtype, compact, keep_branch)
-        return [stream, *others] if update else others
-
-    def exact() -> Sequence[Tensor]:
-        stream, u, mean, rstd = _norm(i, _in_fp64(inputs), keep_branch)
-        others = (i.windows(u) if compact else u, mean, rstd)
-        return (stream, *others) if update else others
-
-    return Piece(launch, exact)
-
-
-def _norm_with_gradients(
-    i: Inputs, inputs: Sequence[Tensor | None], keep_branch: bool, x_is_stream: bool
-) -> tuple[list[Tensor], Norm]:
-    """The inputs that there are, in fp64 and with gradients, and the outputs."""
-    wide = _in_fp64(inputs)
-    if x_is_stream:
-        wide[0] -= wide[2][:, None] * wide[1]  # type: ignore[index, operator]
-    leaves = [t.requires_grad_() for t in wide if t is not None]
-    return leaves, _norm(i, wide, keep_branch)
-
-
-def _statistics(i: Inputs, inputs: Sequence[Tensor | None], keep_branch: bool, x_is_stream: bool) -> list[Tensor]:
-    """The norm's mean and rstd, as its forward pass keeps them."""
-    with torch.no_grad():
-        return [t.float() for t in _norm_with_gradients(i, inputs, keep_branch, x_is_stream)[1][2:]]
-
-
-def _norm_backward(
-    i: Inputs, update: bool, compact: bool, keep_branch: bool = False, x_is_stream: bool = False
-) -> Piece:
-    inputs = _norm_inputs(i, update)
-    x, branch, gate, _, scale = inputs
-    assert scale is not None
-    dstream, full_du = i.random(i.B, i.N, i.C), i.random(i.B, i.N, i.C)
-    du = i.compact(full_du) if compact else full_du
-    # What the linear layer knows of deactivated channels: the sum of the gradients of the norm's output.
-    inactive = (full_du.double() * (1 + scale.double()[:, None]) * (1 - i.mask)).sum(-1).float()
-    mean, rstd = _statistics(i, inputs, keep_branch, x_is_stream)
-
-    def launch() -> Sequence[Tensor]:
-        found = gated_norm.gated_norm_backward(
-            du,
-            dstream,
-            inactive if compact else None,
-            x,
-            branch,
-            gate,
-            scale,
-            mean,
-            rstd,
-            i.start,
-            i.W,
-            compact,
-            keep_branch,
-            x_is_stream,
-        )
-        return [t for t in found if t is not None]
-
-    def exact() -> Sequence[Tensor]:
-        leaves, norm = _norm_with_gradients(i, inputs, keep_branch, x_is_stream)
-        *others, dshift, dscale = torch.autograd.grad(
-            (norm.stream, norm.u), leaves, (dstream.double(), full_du.double())
-        )
-        # Of deactivated channels the linear layer adds these.
-        seen = i.mask[:, 0] if compact else 1
-        return *others, dshift * seen, dscale * seen
-
-    return Piece(launch, exact)
-
-
-def _windows_forward(i: Inputs) -> Piece:
-    inputs, weight, bias = _norm_inputs(i, update=True), i.weight(3 * i.C, i.C), i.random(3 * i.C)
-
-    def launch() -> Sequence[Tensor]:
-        return torch.ops.dtr_kernels.routed_linear(*inputs, weight, bias, i.start, i.W, _EPS)
-
-    def exact() -> Sequence[Tensor]:
-        norm = _norm(i, _in_fp64(inputs), keep_branch=False)
-        return norm.stream, F.linear(norm.u, weight.double(), bias.double()), norm.mean, norm.rstd
-
-    return Piece(launch, exact)
-
-
-def _windows_backward(i: Inputs) -> Piece:
-    inputs, weight, bias = _norm_inputs(i, update=True), i.weight(3 * i.C, i.C), i.random(3 * i.C)
-    dstream, dout = i.random(i.B, i.N, i.C), i.random(i.B, i.N, 3 * i.C)
-    mean_rstd = _statistics(i, inputs, keep_branch=False, x_is_stream=True)
-
-    def launch() -> Sequence[Tensor]:
-        return torch.ops.dtr_kernels.routed_linear_backward(
-            dstream, dout, *inputs, weight, *mean_rstd, i.start, i.W, _EPS, True, True
-        )
-
-    def exact() -> Sequence[Tensor]:
-        leaves, norm = _norm_with_gradients(i, inputs, keep_branch=False, x_is_stream=True)
-        parameters = [t.double().requires_grad_() for t in (weight, bias)]
-        outputs, gradients = (norm.stream, F.linear(norm.u, *parameters)), (dstream.double(), dout.double())
-        return torch.autograd.grad(outputs, [*leaves, *parameters], gradients)
-
-    return Piece(launch, exact)
-
-
-def _residual_forward(i: Inputs) -> Piece:
-    x, branch, (gate,) = i.random(i.B, i.N, i.C), i.random(i.B, i.N, i.C), i.modulation(1)
-
-    def exact() -> Sequence[Tensor]:
-        return (x.double() + gate.double()[:, None] * branch.double(),)
-
-    return Piece(lambda: (gated_residual.gated_residual_forward(x, branch, gate),), exact)
-
-
-def _residual_backward(i: Inputs) -> Piece:
-    dout, branch, (gate,) = i.random(i.B, i.N, i.C), i.random(i.B, i.N, i.C), i.modulation(1)
-
-    def exact() -> Sequence[Tensor]:
-        return dout.double() * gate.double()[:, None], (dout.double() * branch.double()).sum(1)
-
-    return Piece(lambda: gated_residual.gated_residual_backward(dout, branch, gate), exact)
+def kernels_of(op: str) -> Iterator[tuple[Kernel, Mode]]:
+    """The declared kernels, with their modes, that run with a tile, or whose way a crossover decides."""
+    for kernel in ops.KERNELS:
+        for mode in kernel.modes:
+            if kernel.timed(**mode) and (op in kernel.tiles(**mode) or op == kernel.crossover):
+                yield kernel, mode
+
+
+def calls_of(problem: Problem, device: torch.device) -> list[partial[Any]]:
+    """Calls of these kernels, on arguments of their own."""
+    draw = Draw(Sizes(problem.batch, problem.tokens, problem.channels), problem.precision, device)
+    return [partial(kernel.launch, **kernel.inputs(draw, **mode)) for kernel, mode in kernels_of(problem.op)]
+
+
+def exact_of(kernel: Kernel, call: partial[Any]) -> list[Tensor]:
+    """Compute in fp64 what the call should return."""
+    return results(kernel.exact(**widened(call.keywords)))
+
+
+@contextmanager
+def _by_our_gemm(op: str) -> Iterator[None]:
+    """Inside, a tile's kernel runs however few tokens there are."""
+    with ExitStack() as stack:
+        for crossover in {kernel.crossover for kernel, mode in kernels_of(op) if op in kernel.tiles(**mode)}:
+            if crossover is not None:
+                stack.enter_context(forced(crossover, OURS))
+        yield

@@ -17,8 +17,11 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("info", help="what runs on this machine and why")
     show.add_argument("--json", action="store_true", help="print JSON")
-    check = commands.add_parser("verify", help="compare the kernels with the oracle here and print a table of errors")
+    check = commands.add_parser(
+        "verify", help="compare the kernels with the reference here and print a table of errors"
+    )
     check.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+    check.add_argument("--kernels", action="store_true", help="every kernel in each of its modes, instead of blocks")
     check.add_argument("--seed", type=int, help="of the random inputs; default: a fresh one, printed")
     commands.add_parser(
         "build",
@@ -45,7 +48,7 @@ def main() -> int:
     seed = torch.seed() % 2**31 if arguments.seed is None else arguments.seed
     torch.manual_seed(seed)
     print(f"device {device}, seed {seed}\n")
-    passed = verify.run(device)
+    passed = verify.run(device, arguments.kernels)
     print("\nevery error is within its bound" if passed else "\nFAILED: an error is above its bound")
     return 0 if passed else 1
 

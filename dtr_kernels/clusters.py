@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dtr_kernels.files import replacing
-from dtr_kernels.routing import _check_range, is_integer
+from dtr_kernels.routing import check_range, is_integer
 
 __all__ = ["IntervalClusters", "interval_clusters"]
 
@@ -72,7 +72,7 @@ class IntervalClusters:
     def assign(self, t: int) -> int: ...
 
     def assign(self, t: Tensor | int) -> Tensor | int:
-        """The cluster of every timestep, computed on t's device without a host synchronisation.
+        """Return the cluster of every timestep, computed on t's device without a host synchronisation.
 
         Args:
             t: integer tensor [B] of timesteps 0..T-1 on any device, or one Python integer.
@@ -147,14 +147,14 @@ class IntervalClusters:
         return t.to(device)
 
     def save(self, path: str | Path) -> None:
-        """Writes the clusters as JSON. A reader, or another process that saves the same, never finds half a file."""
+        """Write the clusters as JSON. A reader, or another process that saves the same, never finds half a file."""
         text = json.dumps({"format": FORMAT, "cost": self.cost, "bounds": self.bounds}) + "\n"
         with replacing(path) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> IntervalClusters:
-        """Reads what ``save`` has written.
+        """Read what ``save`` has written.
 
         Raises:
             ValueError: if the file holds something else, or is of another version of the format.
@@ -194,8 +194,8 @@ class IntervalClusters:
 # An op of its own, so that the range check (a data-dependent branch on a CPU) does not break a torch.compile graph.
 @torch.library.custom_op("dtr_kernels::checked_timesteps", mutates_args=())
 def _checked_timesteps(t: Tensor, num_timesteps: int) -> Tensor:
-    """The timesteps as int64, in memory of their own, as the op's output must be."""
-    _check_range(t, num_timesteps - 1, _covered(num_timesteps))
+    """Return the timesteps as int64, in memory of their own, as the op's output must be."""
+    check_range(t, num_timesteps - 1, _covered(num_timesteps))
     return t.to(torch.int64, copy=True)
 
 
@@ -212,7 +212,7 @@ def _covered(num_timesteps: int) -> str:
 
 
 def interval_clusters(num_timesteps: int, k: int, cost: str = "timestep", values: Any = None) -> IntervalClusters:
-    """Splits the timesteps 0..T-1 into the K intervals of the least total cost (ANT, section 4.1: interval clustering).
+    """Split the timesteps 0..T-1 into the K intervals of the least total cost (ANT, section 4.1: interval clustering).
 
     With c = (l + r + 1) // 2, the centre of an interval l..r, its cost is the sum over t = l..r of
 
@@ -321,12 +321,7 @@ def _check_cost(cost: object) -> None:
 
 
 def real_numbers(values: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
-    """Return the values in fp64, to be read only: they may be the caller's own memory.
-
-    Raises:
-        ValueError: if the shape differs, or a value is NaN or of a magnitude above 1e300.
-        TypeError: if they are not real numbers.
-    """
+    """Return the values in fp64, checked; to be read only: they may be the caller's own memory."""
     wanted = f"values must be {what}, finite real numbers of shape {list(shape)}"
     if isinstance(values, Tensor):
         values = values.detach().cpu()

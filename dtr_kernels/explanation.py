@@ -13,12 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtr_kernels.nn import RoutedDiTBlock, RoutedResBlock
-from dtr_kernels.nn.block import Stream, weights_of
-from dtr_kernels.nn.res_block import for_any_channels
-from dtr_kernels.ops.conv import why_dense
-from dtr_kernels.ops.dispatch import kernel_path, why_plain
-from dtr_kernels.ops.window_linear import gelu_gemm_path, gemm_path
-from dtr_kernels.reference.res_block import resampling
+from dtr_kernels.nn.block import Stream
+from dtr_kernels.ops.dispatch import Choice, choices
 from dtr_kernels.routing import ChannelWindow
 from dtr_kernels.swap.classes import block_input
 from dtr_kernels.swap.core import is_block, is_compiled
@@ -26,8 +22,6 @@ from dtr_kernels.swap.registry import family_of
 from dtr_kernels.swap.trial import swap_problem
 
 __all__ = ["BlockReport", "Explanation", "explain"]
-
-_KERNELS = {"triton": "Triton kernels", "cpu": "compiled CPU kernels"}
 
 
 @dataclass
@@ -125,6 +119,7 @@ def explain(model: nn.Module, batch: Tensor | Sequence[Any] | Mapping[str, Any])
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_kept([buffer for buffer in model.buffers() if not buffer.is_meta]))
+        watch.choices = stack.enter_context(choices())
         stack.enter_context(watch)
         model(*arguments, **keywords)
     return Explanation([watch.reports[name] for name in blocks])
@@ -161,12 +156,14 @@ def _is_ours(module: nn.Module) -> bool:
 
 
 class _Watch(TorchDispatchMode):
-    """Writes down which of our ops run in which block."""
+    """Writes down which of our ops run in which block, and the choices that were made there."""
 
     def __init__(self) -> None:
         super().__init__()
         self.reports: dict[str, BlockReport] = {}
-        self._running: list[BlockReport] = []
+        self.choices: list[Choice] = []
+        # With the number of choices made before each.
+        self._running: list[tuple[BlockReport, int]] = []
 
     @contextmanager
     def block(self, name: str, block: Any) -> Iterator[None]:
@@ -176,11 +173,13 @@ class _Watch(TorchDispatchMode):
         )
 
         def enter(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            self._running.append(report)
+            self._running.append((report, len(self.choices)))
             _describe(report, block, arguments, keywords)
 
         def leave(*_: Any) -> None:
-            self._running.pop()
+            made = self.choices[self._running.pop()[1] :]
+            if report.why_plain is None and made:
+                _explain(report, made[0])
             if not report.ops and report.why_plain is None:
                 report.why_plain = "its forward was replaced, and called no fused op"
 
@@ -199,7 +198,10 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if function.namespace == "dtr_kernels" and self._running:
             op = function._schema.name.split("::")[1]
-            self._running[-1].ops[op] = _path(op, args)
+            before, (report, _) = len(self.choices), self._running[-1]
+            output = function(*args, **(kwargs or {}))
+            report.ops[op] = _in_the_op(self.choices, before)
+            return output
         return function(*args, **(kwargs or {}))
 
 
@@ -216,9 +218,7 @@ def _describe(report: BlockReport, block: Any, arguments: tuple[Any, ...], keywo
     report.input = f"{list(x.shape)} in {str(x.dtype).removeprefix('torch.')} on {x.device}"
     report.routing = _in_words(window) if _is_ours(block) or is_block(block) else "as the model has it"
     report.ops = {}
-    report.why_plain = _why_plain(block, x, window)
-    if report.why_plain is None and hasattr(block, "in_layers"):  # what it skips it skips by PyTorch's convolution
-        report.ops["routed_conv"] = "PyTorch's convolution of the groups that the window touches"
+    report.why_plain = _known_before(block, x, window)
 
 
 def _in_words(window: ChannelWindow | Tensor | None) -> str:
@@ -231,8 +231,8 @@ def _in_words(window: ChannelWindow | Tensor | None) -> str:
     return f"{window.width} of {window.channels} channels, a window per sample"
 
 
-def _why_plain(block: Any, x: Tensor, window: ChannelWindow | Tensor | None) -> str | None:
-    """Why plain PyTorch is about to compute a block; None if fused ops are."""
+def _known_before(block: Any, x: Tensor, window: ChannelWindow | Tensor | None) -> str | None:
+    """Why plain PyTorch is about to compute a block, where nothing is left to choose."""
     if not _is_ours(block) and not is_block(block):
         family = family_of(block)
         assert family is not None
@@ -240,20 +240,24 @@ def _why_plain(block: Any, x: Tensor, window: ChannelWindow | Tensor | None) -> 
         return f"it is not swapped: {problem}" if problem else "it is not swapped; call dtr_kernels.swap_blocks(model)"
     if isinstance(window, Tensor):
         return "masks that are no windows (RandomRouting) skip nothing"
-    if hasattr(block, "in_layers"):  # a residual block of a U-Net
-        norm, _, conv = block.in_layers
-        why = why_dense(x, norm.num_groups, conv.weight, window, for_any_channels(resampling(block, "h_upd")))
-        return why and f"its first convolution is dense: {why}"
-    layers = block if _is_ours(block) else block._dtr.family.layers(block)
-    return why_plain(x, *weights_of(layers))
+    return None
 
 
-def _path(op: str, args: tuple[Any, ...]) -> str:
-    x = args[0]
-    path = _KERNELS.get(kernel_path(x), "plain PyTorch")
-    if op == "routed_linear":
-        return f"{path}; {gemm_path(x, args[7], args[8], args[5])}"
-    if op == "routed_mlp":
-        start, width, keep_branch = args[9:12]
-        return f"{path}; {gelu_gemm_path(x, None if keep_branch else start, width, args[5])}"
-    return path
+def _explain(report: BlockReport, choice: Choice) -> None:
+    """Fills in the first choice that was made in a block, which is for all of it."""
+    if choice.path == "plain":
+        report.why_plain = choice.why
+    elif choice.path == "dense":
+        report.why_plain = f"its first convolution is dense: {choice.why}"
+    elif choice.path == "touched":
+        report.ops["routed_conv"] = choice.why
+
+
+def _in_the_op(choices: Sequence[Choice], before: int) -> str:
+    """The kernels that were chosen for an op, and what was chosen inside of it, from number ``before`` on."""
+    kernels = next(choice.why for choice in reversed(choices) if choice.path in ("triton", "cpu"))
+    inside = choices[before:]
+    # A GEMM with an epilogue is another than the one that was chosen without.
+    if inside and inside[-1].path == "epilogue":
+        inside = inside[-1:]
+    return "; ".join([kernels, *(choice.why for choice in inside)])

@@ -11,12 +11,12 @@ import torch
 import triton
 
 import dtr_kernels
+from dtr_kernels import ops
 from dtr_kernels.ops import extension, triton_version
-from dtr_kernels.ops.dispatch import LEAST_ELEMENTS_ON_CPU, kernel_path, why_plain
-from dtr_kernels.ops.gradient_lists import why_plain as surgery_why_plain
-from dtr_kernels.ops.tiles import Configuration, configuration, tuned_for
-from dtr_kernels.ops.tiles import crossover as default_crossover
-from dtr_kernels.ops.tuned_tiles import KINDS, Crossover, Tuned, user_file
+from dtr_kernels.ops.dispatch import LEAST_ELEMENTS_ON_CPU, capability_of, kernels_for
+from dtr_kernels.ops.gradient_lists import CLUSTERS, choose_surgery
+from dtr_kernels.ops.tiles import KINDS, Configuration, Tuned, configuration, crossovers, tuned_for
+from dtr_kernels.ops.tuned_tiles import user_file
 
 __all__ = ["collect", "show"]
 
@@ -44,10 +44,12 @@ def collect() -> dict[str, Any]:
         "extension": extension.unavailable or extension.kernels.build_config(),
         "ops": {
             op: {
-                str(device): {str(dtype).removeprefix("torch."): path(device, dtype) for dtype in _DTYPES}
+                str(device): {
+                    str(dtype).removeprefix("torch."): _PATHS.get(op, _fused_path)(device, dtype) for dtype in _DTYPES
+                }
                 for device in devices
             }
-            for op, path in _PATHS.items()
+            for op in _OPS
         },
     }
 
@@ -72,18 +74,13 @@ def _tiles(index: int) -> str:
 
 
 def _configuration(index: int) -> Configuration:
-    return configuration(torch.cuda.get_device_name(index), _capability(index))
-
-
-def _capability(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
+    return configuration(torch.cuda.get_device_name(index), capability_of(index))
 
 
 def _crossovers(index: int) -> list[str]:
     """From how many tokens of a batch on our GEMMs run instead of cuBLAS on a GPU, and where that is from."""
     alike: dict[tuple[str, str], list[str]] = {}
-    for op in (op for op, kind in KINDS.items() if kind is Crossover):
+    for op in crossovers():
         dtypes: dict[str, list[str]] = {}
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             dtypes.setdefault(_crossover(index, op, dtype), []).append(str(dtype).removeprefix("torch."))
@@ -98,7 +95,8 @@ def _crossover(index: int, op: str, dtype: torch.dtype) -> str:
     for channels in _WIDTHS:
         tuned = tuned_for(gpu, op, dtype, _TOKENS, channels)
         source = "default" if tuned is None else "user's file" if tuned in gpu.user else "packaged file"
-        crossover = default_crossover(op, dtype, _capability(index)) if tuned is None else tuned.tile
+        default = KINDS[op].default(dtype, _TOKENS, channels, capability_of(index))
+        crossover = default if tuned is None else tuned.tile
         widths.setdefault(f"{crossover} ({source})", []).append(str(channels))
     if len(widths) == 1:
         return next(iter(widths))
@@ -127,23 +125,21 @@ def _joined(words: Iterable[str]) -> str:
 
 
 def _fused_path(device: torch.device, dtype: torch.dtype) -> str:
-    path = kernel_path(torch.empty(0, device=device, dtype=dtype))
-    if path == "triton":
-        return "Triton kernels"
+    path, why = kernels_for(device, dtype)
     if path == "cpu":
-        return f"compiled CPU kernels; below {LEAST_ELEMENTS_ON_CPU:,} elements of x plain PyTorch, which is faster"
-    return f"plain PyTorch (the reference): {why_plain(torch.empty(0, device=device, dtype=dtype))}"
+        return f"{why}; below {LEAST_ELEMENTS_ON_CPU:,} elements of x plain PyTorch, which is faster"
+    return f"plain PyTorch (the reference): {why}" if path == "plain" else why
 
 
 def _linear_path(device: torch.device, dtype: torch.dtype) -> str:
-    path = _fused_path(device, dtype)
-    if path.startswith("Triton"):
-        return f"{path}; of GEMMs those that the crossovers choose, else cuBLAS"
-    if not path.startswith("compiled"):
-        return path
+    path, fused = kernels_for(device, dtype).path, _fused_path(device, dtype)
+    if path == "triton":
+        return f"{fused}; of GEMMs those that the crossovers choose, else cuBLAS"
+    if path == "plain":
+        return fused
     if dtype.itemsize < 4:
-        return f"{path}; dense GEMMs, since a CPU repacks slices of a 16-bit weight at every call"
-    return f"{path}; GEMMs on slices of the weight where windows are narrow or samples long enough, else dense"
+        return f"{fused}; dense GEMMs, since a CPU repacks slices of a 16-bit weight at every call"
+    return f"{fused}; GEMMs on slices of the weight where windows are narrow or samples long enough, else dense"
 
 
 def _conv_path(device: torch.device, dtype: torch.dtype) -> str:
@@ -154,23 +150,24 @@ def _conv_path(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _surgery_path(device: torch.device, dtype: torch.dtype) -> str:
-    why = surgery_why_plain(device, dtype)
-    return f"PyTorch ops: {why}" if why else "CUDA kernels" if device.type == "cuda" else "compiled CPU kernels"
+    path, why = choose_surgery(device, dtype)
+    return f"PyTorch ops: {why}" if path == "plain" else why
 
 
+# What runs other ops follows from their kernels.
 _PATHS: dict[str, Callable[[torch.device, torch.dtype], str]] = {
     "routed_linear": _linear_path,
     "routed_mlp": _linear_path,
-    "gated_residual": _fused_path,
     "routed_conv": _conv_path,
-    **dict.fromkeys(("gram", "combine_", "weighted_sum", "pcgrad_", "pcgrad_sum"), _surgery_path),
+    **{kernel.name: _surgery_path for kernel in ops.KERNELS if kernel.sizes is CLUSTERS},
 }
+_OPS = [name for name in ops.__all__ if name not in ("pcgrad_coefficients", "random_order")]
 
 
 def show() -> None:
     """Prints ``collect()`` for people."""
     facts = collect()
-    ops, built, tiles, crossovers = (facts.pop(name) for name in ("ops", "extension", "tiles", "crossovers"))
+    computed, built, tiles, crossovers = (facts.pop(name) for name in ("ops", "extension", "tiles", "crossovers"))
     for name, value in facts.items():
         print(f"{name:12} {', '.join(value) or 'none' if isinstance(value, list) else value}")
     for index, source in enumerate(tiles):
@@ -188,7 +185,7 @@ def show() -> None:
         print(f"{'':12} {cuda if built['cuda'] else 'no CUDA kernels: ' + built['no_cuda_reason']}")
         print(f"{'':12} {extension.kernels.__file__}")
     alike: dict[str, list[str]] = {}
-    for op, by_device in ops.items():
+    for op, by_device in computed.items():
         alike.setdefault(json.dumps(by_device), []).append(op)
     for table, names in alike.items():
         print(f"\nWhat computes {_joined(names)}:")

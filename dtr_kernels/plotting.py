@@ -26,7 +26,7 @@ __all__ = ["plot_affinity", "plot_clusters", "plot_routing"]
 def plot_routing(
     routing: DenoisingTaskRouting | RandomRouting, channels: int, path: str | Path | None = None
 ) -> Figure:
-    """Draws the active channels (vertical) of every timestep (horizontal).
+    """Draw the active channels (vertical) of every timestep (horizontal).
 
     Args:
         routing: whose masks to draw.
@@ -63,7 +63,7 @@ def plot_routing(
 def plot_affinity(
     affinity: TaskAffinity, path: str | Path | None = None, clusters: IntervalClusters | None = None
 ) -> Figure:
-    """Draws the cosines of the gradients at every two timesteps, along axes of timesteps.
+    """Draw the cosines of the gradients at every two timesteps, along axes of timesteps.
 
     Args:
         affinity: what to draw. Each timestep's cell reaches halfway to its neighbours.
@@ -102,7 +102,7 @@ def plot_affinity(
 
 
 def _cell_edges(timesteps: Tensor, clusters: IntervalClusters | None) -> Tensor:
-    """The n + 1 edges of cells around ascending timesteps [n]: halfway between two, the last ones as far beyond.
+    """Return the n + 1 edges of cells around ascending timesteps [n]: halfway between two, the last ones as far beyond.
 
     With clusters the outer cells reach to the first and the last of their timesteps, as in ``TaskAffinity.resized``.
     """
@@ -122,7 +122,7 @@ _MOST_LABELS = 64
 
 
 def plot_clusters(clusters: IntervalClusters, path: str | Path | None = None, values: Any = None) -> Figure:
-    """Draws the intervals over the timesteps, with the curve or the matrix that they were made from.
+    """Draw the intervals over the timesteps, with the curve or the matrix that they were made from.
 
     Every cluster has a box above with its number, its first and last timestep and how many it holds, and a wedge that
     leads from the box to where it is; so one of a single timestep can be read too. More than 64 have no labels.
@@ -169,7 +169,7 @@ def plot_clusters(clusters: IntervalClusters, path: str | Path | None = None, va
 
 
 class _Labels(NamedTuple):
-    """What stands beside the boxes and in each; degrees that it is turned by; how high the boxes must be, in inches."""
+    """The texts beside the boxes and in each; degrees that it is turned by; how high the boxes must be, in inches."""
 
     caption: str
     texts: list[str]
@@ -191,7 +191,7 @@ def _labels(clusters: IntervalClusters, box_width: float) -> _Labels:
 
 
 def _fit(figure: Figure, width: float, height: float, right: float) -> None:
-    """Gives the figure the size at which its axes, one on the other, have this width and height in inches."""
+    """Give the figure the size at which its axes, one on the other, have this width and height in inches."""
     left, below, above = 0.75, 0.55, 0.35
     W, H = left + width + right, below + height + above
     figure.set_size_inches(W, H)
@@ -199,7 +199,7 @@ def _fit(figure: Figure, width: float, height: float, right: float) -> None:
 
 
 def _draw_affinity(axes: Axes, clusters: IntervalClusters, affinity: np.ndarray) -> None:
-    """The heat map, white where tasks neither help nor hinder each other, and a square for each cluster."""
+    """Return the heat map, white where tasks neither help nor hinder each other, and a square for each cluster."""
     from matplotlib.patches import Rectangle
 
     largest = max(1.0, np.abs(affinity).max())

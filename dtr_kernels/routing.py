@@ -48,7 +48,7 @@ class ChannelWindow:
             raise ValueError(f"width must be between 1 and channels ({self.channels}), got {self.width}")
 
     def mask(self) -> Tensor:
-        """The window as a bool mask [B, C], True where active (for the plain PyTorch path)."""
+        """Return the window as a bool mask [B, C], True where active (for the plain PyTorch path)."""
         channel = torch.arange(self.channels, device=self.start.device)
         offset = channel - self.start[:, None]
         return (offset >= 0) & (offset < self.width)
@@ -128,7 +128,7 @@ def _check_ratio(beta: float) -> float:
     return beta
 
 
-def _active_channels(beta: float, channels: int) -> int:
+def window_width(beta: float, channels: int) -> int:
     width = int(beta * channels)
     if width < 1:
         raise ValueError(
@@ -138,7 +138,7 @@ def _active_channels(beta: float, channels: int) -> int:
     return width
 
 
-def _check_range(t: Tensor, last: float, hint: str, name: str = "t") -> None:
+def check_range(t: Tensor, last: float, hint: str, name: str = "t") -> None:
     """Refuse t outside [0, last] without a host synchronisation: on a GPU by a device-side assertion.
 
     A floating-point t may be a few rounding units outside, of fp32 where it is a Python number made of one.
@@ -161,7 +161,7 @@ def _check_range(t: Tensor, last: float, hint: str, name: str = "t") -> None:
 def _window_starts(t: Tensor, num_timesteps: int, alpha: float, travel: int, float_timesteps: bool = False) -> Tensor:
     """Return start[b] = round(u[b]**alpha * travel), half to even, in fp64 as the reference code computes it."""
     if t.is_floating_point() and not float_timesteps:
-        _check_range(
+        check_range(
             t,
             1,
             "a floating-point t is continuous time in [0, 1], and timestep numbers need an integer dtype or a routing "
@@ -170,7 +170,7 @@ def _window_starts(t: Tensor, num_timesteps: int, alpha: float, travel: int, flo
         time = t.double()
     else:
         last = num_timesteps - 1
-        _check_range(t, last, f"the routing was made for num_timesteps={num_timesteps}")
+        check_range(t, last, f"the routing was made for num_timesteps={num_timesteps}")
         time = t.double()
         # As numpy.linspace(0, 1, T) has it: t / (T - 1) differs in the last bit, and so where halves are rounded.
         time = torch.where(time == max(last, 1), 1.0, time * (1 / max(last, 1)))
@@ -222,7 +222,7 @@ class DenoisingTaskRouting:
         _set(self, beta=_check_ratio(self.beta))
 
     def window(self, t: Tensor | int | float, channels: int) -> ChannelWindow:
-        """The window of every sample of a batch, computed on t's device without a host synchronisation.
+        """Return the window of every sample of a batch, computed on t's device without a host synchronisation.
 
         Args:
             t: integer tensor [B] of timesteps 0..T-1, or floating-point tensor [B] of continuous times in [0, 1]
@@ -241,7 +241,7 @@ class DenoisingTaskRouting:
                 another shape or dtype, or if beta leaves no channel active.
         """
         channels = check_count("channels", channels)
-        width = _active_channels(self.beta, channels)
+        width = window_width(self.beta, channels)
         check_timesteps(t)
         settings = self.num_timesteps, self.alpha, channels - width, self.float_timesteps
         if isinstance(t, Tensor):
@@ -301,13 +301,13 @@ class RandomRouting:
                 f"t must hold integer timesteps for random routing, got {t.dtype}; round it, as in t.round().long()"
             )
         channels = check_count("channels", channels)
-        _active_channels(self.beta, channels)
+        window_width(self.beta, channels)
         return torch.ops.dtr_kernels.random_masks(t, self.num_timesteps, self.beta, self.seed, channels)
 
 
 @torch.library.custom_op("dtr_kernels::random_masks", mutates_args=())
 def _random_masks(t: Tensor, num_timesteps: int, beta: float, seed: int, channels: int) -> Tensor:
-    _check_range(t, num_timesteps - 1, f"the routing was made for num_timesteps={num_timesteps}")
+    check_range(t, num_timesteps - 1, f"the routing was made for num_timesteps={num_timesteps}")
     return _random_table(num_timesteps, beta, seed, channels, t.device)[t.long()]
 
 
@@ -320,4 +320,4 @@ def _(t: Tensor, num_timesteps: int, beta: float, seed: int, channels: int) -> T
 def _random_table(num_timesteps: int, beta: float, seed: int, channels: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     rank = torch.rand(num_timesteps, channels, generator=generator).argsort(dim=1)
-    return (rank < _active_channels(beta, channels)).to(device)
+    return (rank < window_width(beta, channels)).to(device)

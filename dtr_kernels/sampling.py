@@ -97,7 +97,7 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor | int | float) -> Tensor:
-        """The model's prediction.
+        """Return the model's prediction.
 
         Args:
             x: [B, channels, H, W], the samples at timestep t.
@@ -137,7 +137,7 @@ class Sampler:
             return self._replay(x, number) if self.cuda_graphs else self._step(x, number)
 
     def forget(self) -> None:
-        """Drops remembered modulations and graphs."""
+        """Drop remembered modulations and graphs."""
         self._modulations = _Modulations(*_distinct(self._conditioning, self._batch))
         self._graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._input: Tensor | None = None
@@ -190,16 +190,16 @@ class Sampler:
 
 
 class _Modulations:
-    """What modules that see timestep and conditioning alone have returned.
+    """Results of modules that see timestep and conditioning alone.
 
     Args:
         first: of each different conditioning, one sample that has it. None: every sample has its own.
-        rows: which of these each sample has.
+        like: which of these each sample has.
     """
 
-    def __init__(self, first: Tensor | None, rows: Tensor | None) -> None:
+    def __init__(self, first: Tensor | None, like: Tensor | None) -> None:
         self._first = first
-        self._rows = rows
+        self._like = like
         self._known: dict[tuple[Any, ...], Tensor] = {}
         self._calls: dict[int, int] = {}
         self._thread: int | None = None  # that samples
@@ -208,7 +208,7 @@ class _Modulations:
 
     @contextmanager
     def remembered(self, modules: list[Any], when: tuple[Any, ...]) -> Iterator[None]:
-        """Lets modules return what they returned at the same timestep before, in this thread."""
+        """Let modules return what they returned at the same timestep before, in this thread."""
         patched = [vars(module).get("forward") for module in modules]
         self._calls.clear()
         self._thread = threading.get_ident()
@@ -246,11 +246,11 @@ class _Modulations:
         return remembered
 
     def _of_all(self, known: Tensor) -> Tensor:
-        return known if self._rows is None else known[self._rows]
+        return known if self._like is None else known[self._like]
 
     @staticmethod
     def _check(out: Tensor, remembered: Tensor) -> None:
-        """Refuses modulations that depend on more. On a GPU the host waits, so this is not done at every step."""
+        """Refuse modulations that depend on more. On a GPU the host waits, so this is not done at every step."""
         if out.numel() and (out - remembered).abs().max() > torch.finfo(out.dtype).eps ** 0.5 * out.abs().max():
             raise RuntimeError(
                 "a block's modulation differs between samples, or steps, of one timestep and one conditioning, so it "
@@ -259,7 +259,7 @@ class _Modulations:
 
 
 def _when(x: Tensor, t: int | float) -> tuple[Any, ...]:
-    """What a modulation depends on that may change from step to step."""
+    """Return everything that a modulation depends on and that may change from step to step."""
     device = x.device.type
     return t, x.dtype, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
@@ -269,7 +269,7 @@ def _make(settings: tuple[Any, ...], conditioning: dict[str, Any]) -> Sampler:
 
 
 def _at_one_timestep(model: nn.Module) -> Callable[[Tensor, int | float, Mapping[str, Any]], Any]:
-    """How to call the model for a timestep that the host knows."""
+    """Return a function that calls the model for a timestep that the host knows."""
     if any(is_compiled(module) for module in model.modules()):
         raise ValueError("the model is compiled; give Sampler the model itself, and use cuda_graphs=True on a GPU")
     if isinstance(model, DiT):
@@ -278,7 +278,7 @@ def _at_one_timestep(model: nn.Module) -> Callable[[Tensor, int | float, Mapping
 
 
 def _conditioned(model: nn.Module) -> list[Any]:
-    """The modules whose result depends on timestep and conditioning alone."""
+    """Return the modules whose result depends on timestep and conditioning alone."""
     own: list[Any] = [module for module in model.modules() if isinstance(module, RoutedDiTBlock | FinalLayer)]
     swapped: list[Any] = [module for module in model.modules() if is_block(module)]
     parts = [module.adaLN_modulation for module in own]
@@ -307,7 +307,7 @@ def _number(t: Any) -> int | float:
 
 
 def _samples(conditioning: Mapping[str, Any]) -> int | None:
-    """How many samples the conditioning has; None where no tensor says so."""
+    """Return the number of samples that the conditioning has; None where no tensor says so."""
     sizes = {
         name: len(value) if value.dim() else 0 for name, value in conditioning.items() if isinstance(value, Tensor)
     }
@@ -328,10 +328,10 @@ def _distinct(conditioning: Mapping[str, Any], samples: int | None) -> tuple[Ten
     if not tensors or any(tensor.is_complex() for tensor in tensors):
         return None, None
     device = tensors[0].device
-    like = [torch.unique(tensor, dim=0, return_inverse=True)[1].to(device) for tensor in tensors]
-    different, rows = torch.unique(torch.stack(like), dim=1, return_inverse=True)
+    each = [torch.unique(tensor, dim=0, return_inverse=True)[1].to(device) for tensor in tensors]
+    different, like = torch.unique(torch.stack(each), dim=1, return_inverse=True)
     if different.shape[1] == samples:
         return None, None
     index = torch.arange(samples, device=device)
-    first = torch.full((different.shape[1],), samples, device=device).scatter_reduce(0, rows, index, "amin")
-    return first, rows
+    first = torch.full((different.shape[1],), samples, device=device).scatter_reduce(0, like, index, "amin")
+    return first, like

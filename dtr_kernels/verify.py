@@ -1,33 +1,41 @@
-"""Do the kernels agree with the oracle on this machine?  ``python -m dtr_kernels verify``
+"""Compare the kernels with plain PyTorch on this machine: ``python -m dtr_kernels verify``.
 
 The bound is threefold: with everything also computed in fp64, the error of a kernel may be at most twice the error
 that plain PyTorch makes in the same dtype, plus a few rounding units of the largest value. That holds for the output
-and for every gradient, with a window, timestep and modulation of its own for every sample. The ops of gradient surgery
-are held to the same bound, on gradients that conflict.
+and for every gradient, with a window, timestep and modulation of its own for every sample.
+
+By default whole blocks and gradient surgery are compared; with ``--kernels`` instead every declared kernel in each of
+its modes and on odd sizes, with NaN in uninitialised memory. That is made to run under compute-sanitizer too.
 """
 
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import get_args
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dtr_kernels import nn, ops, reference
-from dtr_kernels.ops.dispatch import kernel_path
-from dtr_kernels.ops.tiles import NEVER, Crossover, CrossoverOp, forced
+from dtr_kernels.ops.declaration import PRECISIONS, Draw, Kernel, Mode, Precision, mode_name, results, widened
+from dtr_kernels.ops.dispatch import kernels_for
+from dtr_kernels.ops.gradient_lists import CLUSTERS
+from dtr_kernels.ops.tiles import NEVER, Crossover, crossovers, forced
 from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting
 
-__all__ = ["Comparison", "check_block", "check_surgery", "compare", "run"]
+__all__ = ["Call", "Comparison", "calls", "check", "check_block", "compare", "run"]
+
+# The two sides of a crossover.
+OURS, LIBRARY = Crossover(1), Crossover(NEVER)
 
 Function = Callable[..., tuple[Tensor, ...]]
 
 # The constant of the bound, in rounding units of the largest value: plain PyTorch may happen to be exact.
-_SLACK = {torch.float32: 8, torch.bfloat16: 2, torch.float16: 2}
+_SLACK = {torch.float64: 1024, torch.float32: 8, torch.bfloat16: 2, torch.float16: 2}
 
 
 @dataclass(frozen=True)
@@ -42,27 +50,27 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the bound; NaN is not."""
+        """True if the error is within the bound; NaN is not."""
         return self.error <= self.bound
 
 
 def compare(
     fused: Function,
-    oracle: Function,
+    plain: Function,
     inputs: dict[str, Tensor],
     dtype: torch.dtype,
     precision: AbstractContextManager[object] | None = None,
     conditioning: float = 1,
     outputs: Sequence[str] | None = None,
 ) -> list[Comparison]:
-    """Compares a fused function with its oracle: outputs, and gradients of a random projection of the outputs.
+    """Compare a fused function with its reference: outputs, and gradients of a random projection of the outputs.
 
     Args:
-        fused, oracle: called with ``inputs`` as keyword arguments, return a tuple of tensors.
+        fused, plain: the kernels and the reference, called with ``inputs`` as keyword arguments; return tensors.
         inputs: tensors in the precision they are used in; a gradient is taken of each that requires one. A view
             of a wider tensor keeps its strides.
         dtype: whose rounding unit the bound allows.
-        precision: a context such as ``torch.autocast`` that fused and oracle run in; the fp64 run does not.
+        precision: a context such as ``torch.autocast`` that both run in; the fp64 run does not.
         conditioning: multiplies the constant of the bound, for inputs whose gradients nearly cancel.
         outputs: names for the outputs; default: "out0", "out1", ...
 
@@ -72,10 +80,10 @@ def compare(
     context = precision or nullcontext()
     with context:
         got = fused(**inputs)
-        plain = oracle(**inputs)
+        expected = plain(**inputs)
     wide = {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in inputs.items()}
-    exact = oracle(**wide)
-    projections = [torch.randn_like(out) for out in plain]
+    exact = plain(**wide)
+    projections = [torch.randn_like(out) for out in expected]
     names = [name for name, t in inputs.items() if t.requires_grad]
 
     def with_gradients(results: tuple[Tensor, ...], source: dict[str, Tensor]) -> list[Tensor]:
@@ -86,10 +94,9 @@ def compare(
 
     labels = [*(outputs or (f"out{i}" for i in range(len(got)))), *(f"d{name}" for name in names)]
     runs = zip(
-        labels, with_gradients(got, inputs), with_gradients(plain, inputs), with_gradients(exact, wide), strict=True
+        labels, with_gradients(got, inputs), with_gradients(expected, inputs), with_gradients(exact, wide), strict=True
     )
-    unit = conditioning * _SLACK[dtype] * torch.finfo(dtype).eps
-    return [_comparison(*row, unit) for row in runs]
+    return [_comparison(*row, conditioning * _unit(dtype)) for row in runs]
 
 
 def _comparison(name: str, got: Tensor, plain: Tensor, exact: Tensor, unit: float) -> Comparison:
@@ -115,7 +122,7 @@ def check_block(
     tokens: int,
     autocast: torch.dtype | None = None,
 ) -> list[Comparison]:
-    """Compares a block's output and all of its gradients with the oracle, on random x and c in the block's dtype."""
+    """Compare a block's output and all of its gradients with the reference, on random x and c in the block's dtype."""
     weight = block.attn.qkv.weight
     x = torch.randn(samples, tokens, weight.shape[1], device=weight.device, dtype=weight.dtype, requires_grad=True)
     c = torch.randn(samples, weight.shape[1], device=weight.device, dtype=weight.dtype, requires_grad=True)
@@ -124,16 +131,16 @@ def check_block(
     def fused(x: Tensor, c: Tensor, **parameters: Tensor) -> tuple[Tensor, ...]:
         return (torch.func.functional_call(block, _dotted(parameters), (x, c, window)),)
 
-    def oracle(x: Tensor, c: Tensor, **parameters: Tensor) -> tuple[Tensor, ...]:
-        return (torch.func.functional_call(_OracleBlock(block), _inner(parameters), (x, c, mask)),)
+    def plain(x: Tensor, c: Tensor, **parameters: Tensor) -> tuple[Tensor, ...]:
+        return (torch.func.functional_call(_ReferenceBlock(block), _inner(parameters), (x, c, mask)),)
 
     inputs = {"x": x, "c": c} | {name.replace(".", "__"): p for name, p in block.named_parameters()}
     precision = None if autocast is None else torch.autocast(weight.device.type, dtype=autocast)
-    return compare(fused, oracle, inputs, autocast or weight.dtype, precision)
+    return compare(fused, plain, inputs, autocast or weight.dtype, precision)
 
 
-class _OracleBlock(torch.nn.Module):
-    """The oracle's block as a module, so that its parameters can be replaced by fp64 ones."""
+class _ReferenceBlock(torch.nn.Module):
+    """The reference of a block as a module, so that its parameters can be replaced by fp64 ones."""
 
     def __init__(self, block: nn.RoutedDiTBlock) -> None:
         super().__init__()
@@ -151,55 +158,94 @@ def _inner(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"block.{name}": p for name, p in _dotted(parameters).items()}
 
 
-def check_surgery(clusters: int, sizes: Sequence[int], device: torch.device, dtype: torch.dtype) -> list[Comparison]:
-    """Compares the Gram matrix and PCGrad of random gradients with the oracle, as one buffer and as lists of tensors.
+# --- declared kernels -------------------------------------------------------------------------------------------------
 
-    Args:
-        clusters: K.
-        sizes: elements of each parameter, P in all.
 
-    Returns:
-        Comparisons of the Gram matrix, of PCGrad's update, and of the gradients that it projects in place.
-    """
-    # Near three directions, so that many of them conflict strongly, and of norm about 1, as fp16 needs it.
-    near = torch.randn(clusters, 3) @ torch.randn(3, sum(sizes)) + 0.3 * torch.randn(clusters, sum(sizes))
-    inputs = {"grads": (near / (3 * sum(sizes)) ** 0.5).to(device, dtype)}
-    order = ops.random_order(clusters)
+class Call(NamedTuple):
+    """One way to call a declared kernel; ``way`` is the side of its crossover, None where it has none."""
 
-    def split(grads: Tensor) -> list[list[Tensor]]:
-        return [list(row.split(list(sizes))) for row in grads]
+    kernel: Kernel
+    mode: Mode
+    sizes: Any
+    way: Crossover | None = None
 
-    def fused_gram(grads: Tensor) -> tuple[Tensor, ...]:
-        return ops.gram(grads), ops.gram(split(grads))
+    def __str__(self) -> str:
+        way = {None: "", OURS: "our GEMM", LIBRARY: "cuBLAS"}[self.way]
+        return " ".join(filter(None, (self.kernel.name, mode_name(self.mode), str(self.sizes), way)))
 
-    def gram(grads: Tensor) -> tuple[Tensor, ...]:
-        # The products of 16-bit numbers too are added in fp32 at least.
-        return (reference.gram(grads.to(torch.promote_types(grads.dtype, torch.float32))),) * 2
+    @contextmanager
+    def forced(self) -> Iterator[None]:
+        """Inside, kernels run on this side of the crossover."""
+        with nullcontext() if self.way is None else forced(self.kernel.crossover or "", self.way):
+            yield
 
-    def fused_pcgrad(grads: Tensor) -> tuple[Tensor, ...]:
-        buffer, lists = grads.clone(), grads.clone()
-        ops.pcgrad_(buffer, order)
-        ops.pcgrad_(split(lists), order)
-        return ops.pcgrad_sum(grads, order), torch.cat(ops.pcgrad_sum(split(grads), order)), buffer, lists
 
-    def pcgrad(grads: Tensor) -> tuple[Tensor, ...]:
-        projected = reference.pcgrad(grads, order)
-        return (projected.sum(0),) * 2 + (projected,) * 2
+def calls(device: torch.device, kernels: Sequence[Kernel] | None = None) -> Iterator[Call]:
+    """Yield all modes and sizes of the declared kernels, or of those given; on a GPU on both sides of crossovers."""
+    on_gpu = kernels_for(device, torch.float32).path == "triton"
+    for kernel in ops.KERNELS if kernels is None else kernels:
+        if kernel.triton_only and not on_gpu:
+            continue
+        ways = (OURS, LIBRARY) if on_gpu and kernel.crossover else (None,)
+        for mode, sizes, way in itertools.product(kernel.modes, kernel.sizes, ways):
+            yield Call(kernel, mode, sizes, way)
 
-    names = ["update", "update of lists", "projected", "projected lists"]
+
+def check(call: Call, precision: Precision, device: torch.device) -> list[Comparison]:
+    """Compare what a kernel computes from random arguments with plain PyTorch in the same precision and in fp64."""
+    arguments = call.kernel.inputs(Draw(call.sizes, precision, device), **call.mode)
+    exact, plain = (results(call.kernel.exact(**given)) for given in (widened(arguments), arguments))
+    with call.forced():
+        found = call.kernel.run(arguments)
+    # What is fp64 of lesser operands was computed in fp32 at least.
+    fp32, operand = _unit(torch.float32), _unit(precision.operand)
     return [
-        *compare(fused_gram, gram, inputs, torch.float32, outputs=["gram", "gram of lists"]),
-        # Sums of K terms, which are larger than the sums.
-        *compare(fused_pcgrad, pcgrad, inputs, dtype, conditioning=1 + clusters / 16, outputs=names),
+        _comparison(f"out{i}", *tensors, fp32 if tensors[0].dtype == torch.float64 and operand >= fp32 else operand)
+        for i, tensors in enumerate(zip(found, plain, exact, strict=True))
     ]
+
+
+def _unit(dtype: torch.dtype) -> float:
+    return _SLACK[dtype] * torch.finfo(dtype).eps
+
+
+def _kernel_cases(device: torch.device) -> Iterable[tuple[str, list[Comparison]]]:
+    for call in calls(device):
+        for name, precision in call.kernel.precisions.items():
+            yield f"{name:13}  {call}", check(call, precision, device)
+
+
+@contextmanager
+def nan_in_uninitialised_memory() -> Iterator[None]:
+    """Inside, what a kernel leaves unwritten is NaN."""
+    settings: Any = torch.utils.deterministic
+    enabled = torch.are_deterministic_algorithms_enabled()
+    before = settings.fill_uninitialized_memory, torch.is_deterministic_algorithms_warn_only_enabled()
+    settings.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # some operations vary in their last bits, which is allowed
+            yield
+    finally:
+        settings.fill_uninitialized_memory = before[0]
+        torch.use_deterministic_algorithms(enabled, warn_only=before[1])
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
 
 
 def _cases(device: torch.device) -> Iterable[tuple[str, list[Comparison]]]:
     yield from _block_cases(device)
-    for precision, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.items():
-        for clusters in (5, 8, 64):
-            name = f"{precision:13}  gradient surgery, {clusters} clusters"
-            yield name, check_surgery(clusters, (700, 1, 0, 303, 129), device, dtype)
+    of_surgery = [kernel for kernel in ops.KERNELS if kernel.sizes is CLUSTERS]
+    for (name, precision), clusters in itertools.product(PRECISIONS.items(), (5, 8, 64)):
+        found = [
+            replace(comparison, name=f"{call.kernel.name} {comparison.name}")
+            for call in calls(device, of_surgery)
+            if clusters == call.sizes.K
+            for comparison in check(call, precision, device)
+        ]
+        yield f"{name:13}  gradient surgery, {clusters} clusters", found
 
 
 def _block_cases(device: torch.device) -> Iterable[tuple[str, list[Comparison]]]:
@@ -231,34 +277,39 @@ def _block_cases(device: torch.device) -> Iterable[tuple[str, list[Comparison]]]
 
 def _products(device: torch.device) -> list[str]:
     """On a GPU a block this small would run cuBLAS alone, where a large one runs our GEMMs: both are checked."""
-    return ["our GEMMs", "cuBLAS"] if kernel_path(torch.empty(0, device=device)) == "triton" else [""]
+    return ["our GEMMs", "cuBLAS"] if kernels_for(device, torch.float32).path == "triton" else [""]
 
 
 @contextmanager
 def _from_the_first_token(products: str) -> Iterator[None]:
     """Inside, matrix products of any size run in the way that ``_products`` names; "" leaves the choice."""
     with ExitStack() as stack:
-        for op in get_args(CrossoverOp) if products else ():
+        for op in crossovers() if products else ():
             stack.enter_context(forced(op, Crossover(1 if products == "our GEMMs" else NEVER)))
         yield
 
 
-def run(device: torch.device) -> bool:
-    """Prints a table of errors and returns whether all are within their bounds.
+def run(device: torch.device, kernels: bool = False) -> bool:
+    """Print a table of errors and return whether all are within their bounds.
 
     Its rows are routed blocks, for each precision, scope and kind of window, and gradient surgery, for each precision
-    and number of clusters. A row shows the comparison that comes closest to its bound, of all that were made.
+    and number of clusters; with ``kernels`` they are the calls of declared kernels, of which only those that fail are
+    printed. A row shows the comparison that comes closest to its bound, of all that were made.
     """
     print(f"{'case':69} {'closest to its bound':28} {'kernel':>9} {'PyTorch':>9} {'bound':>9}")
-    passed = True
-    for name, comparisons in _cases(device):
-        worst = max(
-            comparisons, key=lambda c: c.error / c.bound if c.passed and c.bound > 0 else float(not c.passed) * 1e9
-        )
-        passed &= all(c.passed for c in comparisons)
-        print(
-            f"{name:69} {worst.name.replace('__', '.'):28} {worst.error:9.1e} {worst.plain_error:9.1e} "
-            f"{worst.bound:9.1e}  {'ok' if worst.passed else 'FAILED'}",
-            flush=True,
-        )
-    return passed
+    failed = total = 0
+    with nan_in_uninitialised_memory() if kernels else nullcontext():
+        for name, comparisons in _kernel_cases(device) if kernels else _cases(device):
+            worst = max(comparisons, key=lambda c: c.error / c.bound if c.passed and c.bound else 1e9 * (not c.passed))
+            passed = all(c.passed for c in comparisons)
+            failed, total = failed + (not passed), total + 1
+            if passed and kernels:
+                continue
+            print(
+                f"{name:69} {worst.name.replace('__', '.'):28} {worst.error:9.1e} {worst.plain_error:9.1e} "
+                f"{worst.bound:9.1e}  {'ok' if worst.passed else 'FAILED'}",
+                flush=True,
+            )
+    if kernels:
+        print(f"{total} calls of {len(ops.KERNELS)} kernels, {failed} wrong")
+    return not failed

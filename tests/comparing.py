@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def results(model, *batches):
@@ -41,6 +43,13 @@ def assert_as_exact(actual, plain, exact, dtype=None):
         assert rms(a - e) <= bound, f"error {rms(a - e):.3g} of {rms(e):.3g}, but plain PyTorch allows {bound:.3g}"
 
 
+def assert_same(actual, expected, rtol=1e-4):
+    """Equal up to rounding, relative to each tensor's largest value (or to 0.1: a gradient may be zero in theory)."""
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=rtol * max(e.abs().max().item(), 0.1))
+
+
 def rms(x):
     """Root mean square, in fp64."""
     return x.double().square().mean().sqrt()
@@ -51,9 +60,37 @@ def differ(actual, expected):
     return any((a - e).abs().max() > 1e-2 * e.abs().max() for a, e in zip(actual, expected, strict=True))
 
 
-def snapshot(model):
+def saved_and_loaded(thing, weights_only=False):
+    """What ``torch.load`` makes of what ``torch.save`` has written."""
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the largest storage that operators have returned at each address."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.sizes[storage.data_ptr()] = max(storage.nbytes(), self.sizes.get(storage.data_ptr(), 0))
+        return out
+
+
+def snapshot(model, without=()):
     """Class, attributes and tensors of every module."""
     return [
-        (type(module), dict(vars(module)), [*module._parameters.items(), *module._buffers.items()])
+        (
+            type(module),
+            {name: value for name, value in vars(module).items() if name not in without},
+            [*module._parameters.items(), *module._buffers.items()],
+        )
         for module in model.modules()
     ]

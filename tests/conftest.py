@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -18,10 +18,15 @@ if os.environ.get("TRITON_INTERPRET"):
     repair()
 
 from dtr_kernels.ops import tiles
-from dtr_kernels.ops.tiles import NEVER, Crossover, CrossoverOp
+from dtr_kernels.ops.tiles import NEVER, Crossover, crossovers
+
+# Files with fixtures that take long, such as builds. They come first, so that with --dist worksteal no process takes
+# over a part of one at the end and makes its fixtures again.
+FIRST = ["test_wheels", "test_build", "test_cuda_source", "test_distributed", "test_docs"]
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in FIRST)
     if torch.cuda.is_available():
         return
     for item in items:
@@ -55,7 +60,7 @@ def kernels_at_every_size(monkeypatch):
     """
     monkeypatch.setattr("dtr_kernels.ops.dispatch.LEAST_ELEMENTS_ON_CPU", 0)
     monkeypatch.setattr("dtr_kernels.ops.window_linear._LEAST_GAIN", 35)
-    for op in get_args(CrossoverOp):
+    for op in crossovers():
         monkeypatch.setitem(tiles._forced, op, Crossover(1))
 
 
@@ -63,7 +68,7 @@ def kernels_at_every_size(monkeypatch):
 def dense_products(monkeypatch, kernels_at_every_size):
     """What runs where windows do not pay: PyTorch's products on all channels, and GELU in a pass of its own."""
     monkeypatch.setattr("dtr_kernels.ops.window_linear._LEAST_GAIN", sys.maxsize)
-    for op in get_args(CrossoverOp):
+    for op in crossovers():
         monkeypatch.setitem(tiles._forced, op, Crossover(NEVER))
 
 
@@ -74,6 +79,22 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def gloo(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def fresh_compiler():
+    """For tests that count what torch.compile makes, or would leave it to later ones."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -11,6 +11,7 @@ import warnings
 from copy import deepcopy
 from datetime import timedelta
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -20,12 +21,7 @@ from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import dtr_kernels as dtr
@@ -172,6 +168,15 @@ def backward_by_functions(surgery, model, part, **options):
     return surgery.backward([partial(loss, k) for k in range(K)], counts=counts, **options)
 
 
+def setups(rank, world_size):
+    """A model, a copy that is whole on every rank, its surgery, and a generator that draws rank 0's orders."""
+    replica = Net().double()
+    for model, copy in [(replica, replica), *map(sharded, meshes(world_size))]:
+        group = dist.group.WORLD if model is copy else None
+        own, orders = torch.Generator().manual_seed(rank), torch.Generator().manual_seed(0)
+        yield model, copy, dtr.GradientSurgery(model.named_parameters(), K, generator=own, process_group=group), orders
+
+
 def micro_batches_of(world_size):
     """The clusters of each rank's samples in four micro-batches: shares change, and clusters come late or stay away."""
     random = [torch.randint(K - 1, (int(torch.randint(1, 7, ())),)).tolist() for _ in range(world_size)]
@@ -181,23 +186,28 @@ def micro_batches_of(world_size):
 
 @check(2, 4)
 def pcgrad_of_unequal_batches(rank, world_size):
-    model = Net().double()
-    surgery = replicated(model, generator=torch.Generator().manual_seed(rank))
-    generator = torch.Generator().manual_seed(0)  # rank 0's orders are everybody's
-    for _ in range(3):
-        model.zero_grad()
-        parts, whole = batches(world_size)
-        losses = backward(surgery, model, parts[rank])
-        grads = true_gradients(model, whole)
-        assert_update_of(grads, surgery, model)
-        assert_close(flat_update(model), reference.pcgrad(grads, ops.random_order(K, generator)).sum(0))
-        assert model.idle.grad is None
-        assert model.rare.weight.grad is not None  # also where there is no sample of cluster 2
-        own = losses_of(model, *parts[rank]).detach()
-        for k in range(K):
-            mean = own[parts[rank][0] == k].mean()
-            torch.testing.assert_close(losses[k], mean, equal_nan=True)
-    assert_same_everywhere(flat_update(model))
+    for model, copy, surgery, orders in setups(rank, world_size):
+        if model is not copy:
+            assert (surgery.engine.name, surgery.engine.reason[:15]) == ("per_cluster", "the only engine")
+        for _ in range(3):
+            model.zero_grad()
+            parts, whole = batches(world_size)
+            losses = backward(surgery, model, parts[rank])
+            grads = true_gradients(copy, whole)
+            assert_update_of(grads, surgery, model)
+            assert_close(flat_update(model), reference.pcgrad(grads, ops.random_order(K, orders)).sum(0))
+            assert model.idle.grad is None
+            assert model.rare.weight.grad is not None  # also where there is no sample of cluster 2
+            own = losses_of(copy, *parts[rank]).detach()
+            for k in range(K):
+                mean = own[parts[rank][0] == k].mean()  # NaN without samples
+                torch.testing.assert_close(losses[k], mean, equal_nan=True)
+        assert_same_everywhere(flat_update(model))
+        for p in model.parameters():
+            if isinstance(p, DTensor) and p.grad is not None:
+                assert p.grad.placements == p.placements and p.grad.stride() == p.stride()
+        torch.optim.AdamW(model.parameters()).step()
+        backward(surgery, model, parts[rank])  # adds
 
 
 @check(2)
@@ -278,22 +288,20 @@ def functions_and_counts(rank, world_size):
 @check(2, 4)
 def accumulation(rank, world_size):
     """The update of one process that had the micro-batches of all in one batch."""
-    model = Net().double()
-    surgery = replicated(model, generator=torch.Generator().manual_seed(rank))
-    orders = torch.Generator().manual_seed(0)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    for method, scale in (backward, 1), (backward_by_functions, 1), (partial(backward, scaler=scaler), 2):
-        model.zero_grad()
-        wholes = []
-        for clusters in micro_batches_of(world_size):
-            assert model.head.weight.grad is None
-            parts, whole = batches(world_size, clusters=clusters)
-            wholes.append(whole)
-            method(surgery, model, parts[rank], last=len(wholes) == 4)
-        grads = true_gradients(model, tuple(map(torch.cat, zip(*wholes, strict=True))))
-        assert_close(surgery.last_gram, grads @ grads.T)
-        assert_close(flat_update(model), scale * reference.pcgrad(grads, ops.random_order(K, orders)).sum(0))
-    assert_same_everywhere(flat_update(model))
+    for model, copy, surgery, orders in setups(rank, world_size):
+        for method, scale in (backward, 1), (backward_by_functions, 1), (partial(backward, scaler=scaler), 2):
+            model.zero_grad()
+            wholes = []
+            for clusters in micro_batches_of(world_size):
+                assert model.head.weight.grad is None
+                parts, whole = batches(world_size, clusters=clusters)
+                wholes.append(whole)
+                method(surgery, model, parts[rank], last=len(wholes) == 4)
+            grads = true_gradients(copy, tuple(map(torch.cat, zip(*wholes, strict=True))))
+            assert_close(surgery.last_gram, grads @ grads.T)
+            assert_close(flat_update(model), scale * reference.pcgrad(grads, ops.random_order(K, orders)).sum(0))
+        assert_same_everywhere(flat_update(model))
 
 
 @check(2)
@@ -542,43 +550,30 @@ APART = [[0, 0, 1], [2, 2, 2, 2]]
 def ddp_wrappers_are_refused(rank, world_size):
     before = DistributedDataParallel._pre_forward
     parts, whole = batches(world_size, clusters=APART)
-    for name, wrap in WRAPPERS.items():
-        model = ShardedNet().double()
-        copy = deepcopy(model)
-        wrapper = wrap(model)
-        for engine in ("per_cluster", "one_pass", "auto", "low_memory") if name == "plain" else ("auto",):
-            group = None if engine == "low_memory" else dist.group.WORLD
-            surgery = dtr.GradientSurgery(model.named_parameters(), K, engine=engine, process_group=group)
-            for method in backward, backward_by_functions:
-                message = raised(RuntimeError, lambda m=method, s=surgery, w=wrapper: m(s, w, parts[rank]))
-                assert "let them call the model itself, the wrapper's .module" in message, (name, engine, message)
-                assert DistributedDataParallel._pre_forward is before
-        assert flat_update(model).abs().sum() == 0
-        if name != "replicate":  # has no model to call in its place
-            surgery = replicated(model)
-            backward(surgery, model, parts[rank])
-            assert_update_of(true_gradients(copy, whole), surgery, model)
-
-
-@check(2)
-def ddp_wrappers_are_refused_by_losses_computed_before(rank, world_size):
-    parts, whole = batches(world_size, clusters=APART)
     counts = parts[rank][0].bincount(minlength=K).tolist()
 
-    def step(surgery, model):
-        each = losses_of(model, *parts[rank])
-        losses = [each[parts[rank][0] == k].mean() if count else None for k, count in enumerate(counts)]
+    def computed_before(surgery, model, part):
+        each = losses_of(model, *part)
+        losses = [each[part[0] == k].mean() if count else None for k, count in enumerate(counts)]
         surgery.backward(losses, counts=counts)
 
-    for name, wrap in WRAPPERS.items():
+    for (name, wrap), early in product(WRAPPERS.items(), (False, True)):
         model = ShardedNet().double()
-        del model.idle  # without a gradient for it, the wrapper would fail by itself in the second pass
+        if early:
+            del model.idle  # without a gradient for it, the wrapper would fail by itself in the second pass
         copy = deepcopy(model)
-        surgery = replicated(model)
-        message = raised(RuntimeError, partial(step, surgery, wrap(model)))
-        assert ".module" in message, (name, message)
-        if name != "replicate":
-            step(surgery, model)
+        wrapper = wrap(model)
+        for engine in ("per_cluster", "one_pass", "auto", "low_memory") if name == "plain" and not early else ("auto",):
+            group = None if engine == "low_memory" else dist.group.WORLD
+            surgery = dtr.GradientSurgery(model.named_parameters(), K, engine=engine, process_group=group)
+            for method in (computed_before,) if early else (backward, backward_by_functions):
+                message = raised(RuntimeError, lambda m=method, s=surgery, w=wrapper: m(s, w, parts[rank]))
+                assert early or "let them call the model itself, the wrapper's" in message, (name, engine, message)
+                assert ".module" in message and DistributedDataParallel._pre_forward is before
+        assert early or flat_update(model).abs().sum() == 0
+        if name != "replicate":  # has no model to call in its place
+            surgery = surgery if early else replicated(model)
+            (computed_before if early else backward)(surgery, model, parts[rank])
             assert_update_of(true_gradients(copy, whole), surgery, model)
 
 
@@ -668,31 +663,6 @@ def meshes(world_size):
 
 
 @check(2, 4)
-def shards_of_unequal_batches(rank, world_size):
-    for mesh in meshes(world_size):
-        model, copy = sharded(mesh)
-        surgery = dtr.GradientSurgery(model.named_parameters(), K, generator=torch.Generator().manual_seed(rank))
-        assert (surgery.engine.name, surgery.engine.reason[:15]) == ("per_cluster", "the only engine")
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(2):
-            model.zero_grad()
-            parts, whole = batches(world_size)
-            losses = backward(surgery, model, parts[rank])
-            grads = true_gradients(copy, whole)
-            assert_update_of(grads, surgery, model)
-            assert_close(flat_update(model), reference.pcgrad(grads, ops.random_order(K, generator)).sum(0))
-            assert model.idle.grad is None
-            own = losses_of(copy, *parts[rank]).detach()
-            for k in range(K):
-                mean = own[parts[rank][0] == k].mean()  # NaN without samples
-                torch.testing.assert_close(losses[k], mean, equal_nan=True)
-        for p in model.parameters():
-            assert p.grad is None or (p.grad.placements == p.placements and p.grad.stride() == p.stride())
-        torch.optim.AdamW(model.parameters()).step()
-        backward(surgery, model, parts[rank])  # adds
-
-
-@check(2, 4)
 def shards_with_functions(rank, world_size):
     model, copy = sharded(next(meshes(world_size)))
     surgery = dtr.GradientSurgery(model.named_parameters(), K)
@@ -717,22 +687,6 @@ def shards_with_functions(rank, world_size):
     missing = [None if rank == 1 and k == 0 else loss for k, loss in enumerate(losses)]
     message = raised(ValueError, lambda: surgery.backward(missing))
     assert f"losses[0] is None on 1 of {world_size} ranks" in message
-
-
-@check(2, 4)
-def shards_accumulate(rank, world_size):
-    for mesh in meshes(world_size):
-        model, copy = sharded(mesh)
-        surgery = dtr.GradientSurgery(model.named_parameters(), K)
-        for method in backward, backward_by_functions:
-            model.zero_grad()
-            wholes = []
-            for clusters in micro_batches_of(world_size):
-                parts, whole = batches(world_size, clusters=clusters)
-                wholes.append(whole)
-                method(surgery, model, parts[rank], last=len(wholes) == 4)
-            grads = true_gradients(copy, tuple(map(torch.cat, zip(*wholes, strict=True))))
-            assert_update_of(grads, surgery, model)
 
 
 @check(2)

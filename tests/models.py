@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -211,6 +213,23 @@ class SiT(nn.Module):
         conditional, unconditional = self.forward(torch.cat([half, half]), t, y).chunk(2)
         guided = unconditional + cfg_scale * (conditional - unconditional)
         return torch.cat([guided, guided])
+
+
+def change(path, value):
+    """A function that replaces an attribute of a block, given as a dotted path."""
+    *parents, name = path.split(".")
+    return lambda block: setattr(functools.reduce(getattr, parents, block), name, value)
+
+
+def become(kind):
+    """A function that changes the class of a block."""
+    return lambda block: setattr(block, "__class__", kind)
+
+
+class DropPath(nn.Identity):
+    """Stochastic depth, by its attribute."""
+
+    drop_prob = 0.1
 
 
 DIM, HEADS, DEPTH, TIMESTEPS = 32, 4, 2, 50

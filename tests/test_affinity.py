@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from comparing import Allocations
 from refusals import refused
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dtr_kernels as dtr
 from dtr_kernels.analysis import affinity as module
@@ -46,13 +46,12 @@ class Toy(nn.Module):
         return self.last(torch.tanh(self.tied(x) + x)) * self.scale
 
 
-def toy_loss(model, batch=3):
+def toy_loss(model):
     """The loss of a timestep; every sample of a timestep comes from a generator of its own."""
-    like = model.first.weight
 
     def loss(t):
-        x = torch.randn(batch, 7, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
-        return ((model(x.to(like)) - math.cos(t)) ** 2).mean()
+        x = torch.randn(3, 7, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
+        return ((model(x.to(model.first.weight)) - math.cos(t)) ** 2).mean()
 
     return loss
 
@@ -252,19 +251,15 @@ def test_random_numbers_start_from_seed_and_timestep_and_are_restored(seed, devi
     assert len({tuple(numbers) for numbers in first + others}) == 2 * len(TIMESTEPS)
 
 
-def test_a_loss_that_changes_between_chunks_is_an_error(seed, tmp_path):
+def test_a_loss_that_changes_between_chunks_is_an_error(seed, path):
     model = Toy()
     noise = np.random.default_rng(seed)  # which nobody restores
 
     def loss(t):
         return toy_loss(model)(t) + noise.random()
 
-    path = tmp_path / "progress"
-    refused(
-        lambda: analyse(loss, model, memory=6 * 4 * 20, path=path),
-        RuntimeError,
-        ["loss(0) was", "deterministic", "NumPy", f"delete {path}"],
-    )
+    fragments = ["loss(0) was", "deterministic", "NumPy", f"delete {path}"]
+    refused(lambda: analyse(loss, model, memory=6 * 4 * 20, path=path), RuntimeError, fragments)
     analyse(loss, model)  # one chunk asks for each loss once
 
 
@@ -278,19 +273,6 @@ def test_sums_in_another_order_are_no_error(seed):
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the bytes of the largest tensor that any op returns."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
-        return out
-
-
 def test_no_tensor_is_larger_than_the_memory(seed):
     """The buffer is the largest there is, and there is one at a time."""
     parameter = nn.Parameter(torch.randn(50_000))
@@ -300,11 +282,11 @@ def test_no_tensor_is_larger_than_the_memory(seed):
         buffers.append(buffer.nbytes)
         return original(buffer)
 
-    with LargestTensor() as largest, pytest.MonkeyPatch.context() as patch:
+    with Allocations() as made, pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_gram", gram)
         dtr.task_affinity(lambda t: (parameter * t).sin().sum(), [parameter], range(n), memory=memory, progress=False)
     assert len(buffers) == math.ceil(n * 50_000 * 4 / memory) and sum(buffers) == n * 50_000 * 4
-    assert max(buffers) <= largest.bytes <= memory
+    assert max(buffers) <= max(made.sizes.values()) <= memory
 
 
 def test_a_buffer_is_gone_before_the_next_is_made(seed, monkeypatch):
@@ -342,9 +324,27 @@ def fixed_toy():
         return Toy().double()
 
 
-def test_ctrl_c_at_any_call_loses_at_most_that_call(seed, tmp_path):
-    model, path = fixed_toy(), tmp_path / "folder" / "progress.pt"
-    loss, draw = toy_loss(model), random.Random(seed)
+@pytest.fixture
+def model(seed):
+    return fixed_toy()
+
+
+@pytest.fixture
+def loss(model):
+    return toy_loss(model)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "progress.pt"
+
+
+def never(t):
+    raise AssertionError("called")
+
+
+def test_ctrl_c_at_any_call_loses_at_most_that_call(seed, tmp_path, model, loss):
+    path, draw = tmp_path / "folder" / "progress.pt", random.Random(seed)
     calls = interruptions = 0
 
     def interrupted(t):
@@ -365,11 +365,10 @@ def test_ctrl_c_at_any_call_loses_at_most_that_call(seed, tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["progress.pt"]
 
 
-def test_ctrl_c_between_any_two_instructions(seed, tmp_path, monkeypatch):
+def test_ctrl_c_between_any_two_instructions(seed, path, model, loss, monkeypatch):
     """A timer strikes anywhere: in the loss, in the analysis, while a file is written or read."""
     monkeypatch.setattr(progress_module, "_SECONDS_BETWEEN_SAVES", 0.0)
-    model, path, draw = fixed_toy(), tmp_path / "progress.pt", random.Random(seed)
-    loss = toy_loss(model)
+    draw = random.Random(seed)
     expected = analyse(loss, model, memory=MEMORY)
 
     def strike(*_):
@@ -411,25 +410,24 @@ def killed_analysis(path, call, seconds):
     analyse(deadly, model, memory=MEMORY, path=path)
 
 
-def test_a_killed_process_loses_what_came_after_the_last_save(seed, tmp_path):
-    path, call = tmp_path / "progress.pt", random.Random(seed).randint(2, PASSES)
+def test_a_killed_process_loses_what_came_after_the_last_save(seed, path, model, loss):
+    call = random.Random(seed).randint(2, PASSES)
     script = f"from test_affinity import killed_analysis\nkilled_analysis({str(path)!r}, {call}, 0.0)"
     folder = Path(__file__).parent
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=None, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    model = fixed_toy()
-    loss, calls = toy_loss(model), []
+    calls = []
     affinity = analyse(lambda t: calls.append(t) or loss(t), model, memory=MEMORY, path=path)
     assert len(calls) == PASSES - (call - 1)
     assert_same_bits(affinity, analyse(loss, model, memory=MEMORY))
 
 
 @pytest.mark.parametrize("torn", [False, True])
-def test_a_kill_between_any_two_writes_leaves_a_file_that_is_right(seed, tmp_path, monkeypatch, torn):
+def test_a_kill_between_any_two_writes_leaves_a_file_that_is_right(seed, tmp_path, model, loss, monkeypatch, torn):
     """From some write on nothing reaches the disk; of rows, that one may leave rubbish."""
     monkeypatch.setattr(progress_module, "_SECONDS_BETWEEN_SAVES", 0.0)
-    model, checkpoint = fixed_toy(), progress_module.Checkpoint
-    loss, write, write_rows = toy_loss(model), checkpoint._write, checkpoint._write_rows
+    checkpoint = progress_module.Checkpoint
+    write, write_rows = checkpoint._write, checkpoint._write_rows
     expected = analyse(loss, model, memory=MEMORY)
     writes = fatal = 0
 
@@ -474,8 +472,8 @@ def stopped(loss, model, path, calls, **options):
         analyse(stopping, model, path=path, **options)
 
 
-def test_saves_come_half_a_minute_apart(seed, tmp_path, monkeypatch):
-    model, path, now = fixed_toy(), tmp_path / "progress.pt", 1000.0
+def test_saves_come_half_a_minute_apart(path, model, monkeypatch):
+    now = 1000.0
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now)
     saves = []
     save = progress_module.Checkpoint.save
@@ -491,35 +489,24 @@ def test_saves_come_half_a_minute_apart(seed, tmp_path, monkeypatch):
     assert len(saves) > 8 and gaps.min() >= 30 and gaps.max() <= 30 + 9
 
 
-def test_a_row_is_written_once(seed, tmp_path, monkeypatch):
+def test_a_row_is_written_once(path, model, loss, monkeypatch):
     """A save costs what is new, not the whole buffer."""
     monkeypatch.setattr(progress_module, "_SECONDS_BETWEEN_SAVES", 0.0)
-    model, written = fixed_toy(), []
-    write = progress_module.Checkpoint._write_rows
-    monkeypatch.setattr(
-        progress_module.Checkpoint,
-        "_write_rows",
-        lambda self, rows, first: written.append(len(rows)) or write(self, rows, first),
-    )
-    analyse(toy_loss(model), model, memory=MEMORY, path=tmp_path / "progress.pt")
+    checkpoint, written = progress_module.Checkpoint, []
+    write = checkpoint._write_rows
+    monkeypatch.setattr(checkpoint, "_write_rows", lambda *args: written.append(len(args[1])) or write(*args))
+    analyse(loss, model, memory=MEMORY, path=path)
     assert written == [1] * PASSES
 
 
-def test_a_finished_file_returns_at_once(seed, tmp_path):
-    model, path = fixed_toy(), tmp_path / "progress.pt"
-    first = analyse(toy_loss(model), model, memory=MEMORY, path=path)
-
-    def never(t):
-        raise AssertionError("called")
-
+def test_a_finished_file_returns_at_once(path, model, loss):
+    first = analyse(loss, model, memory=MEMORY, path=path)
     assert_same_bits(analyse(never, model, memory=1 << 20, path=path), first)
 
 
 @pytest.mark.parametrize("memory", [MEMORY // 3, MEMORY * 2, 1 << 20])
 @pytest.mark.parametrize("calls", [4, 6, 15])
-def test_memory_may_change_in_between(seed, tmp_path, memory, calls):
-    model, path = fixed_toy(), tmp_path / "progress.pt"
-    loss = toy_loss(model)
+def test_memory_may_change_in_between(path, model, loss, memory, calls):
     stopped(loss, model, path, calls, memory=MEMORY)
     stopped(loss, model, path, 2, memory=memory)
     affinity = analyse(loss, model, memory=MEMORY, path=path)
@@ -527,10 +514,8 @@ def test_memory_may_change_in_between(seed, tmp_path, memory, calls):
 
 
 @pytest.mark.parametrize("damage", ["removed", "cut", "empty"])
-def test_rows_that_are_gone_are_computed_again(seed, tmp_path, damage, monkeypatch):
+def test_rows_that_are_gone_are_computed_again(tmp_path, path, model, loss, damage, monkeypatch):
     monkeypatch.setattr(progress_module, "_SECONDS_BETWEEN_SAVES", 0.0)
-    model, path = fixed_toy(), tmp_path / "progress.pt"
-    loss = toy_loss(model)
     stopped(loss, model, path, 11, memory=MEMORY)
     rows = tmp_path / "progress.pt.rows"
     assert rows.stat().st_size >= 5 * 13 * 8
@@ -544,16 +529,13 @@ def test_rows_that_are_gone_are_computed_again(seed, tmp_path, damage, monkeypat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_rows_of_any_dtype_are_kept(seed, tmp_path, dtype):
-    model, path = fixed_toy().to(dtype), tmp_path / "progress.pt"
-    options = {"memory": MEMORY}
-    stopped(toy_loss(model), model, path, 10, **options)
-    assert_same_bits(analyse(toy_loss(model), model, path=path, **options), analyse(toy_loss(model), model, **options))
+def test_rows_of_any_dtype_are_kept(path, model, loss, dtype):
+    model.to(dtype)
+    stopped(loss, model, path, 10, memory=MEMORY)
+    assert_same_bits(analyse(loss, model, path=path, memory=MEMORY), analyse(loss, model, memory=MEMORY))
 
 
-def test_progress_of_another_problem_is_refused_and_kept(seed, tmp_path):
-    model, path = fixed_toy(), tmp_path / "progress.pt"
-    loss = toy_loss(model)
+def test_progress_of_another_problem_is_refused_and_kept(tmp_path, path, model, loss):
     stopped(loss, model, path, 10, memory=MEMORY)
     files = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert len(files) == 2
@@ -577,56 +559,36 @@ def test_progress_of_another_problem_is_refused_and_kept(seed, tmp_path):
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == files
 
 
-def test_a_file_of_something_else_is_refused_and_kept(seed, tmp_path):
-    model = fixed_toy()
+def test_a_file_of_something_else_is_refused_and_kept(tmp_path, model, loss):
     torch.save({"model": model.state_dict()}, tmp_path / "checkpoint")
     torch.save(model, tmp_path / "pickle")
-    analyse(toy_loss(model), model).save(tmp_path / "npz")
+    analyse(loss, model).save(tmp_path / "npz")
     (tmp_path / "text").write_text("not a file of torch.save")
     (tmp_path / "empty").touch()
     for file in list(tmp_path.iterdir()):
         content = file.read_bytes()
-        refused(
-            lambda file=file: analyse(toy_loss(model), model, path=file),
-            ValueError,
-            [f"{file} does not hold the progress", "delete the file"],
-        )
+        fragments = [f"{file} does not hold the progress", "delete the file"]
+        refused(lambda file=file: analyse(loss, model, path=file), ValueError, fragments)
         assert file.read_bytes() == content
     with pytest.raises(OSError):
-        analyse(toy_loss(model), model, path=tmp_path)
+        analyse(loss, model, path=tmp_path)
+    with pytest.raises(OSError):  # before any work
+        analyse(never, model, path=tmp_path / "text" / "progress")
 
 
-def test_a_path_that_cannot_be_written_to_is_refused_before_the_work(seed, tmp_path):
-    model = fixed_toy()
-    (tmp_path / "file").touch()
-
-    def never(t):
-        raise AssertionError("called")
-
-    with pytest.raises(OSError):
-        analyse(never, model, path=tmp_path / "file" / "progress")
-
-
-def test_a_file_of_another_format_is_refused(seed, tmp_path, monkeypatch):
-    model, path = fixed_toy(), tmp_path / "progress"
-    stopped(toy_loss(model), model, path, 3)
+def test_a_file_of_another_format_is_refused(path, model, loss, monkeypatch):
+    stopped(loss, model, path, 3)
     monkeypatch.setattr(progress_module, "FORMAT", 2)
-    refused(lambda: analyse(toy_loss(model), model, path=path), ValueError, ["format is 1 there and 2 here"])
+    refused(lambda: analyse(loss, model, path=path), ValueError, ["format is 1 there and 2 here"])
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_named(seed, bad):
-    model = Toy()
-    loss = toy_loss(model)
-    refused(lambda: analyse(lambda t: loss(t) * (bad if t == 250 else 1), model), ValueError, [f"loss(250) is {bad}"])
-
-
-def test_a_gradient_that_is_not_finite_is_named(seed):
-    model = Toy()
-    loss = toy_loss(model)
+def test_a_loss_and_a_gradient_that_are_not_finite_are_named(model, loss):
+    for bad in (math.nan, math.inf):
+        named = [f"loss(250) is {bad}"]
+        refused(lambda bad=bad: analyse(lambda t: loss(t) * (bad if t == 250 else 1), model), ValueError, named)
 
     def root(t):
         steep = (model.tied.bias[2] - model.tied.bias[2].detach()).sqrt()  # of infinite slope at 0
@@ -635,10 +597,7 @@ def test_a_gradient_that_is_not_finite_is_named(seed):
     refused(lambda: analyse(root, model), ValueError, ["the gradient of loss(700)", "inf or NaN", "first in tied.bias"])
 
 
-def test_bad_arguments_are_named(seed):
-    model = Toy()
-    loss = toy_loss(model)
-
+def test_bad_arguments_are_named(model, loss):
     def call(loss=loss, params=None, timesteps=TIMESTEPS, **options):
         params = model.parameters() if params is None else params
         return lambda: dtr.task_affinity(loss, params, timesteps, progress=False, **options)
@@ -646,7 +605,7 @@ def test_bad_arguments_are_named(seed):
     refused(call(loss=torch.ones(3)), TypeError, ["loss must be a function", "Tensor"])
     refused(call(loss=lambda t: 0.5), TypeError, ["scalar tensor", "float", "loss(0)"])
     refused(call(loss=lambda t: torch.tensor(t)), TypeError, ["torch.int64"])
-    refused(call(loss=lambda t: model.last(torch.ones(2, 5))), ValueError, ["[2, 1]", "take its mean"])
+    refused(call(loss=lambda t: model.last(torch.ones(2, 5).double())), ValueError, ["[2, 1]", "take its mean"])
     refused(call(loss=lambda t: loss(t).detach()), ValueError, ["loss(0)", "require grad"])
     refused(call(params=[]), ValueError, ["at least one parameter"])
     refused(call(params=[model.frozen]), ValueError, ["requires grad"])
@@ -677,23 +636,16 @@ def test_too_little_memory_says_how_much_is_needed(seed):
     assert len(calls) == math.ceil(5001 / 6)
 
 
-def test_the_bar(seed, capsys, monkeypatch):
-    model = fixed_toy()
-    dtr.task_affinity(toy_loss(model), model.parameters(), TIMESTEPS, memory=MEMORY)
-    assert f"{PASSES}/{PASSES}" in capsys.readouterr().err
-    analyse(toy_loss(model), model)
+def test_the_bar(path, model, loss, capsys, monkeypatch):
+    """It goes on where it stopped."""
+    stopped(loss, model, path, 10, memory=MEMORY)
     assert capsys.readouterr().err == ""
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    dtr.task_affinity(toy_loss(model), model.parameters(), TIMESTEPS)
-    assert capsys.readouterr().err == ""
-
-
-def test_the_bar_goes_on_where_it_stopped(seed, tmp_path, capsys):
-    model, path = fixed_toy(), tmp_path / "progress"
-    stopped(toy_loss(model), model, path, 10, memory=MEMORY)
-    dtr.task_affinity(toy_loss(model), model.named_parameters(), TIMESTEPS, memory=MEMORY, path=path)
+    dtr.task_affinity(loss, model.named_parameters(), TIMESTEPS, memory=MEMORY, path=path)
     shown = capsys.readouterr().err
     assert f"10/{PASSES}" in shown and f"{PASSES}/{PASSES}" in shown
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    dtr.task_affinity(loss, model.parameters(), TIMESTEPS)
+    assert capsys.readouterr().err == ""
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
@@ -736,7 +688,7 @@ def test_resized_is_bilinear_and_constant_beyond_the_ends(seed, timesteps):
     refused(lambda: affinity.resized(timesteps[-1]), ValueError, ["num_timesteps", str(timesteps[-1])])
 
 
-def test_resized_is_what_interval_clusters_takes(seed):
+def test_resized_is_what_interval_clusters_takes():
     """Two groups of timesteps whose gradients have nothing in common."""
     matrix = torch.block_diag(torch.ones(3, 3), torch.ones(2, 2)).double()
     affinity = dtr.TaskAffinity(torch.tensor([0, 10, 20, 30, 40]), matrix, torch.ones(5), torch.ones(5))
@@ -832,8 +784,9 @@ def test_cells_reach_halfway_to_their_neighbours():
 
 def test_clusters_of_fewer_timesteps_are_refused(seed):
     pytest.importorskip("matplotlib")
-    refused(
-        lambda: dtr.plot_affinity(some_affinity([0, 50]), clusters=dtr.interval_clusters(50, 2)),
-        ValueError,
-        ["timestep of affinity, 50", "50 timesteps"],
+    affinity, clusters, fragments = (
+        some_affinity([0, 50]),
+        dtr.interval_clusters(50, 2),
+        ["of affinity, 50", "50 timesteps"],
     )
+    refused(lambda: dtr.plot_affinity(affinity, clusters=clusters), ValueError, fragments)

@@ -13,7 +13,7 @@ from refusals import refused
 
 import dtr_kernels as dtr
 from dtr_kernels import ops
-from dtr_kernels.ops.dispatch import kernel_path
+from dtr_kernels.ops.dispatch import runs_on_cpu
 
 B, N, C, H, T = 2, 3, 32, 48, 20
 ROUTING = dtr.DenoisingTaskRouting(T)
@@ -29,26 +29,17 @@ def starts(*values, dtype=torch.int32, device="cpu"):
 
 @pytest.mark.parametrize("routing", [dtr.DenoisingTaskRouting, dtr.RandomRouting])
 @pytest.mark.parametrize(
-    "arguments, fragments",
+    "arguments, error, fragments",
     [
-        ({"beta": 0}, ["beta", "(0, 1]", "got 0"]),
-        ({"beta": -0.25}, ["beta", "(0, 1]", "got -0.25"]),
-        ({"beta": 1.5}, ["beta", "(0, 1]", "got 1.5"]),
-        ({"beta": math.nan}, ["beta", "(0, 1]", "got nan"]),
-        ({"num_timesteps": 0}, ["num_timesteps", "at least 1", "got 0"]),
-        ({"num_timesteps": -5}, ["num_timesteps", "at least 1", "got -5"]),
+        *(({"beta": beta}, ValueError, ["beta", "(0, 1]", f"got {beta}"]) for beta in (0, -0.25, 1.5, math.nan)),
+        *(({"num_timesteps": n}, ValueError, ["num_timesteps", "at least 1", f"got {n}"]) for n in (0, -5)),
+        *(({"num_timesteps": n}, TypeError, ["num_timesteps", "an integer", f"got {n}"]) for n in (1000.0, True)),
+        ({"beta": "0.8"}, TypeError, ["beta", "a number", "got '0.8'"]),
     ],
     ids=str,
 )
-def test_routing_arguments(routing, arguments, fragments):
-    refused(lambda: routing(**arguments), ValueError, fragments)
-
-
-@pytest.mark.parametrize("routing", [dtr.DenoisingTaskRouting, dtr.RandomRouting])
-def test_routing_arguments_of_another_type(routing):
-    refused(lambda: routing(num_timesteps=1000.0), TypeError, ["num_timesteps", "an integer", "got 1000.0"])
-    refused(lambda: routing(num_timesteps=True), TypeError, ["num_timesteps", "an integer", "got True"])
-    refused(lambda: routing(beta="0.8"), TypeError, ["beta", "a number", "got '0.8'"])
+def test_routing_arguments(routing, arguments, error, fragments):
+    refused(lambda: routing(**arguments), error, fragments)
 
 
 def test_settings_of_one_routing_of_another_type():
@@ -205,17 +196,10 @@ def window_on(device):
 
 def table(cases):
     return [
-        pytest.param(op, name, change, error, fragments, id=f"{op.__name__}-{name}-{fragments[-1]}")
-        for allowed_ops, name, change, error, fragments in cases
-        for op in allowed_ops
+        pytest.param(op, *case, id=f"{op.__name__}-{case[0]}-{case[-1][-1]}")
+        for allowed, *case in cases
+        for op in allowed
     ]
-
-
-@pytest.mark.parametrize("op, name, change, error, fragments", table(STREAM_CASES))
-def test_streams_modulation_and_windows(op, name, change, error, fragments):
-    inputs = inputs_of(op)
-    inputs[name] = change(inputs[name])
-    refused(lambda: op(**inputs), error, fragments)
 
 
 LINEAR, MLP = [ops.routed_linear], [ops.routed_mlp]
@@ -238,8 +222,8 @@ WEIGHT_CASES = [
 ]
 
 
-@pytest.mark.parametrize("op, name, change, error, fragments", table(WEIGHT_CASES))
-def test_weights(op, name, change, error, fragments):
+@pytest.mark.parametrize("op, name, change, error, fragments", table(STREAM_CASES + WEIGHT_CASES))
+def test_streams_modulation_windows_and_weights(op, name, change, error, fragments):
     inputs = inputs_of(op)
     inputs[name] = change(inputs[name])
     refused(lambda: op(**inputs), error, fragments)
@@ -256,7 +240,7 @@ def test_branch_is_required(op):
 def test_windows_that_leave_the_channels(op, start):
     """A compiled kernel would write outside of its tensors; a GPU's kernels stay inside by their masks."""
     inputs = inputs_of(op)
-    if kernel_path(inputs["x"]) != "cpu":
+    if not runs_on_cpu(inputs["x"]):
         pytest.skip("NOT RUN: needs the compiled CPU kernels")
     inputs["window"] = dtr.ChannelWindow(starts(3, start), 5, C)
     refused(lambda: op(**inputs), ValueError, ["start", "0..27", str(start)])
@@ -327,8 +311,7 @@ BLOCK_CASES = [
 
 @pytest.mark.parametrize("scope", ["block", "branch"])
 @pytest.mark.parametrize(
-    "inputs, error, fragments",
-    [pytest.param(*row, id=f"{'-'.join(row[0])}-{row[2][-1]}") for row in BLOCK_CASES],
+    "inputs, error, fragments", [pytest.param(*row, id=f"{'-'.join(row[0])}-{row[2][-1]}") for row in BLOCK_CASES]
 )
 def test_block_inputs(inputs, error, fragments, scope):
     """And a refused call leaves parameters, inputs and the random state as they were."""

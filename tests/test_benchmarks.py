@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -23,9 +24,11 @@ from benchmarks.cases import Benchmark, Case, Goal, Options, Side
 from benchmarks.counts import Work
 from benchmarks.measure import Rounds
 from benchmarks.results import CaseResult, Run, SideResult, load_all
-from benchmarks.suite import _surgery, surgery_projection
-from benchmarks.suite._models import make_dit
+from benchmarks.suite import surgery, surgery_projection
+from benchmarks.suite.models import make_dit
 from benchmarks.timing import MatrixProduct, Spread, Stopwatch, copies, ratio
+from dtr_kernels import ops
+from dtr_kernels.ops.declaration import Gradients, Itemsizes
 
 CPU = torch.device("cpu")
 
@@ -54,7 +57,7 @@ def sides_of(case: dict) -> dict[str, dict]:
 
 def fake(monkeypatch, *cases: Case) -> None:
     """A benchmark "fake" of the given cases."""
-    benchmark = Benchmark("fake", "made up", lambda options: [lambda case=case: case for case in cases], ["README.md"])
+    benchmark = Benchmark("fake", "made up", lambda options: [lambda case=case: case for case in cases])
     monkeypatch.setitem(command_line.BENCHMARKS, "fake", benchmark)
 
 
@@ -71,9 +74,7 @@ def test_the_package_runs_from_the_checkout():
 
 def test_projection(tmp_path, device):
     status, results = run(tmp_path, "surgery_projection", "--dtype", "fp32", "--device", device.type)
-    assert [case["name"] for case in results["cases"]] == [
-        f"{what}, K {K}, P 0.040003M, fp32" for K in (5, 8) for what in ("projection", "parts")
-    ]
+    assert [case["name"] for case in results["cases"]] == [f"projection, K {K}, P 0.040003M, fp32" for K in (5, 8)]
     for case in results["cases"]:
         for side in case["sides"]:
             if side["name"].startswith("TorchJD") and side["status"] == "unavailable":
@@ -83,25 +84,24 @@ def test_projection(tmp_path, device):
     assert status == 0
     # Counted by hand, of 4 bytes: gram reads 5 x 40003; combine_ reads and writes them; weighted_sum reads them and
     # writes 40003; pcgrad_sum is gram and weighted_sum, pcgrad_ gram and combine_.
-    bytes_moved = {
-        name: side["work"]["bytes"] for case in results["cases"][:2] for name, side in sides_of(case).items()
-    }
-    assert bytes_moved["gram"] == 800_060
-    assert bytes_moved["combine_"] == 1_600_120
-    assert bytes_moved["weighted_sum"] == 960_072
+    declared = {kernel.name: kernel.work for kernel in ops.KERNELS}
+    moved = [
+        declared[name](Gradients(5, 40_003), Itemsizes(4, 4)).bytes for name in ("gram", "combine_", "weighted_sum")
+    ]
+    assert moved == [800_060, 1_600_120, 960_072]
+    bytes_moved = {name: side["work"]["bytes"] for name, side in sides_of(results["cases"][0]).items()}
     assert bytes_moved["pcgrad_sum"] == bytes_moved["the loop"] == 1_760_132
     assert bytes_moved["pcgrad_"] == 2_400_180
-    assert bytes_moved["pcgrad_coefficients"] == 0
-    part, copy_rate = sides_of(results["cases"][1])["gram"], results["cases"][1]["copy"]["rate"]
-    assert part["bytes_per_second"] == pytest.approx(800_060 / part["summary"]["median"])
+    part, copy_rate = sides_of(results["cases"][0])["pcgrad_sum"], results["cases"][0]["copy"]["rate"]
+    assert part["bytes_per_second"] == pytest.approx(1_760_132 / part["summary"]["median"])
     share = pytest.approx(part["bytes_per_second"] / copy_rate)
     assert part["share_of_floor"] == share and part["share_of_copy"] == share
     assert {"device", "torch", "commit", "command", "threads", "date"} <= set(results["environment"])
 
 
 def test_half_precision_counts_two_bytes(device):
-    build = surgery_projection.cases(Options(device, quick=True, precisions=["bf16"]))[1]
-    assert {side.name: side.work.bytes for side in build().sides}["gram"] == 400_030
+    build = surgery_projection.cases(Options(device, quick=True, precisions=["bf16"]))[0]
+    assert {side.name: side.work.bytes for side in build().sides}["pcgrad_sum"] == 880_066
 
 
 def test_step(tmp_path, device):
@@ -207,7 +207,7 @@ def test_a_case_that_cannot_be_built_does_not_end_the_run(tmp_path, monkeypatch,
         raise RuntimeError("out of memory\nin many lines")
 
     builders = [breaks, lambda: Case("good", [good_side()])]
-    benchmark = Benchmark("fake", "made up", lambda options: builders, ["README.md"])
+    benchmark = Benchmark("fake", "made up", lambda options: builders)
     monkeypatch.setitem(command_line.BENCHMARKS, "fake", benchmark)
     status, results = run(tmp_path, "fake")
     assert status == 1
@@ -280,6 +280,37 @@ def test_inputs_are_restored_before_every_call(tmp_path, monkeypatch):
     fake(monkeypatch, Case("case", [side]))
     run(tmp_path, "fake")
     assert seen == [1.0] * 4  # the check, the warm-up, two rounds
+
+
+def test_where_memory_is_measured_the_check_warms_up(tmp_path, monkeypatch):
+    """A step of surgery takes a minute with all of its sides: only what compiles is called twice before the rounds."""
+    called = []
+    sides = [
+        Side("eager", lambda: called.append("eager"), lambda _: 0.0, bound=1.0),
+        Side("compiled", lambda: called.append("compiled"), lambda _: 0.0, bound=1.0, compiles=True),
+    ]
+    fake(monkeypatch, Case("case", sides, memory=True))
+    _, results = run(tmp_path, "fake")
+    assert called[:3] == ["eager", "compiled", "compiled"] and len(called) == 3 + 2 * 2
+    assert all(side["peak_bytes"] is not None for side in sides_of(results["cases"][0]).values())
+
+
+def test_a_quick_run_captures_graphs_and_compiles_no_code(tmp_path, monkeypatch):
+    inductor = pytest.importorskip("torch._inductor.compile_fx")
+    monkeypatch.setattr(inductor, "compile_fx", lambda *_, **__: pytest.fail("the C++ compiler would run"))
+    traced = []
+
+    def function(x):
+        traced.append(torch.compiler.is_compiling())
+        return x + 1
+
+    call = torch.compile(function, fullgraph=True)
+    fake(
+        monkeypatch,
+        Case("case", [Side("compiled", lambda: call(torch.ones(3)), lambda x: (x - 2).sum().item(), bound=0.0)]),
+    )
+    status, _ = run(tmp_path, "fake")
+    assert status == 0 and set(traced) == {True}
 
 
 def test_statistics():
@@ -374,30 +405,82 @@ def test_files_that_hold_no_results(tmp_path):
 
 
 def test_fingerprints_follow_what_the_code_says(tmp_path):
-    def of(python: str, cuda: str) -> str:
-        (tmp_path / "a.py").write_text(python)
-        (tmp_path / "b.cu").write_text(cuda)
-        (tmp_path / "other.txt").write_text(python)
-        return sources.fingerprint(["*.py", "b.*", "nothing/*"], tmp_path)
+    def of(python: str) -> str:
+        (tmp_path / "dtr_kernels").mkdir(exist_ok=True)
+        (tmp_path / "dtr_kernels/a.py").write_text(python)
+        return sources.fingerprint_of("dtr_kernels.a", root=tmp_path)
 
     python = 'def f(x):\n    """Doc."""\n    return x + 1  # why\n'
-    cuda = "int f(int x) { return x + 1; }  // why\n"
-    first = of(python, cuda)
-    assert of('def f(x):\n    """Another\n    docstring."""\n\n    return (\n        x\n    ) + 1\n', cuda) != first
-    assert of('def f(x):\n\n    """Another\n    docstring."""\n\n    return x  +  1\n', cuda) == first
-    assert of(python, "/* a\n b */ int f(int x)\n{ return x + 1; }") == first
-    assert of(python.replace("1", "2"), cuda) != first
-    assert of(python, cuda.replace("1", "2")) != first
-    assert of("if x:\n    y()\nz()\n", cuda) != of("if x:\n    y()\n    z()\n", cuda)
-    assert of('f("""x""")\n', cuda) != of('f("""y""")\n', cuda)
+    first = of(python)
+    assert of('def f(x):\n\n    """Another\n    docstring."""\n\n    return (\n        x  +  1)\n') == first
+    for other in (python.replace("1", "2"), python.replace("x + 1", "f'{x}' + 1"), python.replace("1", "0")):
+        assert of(other) != first
+    assert of("x = 0\n") != of("x = False\n") and of("x = 0\n") != of("x = None\n")
+    assert of("if x:\n    y()\nz()\n") != of("if x:\n    y()\n    z()\n")
+    assert of('f("""x""")\n') != of('f("""y""")\n')
 
 
-@pytest.mark.parametrize("patterns", [sources.BLOCKS, sources.SURGERY, sources.ENGINES])
-def test_every_source_that_results_depend_on_exists(patterns):
-    for pattern in patterns:
-        if "tuned" not in pattern:  # one file for each GPU that was tuned for
-            assert list(sources.ROOT.glob(pattern)), pattern
-    assert len(sources.fingerprint(patterns)) == 16
+BLOCKS, SURGERY = {"block", "model", "surgery_step"}, {"surgery_projection", "surgery_step"}
+EVERY = {*BLOCKS, *SURGERY, "res_block"}
+CODE, DEFINITION = "\nCHANGED = True\n", "\n#define CHANGED\n"
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of all that results can depend on."""
+    root = tmp_path_factory.mktemp("checkout")
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "results")
+    for folder in ("dtr_kernels", "csrc", "benchmarks"):
+        shutil.copytree(sources.ROOT / folder, root / folder, ignore=ignored)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("path", "added", "stale"),
+    [
+        ("csrc/bindings.cpp", DEFINITION, EVERY),
+        ("csrc/checks.h", DEFINITION, EVERY),
+        ("csrc/cpu/kernels.inl", DEFINITION, EVERY),
+        ("csrc/cuda/gram.cuh", DEFINITION, SURGERY),
+        ("dtr_kernels/compilation.py", 'CXX_FLAGS += "-O2"', EVERY),
+        ("dtr_kernels/ops/extension.py", CODE, EVERY),
+        ("dtr_kernels/ops/registration.py", CODE, {*BLOCKS, *SURGERY}),
+        ("dtr_kernels/ops/gated_norm.py", CODE, BLOCKS),
+        ("dtr_kernels/ops/conv.py", CODE, {"res_block", "model"}),
+        ("dtr_kernels/surgery/segments.py", CODE, {"surgery_step"}),
+        ("dtr_kernels/sampling.py", CODE, {"model"}),
+        ("dtr_kernels/tuned/gpu.json", "{}", BLOCKS),
+        # Neither comments, re-exports, the rest of the build, other parts of the library nor benchmarks count.
+        ("csrc/cpu/kernels.inl", "// changed\n/* twice */", set()),
+        ("dtr_kernels/ops/gated_norm.py", "# changed", set()),
+        ("dtr_kernels/__init__.py", CODE, set()),
+        ("dtr_kernels/compilation.py", CODE, set()),
+        ("dtr_kernels/info.py", CODE, set()),
+        ("benchmarks/suite/block.py", CODE, set()),
+    ],
+)
+def test_results_are_stale_when_what_they_depend_on_has_changed(checkout, path, added, stale):
+    def fingerprints() -> dict[str, str]:
+        return {name: sources.fingerprint(command_line.BENCHMARKS[name], checkout) for name in EVERY}
+
+    file = checkout / path
+    original = file.read_text() if file.exists() else None
+    before = fingerprints()
+    file.write_text((original or "") + added)
+    try:
+        changed = {name for name, now in fingerprints().items() if now != before[name]}
+    finally:
+        file.unlink() if original is None else file.write_text(original)
+    assert changed == stale
+
+
+def test_fingerprints_of_a_package_and_of_modules_leave_tuned_tiles_out(checkout):
+    before = [sources.fingerprint_of(name, root=checkout) for name in ("dtr_kernels.ops", "dtr_kernels.ops.gated_norm")]
+    (checkout / "dtr_kernels/tuned/gpu.json").write_text("{}")
+    path = checkout / "dtr_kernels/ops/pcgrad.py"
+    path.write_text(path.read_text() + CODE)
+    after = [sources.fingerprint_of(name, root=checkout) for name in ("dtr_kernels.ops", "dtr_kernels.ops.gated_norm")]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False, True]
 
 
 def test_rotation_and_ceilings(device):
@@ -465,10 +548,10 @@ def test_peak_memory_counts_what_was_freed_again(device):
 
 @pytest.mark.parametrize("K", [1, 2, 5])
 def test_oracle_is_the_loop_in_fp64(seed, monkeypatch, K):
-    monkeypatch.setattr(_surgery, "_CHUNK", 100)
+    monkeypatch.setattr(surgery, "_CHUNK", 100)
     grads = surgery_projection.conflicting_gradients(K, 1003, torch.float32, CPU)
     order = dtr.ops.random_order(K)
-    oracle = _surgery.Oracle(grads, order)
+    oracle = surgery.Oracle(grads, order)
     projected = dtr.reference.pcgrad(grads.double(), order)
     assert oracle.error_of_projected(projected) < 1e-12
     assert oracle.error_of_update(projected.sum(0)) < 1e-12
@@ -483,15 +566,15 @@ def test_plain_pytorch_is_right(seed, update):
     grads = surgery_projection.conflicting_gradients(5, 20_001, torch.float32, CPU)
     order = dtr.ops.random_order(5)
     found = getattr(surgery_projection, update)(grads, order)
-    assert _surgery.Oracle(grads, order).error_of_update(found) < 1e-6
+    assert surgery.Oracle(grads, order).error_of_update(found) < 1e-6
 
 
 def test_torchjd_draws_the_order_that_the_oracle_is_given(seed):
     pytest.importorskip("torchjd")
     grads = surgery_projection.conflicting_gradients(5, 5000, torch.float32, CPU)
-    order = _surgery.torchjd_order(5, seed)
+    order = surgery.torchjd_order(5, seed)
     torch.manual_seed(seed)
-    assert _surgery.Oracle(grads, order).error_of_update(surgery_projection.torchjd_update(grads)) < 1e-5
+    assert surgery.Oracle(grads, order).error_of_update(surgery_projection.torchjd_update(grads)) < 1e-5
 
 
 def test_reference_dit_is_the_model(seed):

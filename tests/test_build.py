@@ -61,7 +61,8 @@ def nvcc():
 
 def run_setup(project, *command, **settings):
     environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
-    environment |= {"CXXFLAGS": "-O0", "TORCH_CUDA_ARCH_LIST": "9.0", "PYTHONWARNINGS": "ignore", **settings}
+    environment |= {"CXXFLAGS": "-O0", "NVCC_APPEND_FLAGS": "-Xcicc=-O0 -Xptxas=-O0", "PYTHONWARNINGS": "ignore"}
+    environment |= {"TORCH_CUDA_ARCH_LIST": "9.0", **settings}
     command = [sys.executable, "setup.py", *(command or ("build_ext", "--inplace"))]
     return subprocess.run(command, cwd=project, env=environment, text=True, capture_output=True)
 
@@ -72,6 +73,13 @@ def build(project, **settings):
     assert done.returncode == 0, done.stdout + done.stderr
     (extension,) = project.glob("dtr_kernels/_C*.so")
     return done.stdout, json.loads(output(sys.executable, "-c", LOAD, extension))
+
+
+def stopped(project, **settings):
+    """The last sentence of a build that ends with it."""
+    done = run_setup(project, **settings)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1]
 
 
 def sentences(printed):
@@ -90,20 +98,6 @@ def version_of(nvcc):
     return re.search(r"V([\d.]+)", output(nvcc, "--version"))[1]
 
 
-def path_without(program, folder):
-    """The PATH, with a folder of links in place of each that holds the program."""
-    folders = []
-    for i, original in enumerate(os.environ["PATH"].split(os.pathsep)):
-        if Path(original, program).exists():
-            (folder / str(i)).mkdir()
-            for file in Path(original).iterdir():
-                if file.name != program:
-                    (folder / str(i) / file.name).symlink_to(file)
-            original = str(folder / str(i))
-        folders.append(original)
-    return os.pathsep.join(folders)
-
-
 def script(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\n{text}\n")
@@ -111,18 +105,15 @@ def script(path, text):
     return path
 
 
-def test_with_cuda(project, nvcc):
+def test_with_cuda(project, nvcc, monkeypatch):
+    """Where there is no GPU, the extension imports and says so."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     printed, config = build(project)
     assert not sentences(printed)
     assert config["cuda"] == version_of(nvcc)
     assert config["architectures"] == ["sm_90"]
     assert config["no_cuda_reason"] is None
     assert {"gram_workspace", "gram", "pcgrad_coefficients", "combine", "weighted_sum"} <= set(config["kernels"])
-
-
-def test_without_a_gpu_the_extension_imports_and_says_so(project, nvcc, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    _, config = build(project)
     assert "GPU" in config["unsupported"]
 
 
@@ -132,44 +123,32 @@ def test_links_neither_pytorch_nor_cuda_nor_openmp_and_exports_only_its_module(p
     needed = re.findall(r"NEEDED.*\[(.*)\]", output("readelf", "-d", extension))
     assert "libc.so.6" in needed
     assert not [name for name in needed if re.match("lib(torch|c10|cuda|cudart|gomp|omp|iomp)", name)]
-    symbols = subprocess.run(
-        ["nm", "-D", "--defined-only", extension], text=True, capture_output=True, check=True
-    ).stdout
-    assert re.findall(r" T (.*)", symbols) == ["PyInit__C"]
+    assert re.findall(r" T (.*)", output("nm", "-D", "--defined-only", extension)) == ["PyInit__C"]
 
 
 def test_recompiles_only_what_changed(project):
     build(project)
     printed, _ = build(project)
     assert not compiled(printed)
-    (project / "csrc" / "cpu" / "avx2.cpp").touch()
-    printed, _ = build(project)
-    assert compiled(printed) == ["csrc/cpu/avx2.cpp"]
-    (project / "csrc" / "cpu" / "kernels.inl").touch()
-    printed, _ = build(project)
-    assert sorted(compiled(printed)) == ["csrc/cpu/avx2.cpp", "csrc/cpu/avx512.cpp", "csrc/cpu/baseline.cpp"]
+    (ninja_file,) = project.rglob("build.ninja")
+    cpu = project / "csrc" / "cpu"
+    for changed, expected in ("avx2.cpp", ["avx2"]), ("kernels.inl", ["avx2", "avx512", "baseline"]):
+        before = (cpu / changed).stat()
+        (cpu / changed).touch()
+        # Said, not done.
+        said = output(compilation.find_ninja(), "-C", project, "-f", ninja_file, "-n", "-v")
+        assert sorted(compiled(said)) == [f"csrc/cpu/{name}.cpp" for name in expected]
+        os.utime(cpu / changed, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def check_cpu_only(printed, config, reason):
-    (sentence,) = sentences(printed)
-    assert sentence == f"dtr_kernels: built without CUDA kernels: {config['no_cuda_reason']}"
-    assert reason in sentence and "install this package again" in sentence
-    assert config["cuda"] is None
-    assert config["architectures"] == []
-    assert config["kernels"] == []
-    assert config["instruction_set"]
-
-
-def test_cuda_switched_off(project):
-    check_cpu_only(*build(project, DTR_CUDA="0"), "DTR_CUDA=0 was set")
-
-
-def test_no_nvcc(project, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", path_without("nvcc", tmp_path))
-    monkeypatch.delenv("CUDA_HOME", raising=False)
-    if found := compilation.find_nvcc():
-        pytest.skip(f"NOT RUN: this environment has {found}")
-    check_cpu_only(*build(project), "nvcc was not found; put it on the PATH or set CUDA_HOME")
+def test_without_cuda_for_a_reason(tmp_path, monkeypatch):
+    """With which setup.py goes on: a wheel is built so in test_wheels.py, and by a failing nvcc below."""
+    monkeypatch.setenv("DTR_CUDA", "0")
+    assert compilation.find_cuda().missing.startswith("DTR_CUDA=0 was set for the build; run python -m")
+    monkeypatch.delenv("DTR_CUDA")
+    monkeypatch.setattr(compilation, "find_nvcc", lambda version: None)
+    missing = compilation.find_cuda().missing
+    assert missing.startswith("nvcc was not found; put it on the PATH or set CUDA_HOME, and run python -m")
 
 
 def test_nvcc_that_fails_to_compile(project, nvcc, tmp_path):
@@ -177,7 +156,11 @@ def test_nvcc_that_fails_to_compile(project, nvcc, tmp_path):
     answers = f'case "$*" in *--version*|*--list-gpu-code*|*--dryrun*) exec "{nvcc}" "$@";; esac'
     fake = script(tmp_path / "bin" / "nvcc", f'{answers}; echo "surgery.cu: broken"; exit 1')
     printed, config = build(project, CUDA_HOME=str(tmp_path), MAX_JOBS="1")
-    check_cpu_only(printed, config, f"{fake} {version_of(nvcc)} failed")
+    (sentence,) = sentences(printed)
+    assert sentence == f"dtr_kernels: built without CUDA kernels: {config['no_cuda_reason']}"
+    assert f"{fake} {version_of(nvcc)} failed" in sentence and "install this package again" in sentence
+    assert config["cuda"] is None and config["architectures"] == config["kernels"] == []
+    assert config["instruction_set"]
     assert "surgery.cu: broken" in printed
 
 
@@ -200,17 +183,13 @@ def test_nvcc_of_a_version(tmp_path, monkeypatch):
 
 
 def test_a_cuda_version_that_is_not_there_stops_the_build(project):
-    done = run_setup(project, DTR_CUDA="9.9")
-    assert done.returncode != 0
-    sentence = done.stderr.splitlines()[-1]
-    assert sentence.startswith("DTR_CUDA=9.9: nvcc of CUDA 9.9 was not found; put it on the PATH or set CUDA_HOME")
+    said = stopped(project, DTR_CUDA="9.9")
+    assert said.startswith("DTR_CUDA=9.9: nvcc of CUDA 9.9 was not found; put it on the PATH or set CUDA_HOME")
 
 
 @pytest.mark.parametrize("asked", ["13", "none", "0.0", "13.0.88"])
 def test_a_cuda_version_that_is_none_stops_the_build(project, asked):
-    done = run_setup(project, DTR_CUDA=asked)
-    assert done.returncode != 0
-    assert done.stderr.splitlines()[-1] == f"DTR_CUDA={asked!r} must be 0, or a CUDA version like 13.0"
+    assert stopped(project, DTR_CUDA=asked) == f"DTR_CUDA={asked!r} must be 0, or a CUDA version like 13.0"
 
 
 def test_a_cuda_version_that_fails_to_compile_stops_the_build(project, nvcc, tmp_path):
@@ -218,9 +197,8 @@ def test_a_cuda_version_that_fails_to_compile_stops_the_build(project, nvcc, tmp
     answers = f'case "$*" in *--version*|*--list-gpu-code*|*--dryrun*) exec "{nvcc}" "$@";; esac'
     script(tmp_path / "bin" / "nvcc", f"{answers}; exit 1")
     version = ".".join(version_of(nvcc).split(".")[:2])
-    done = run_setup(project, DTR_CUDA=version, CUDA_HOME=str(tmp_path), MAX_JOBS="1")
-    assert done.returncode != 0
-    assert done.stderr.splitlines()[-1].startswith(f"DTR_CUDA={version}: g++ failed; see what it says")
+    said = stopped(project, DTR_CUDA=version, CUDA_HOME=str(tmp_path), MAX_JOBS="1")
+    assert said.startswith(f"DTR_CUDA={version}: g++ failed; see what it says")
 
 
 def test_where_nvcc_is_looked_for(tmp_path, monkeypatch):
@@ -292,18 +270,13 @@ def test_which_gpus_a_build_has_code_for(architectures, runs_on, not_on):
     ],
 )
 def test_bad_architectures_stop_the_build(project, nvcc, listed, why):
-    done = run_setup(project, TORCH_CUDA_ARCH_LIST=listed)
-    assert done.returncode != 0
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"TORCH_CUDA_ARCH_LIST={listed!r}: ")
-    assert why in done.stderr.splitlines()[-1]
+    said = stopped(project, TORCH_CUDA_ARCH_LIST=listed)
+    assert said.startswith(f"TORCH_CUDA_ARCH_LIST={listed!r}: ") and why in said
 
 
 @pytest.mark.parametrize("number", ["0", "two", "-1"])
 def test_bad_number_of_jobs_stops_the_build(project, number):
-    done = run_setup(project, MAX_JOBS=number)
-    assert done.returncode != 0
-    assert done.stderr.splitlines()[-1] == f"MAX_JOBS={number!r} must be a whole number, 1 or more"
+    assert stopped(project, MAX_JOBS=number) == f"MAX_JOBS={number!r} must be a whole number, 1 or more"
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ import os
 import sys
 import tracemalloc
 from collections import Counter
-from contextlib import contextmanager
 from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
 import pytest
 import torch
+from gpu_waits import waiting_is_an_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
@@ -25,20 +25,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import dtr_kernels as dtr
 
 COSTS = ["timestep", "snr", "log_snr", "affinity"]
-INTEGERS = [
-    *(torch.int8, torch.int16, torch.int32, torch.int64),
-    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
-]
+INTEGERS = [getattr(torch, f"{kind}{bits}") for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@contextmanager
-def synchronisation_is_an_error():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def clusters_of(*bounds, cost="timestep"):
@@ -134,30 +122,6 @@ def test_equal_intervals_of_a_thousand_timesteps(K):
     assert lengths == [math.ceil(1000 / K)] * (1000 % K) + [1000 // K] * (K - 1000 % K)
 
 
-def test_the_five_clusters_of_ant():
-    assert dtr.interval_clusters(1000, 5).bounds == (0, 200, 400, 600, 800, 1000)
-
-
-@pytest.mark.parametrize("cost", COSTS)
-def test_longer_processes(seed, cost):
-    """Against the recursion over first intervals, in floating point."""
-    T, most = 61, 6
-    values = random_values(cost, T)
-    one = lru_cache(None)(lambda first, end: float(interval_cost(cost, values, first, end - 1)))
-
-    @lru_cache(None)
-    def least(first, K):
-        if K == 1:
-            return one(first, T)
-        return min(one(first, end) + least(end, K - 1) for end in range(first + 1, T - K + 2))
-
-    for K in range(1, most + 1):
-        bounds = dtr.interval_clusters(T, K, cost, values).bounds
-        assert sum(itertools.starmap(one, itertools.pairwise(bounds))) == pytest.approx(
-            least(0, K), rel=1e-12, abs=1e-11
-        )
-
-
 def bounds_from_all_costs(distances, K):
     """The recursion over [T, T] costs as it is written down, in fp64, with sums in the order of growing intervals."""
     T = len(distances)
@@ -181,14 +145,14 @@ def bounds_from_all_costs(distances, K):
 @pytest.mark.parametrize("kind", ["snr", "equal snr", "log_snr", "affinity", "equal affinity"])
 def test_the_same_clusters_as_from_all_costs(seed, kind):
     """SNRs that go up and down, and ties; sums that are rounded alike."""
-    for T in (2, 7, 16):
+    for T in (2, 7, 16, 45):
         cost = kind.removeprefix("equal ")
         values = random_values(cost, T)
         if kind.startswith("equal"):
             values = values.clamp(0, 2).round()
         x = torch.from_numpy(np.log(values.numpy())) if cost == "log_snr" else values
         distances = (-x if cost == "affinity" else (x - x[:, None]).abs()).tolist()
-        for K in {1, 2, T // 3 + 1, T - 1}:
+        for K in {1, 2, min(T // 3 + 1, 6), min(T - 1, 15)}:
             assert dtr.interval_clusters(T, K, cost, values).bounds == bounds_from_all_costs(distances, K), (T, K)
 
 
@@ -203,10 +167,6 @@ def test_memory_grows_with_timesteps_and_not_with_their_square(seed, cost):
     assert peak < 8 * T * T / 16
 
 
-def test_closed_form_of_the_timestep_cost():
-    assert dtr.interval_clusters(10**12 + 1, 3).bounds == (0, 333333333334, 666666666668, 10**12 + 1)
-
-
 @pytest.mark.parametrize("cost, values", [("snr", [1e8, 1e4, 1, 1, 1, 1, 1]), ("snr", schedule()), ("affinity", None)])
 def test_first_intervals_of_one_timestep(cost, values):
     if cost == "affinity":  # everything but the first two timesteps belongs together
@@ -216,19 +176,26 @@ def test_first_intervals_of_one_timestep(cost, values):
     assert bounds[:3] == (0, 1, 2)
 
 
-def test_small_differences_beside_a_large_snr():
-    """Differences of sums that hold the first value would lose the others altogether."""
-    values = [1e16] + 3 * [1e-3] + 5 * [2e-3] + 2 * [1e-3]
-    assert dtr.interval_clusters(11, 4, "snr", values).bounds == (0, 1, 4, 9, 11)
+NEARLY_TIED = np.eye(4)
+NEARLY_TIED[1, 0], NEARLY_TIED[3, 2] = 0.5, 0.5 + 1e-12
 
 
-def test_costs_are_told_apart_in_fp64():
-    """In fp32 these would be ties, which the first intervals would win."""
-    assert dtr.interval_clusters(4, 3, "snr", [0, 1 + 1e-12, 3, 4]).bounds == (0, 1, 2, 4)
-    assert dtr.interval_clusters(4, 3, "log_snr", np.exp([0, 1 + 1e-12, 3, 4])).bounds == (0, 1, 2, 4)
-    affinity = np.eye(4)
-    affinity[1, 0], affinity[3, 2] = 0.5, 0.5 + 1e-12
-    assert dtr.interval_clusters(4, 3, "affinity", affinity).bounds == (0, 1, 2, 4)
+@pytest.mark.parametrize(
+    ("cost", "values", "bounds"),
+    [
+        ("timestep", None, (0, 200, 400, 600, 800, 1000)),  # the five clusters of ANT
+        ("timestep", None, (0, 333333333334, 666666666668, 10**12 + 1)),  # in closed form
+        ("snr", [5, 5, 0, 0], (0, 2, 4)),
+        # Differences of sums that hold the first value would lose the others altogether.
+        ("snr", [1e16] + 3 * [1e-3] + 5 * [2e-3] + 2 * [1e-3], (0, 1, 4, 9, 11)),
+        # In fp32 these would be ties, which the first intervals would win.
+        ("snr", [0, 1 + 1e-12, 3, 4], (0, 1, 2, 4)),
+        ("log_snr", np.exp([0, 1 + 1e-12, 3, 4]), (0, 1, 2, 4)),
+        ("affinity", NEARLY_TIED, (0, 1, 2, 4)),
+    ],
+)
+def test_known_clusters(cost, values, bounds):
+    assert dtr.interval_clusters(bounds[-1], len(bounds) - 1, cost, values).bounds == bounds
 
 
 @pytest.mark.parametrize("cost", COSTS)
@@ -269,22 +236,14 @@ def test_values_of_any_kind(seed, device, cost):
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64, np.float16])
 def test_values_of_few_bits_are_subtracted_as_wide_ones(dtype):
     values = np.array([200, 7, 9, 100, 90, 6, 6], dtype)
-    assert (
-        dtr.interval_clusters(7, 4, "snr", values).bounds == dtr.interval_clusters(7, 4, "snr", values.tolist()).bounds
-    )
-
-
-def test_an_snr_of_zero_at_the_end():
-    assert dtr.interval_clusters(4, 2, "snr", [5, 5, 0, 0]).bounds == (0, 2, 4)
-
-
-def test_integers_of_numpy():
-    clusters = dtr.interval_clusters(np.int64(10), np.int32(2))
-    assert clusters.bounds == (0, 5, 10)
-    assert all(type(bound) is int for bound in (*clusters.bounds, clusters.num_timesteps, clusters.num_clusters))
+    narrow, wide = (dtr.interval_clusters(7, 4, "snr", given) for given in (values, values.tolist()))
+    assert narrow.bounds == wide.bounds
 
 
 def test_clusters_are_immutable_and_can_be_keys():
+    clusters = dtr.interval_clusters(np.int64(10), np.int32(2))
+    assert clusters.bounds == (0, 5, 10)
+    assert all(type(bound) is int for bound in (*clusters.bounds, clusters.num_timesteps, clusters.num_clusters))
     clusters = dtr.IntervalClusters([0, 2, np.int64(5)], "snr")
     assert clusters == clusters_of(0, 2, 5, cost="snr") and len({clusters, clusters_of(0, 2, 5, cost="snr")}) == 1
     assert clusters != clusters_of(0, 2, 5) and clusters != clusters_of(0, 3, 5, cost="snr")
@@ -328,13 +287,9 @@ def test_timesteps_of_any_integer_dtype(device, dtype):
     clusters = clusters_of(0, 1, 100, 300, 1000)
     t = [t for t in (0, 1, 99, 100, 127, 255, 299, 300, 999) if t <= torch.iinfo(dtype).max]
     assert clusters.assign(torch.tensor(t, device=device).to(dtype)).tolist() == [clusters.assign(one) for one in t]
-
-
-def test_assign_of_an_int_is_an_int():
-    clusters = clusters_of(0, 1, 4, 9)
-    assert [clusters.assign(t) for t in (0, 1, 3, 4, 8)] == [0, 1, 1, 2, 2]
-    assert type(clusters.assign(4)) is int and type(clusters.assign(np.int64(4))) is int
-    assert clusters_of(0, 5).assign(4) == 0 and type(clusters_of(0, 5).assign(4)) is int
+    assert [clusters.assign(t) for t in (0, 1, 99, 100, 999)] == [0, 1, 1, 2, 3]
+    for one in (clusters.assign(4), clusters.assign(np.int64(4)), clusters_of(0, 5).assign(4)):
+        assert type(one) is int
 
 
 def test_compiled_assign(seed, device):
@@ -351,15 +306,12 @@ def test_compiled_assign(seed, device):
     assert counter.frame_count <= 2, "once, and once more for batches of any size"
 
 
-def test_compiled_assign_still_refuses_timesteps_out_of_range():
-    compiled = torch.compile(clusters_of(0, 5, 20).assign, fullgraph=True, backend="aot_eager")
+def test_compiled_assign_refuses_timesteps_out_of_range_and_takes_an_int():
+    clusters = clusters_of(0, 5, 20)
+    compiled = torch.compile(clusters.assign, fullgraph=True, backend="eager")
     assert compiled(torch.tensor([0, 19])).tolist() == [0, 1]
     with pytest.raises(ValueError, match=r"t must be in 0\.\.19"):
         compiled(torch.tensor([0, 20]))
-
-
-def test_compiled_assign_of_an_int():
-    clusters = clusters_of(0, 5, 20)
     compiled = torch.compile(lambda x: x * clusters.assign(x.shape[0]), fullgraph=True, backend="aot_eager")
     assert [compiled(torch.ones(n)).sum().item() for n in (4, 7, 8)] == [0, 7, 8]
 
@@ -374,7 +326,7 @@ def test_the_op_of_the_range_check(device, dtype):
 @pytest.mark.gpu
 def test_assign_does_not_wait_for_the_gpu():
     clusters, t = dtr.interval_clusters(1000, 8), torch.randint(1000, (64,), device="cuda")
-    with synchronisation_is_an_error():
+    with waiting_is_an_error():
         assigned = clusters.assign(t)
     assert torch.equal(assigned.cpu(), clusters.assign(t.cpu()))
 
@@ -448,15 +400,12 @@ def test_seeds(seed, device):
     assert not torch.equal(clusters.sample(50, generator), clusters.sample(50, generator))
 
 
-def test_without_a_generator_pytorchs_own_draws(seed, device):
+def test_without_a_generator_pytorchs_own_draws_on_its_default_device(seed, device):
     clusters = dtr.interval_clusters(1000, 8)
     torch.manual_seed(seed)
     first, second = clusters.sample(50, device=device), clusters.sample(50, device=device)
     torch.manual_seed(seed)
     assert torch.equal(clusters.sample(50, device=str(device)), first) and not torch.equal(first, second)
-
-
-def test_pytorchs_default_device_counts(device):
     with torch.device(device):
         assert clusters_of(0, 5, 9).sample(4).device.type == device.type
         assert clusters_of(0, 5, 9).sample(4, torch.Generator("cpu")).device.type == "cpu"
@@ -474,7 +423,7 @@ def test_compiled_sample(seed, device):
 def test_sampling_does_not_wait_for_the_gpu():
     clusters = dtr.interval_clusters(1000, 8)
     on_cpu, on_gpu = torch.Generator(), torch.Generator("cuda")
-    with synchronisation_is_an_error():
+    with waiting_is_an_error():
         batches = [clusters.sample(20, generator, "cuda") for generator in (None, on_cpu, on_gpu)]
         batches.append(clusters.sample(20, on_gpu))
     for t in batches:
@@ -553,11 +502,8 @@ def test_broken_files(tmp_path, content, fragment):
         content = json.dumps(content)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     refused(lambda: dtr.IntervalClusters.load(path), ValueError, [str(path), "IntervalClusters.save", fragment])
-
-
-def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
-        dtr.IntervalClusters.load(tmp_path / "clusters.json")
+        dtr.IntervalClusters.load(tmp_path / "other.json")
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -580,16 +526,14 @@ def test_costs(make, cost):
     refused(lambda: make(cost), ValueError, ["cost must be one of", *map(repr, COSTS), f"got {cost!r}"])
 
 
-@pytest.mark.parametrize("num_timesteps", [0, -5, 10.0, True, "10", None, math.nan], ids=repr)
-def test_numbers_of_timesteps(num_timesteps):
-    fragments = ["num_timesteps", "positive integer", f"got {num_timesteps!r}"]
-    refused(lambda: dtr.interval_clusters(num_timesteps, 1), ValueError, fragments)
-
-
-@pytest.mark.parametrize("k", [0, -1, 11, 2.0, True, "2", None], ids=repr)
-def test_numbers_of_clusters(k):
-    fragments = ["k, the number of clusters", "from 1 to num_timesteps = 10", f"got {k!r}"]
-    refused(lambda: dtr.interval_clusters(10, k), ValueError, fragments)
+@pytest.mark.parametrize("number", [0, -5, 10.0, True, "10", None, math.nan], ids=repr)
+def test_numbers_of_timesteps_clusters_and_samples(number):
+    positive, got = "positive integer", f"got {number!r}"
+    refused(lambda: dtr.interval_clusters(number, 1), ValueError, ["num_timesteps", positive, got])
+    refused(lambda: clusters_of(0, 5, 20).sample(number), ValueError, ["batch_size", positive, got])
+    for k, said in ((number, got), (11, "got 11")):
+        fragments = ["k, the number of clusters", "from 1 to num_timesteps = 10", said]
+        refused(lambda k=k: dtr.interval_clusters(10, k), ValueError, fragments)
 
 
 SNR = "the SNR at every timestep, finite real numbers of shape [3]"
@@ -642,10 +586,7 @@ def ints(*values, dtype=torch.int64):
         (ints(3, 20, dtype=torch.uint8), ["0..19", "from 3 to 20"]),
         (20, ["0..19", "num_timesteps=20", "got 20"]),
         (-1, ["0..19", "num_timesteps=20", "got -1"]),
-        (
-            torch.tensor([0.5]),
-            ["integer timesteps", "torch.float32", "continuous time", "(t * 20).long().clamp(max=19)"],
-        ),
+        (torch.tensor([0.5]), ["integer timesteps", "torch.float32", "continuous", "(t * 20).long().clamp(max=19)"]),
         (torch.tensor(0.5), ["integer timesteps", "torch.float32", "continuous time"]),
         (0.5, ["integer timesteps", "got float", "(t * 20).long().clamp(max=19)"]),
         (np.float64(3), ["integer timesteps", "got float64", "continuous time"]),
@@ -668,12 +609,6 @@ def test_timesteps_of_another_type(t):
 def test_continuous_time_as_the_error_says():
     t = torch.tensor([0, 0.2499, 0.25, 0.999, 1])
     assert clusters_of(0, 5, 20).assign((t * 20).long().clamp(max=19)).tolist() == [0, 0, 1, 1, 1]
-
-
-@pytest.mark.parametrize("batch_size", [0, -1, 8.0, True, "8", None], ids=repr)
-def test_batch_sizes(batch_size):
-    fragments = ["batch_size", "positive integer", f"got {batch_size!r}"]
-    refused(lambda: clusters_of(0, 5, 20).sample(batch_size), ValueError, fragments)
 
 
 def test_a_seed_is_no_generator():
@@ -704,6 +639,8 @@ def figures():
 
 
 def test_every_cluster_can_be_read(figures):
+    many = dtr.plot_clusters(dtr.interval_clusters(200, 65)).axes[0]
+    assert len(many.patches) == 65 and not any(text.get_text() for text in many.texts)
     for clusters, _, figure in figures:
         figure.draw_without_rendering()
         boxes = figure.axes[0]
@@ -751,12 +688,6 @@ def test_what_is_behind_the_clusters(figures):
             assert image.norm(0.0) == 0.5, "an affinity of 0 has the colour in the middle"
             area = axes.get_window_extent()
             assert area.width == pytest.approx(area.height)
-
-
-def test_more_clusters_than_labels():
-    pytest.importorskip("matplotlib")
-    figure = dtr.plot_clusters(dtr.interval_clusters(200, 65))
-    assert len(figure.axes[0].patches) == 65 and not any(text.get_text() for text in figure.axes[0].texts)
 
 
 def test_files_of_pictures(tmp_path, monkeypatch):

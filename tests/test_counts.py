@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils import flop_counter
@@ -9,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import counts
 from benchmarks.counts import ITEMSIZES, Work
-from benchmarks.suite._models import TINY, make_dit
+from benchmarks.suite.models import TINY, make_dit
 from dtr_kernels import nn, reference
 from dtr_kernels.ops import window_linear as linear_ops
-from dtr_kernels.ops.gated_norm import gated_norm_backward, gated_norm_forward
+from dtr_kernels.ops.gated_norm import NormInputs, NormWindow, gated_norm_backward, gated_norm_forward
 from dtr_kernels.ops.residual import gated_residual_backward, gated_residual_forward
 from dtr_kernels.sampling import Sampler
 
@@ -156,14 +158,13 @@ def test_bytes_of_adamw_and_layer_norm():
     # DiT-S/2 has 33 million parameters: p, its gradient and two moments in, all but the gradient out, 4 bytes each.
     assert counts.adamw_step(33_000_000, 4) == Work(bytes=924_000_000)
     # 6 tokens of 5 channels, 2 bytes each: x in, out; then gradient and x in, gradient out; mean and rstd of 4 bytes.
-    assert counts.layer_norm_forward(2, 3, 5, 2) == Work(bytes=6 * (2 * 5 * 2 + 8))
-    assert counts.layer_norm_backward(2, 3, 5, 2) == Work(bytes=6 * (3 * 5 * 2 + 8))
 
 
 def test_blocks_of_a_model_share_a_kernel():
     """In a model the sum after a block and the next block's norm are one pass: the sum is not read again."""
     sizes = {"B": 4, "N": 6, "C": 8, "W": 5, "H": 32, "patch_inputs": 16, "patch_outputs": 32}
-    forward, one_more = (counts.dit_forward(**sizes, depth=depth, items=BF16, scope="block").bytes for depth in (3, 4))
+    sizes |= {"heads": 2, "items": BF16, "scope": "block"}
+    forward, one_more = (counts.dit_forward(counts.Dit(**sizes, depth=depth)).bytes for depth in (3, 4))
     # Of the 24 tokens a block alone reads 2C and writes C at its end, reads W and writes W at its start; one among
     # others reads 2C, writes C and W. Gate, shift, scale and statistics are the same.
     alone = counts.block_forward(4, 6, 8, 5, 32, BF16, "block").bytes
@@ -192,12 +193,12 @@ def test_operations_of_the_reference_model(seed):
     model = make_dit(TINY, CPU, torch.float32)
     B, (_, N, C) = 3, model.pos_embed.shape
     sizes = {"B": B, "N": N, "C": C, "W": C, "H": 4 * C, "depth": len(model.blocks), "scope": "block", "items": FP32}
-    sizes |= {"patch_inputs": 4 * model.in_channels, "patch_outputs": 4 * model.out_channels}
+    sizes |= {"patch_inputs": 4 * model.in_channels, "patch_outputs": 4 * model.out_channels, "heads": 4}
     x = torch.randn(B, model.in_channels, model.input_size, model.input_size)
     t, y = torch.randint(1000, (B,)), torch.randint(1000, (B,))
-    assert counted(lambda: reference.dit(model, x, t, y)) == counts.dit_forward(**sizes).flops
+    assert counted(lambda: reference.dit(model, x, t, y)) == counts.dit_forward(counts.Dit(**sizes)).flops
     training = counted(lambda: reference.dit(model, x, t, y).sum().backward())
-    assert training == counts.dit_training(**sizes, heads=4).flops
+    assert training == counts.dit_training(counts.Dit(**sizes)).flops
 
 
 def test_operations_that_a_sampler_leaves_out(seed, monkeypatch):
@@ -234,11 +235,12 @@ class Launched:
         self.g = torch.randn(B, N, O).to(operand)
         self.dtype, self.operand = dtype, operand
 
+    def inputs(self, branch: bool) -> NormInputs:
+        return NormInputs(self.x, self.shift, self.scale, *((self.branch, self.gate) if branch else ()))
+
     def forward(self, branch: bool, compact: bool, keep_branch: bool):
-        pending = (self.branch, self.gate) if branch else (None, None)
-        return gated_norm_forward(
-            self.x, *pending, self.shift, self.scale, self.start, self.W, 1e-6, self.operand, compact, keep_branch
-        )
+        window = NormWindow(self.start, self.W, compact, keep_branch)
+        return gated_norm_forward(self.inputs(branch), window, 1e-6, self.operand)
 
     def backward(self, out, branch: bool, compact: bool, keep_branch: bool):
         self.inactive = torch.randn(self.B, self.N) if compact else None
@@ -246,15 +248,10 @@ class Launched:
             torch.randn(out.u.shape).to(self.operand),
             self.dstream if branch else None,
             self.inactive,
-            self.x,
-            *((self.branch, self.gate) if branch else (None, None)),
-            self.scale,
+            self.inputs(branch),
             out.mean,
             out.rstd,
-            self.start,
-            self.W,
-            compact,
-            keep_branch,
+            NormWindow(self.start, self.W, compact, keep_branch),
         )
 
 
@@ -313,6 +310,7 @@ def layer(seed):
     run = Launched(torch.float32, torch.float32)
     run.out = run.forward(branch=False, compact=True, keep_branch=False)
     run.mean_rstd = run.out.mean * run.out.rstd
+    run.closed = linear_ops.ClosedForm(run.mean_rstd, run.shift, run.scale, run.start)
     run.sizes = run.B, run.N, run.C, run.W, run.O, FP32
     # Of shift and scale the deactivated channels are read, wherever they are.
     run.of_inactive = run.shift[:, run.W :], run.scale[:, run.W :]
@@ -321,7 +319,7 @@ def layer(seed):
 
 def test_work_of_the_window_linear_launcher(layer):
     B, N, _, W, O, _ = layer.sizes
-    inputs = (layer.out.u, layer.mean_rstd, layer.shift, layer.scale, layer.weight, layer.bias, layer.start)
+    inputs = (layer.out.u, layer.closed, layer.weight, layer.bias)
     out = linear_ops.window_linear_forward(*inputs)
     work = counts.window_linear_forward(*layer.sizes)
     read = (layer.out.u, layer.mean_rstd, *layer.of_inactive, layer.weight, layer.bias, layer.start)
@@ -338,26 +336,17 @@ def test_work_of_the_window_linear_gradients(layer):
 
     def gradients(parameters: bool):
         return linear_ops.window_linear_backward(
-            layer.g,
-            layer.out.u,
-            layer.mean_rstd,
-            layer.shift,
-            layer.scale,
-            layer.weight,
-            layer.start,
-            need_weight=parameters,
-            need_bias=parameters,
+            layer.g, layer.out.u, layer.closed, layer.weight, need_weight=parameters, need_bias=parameters
         )
 
     found = gradients(True)
     shift, scale = layer.of_inactive
     of_input = (layer.g, layer.mean_rstd, scale, layer.weight, layer.start)
     of_input += (found.u, found.inactive, found.shift[:, W:], found.scale[:, W:])
-    assert counts.window_linear_input_gradient(*layer.sizes).bytes == nbytes(*of_input)
     of_weight = (layer.g, layer.out.u, layer.mean_rstd, shift, scale, layer.start, found.weight, found.bias)
-    assert counts.window_linear_weight_gradient(*layer.sizes).bytes == nbytes(*of_weight)
-
-    input_only, both = counts.window_linear_input_gradient(*layer.sizes), counts.window_linear_gradients(*layer.sizes)
+    input_only = counts.window_linear_gradients(*layer.sizes, parameters=False)
+    both = counts.window_linear_gradients(*layer.sizes)
+    assert input_only.bytes == nbytes(*of_input) and both.bytes == nbytes(*of_input, *of_weight)
     # By hand, as above: p is one row for each sample, dp and dq are two, each to and from the 7 deactivated channels.
     assert input_only.flops == 2 * 120 * 17 * 50 + 2 * 3 * 7 * 50 + 2 * 6 * 7 * 50
     assert both.flops == input_only.flops + 2 * 120 * 17 * 50 + 2 * 6 * 7 * 50
@@ -368,20 +357,9 @@ def test_work_of_the_window_linear_gradients(layer):
     assert counted(lambda: gradients(True)) == both.flops + 2 * B * C * O + zeros + 6 * B * N * O + 4 * B * W * O
 
 
-def test_work_of_the_weight_gradient_of_windows(layer):
-    B, N, C, W, O, _ = layer.sizes
-    work = counts.window_linear_weight_product(*layer.sizes)
-    # By hand, as above: 17 channels for 120 tokens; the sum is on all 24 channels, in fp32 whatever the operands.
-    assert work == Work(2 * 120 * 17 * 50, nbytes(layer.g, layer.out.u, layer.start) + 4 * 24 * 50)
-    in_bf16 = counts.window_linear_weight_product(B, N, C, W, O, BF16)
-    assert in_bf16.bytes == work.bytes - 2 * 120 * (17 + 50)
-    everything = counts.window_linear_weight_gradient(*layer.sizes)
-    assert everything.flops == work.flops + 2 * 6 * 7 * 50 and everything.bytes > work.bytes
-
-
 def test_work_of_the_gelu_launchers(layer):
     B, N, C, _, O, _ = layer.sizes
-    inputs = (layer.out.u, layer.mean_rstd, layer.shift, layer.scale, layer.weight, layer.bias, layer.start)
+    inputs = (layer.out.u, layer.closed, layer.weight, layer.bias)
     read = (layer.out.u, layer.mean_rstd, *layer.of_inactive, layer.weight, layer.bias, layer.start)
     for write_pre in (False, True):
         written = linear_ops.linear_gelu_forward(*inputs, write_pre)
@@ -400,9 +378,7 @@ def test_work_of_the_gelu_launchers(layer):
 def test_all_channels_active_is_the_linear_layer():
     for window_form, dense_form in (
         (counts.window_linear_forward, counts.linear_forward),
-        (counts.window_linear_input_gradient, counts.linear_input_gradient),
-        (counts.window_linear_weight_gradient, counts.linear_weight_gradient),
-        (counts.window_linear_weight_product, counts.linear_weight_product),
+        (partial(counts.window_linear_gradients, parameters=False), partial(counts.linear_gradients, parameters=False)),
         (counts.window_linear_gradients, counts.linear_gradients),
     ):
         assert window_form(2, 3, 5, 5, 7, AUTOCAST) == dense_form(6, 5, 7, AUTOCAST)

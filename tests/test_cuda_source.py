@@ -26,6 +26,7 @@ SOURCE = TESTS.parent / "csrc" / "cuda" / "surgery.cu"
 TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 CLUSTERS = [1, 2, 3, 5, 8, 9, 13, 16, 33, 64]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def bits(x: Tensor) -> Tensor:
@@ -156,16 +157,8 @@ def cuda(tmp_path_factory) -> Kernels:
     flags = "-std=c++17 -O1 -U_FORTIFY_SOURCE -fPIC -shared -Wall -Wextra -Werror -Wno-unknown-pragmas"
     flags += " -Wno-unused-but-set-variable"  # g++ overlooks uses in generic lambdas
     flags += " -fsanitize=alignment,bounds"  # of vectors and of arrays in shared memory
-    command = [
-        *os.environ.get("CXX", "g++").split(),
-        *flags.split(),
-        "-I",
-        TESTS / "cuda_shim",
-        *sources,
-        "-o",
-        library,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [*os.environ.get("CXX", "g++").split(), *flags.split(), f"-I{TESTS / 'cuda_shim'}", *sources]
+    done = subprocess.run([*command, "-o", library], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return Kernels(ctypes.CDLL(str(library)))
 
@@ -175,15 +168,6 @@ def no_bad_access(capfd):
     yield
     said = capfd.readouterr().err
     assert "runtime error" not in said, said
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The matrices are too small for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def gradients(K: int, sizes: list[int], dtype: torch.dtype) -> list[Tensor]:

@@ -17,6 +17,7 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
     pytest.skip("NOT RUN: this PyTorch has no torch.distributed with gloo", allow_module_level=True)
 
 import distributed_checks
+from processes import run_ranks
 
 SEED = int(os.environ.get("DTR_TEST_SEED", torch.seed() % 2**31))
 
@@ -28,8 +29,7 @@ def ended(tmp_path_factory):
     @cache
     def run(world_size):
         folder = tmp_path_factory.mktemp(f"ranks{world_size}")
-        arguments = (world_size, str(folder), SEED)
-        torch.multiprocessing.start_processes(distributed_checks.work, arguments, world_size, start_method="spawn")
+        run_ranks(distributed_checks.work, world_size, world_size, str(folder), SEED)
         return [json.loads(Path(folder, f"ended.{rank}").read_text()) for rank in range(world_size)]
 
     return run

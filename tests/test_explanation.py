@@ -11,7 +11,8 @@ from models import facebook_dit
 from unets import UNetModel
 
 import dtr_kernels as dtr
-from dtr_kernels.ops import extension
+from dtr_kernels.nn.block import Stream
+from dtr_kernels.ops import dispatch, extension
 from dtr_kernels.ops.linear import _op as routed_linear_op
 
 C, T = 32, 20
@@ -78,6 +79,17 @@ def test_16_bit_gemms_are_dense_on_a_cpu():
     x, t, y = BATCH
     report = only(dtr.explain(make_model().bfloat16(), (x.bfloat16(), t, y)))
     assert "repacks a slice" in report["ops"]["routed_linear"] and "bfloat16" in report["input"]
+
+
+def test_a_block_chooses_its_path_once(seed):
+    """Its ops are handed what was chosen; inside, each chooses its GEMM."""
+    block = make_model().blocks[0]
+    x, c = torch.randn(2, 16, C), torch.randn(2, C)
+    with dispatch.choices() as made:
+        block(Stream(x), c, ROUTING.window(torch.tensor([3, 17]), C))
+    assert [choice.path for choice in made] == ["cpu", "dense", "dense", "pass"]
+    dispatch.choose(x)
+    assert len(made) == 4  # outside, nothing listens
 
 
 def test_small_batches(monkeypatch):

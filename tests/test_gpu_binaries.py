@@ -2,25 +2,32 @@
 GPU.
 
 A kernel may not spill registers, a GEMM in a 16-bit dtype must use the matrix instructions of its architecture, and
-from sm_90 on load through tensor descriptors: ``static.Row.complaints``. On a GPU every kernel runs too.
+from sm_90 on load through tensor descriptors: ``static.Row.complaints``.
 """
 
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import every_kernel, static
-from benchmarks.every_kernel import Size
-from dtr_kernels.ops import tuned_tiles
+from benchmarks import static
+from dtr_kernels import ops
+from dtr_kernels.ops import tuned_tiles, window_linear
+from dtr_kernels.ops.declaration import Sizes
 from dtr_kernels.ops.tiles import GemmTile, RowTile, Tuned
 
 pytestmark = pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="the interpreter compiles nothing")
 
-ROW_KERNELS = {"gated_norm_forward", "gated_norm_backward", "gated_residual_forward", "gated_residual_backward"}
-KERNELS = {*static.GEMMS, *ROW_KERNELS, "token_sums", "gelu_forward", "gelu_backward"}
+# Every function that Triton compiles to be launched.
+KERNELS = {
+    name.removesuffix("_kernel")
+    for path in Path(ops.__file__).parent.glob("*.py")
+    for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+}
 MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 
 
@@ -33,7 +40,7 @@ def complaints(rows):
     "dtype, channels, tokens", [(torch.bfloat16, 1152, 256), (torch.float32, 384, 256), (torch.float16, 384, 16)]
 )
 def test_no_spills_and_matrix_instructions(arch, dtype, channels, tokens):
-    rows = static.rows_of_launchers(arch, dtype, Size(2, tokens, channels))
+    rows = static.rows_of_launchers(arch, dtype, Sizes(2, tokens, channels))
     assert {row.kernel for row in rows} == KERNELS
     assert complaints(rows) == []
     for row in rows:
@@ -47,14 +54,14 @@ def test_no_spills_and_matrix_instructions(arch, dtype, channels, tokens):
 @pytest.mark.parametrize("channels, tokens, batch", [(64, 40, 1), (64, 1, 3), (1, 8, 2)])
 def test_sizes_of_one_compile(channels, tokens, batch):
     """Triton makes an argument that is 1 a constant of another type, which the interpreter does not."""
-    launched = every_kernel.binaries(90, torch.bfloat16, Size(batch, tokens, channels))
-    assert {launch.kernel for _, launch in launched} == KERNELS
-    assert all(launch.compiled.asm["cubin"] for _, launch in launched)
+    found = static.binaries(90, torch.bfloat16, Sizes(batch, tokens, channels))
+    assert {binary.kernel for binary in found} == KERNELS
+    assert all(binary.compiled.asm["cubin"] for binary in found)
 
 
 def test_tf32_uses_the_matrix_units_where_pytorch_may(monkeypatch):
-    monkeypatch.setattr(every_kernel.window_linear, "dot_precision", lambda dtype: "tf32")
-    rows = static.rows_of_launchers(90, torch.float32, Size(2, 256, 384))
+    monkeypatch.setattr(window_linear, "dot_precision", lambda dtype: "tf32")
+    rows = static.rows_of_launchers(90, torch.float32, Sizes(2, 256, 384))
     assert {row.dtype for row in rows if row.kernel in static.GEMMS} == {"tf32"}
     assert complaints(rows) == []
 
@@ -88,11 +95,3 @@ def test_a_tuned_tile_is_compiled_alone(op):
     rows = static.rows_of_tuned(entry)
     assert {tuple(row.tile.values()) for row in rows} == {tuple(tile)}
     assert {row.usage.threads for row in rows} == {32 * tile.warps}
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("size", every_kernel.SIZES, ids=str)
-@pytest.mark.parametrize("dtype", every_kernel.BOUNDS)
-def test_every_kernel_computes_what_the_oracle_does(seed, dtype, size):
-    calls = every_kernel.routed_calls(size, dtype, torch.device("cuda"))
-    assert [problem for call in calls if (problem := call.problem())] == []

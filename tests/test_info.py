@@ -18,22 +18,9 @@ from dtr_kernels.ops import dispatch, extension, tiles, triton_version, tuned_ti
 from dtr_kernels.ops.tuned_tiles import KINDS, NEVER, Crossover, GemmTile, Measurement, Tuned
 
 ROOT = Path(__file__).parent.parent
-WITHOUT_CUDA = {
-    "compiler": "1.2",
-    "instruction_set": "baseline",
-    "cuda": None,
-    "architectures": [],
-    "no_cuda_reason": "nvcc was lost",
-}
+WITHOUT_CUDA = {"compiler": "1.2", "instruction_set": "baseline", "cuda": None, "architectures": []}
+WITHOUT_CUDA |= {"no_cuda_reason": "nvcc was lost"}
 WITH_CUDA = WITHOUT_CUDA | {"cuda": "13.0", "architectures": ["sm_90", "compute_90"], "no_cuda_reason": None}
-
-
-@pytest.fixture
-def built(monkeypatch):
-    """Sets what the extension says of its build."""
-    if extension.kernels is None:
-        pytest.skip("NOT RUN: the extension is not built")
-    return lambda config: monkeypatch.setattr(extension.kernels, "build_config", lambda: config)
 
 
 @pytest.mark.parametrize(
@@ -96,26 +83,19 @@ def test_covers_every_op_device_and_dtype():
             assert set(by_dtype) == {"float32", "bfloat16", "float16", "float64"}
 
 
-def test_says_why_plain_pytorch_runs(monkeypatch, capsys):
-    monkeypatch.setattr(extension, "unavailable", "the extension was lost")
-    monkeypatch.setattr(extension, "kernels", None)
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [(WITH_CUDA, "CUDA 13.0 for sm_90 compute_90"), (WITHOUT_CUDA, "no CUDA kernels: nvcc was lost")],
+)
+def test_shows_the_cuda_build_or_why_there_is_none(monkeypatch, capsys, config, says):
+    if extension.kernels is None:
+        pytest.skip("NOT RUN: the extension is not built")
+    monkeypatch.setattr(extension.kernels, "build_config", lambda: config)
     info.show()
-    assert "plain PyTorch (the reference): the extension was lost" in capsys.readouterr().out
+    assert says in capsys.readouterr().out
 
 
-def test_shows_the_cuda_build(built, capsys):
-    built(WITH_CUDA)
-    info.show()
-    assert "CUDA 13.0 for sm_90 compute_90" in capsys.readouterr().out
-
-
-def test_shows_why_there_is_no_cuda(built, capsys):
-    built(WITHOUT_CUDA)
-    info.show()
-    assert "no CUDA kernels: nvcc was lost" in capsys.readouterr().out
-
-
-def test_surgery_says_why_pytorch_ops_run(monkeypatch, capsys):
+def test_says_why_pytorch_runs(monkeypatch, capsys):
     monkeypatch.setattr(extension, "unavailable", "the extension was lost")
     monkeypatch.setattr(extension, "kernels", None)
     facts = info.collect()
@@ -123,7 +103,9 @@ def test_surgery_says_why_pytorch_ops_run(monkeypatch, capsys):
     assert facts["ops"]["gram"]["cpu"]["float32"] == "PyTorch ops: the extension was lost"
     assert "fp64" in facts["ops"]["gram"]["cpu"]["float64"]
     info.show()
-    assert "extension    the extension was lost" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "extension    the extension was lost" in shown
+    assert "plain PyTorch (the reference): the extension was lost" in shown
 
 
 @pytest.fixture
@@ -149,12 +131,8 @@ ONE = "1 entry, forward in bfloat16 of 1152 channels"
 @pytest.mark.parametrize(
     "packaged, user, says",
     [
-        ([], [], "defaults: not tuned for NVIDIA H200; run python -m benchmarks tune from a checkout"),
-        (
-            [tuned(capability=80)],
-            [],
-            "defaults: not tuned for NVIDIA H200; run python -m benchmarks tune from a checkout",
-        ),
+        ([], [], "defaults: not tuned for NVIDIA H200; run python -m benchmarks tune"),
+        ([tuned(capability=80)], [], "defaults: not tuned for NVIDIA H200; run python -m benchmarks tune"),
         ([tuned()], [], f"packaged file (2026-11-01, 0123456789ab): {ONE}; defaults otherwise"),
         ([tuned(commit=None)], [], f"packaged file (2026-11-01): {ONE}; defaults otherwise"),
         ([], [tuned()], f"user's file ({{user}}): {ONE}; defaults otherwise"),
@@ -169,7 +147,8 @@ def test_says_where_a_gpus_tiles_are_from(gpu, packaged, user, says):
     for path, entries in ((tuned_tiles.packaged_file(gpu), packaged), (tuned_tiles.user_file(gpu), user)):
         if entries:
             tuned_tiles.write(path, entries)
-    assert info._tiles(0) == says.format(user=tuned_tiles.user_file(gpu))
+    said = info._tiles(0).removesuffix(" from a checkout")
+    assert said == says.format(user=tuned_tiles.user_file(gpu))
 
 
 def test_says_what_is_tuned():
@@ -184,18 +163,13 @@ def test_says_what_is_tuned():
     )
 
 
-DEFAULTS = [
-    "windows_forward and windows_backward in bfloat16, float16 and float32: never (default)",
-    "gelu_forward and gelu_backward in bfloat16 and float16: always (default)",
-    "gelu_forward and gelu_backward in float32: never (default)",
-]
-
-
-def test_says_from_how_many_tokens_on_our_gemms_run(gpu):
-    assert info._crossovers(0) == DEFAULTS
-
-
-def test_says_which_crossovers_are_tuned_and_where(gpu):
+def test_says_from_how_many_tokens_on_our_gemms_run_and_which_are_tuned_where(gpu):
+    assert info._crossovers(0) == [
+        "windows_forward and windows_backward in bfloat16, float16 and float32: never (default)",
+        "gelu_forward and gelu_backward in bfloat16 and float16: always (default)",
+        "gelu_forward and gelu_backward in float32: never (default)",
+    ]
+    tiles.configuration.cache_clear()
     forward = replace(tuned(), op="windows_forward", tile=Crossover(2048))
     packaged = [forward, replace(forward, channels=384, tile=Crossover(16384))]
     user = [replace(forward, tile=Crossover(1024)), replace(forward, op="gelu_forward", tile=Crossover(NEVER))]
@@ -218,28 +192,21 @@ def test_a_broken_file_makes_a_warning_and_is_not_called_tuned(gpu):
         assert info._tiles(0).startswith("defaults: ")
 
 
-def test_shows_the_tiles_of_each_gpu_and_nothing_without_one(monkeypatch, capsys):
+def test_shows_tiles_and_crossovers_of_each_gpu_and_nothing_without_one(monkeypatch, capsys):
     facts = info.collect()
-    monkeypatch.setattr(info, "collect", lambda: facts | {"tiles": ["as tuned", "defaults"]})
+    given = {"tiles": ["as tuned", "defaults"], "crossovers": [["one: always", "other: never"], ["one"]]}
+    monkeypatch.setattr(info, "collect", lambda: facts | given)
     info.show()
     shown = capsys.readouterr().out
     assert "tiles        cuda:0: as tuned\n" in shown and "tiles        cuda:1: defaults\n" in shown
-    monkeypatch.setattr(info, "collect", lambda: facts | {"tiles": []})
-    info.show()
-    assert "tiles" not in capsys.readouterr().out
-
-
-def test_shows_the_crossovers_of_each_gpu_and_nothing_without_one(monkeypatch, capsys):
-    facts = info.collect()
-    monkeypatch.setattr(info, "collect", lambda: facts | {"crossovers": [["one: always", "other: never"], ["one"]]})
-    info.show()
-    first, second = capsys.readouterr().out.split("crossovers   ")[1:]
+    first, second = shown.split("crossovers   ")[1:]
     assert first.startswith("cuda:0, tokens of a batch from which on our GEMM runs instead of cuBLAS, 256 a sample:\n")
     assert "             one: always\n             other: never\n" in first
     assert second.startswith("cuda:1, ") and "             one\n" in second
-    monkeypatch.setattr(info, "collect", lambda: facts | {"crossovers": []})
+    monkeypatch.setattr(info, "collect", lambda: facts | {"tiles": [], "crossovers": []})
     info.show()
-    assert "crossovers " not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "tiles" not in shown and "crossovers " not in shown
 
 
 def test_results_say_which_tiles_they_ran_with(gpu, monkeypatch):
@@ -252,12 +219,8 @@ def test_results_say_which_tiles_they_ran_with(gpu, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_says_where_the_tiles_of_a_gpu_are_from():
+def test_says_of_a_gpu_where_its_tiles_are_from_and_that_cuda_kernels_run_or_why_not():
     facts = info.collect()
     assert len(facts["tiles"]) == len(facts["crossovers"]) == torch.cuda.device_count()
-
-
-@pytest.mark.gpu
-def test_a_gpu_runs_cuda_kernels_or_says_why_not():
-    for dtype, path in info.collect()["ops"]["gram"]["cuda:0"].items():
+    for dtype, path in facts["ops"]["gram"]["cuda:0"].items():
         assert path == "CUDA kernels" or path.startswith("PyTorch ops: "), (dtype, path)

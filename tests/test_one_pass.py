@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import Counter
+from functools import partial
 
 import models
 import pytest
@@ -23,8 +24,6 @@ from dtr_kernels.surgery.separation import Separation
 
 SIZES = [(2, 2, 1, 1), (3, 0, 1, 2), (6,), (0, 1, 0, 1, 0)]
 by_sizes = pytest.mark.parametrize("sizes", SIZES, ids=str)
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -172,8 +171,18 @@ def by(engine, model, tensors, sizes, loss=square_loss, scale=1.0, buffer=None):
         values, names = per_cluster.accumulate(buffer, parameters, batch.losses(loss(model)), scaled)
     else:
         values, names = one_pass.accumulate(buffer, parameters, loss(model), batch, scaled, Separation())
-    rows = [dict(zip(parameters, buffer.row(k), strict=True)) for k in range(len(sizes))]
+    rows = [dict(zip(parameters, buffer.gradient(k), strict=True)) for k in range(len(sizes))]
     return rows, values, names
+
+
+def accumulate(buffer, parameters, loss, *tensors, sizes=(2, 2, 2)):
+    """One pass with losses as they are."""
+    return one_pass.accumulate(buffer, parameters, loss, Batch(tensors, sizes), lambda value: value, Separation())
+
+
+def stream(model, loss, *tensors, sizes=(2, 2, 2)):
+    """The same by low_memory."""
+    return low_memory.stream(trainable(model), loss, Batch(tensors, sizes), lambda value: value, Separation())
 
 
 def as_double(tensors):
@@ -209,21 +218,12 @@ def check_equal_to_per_cluster(model, tensors, sizes, loss=square_loss, dtype=to
 
 
 @by_sizes
-def test_mlp(seed, sizes):
-    check_equal_to_per_cluster(Mlp(), [torch.randn(sum(sizes), 5)], sizes)
-
-
-@by_sizes
-def test_layers(seed, sizes):
-    model = ConvNet()
+def test_layers_and_parameters_in_other_places(seed, sizes):
+    samples, model = sum(sizes), ConvNet()
     model.batch_norm.running_mean.normal_()
-    check_equal_to_per_cluster(model, images(sum(sizes)), sizes)
-
-
-@by_sizes
-def test_parameters_in_other_places(seed, sizes):
-    tensors = torch.randn(sum(sizes), 4, 6), torch.randint(10, (sum(sizes),))
-    check_equal_to_per_cluster(Tricks(), tensors, sizes)
+    check_equal_to_per_cluster(model, images(samples), sizes)
+    check_equal_to_per_cluster(Mlp(), [torch.randn(samples, 5)], sizes)
+    check_equal_to_per_cluster(Tricks(), (torch.randn(samples, 4, 6), torch.randint(10, (samples,))), sizes)
 
 
 @by_sizes
@@ -239,13 +239,10 @@ def test_dit_with_random_routing(seed):
 
 
 @pytest.mark.parametrize("make", [models.facebook_dit, models.public_dtr, wide_position_dit])
-def test_public_models(seed, make):
+def test_public_models_and_swapped_ones(seed, make):
     check_equal_to_per_cluster(make(), dit_batch(6, channels=3), SIZES[1])
-
-
-@pytest.mark.parametrize("make", [models.facebook_dit, models.public_dtr])
-def test_swapped_blocks(seed, make):
-    check_equal_to_per_cluster(dtr.swap_blocks(make()), dit_batch(6, channels=3), SIZES[1])
+    if make is not wide_position_dit:
+        check_equal_to_per_cluster(dtr.swap_blocks(make()), dit_batch(6, channels=3), SIZES[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -287,9 +284,7 @@ def test_backward_inside_of_autocast_rounds_no_gradient_down(seed):
         rows, *_ = by(
             one_pass, model, [x], SIZES[1], lambda model: torch.autocast("cpu", enabled=False)(square_loss(model))
         )
-    for row, expected in zip(rows, outside, strict=True):
-        for name in expected:
-            assert torch.equal(row[name], expected[name])
+    torch.testing.assert_close(rows, outside, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -311,16 +306,12 @@ def test_checkpointed_function_of_derived_weights(seed):
 def test_micro_batches_add_up(seed):
     model, sizes = ConvNet(), SIZES[1]
     first, second = images(6), images(6)
-    expected, *_ = by(per_cluster, model, first, sizes)
-    expected = copy.deepcopy(expected)
-    for row, other in zip(expected, by(per_cluster, model, second, sizes)[0], strict=True):
-        for name in row:
-            row[name] += other[name]
+    parts = [copy.deepcopy(by(per_cluster, model, batch, sizes)[0]) for batch in (first, second)]
+    expected = [{name: a[name] + b[name] for name in a} for a, b in zip(*parts, strict=True)]
     buffer = GradientBuffer(trainable(model), len(sizes))
     by(one_pass, model, first, sizes, buffer=buffer)
     rows, *_ = by(one_pass, model, second, sizes, buffer=buffer)
-    for row, other in zip(rows, expected, strict=True):
-        torch.testing.assert_close(row, other)
+    torch.testing.assert_close(rows, expected)
 
 
 def test_frozen_and_unused_parameters(seed):
@@ -341,8 +332,8 @@ def test_parameters_that_are_not_asked_for_get_their_ordinary_gradient(seed):
     model.zero_grad()
     asked = {"out.weight": model.out.weight}
     buffer = GradientBuffer(asked, 3)
-    one_pass.accumulate(buffer, asked, square_loss(model), Batch((x,), (2, 2, 2)), lambda value: value, Separation())
-    torch.testing.assert_close(sum(buffer.row(k)[0] for k in range(3)), expected.pop("out.weight"))
+    accumulate(buffer, asked, square_loss(model), x)
+    torch.testing.assert_close(sum(buffer.gradient(k)[0] for k in range(3)), expected.pop("out.weight"))
     for name, grad in expected.items():
         torch.testing.assert_close(model.get_parameter(name).grad, grad)
     assert model.out.weight.grad is None
@@ -407,12 +398,9 @@ def test_nothing_of_the_callers_is_changed(seed):
 
     by(one_pass, model, (x, y), SIZES[1])
     check()
-    for engine in one_pass.accumulate, low_memory.stream:
-        arguments = [trainable(model), broken, Batch((x, y), SIZES[1]), lambda value: value, Separation()]
-        if engine is one_pass.accumulate:
-            arguments.insert(0, GradientBuffer(trainable(model), 4))
+    for engine in partial(accumulate, GradientBuffer(trainable(model), 4), trainable(model)), partial(stream, model):
         with pytest.raises(KeyError, match="of the caller"):
-            engine(*arguments)
+            engine(broken, x, y, sizes=SIZES[1])
         check()
 
 
@@ -447,33 +435,13 @@ class Hidden(torch.autograd.Function):
         return dout @ p.mT, x.flatten(0, -2).mT @ dout.flatten(0, -2)
 
 
-def sequence_first(m, x):
-    return m.layer(x.transpose(0, 1)).transpose(0, 1)
-
-
 def sequence_first_flattened(m, x):
     return m.layer(x.permute(1, 0, 2).reshape(-1, 4)).reshape(x.shape[1], x.shape[0], 4).permute(1, 0, 2)
-
-
-def batch_twice(m, x):
-    return m.layer(torch.cat([x, x]))[: len(x)]
-
-
-def samples_one_by_one(m, x):
-    return torch.stack([m.layer(sample) for sample in x])
-
-
-def weight_of_the_batch(m, x):
-    return F.linear(x, m.p * x.mean((0, 1)))
 
 
 def own_gradient(m, x):
     x = x.detach().requires_grad_()
     return torch.autograd.grad(m.layer(x).square().sum(), x, create_graph=True)[0]
-
-
-def changed_in_place(m, x):
-    return (m.p * 2).mul_(x)
 
 
 REFUSED = {
@@ -483,15 +451,21 @@ REFUSED = {
         "multi_head_attention_forward.*in_proj_weight.*no rule",
     ),
     "matrix on the left": (Holder(lambda m, x: m.p @ x), "matmul.*'p'.*samples @ matrix"),
-    "sequence first": (Holder(sequence_first), "linear.*'layer.weight'.*dimension 0"),
+    "sequence first": (
+        Holder(lambda m, x: m.layer(x.transpose(0, 1)).transpose(0, 1)),
+        "linear.*'layer.weight'.*dim.* 0",
+    ),
     "sequence first, flattened": (Holder(sequence_first_flattened), "linear.*'layer.weight'.*dimension 0"),
-    "batch twice": (Holder(batch_twice), "linear.*'layer.weight'.*dimension 0"),
-    "samples one by one": (Holder(samples_one_by_one), "linear.*'layer.weight'.*dimension 0"),
+    "batch twice": (Holder(lambda m, x: m.layer(torch.cat([x, x]))[: len(x)]), "linear.*'layer.weight'.*dimension 0"),
+    "samples one by one": (
+        Holder(lambda m, x: torch.stack([m.layer(each) for each in x])),
+        "linear.*'layer.weight'.*dim",
+    ),
     "sum over the batch": (Holder(lambda m, x: x + m.layer(x.mean(0))), "linear.*'layer.weight'.*dimension 0"),
-    "weight of the batch": (Holder(weight_of_the_batch), "'p'.*dimension 0"),
+    "weight of the batch": (Holder(lambda m, x: F.linear(x, m.p * x.mean((0, 1)))), "'p'.*dimension 0"),
     "batch norm": (Holder(lambda m, x: m.more[0](x), nn.BatchNorm1d(6)), "batch_norm.*'more.0.weight'.*mixes"),
     "max_norm": (Holder(lambda m, x: m.more[0](x.long()), nn.Embedding(9, 4, max_norm=1)), "embedding.*max_norm"),
-    "changed in place": (Holder(changed_in_place), "mul_.*'p'.*in place"),
+    "changed in place": (Holder(lambda m, x: (m.p * 2).mul_(x)), "mul_.*'p'.*in place"),
     "own gradient": (Holder(own_gradient), "differentiates the model itself"),
     "torch.func": (Holder(lambda m, x: torch.func.jvp(m.layer, (x,), (x,))[1]), "'layer.weight'.*torch.func"),
     "loss of all samples": (Holder(lambda m, x: m.layer(x) / x.std()), "mixed the samples"),
@@ -502,17 +476,14 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusal(seed, name):
     model, message = REFUSED[name]
-    parameters = trainable(model)
     x = torch.randint(9, (6, 6, 4)).float()  # as many tokens as samples
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    buffer = GradientBuffer(parameters, 3)
-    batch = Batch((x,), (2, 2, 2))
-    with pytest.raises(one_pass.Unsupported, match=message):
-        one_pass.accumulate(buffer, parameters, square_loss(model), batch, lambda value: value, Separation())
-    with pytest.raises(one_pass.Unsupported, match=message):
-        low_memory.stream(parameters, square_loss(model), batch, lambda value: value, Separation())
-    assert not any(row.any() for k in range(3) for row in buffer.row(k))
+    buffer = GradientBuffer(trainable(model), 3)
+    for engine in partial(accumulate, buffer, trainable(model)), partial(stream, model):
+        with pytest.raises(one_pass.Unsupported, match=message):
+            engine(square_loss(model), x)
+    assert not any(row.any() for k in range(3) for row in buffer.gradient(k))
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
 
 
@@ -531,15 +502,9 @@ def test_custom_functions_of_samples_alone(seed):
 
 def test_refusal_of_a_mixture_with_other_parameters(seed):
     model = Holder(lambda m, x: F.linear(x, m.p + m.layer.weight))
+    asked = {"p": model.p}
     with pytest.raises(one_pass.Unsupported, match=r"'p'.*not in params"):
-        one_pass.accumulate(
-            GradientBuffer({"p": model.p}, 3),
-            {"p": model.p},
-            square_loss(model),
-            Batch((torch.randn(6, 2, 4),), (2, 2, 2)),
-            lambda value: value,
-            Separation(),
-        )
+        accumulate(GradientBuffer(asked, 3), asked, square_loss(model), torch.randn(6, 2, 4))
 
 
 MIXING = {
@@ -685,12 +650,9 @@ def test_low_memory_checkpointed(seed, reentrant):
     check_low_memory(model, as_double(dit_batch(6, channels=3)), SIZES[1])
 
 
-def test_low_memory_of_tied_and_derived_weights(seed):
+def test_low_memory_of_tied_and_derived_weights_and_a_use_without_effect(seed):
     tensors = torch.randn(6, 4, 6).double(), torch.randint(10, (6,))
     check_low_memory(Tricks().double(), tensors, SIZES[1])
-
-
-def test_low_memory_of_a_use_without_effect(seed):
     model = Holder(lambda m, x: (m.layer(x), m.layer(x + 1))[0])
     check_low_memory(model.double(), [torch.randn(6, 2, 4).double()], SIZES[1])
 
@@ -716,10 +678,7 @@ def most_held(monkeypatch):
 @pytest.mark.parametrize("reentrant", [None, True, False])
 def test_low_memory_never_holds_more_than_one_parameters_gradients(seed, most_held, reentrant):
     for model, channels in (models.facebook_dit(reentrant=reentrant), 3), (dit(), 4):
-        tensors = dit_batch(6, channels)
-        low_memory.stream(
-            trainable(model), square_loss(model), Batch(tensors, (2, 2, 2)), lambda value: value, Separation()
-        )
+        stream(model, square_loss(model), *dit_batch(6, channels))
         assert most_held[0] == 3 * max(p.numel() for p in trainable(model).values())
         most_held[0] = 0
 
@@ -727,8 +686,7 @@ def test_low_memory_never_holds_more_than_one_parameters_gradients(seed, most_he
 def test_low_memory_holds_tied_weights_until_their_last_use(seed, most_held):
     layers = [nn.Linear(4, 4) for _ in range(5)]
     model = Holder(lambda m, x: nn.Sequential(*m.more, *m.more)(x), *layers)
-    x = torch.randn(6, 4)
-    low_memory.stream(trainable(model), square_loss(model), Batch((x,), (2, 2, 2)), lambda value: value, Separation())
+    stream(model, square_loss(model), torch.randn(6, 4))
     assert most_held[0] == 3 * 5 * (16 + 4)
 
 

@@ -25,6 +25,8 @@ from dtr_kernels.verify import check_block, compare, random_block
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# The interpreter, which takes its time, sees other widths in test_any_shape_and_window.
+BETAS = [0.8, 1.0] if INTERPRETED else [0.8, 0.3, 1.0]
 # One sample per timestep: windows at both ends and between them.
 TIMESTEPS = (0, 999, 640, 871)
 
@@ -94,7 +96,7 @@ def check_routed_mlp(batch, tokens, channels, hidden, window, keep_branch, dtype
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("branch", [False, True])
-@pytest.mark.parametrize("beta", [0.8, 0.3, 1.0])
+@pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("tokens", [1, 130] if not INTERPRETED else [37])
 def test_routed_linear(seed, device, dtype, branch, beta, tokens):
     check_routed_linear(3, tokens, 96, 200, windows(3, 96, beta, device), dtype, device, branch)
@@ -102,7 +104,7 @@ def test_routed_linear(seed, device, dtype, branch, beta, tokens):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keep_branch", [False, True])
-@pytest.mark.parametrize("beta", [0.8, 0.3, 1.0])
+@pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("tokens", [1, 130] if not INTERPRETED else [37])
 def test_routed_mlp(seed, device, dtype, keep_branch, beta, tokens):
     check_routed_mlp(3, tokens, 96, 264, windows(3, 96, beta, device), keep_branch, dtype, device)
@@ -240,7 +242,7 @@ def test_every_width_of_window(seed, device, width):
 
 
 @settings(
-    max_examples=8 if INTERPRETED else 12 if torch.cuda.is_available() else 40,
+    max_examples=4 if INTERPRETED else 12 if torch.cuda.is_available() else 40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
@@ -418,7 +420,7 @@ def test_forward_mode_takes_the_plain_path(seed, device):
     window, tangent = windows(2, 48, 0.8, device), torch.randn_like(x)
 
     def plain(x):
-        return reference.routed_linear(x, None, None, *inputs[1:], window.mask())[1]
+        return reference.routed_linear(x, *inputs[1:], window.mask())[1]
 
     found = torch.func.jvp(lambda x: ops.routed_linear(x, *inputs[1:], window)[1], (x,), (tangent,))
     torch.testing.assert_close(found, torch.func.jvp(plain, (x,), (tangent,)))
@@ -474,7 +476,7 @@ def test_bytes_saved_for_backward(device):
     """At most 0.57 times those of the reference block, each storage counted once, parameters apart."""
     block = random_block(384, 6, "block", device, torch.float32)
     window = windows(2, 384, 0.8, device)
-    x = torch.randn(2, 256, 384, device=device, requires_grad=True)
+    x = torch.randn(2, 64 if INTERPRETED else 256, 384, device=device, requires_grad=True)
     c = torch.randn(2, 384, device=device)
     mask = window.mask()
 

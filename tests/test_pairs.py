@@ -156,10 +156,7 @@ ONE_FORWARD = [
     ("FSDP2", "functional_call"),
 ]
 # Features of one kind: the second would take the place of the first, or wrap the same blocks once more.
-KINDS = [
-    {"checkpointing", "reentrant checkpointing", "selective checkpointing"},
-    {"FSDP2", "DistributedDataParallel"},
-]
+KINDS = [{"checkpointing", "reentrant checkpointing", "selective checkpointing"}, {"FSDP2", "DistributedDataParallel"}]
 PAIRS = [pair for pair in itertools.combinations(FEATURES, 2) if not any(set(pair) <= kind for kind in KINDS)]
 COMPILERS = {"torch.compile", "compiled blocks"}
 

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import dtr_kernels as dtr
 from benchmarks.cases import AUTOCAST, Options
 from benchmarks.counts import ITEMSIZES
-from benchmarks.suite import _peers
 from benchmarks.suite import res_block as suite
+from benchmarks.suite import whole
 from dtr_kernels import ops, reference
 from dtr_kernels.nn.res_block import RoutedResBlock, run_res_block
 from dtr_kernels.routing import ChannelWindow
@@ -296,21 +296,24 @@ def compare_with_plain(block, x, emb, window, dtype, precision=None, conditionin
         def forward(self, x, emb):
             return reference.res_block(self.block, x, emb, mask_of(window, x))
 
-    oracle = Oracle()
+    def called(model, prefix, *more):
+        def run(x, emb, **parameters):
+            named = {prefix + name.replace("__", "."): p for name, p in parameters.items()}
+            return (functional_call(model, named, (x, emb, *more)),)
 
-    def routed(x, emb, **parameters):
-        return (functional_call(block, {n.replace("__", "."): p for n, p in parameters.items()}, (x, emb, window)),)
+        return run
 
-    def plain(x, emb, **parameters):
-        inner = {f"block.{n.replace('__', '.')}": p for n, p in parameters.items()}
-        return (functional_call(oracle, inner, (x, emb)),)
-
+    routed, plain = called(block, "", window), called(Oracle(), "block.")
     inputs = {"x": x, "emb": emb} | {name.replace(".", "__"): p for name, p in block.named_parameters()}
     failed = [c for c in compare(routed, plain, inputs, dtype, precision, conditioning) if not c.passed]
     assert not failed, "\n".join(map(str, failed))
 
 
-@pytest.mark.parametrize("window", [shared(5, 13, 24), per_sample([0, 7, 11], 13, 24)], ids=["shared", "per sample"])
+BOTH_WINDOWS = {"shared": shared(5, 13, 24), "per sample": per_sample([0, 7, 11], 13, 24)}
+both_windows = pytest.mark.parametrize("window", BOTH_WINDOWS.values(), ids=BOTH_WINDOWS)
+
+
+@both_windows
 @pytest.mark.parametrize("name", ["plain", "additive", "narrower, 3x3 skip", "up", "down"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.usefixtures("skipping")
@@ -321,7 +324,7 @@ def test_precision(seed, device, dtype, name, window):
     compare_with_plain(block, *random_inputs(form, device=device, dtype=dtype), window, dtype)
 
 
-@pytest.mark.parametrize("window", [shared(5, 13, 24), per_sample([0, 7, 11], 13, 24)], ids=["shared", "per sample"])
+@both_windows
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("skipping")
 def test_autocast(seed, stream, window):
@@ -349,7 +352,7 @@ def test_large_means(seed, mean):
     form = Form({}, 24, 4, (7, 6))
     block, (x, emb) = random_block(form, dtype=torch.float32), random_inputs(form, dtype=torch.float32, mean=0)
     x = (x.detach() + mean).requires_grad_()
-    for window in (shared(5, 13, 24), per_sample([0, 7, 11], 13, 24)):
+    for window in BOTH_WINDOWS.values():
         compare_with_plain(block, x, emb, window, torch.float32, conditioning=mean)
 
 
@@ -377,15 +380,10 @@ def test_layouts(seed):
 
 @pytest.mark.parametrize(
     "options, skip",
-    [
-        ({}, []),
-        ({"up": True}, []),
-        ({"down": True}, []),
-        ({"out_channels": 64}, [1]),
-        ({"out_channels": 64, "use_conv": True}, [3]),
-    ],
+    [({}, []), ({"up": True}, []), ({"down": True}, []), ({"out_channels": 64}, [1]),
+     ({"out_channels": 64, "use_conv": True}, [3])],
     ids=str,
-)
+)  # fmt: skip
 def test_state_dict_is_guided_diffusions(options, skip):
     out = options.get("out_channels", 32)
     expected = {
@@ -456,9 +454,8 @@ def test_masks_run_the_plain_path(seed):
     assert not torch.allclose(block(x, emb, mask), block(x, emb))
 
 
-def test_compile(seed):
+def test_compile(seed, fresh_compiler):
     """One graph for every first channel of a shared window, one for windows per sample, one for no window."""
-    torch._dynamo.reset()
     form = Form({"down": True, "out_channels": 8}, image=(4, 6))
     block = random_block(form, dtype=torch.float32)
     counter = CompileCounterWithBackend("aot_eager")
@@ -469,7 +466,6 @@ def test_compile(seed):
     for window in (per_sample([0, 3, 5], 7), per_sample([2, 1, 0], 7), None):
         assert_same_as_eager(compiled, block, form, window)
     assert counter.frame_count <= 4
-    torch._dynamo.reset()
 
 
 def assert_same_as_eager(compiled, block, form, window):
@@ -479,12 +475,10 @@ def assert_same_as_eager(compiled, block, form, window):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_inductor(seed):
-    torch._dynamo.reset()
+def test_inductor(seed, fresh_compiler):
     form = Form({})
     block = random_block(form, dtype=torch.float32)
     assert_same_as_eager(torch.compile(block, fullgraph=True), block, form, shared(1, 6))
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("skipping")
@@ -505,9 +499,8 @@ def test_functional_transforms(seed):
     direction = torch.randn_like(x)
     _, tangent = torch.func.jvp(lambda x: block(x, emb, window), (x,), (direction,))
     step = 1e-6 * direction
-    torch.testing.assert_close(
-        tangent, (block(x + step, emb, window) - block(x - step, emb, window)) / 2e-6, rtol=1e-5, atol=1e-6
-    )
+    difference = block(x + step, emb, window) - block(x - step, emb, window)
+    torch.testing.assert_close(tangent, difference / 2e-6, rtol=1e-5, atol=1e-6)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -571,17 +564,9 @@ def test_inputs_of_the_block(inputs, error, fragments):
     ids=lambda value: "",
 )
 def test_inputs_of_the_op(inputs, error, fragments):
-    good = {
-        "x": torch.ones(2, 12, 3, 3),
-        "norm_weight": torch.ones(12),
-        "norm_bias": torch.ones(12),
-        "num_groups": 4,
-        "eps": 1e-5,
-        "weight": torch.ones(6, 12, 3, 3),
-        "bias": None,
-        "window": shared(0, 5),
-    }
-    refused(lambda: ops.routed_conv(**{**good, **inputs}), error, fragments)
+    norm = {"norm_weight": torch.ones(12), "norm_bias": torch.ones(12), "num_groups": 4, "eps": 1e-5}
+    good = {"x": torch.ones(2, 12, 3, 3), **norm, "weight": torch.ones(6, 12, 3, 3), "bias": None}
+    refused(lambda: ops.routed_conv(**{**good, "window": shared(0, 5), **inputs}), error, fragments)
 
 
 # --- its benchmark ---------------------------------------------------------------------------------------------------
@@ -591,7 +576,7 @@ def test_inputs_of_the_op(inputs, error, fragments):
 def fresh(seed, monkeypatch):
     """Other parameters and inputs in every run; nothing is compiled."""
     monkeypatch.setattr(suite, "SEED", seed)
-    monkeypatch.setattr(_peers, "compiled", lambda forward, mode=None: forward)
+    monkeypatch.setattr(whole, "compiled", lambda forward, mode=None: forward)
 
 
 def cases_of(**options):

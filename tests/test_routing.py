@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+from gpu_waits import waiting_is_an_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,22 +24,6 @@ def formula(time, alpha, channels, width):
 
 def timesteps(T):
     return np.linspace(0, 1, T)  # as the public code has it; np.arange(T) / (T - 1) is not the same
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@contextmanager
-def synchronisation_is_an_error():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 # --- windows ---------------------------------------------------------------------------------------------------------
@@ -59,14 +43,8 @@ def test_every_timestep_has_the_window_of_the_formula(device, T, channels):
 
 
 # With these, halves are rounded otherwise for t / (T - 1) than for np.linspace(0, 1, T).
-NEAR_HALVES = [
-    (15, 1.0, 0.8, 384),
-    (25, 2.0, 0.25, 1152),
-    (43, 1.0, 0.8, 1152),
-    (393, 4.0, 0.5, 768),
-    (491, 1.0, 0.8, 1024),
-    (949, 4.0, 0.5, 768),
-]
+NEAR_HALVES = [(15, 1.0, 0.8, 384), (25, 2.0, 0.25, 1152), (43, 1.0, 0.8, 1152), (393, 4.0, 0.5, 768)]
+NEAR_HALVES += [(491, 1.0, 0.8, 1024), (949, 4.0, 0.5, 768)]
 
 
 @pytest.mark.parametrize("T, alpha, beta, channels", NEAR_HALVES)
@@ -88,11 +66,8 @@ def test_windows_near_halves_are_those_of_linspace(device, T, alpha, beta, chann
 
 def test_half_rounds_to_even():
     """Of three timesteps the middle one is at half the travel; Python's round(2.5) is 2 and round(3.5) is 4."""
-    starts = [
-        dtr.DenoisingTaskRouting(3, 1.0, beta=1 / (travel + 1)).window(1, travel + 1).shared_start
-        for travel in (1, 3, 5, 7)
-    ]
-    assert starts == [0, 2, 2, 4]
+    for channels, start in ((2, 0), (4, 2), (6, 2), (8, 4)):
+        assert dtr.DenoisingTaskRouting(3, 1.0, beta=1 / channels).window(1, channels).shared_start == start
 
 
 @pytest.mark.parametrize("channels", DIT_WIDTHS)
@@ -112,12 +87,9 @@ def test_the_reference_mask_is_the_window(device, channels, T):
         torch.testing.assert_close(mask, dtr.reference.routing_mask(t, channels, T, alpha, beta).bool(), rtol=0, atol=0)
 
 
-def test_ratio_one_activates_every_channel():
+def test_ratio_one_activates_every_channel_and_one_timestep_has_its_window_at_the_start():
     window = dtr.DenoisingTaskRouting(beta=1.0).window(torch.arange(1000), 96)
     assert window.width == 96 and window.mask().all() and not window.start.any()
-
-
-def test_one_timestep_has_its_window_at_the_start():
     assert dtr.DenoisingTaskRouting(1).window(torch.zeros(3, dtype=torch.long), 40).start.tolist() == [0, 0, 0]
 
 
@@ -128,11 +100,10 @@ def test_continuous_time_is_used_as_it_is(device, dtype):
     np.testing.assert_array_equal(window.start.cpu(), formula(t.double().cpu().numpy(), 4.0, 384, window.width))
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64],
-    ids=str,
-)
+INTEGERS = [getattr(torch, f"{kind}{bits}") for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 @pytest.mark.parametrize("T", [100, 1000, 40000])
 def test_integer_timesteps_of_any_dtype(device, dtype, T):
     """Also those too narrow to hold T - 1, of which a respaced or truncated sampler may use the low numbers only."""
@@ -225,18 +196,12 @@ def test_a_python_number_is_a_tensor_with_that_one_timestep(t):
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    T=st.integers(1, 300),
-    alpha=st.floats(0.01, 20),
-    channels=st.integers(1, 2000),
-    ratio=st.floats(0, 1),
-)
+@given(T=st.integers(1, 300), alpha=st.floats(0.01, 20), channels=st.integers(1, 2000), ratio=st.floats(0, 1))
 def test_windows_stay_inside_and_never_move_back(T, alpha, channels, ratio):
     beta = max(ratio, (1 + 1e-9) / channels) if channels > 1 else 1.0
     window = dtr.DenoisingTaskRouting(T, alpha, beta).window(torch.arange(T), channels)
     assert 1 <= window.width <= channels
-    assert window.start[0] == 0
-    assert (window.start.diff() >= 0).all()
+    assert window.start[0] == 0 and (window.start.diff() >= 0).all()
     assert window.start[-1] == (channels - window.width if T > 1 else 0)
 
 
@@ -330,7 +295,7 @@ def test_random_subsets_are_the_same_on_every_device():
 def test_windows_are_made_on_the_gpu_without_waiting_for_it(continuous):
     routing = dtr.DenoisingTaskRouting()
     t = torch.rand(8, device="cuda") if continuous else torch.randint(1000, (8,), device="cuda")
-    with synchronisation_is_an_error():
+    with waiting_is_an_error():
         window = routing.window(t, 1152)
         batch = window.for_batch(8, t.device)
         mask = batch.mask()
@@ -339,19 +304,13 @@ def test_windows_are_made_on_the_gpu_without_waiting_for_it(continuous):
 
 
 @pytest.mark.gpu
-def test_a_python_number_reaches_the_gpu_without_waiting_for_it():
-    device = torch.ones(1, device="cuda").device
-    with synchronisation_is_an_error():
-        batch = dtr.DenoisingTaskRouting().window(999, 384).for_batch(3, device)
-    assert batch.start.tolist() == [384 - 307] * 3
-
-
-@pytest.mark.gpu
-def test_random_subsets_are_looked_up_without_waiting_for_the_gpu():
+def test_numbers_and_random_subsets_do_not_wait_for_the_gpu():
     routing, t = dtr.RandomRouting(), torch.randint(1000, (8,), device="cuda")
     routing.mask(t, 1152)  # the first call copies the table
-    with synchronisation_is_an_error():
+    with waiting_is_an_error():
         routing.mask(t, 1152)
+        batch = dtr.DenoisingTaskRouting().window(999, 384).for_batch(3, t.device)
+    assert batch.start.tolist() == [384 - 307] * 3
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -362,8 +321,10 @@ def test_random_subsets_are_looked_up_without_waiting_for_the_gpu():
     [(dtr.DenoisingTaskRouting(60, alpha=2.0, beta=0.5), "alpha 2"), (dtr.RandomRouting(60, 0.5), "random routing")],
     ids=["window", "random"],
 )
-def test_the_picture_shows_the_mask(tmp_path, routing, name):
+def test_the_picture_shows_the_mask(tmp_path, monkeypatch, routing, name):
     imread = pytest.importorskip("matplotlib.image").imread
+    monkeypatch.chdir(tmp_path)
+    assert dtr.plot_routing(dtr.DenoisingTaskRouting(10), 16).axes and not list(tmp_path.iterdir())
     t = torch.arange(60)
     mask = routing.mask(t, 24) if isinstance(routing, dtr.RandomRouting) else routing.window(t, 24).mask()
     figure = dtr.plot_routing(routing, 24, tmp_path / "routing.png")
@@ -382,10 +343,3 @@ def test_the_picture_shows_the_mask(tmp_path, routing, name):
             x, y = (axes.transData.transform((timestep, channel)) * scale).astype(int)
             brightness = picture[height - 1 - y, x, :3].mean()
             assert (brightness < 0.9) == bool(mask[timestep, channel]), (timestep, channel)
-
-
-def test_a_picture_is_returned_without_being_written(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
-    assert dtr.plot_routing(dtr.DenoisingTaskRouting(10), 16).axes
-    assert not list(tmp_path.iterdir())

@@ -14,14 +14,85 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz_cases import Draw, calls, issue, wrong
+from fuzz_cases import Call, Draw, Enum, Operand, Shape, calls, issue, wrong
 
-from dtr_kernels.ops import extension
+from dtr_kernels import ops
+from dtr_kernels.ops import declaration, extension
 
 ROOT = Path(__file__).parent.parent
 needs_extension = pytest.mark.skipif(extension.kernels is None, reason=f"NOT RUN: {extension.unavailable}")
 FUNCTIONS = sorted(calls(extension.kernels)) if extension.kernels else []
 CASES = 12
+
+
+class Recorder:
+    """Stands in for the extension: passes calls on and keeps their arguments, tensors instead of addresses."""
+
+    def __init__(self):
+        self.kernels, self.calls = extension.kernels, {}
+
+    def __getattr__(self, name):
+        member = getattr(self.kernels, name)
+        if isinstance(member, type):
+            return member
+
+        def call(*arguments):
+            self.calls.setdefault(name, []).append(arguments)
+            before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+            converted = (_passed(self.kernels, argument) for argument in arguments)
+            result = member(*converted)
+            self.calls[name][-1] = [*zip(arguments, before, strict=True)]
+            return result
+
+        return call
+
+
+def _passed(kernels, argument):
+    """An argument as the extension takes it."""
+    if argument is None or isinstance(argument, torch.Tensor):
+        return ROWS(argument)
+    return SHAPE(*argument) if isinstance(argument, tuple) else argument
+
+
+ROWS, SHAPE = extension.rows, extension.shape
+# Of functions of token rows the names of their arguments, as Python sees them.
+DECLARED = {
+    node.name: [argument.arg for argument in node.args.args]
+    for node in ast.parse((ROOT / "dtr_kernels/_C.pyi").read_text()).body
+    if isinstance(node, ast.FunctionDef) and any(argument.arg == "shape" for argument in node.args.args)
+}
+
+
+def recorded(monkeypatch) -> dict[str, list]:
+    """The calls of such functions by declared kernels, in all of their modes."""
+    recorder = Recorder()
+    with monkeypatch.context() as patch:
+        patch.setattr(extension, "kernels", recorder)
+        patch.setattr(extension, "rows", lambda x: x)
+        patch.setattr(extension, "shape", lambda *sizes: sizes)
+        draw = declaration.Draw(declaration.Sizes(3, 5, 24), declaration.PRECISIONS["fp32"], torch.device("cpu"))
+        for kernel in ops.KERNELS:
+            for mode in kernel.modes if kernel.sizes is declaration.SIZES and not kernel.triton_only else ():
+                kernel.run(kernel.inputs(draw, **mode))
+    return recorder.calls
+
+
+def as_fuzzed(function: str, recorded_call, optional) -> Call:
+    """The same call on memory of exactly the size that each argument needs."""
+    arguments, kept = {}, []
+    for name, (now, before) in zip(DECLARED[function], recorded_call, strict=True):
+        if isinstance(now, torch.Tensor):
+            written = not torch.equal(now, before)
+            rows = now.reshape(-1, now.shape[-1]).double().numpy()
+            arguments[name] = Operand(rows.shape if written else rows, "f32", "tokens")
+        elif isinstance(now, tuple):
+            B, N, C, start, width, *chunk = now
+            kept = [] if start is None else [Operand(start[None].numpy(), "i32", "whole")]
+            arguments[name] = Shape(B, N, C, kept[0].address if kept else 0, width, *(chunk or [1]))
+        else:
+            arguments[name] = Enum(int(now)) if isinstance(now, extension.kernels.Type) else now
+    return Call(function, arguments, optional=optional, keeps=kept)
+
 
 # --- the extension's boundary ----------------------------------------------------------------------------------------
 
@@ -34,7 +105,8 @@ def functions_of(module) -> Iterator[str]:
 
 @needs_extension
 def test_every_function_is_fuzzed():
-    assert sorted(functions_of(extension.kernels)) == FUNCTIONS
+    """By cases written for it, or as declared kernels call it."""
+    assert sorted(functions_of(extension.kernels)) == sorted({*FUNCTIONS, *map(str, DECLARED)})
 
 
 @needs_extension
@@ -51,6 +123,24 @@ def test_wrong_calls_are_refused(function):
             else:
                 pytest.fail(f"case {case} accepts: {what}")
     assert len(mistakes) > (0 if not call.arguments else 10)
+
+
+@needs_extension
+@pytest.mark.parametrize("function", DECLARED)
+def test_wrong_calls_of_declared_kernels_are_refused(function, monkeypatch):
+    """A new kernel needs no case of its own for this: its declaration says how it is called."""
+    found = recorded(monkeypatch)[function]
+    columns = zip(*found, strict=True)
+    optional = {
+        name for name, column in zip(DECLARED[function], columns, strict=True) if any(now is None for now, _ in column)
+    }
+    for each in found:
+        call = as_fuzzed(function, each, frozenset(optional))
+        call.run(extension.kernels)
+        for what, arguments in wrong(call):
+            with pytest.raises((ValueError, TypeError)):
+                issue(extension.kernels, function, arguments)
+                pytest.fail(f"{function} accepts: {what}")
 
 
 @needs_extension
@@ -167,12 +257,8 @@ def test_windows_are_looked_at_again_in_every_call():
 # (where, what `refused` says): why it may be.
 ALLOWED = {
     ("tests/", "pickle.loads"): "models that the test has just pickled",
-    ("tests/test_swap.py", "torch.load without weights_only=True"): "a whole model that the test has just saved",
-    ("tests/test_support.py", "torch.load without weights_only=True"): "a whole model that the test has just saved",
-    (
-        "dtr_kernels/surgery/",
-        "torch.distributed.all_gather_object",
-    ): "names and errors of the ranks of the caller's group",
+    ("tests/comparing.py", "torch.load without weights_only=True"): "a whole model that the test has just saved",
+    ("dtr_kernels/surgery/", "torch.distributed.all_gather_object"): "names and errors of the caller's ranks",
 }
 # Modules that run what they read, or that fetch or serve files.
 # fmt: off
@@ -238,7 +324,7 @@ def python_files() -> list[Path]:
     folders = ("dtr_kernels", "benchmarks", "examples", "tests", "docs")
     return [
         *ROOT.glob("*.py"),
-        *(ROOT / ".ci" / name for name in ("gpu", "wheels")),
+        *(ROOT / ".ci" / name for name in ("gpu.py", "wheels.py")),
         *(path for name in folders for path in (ROOT / name).rglob("*.py")),
     ]
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_waits import waiting_is_an_error
 from models import TIMESTEPS, facebook_dit, public_dtr, sit, window_mapping
 from unets import UNetModel
 
@@ -76,11 +77,7 @@ def test_samples_are_those_of_the_plain_model(scheduler, scope):
 
         return predict
 
-    assert_as_exact(
-        trajectory(lambda x, t: sampler(x, t)[:, :2], noise, scheduler),
-        trajectory(plain(model), noise, scheduler),
-        trajectory(plain(copy.deepcopy(model).double()), noise.double(), scheduler),
-    )
+    assert_same_trajectory(lambda x, t: sampler(x, t)[:, :2], plain, model, noise, scheduler)
 
 
 def test_guidance_is_that_of_the_model():
@@ -92,15 +89,12 @@ def test_guidance_is_that_of_the_model():
     torch.testing.assert_close(unguided, model(x, 700, LABELS[:3]))
     assert (guided[:, :2] - unguided[:, :2]).abs().max() > 1e-3
 
-
-def test_guidance_of_fewer_channels():
-    model, x = make_model(), torch.randn(3, 2, SIZE, SIZE)
     sampler = dtr.Sampler(model, guidance_scale=3.0, guided_channels=1, y=LABELS)
-    guided, wanted = sampler(x, 700), model(x, 700, LABELS[:3])
-    torch.testing.assert_close(guided[:, :1], dtr.Sampler(model, guidance_scale=3.0, y=LABELS)(x, 700)[:, :1])
-    torch.testing.assert_close(guided[:, 1:], wanted[:, 1:])
-    torch.testing.assert_close(guided, model.forward_with_cfg(torch.cat([x, x]), 700, LABELS, 3.0, 1)[:3])
-    assert torch.equal(copy.deepcopy(sampler)(x, 700), guided)
+    fewer = sampler(x, 700)
+    torch.testing.assert_close(fewer[:, :1], guided[:, :1])
+    torch.testing.assert_close(fewer[:, 1:], unguided[:, 1:])
+    torch.testing.assert_close(fewer, model.forward_with_cfg(torch.cat([x, x]), 700, LABELS, 3.0, 1)[:3])
+    assert torch.equal(copy.deepcopy(sampler)(x, 700), fewer)
 
 
 @pytest.mark.parametrize("kind", ["native", "swapped"])
@@ -118,6 +112,16 @@ def test_float_timesteps(kind):
     assert torch.equal(sampler(x, 500), sampler(x, 500.0))
 
 
+def assert_same_trajectory(step, of, model, noise, scheduler="ddim", **options):
+    """What ``step`` samples, as exact as ``of`` the model."""
+    exact = copy.deepcopy(model).double()
+    assert_as_exact(
+        trajectory(step, noise, scheduler, **options),
+        trajectory(of(model), noise, scheduler, **options),
+        trajectory(of(exact), noise.double(), scheduler, **options),
+    )
+
+
 # --- swapped models
 
 
@@ -125,7 +129,6 @@ def test_swapped_dit():
     """The masks of the public DTR code are the oracle."""
     model, plain = facebook_dit().eval(), public_dtr(window_mapping()).eval()
     plain.load_state_dict(model.state_dict(), strict=False)
-    exact = copy.deepcopy(plain).double()
     y, noise = torch.tensor([1, 1, 4]), torch.randn(3, 3, SIZE, SIZE)
     dtr.swap_blocks(model, dtr.DenoisingTaskRouting(num_timesteps=TIMESTEPS))
     sampler = dtr.Sampler(model, y=y)
@@ -133,11 +136,8 @@ def test_swapped_dit():
     def of(model):
         return lambda x, t: F.pixel_shuffle(model(x, t.expand(3), y), 2)
 
-    assert_as_exact(
-        trajectory(lambda x, t: F.pixel_shuffle(sampler(x, t), 2), noise, steps=TIMESTEPS, timesteps=TIMESTEPS),
-        trajectory(of(plain), noise, steps=TIMESTEPS, timesteps=TIMESTEPS),
-        trajectory(of(exact), noise.double(), steps=TIMESTEPS, timesteps=TIMESTEPS),
-    )
+    steps = {"steps": TIMESTEPS, "timesteps": TIMESTEPS}
+    assert_same_trajectory(lambda x, t: F.pixel_shuffle(sampler(x, t), 2), of, plain, noise, **steps)
 
 
 def noise_level(t):
@@ -149,7 +149,6 @@ def test_swapped_flow_model():
     model, noise = sit().eval(), torch.randn(2, 4, SIZE, SIZE)
     y = torch.tensor([1, 4, 9, 9])
     dtr.swap_blocks(model, dtr.DenoisingTaskRouting(), noise_level=noise_level)
-    exact = copy.deepcopy(model).double()
     sampler = dtr.Sampler(model, guidance_scale=1.5, y=y)
 
     def of(model):
@@ -159,11 +158,7 @@ def test_swapped_flow_model():
 
         return velocity
 
-    assert_as_exact(
-        trajectory(lambda x, t: -sampler(x, 1 - t / 1000), noise, "euler"),
-        trajectory(of(model), noise, "euler"),
-        trajectory(of(exact), noise.double(), "euler"),
-    )
+    assert_same_trajectory(lambda x, t: -sampler(x, 1 - t / 1000), of, model, noise, "euler")
 
 
 def test_swapped_diffusers_model():
@@ -171,7 +166,6 @@ def test_swapped_diffusers_model():
     model = diffusers.DiTTransformer2DModel(**sizes, num_embeds_ada_norm=10).eval()
     labels, noise = torch.tensor([1, 4, 10, 10]), torch.randn(2, 4, SIZE, SIZE)
     dtr.swap_blocks(model, ROUTING)
-    exact = copy.deepcopy(model).double()
     sampler = dtr.Sampler(model, guidance_scale=4.0, class_labels=labels)
 
     def of(model):
@@ -182,11 +176,7 @@ def test_swapped_diffusers_model():
 
         return predict
 
-    assert_as_exact(
-        trajectory(lambda x, t: sampler(x, t)[:, :4], noise, "dpm"),
-        trajectory(of(model), noise, "dpm"),
-        trajectory(of(exact), noise.double(), "dpm"),
-    )
+    assert_same_trajectory(lambda x, t: sampler(x, t)[:, :4], of, model, noise, "dpm")
 
 
 def test_swapped_unet():
@@ -370,7 +360,7 @@ def test_a_forward_of_the_users_own_is_kept():
 
 
 def test_a_failed_step_leaves_the_model_as_it_was():
-    model, sampler = make_model(), None
+    model = make_model()
     sampler = dtr.Sampler(model, y=LABELS)
     with pytest.raises(ValueError, match="must have shape"):
         sampler(torch.randn(6, 3, SIZE, SIZE), 5)
@@ -440,9 +430,6 @@ def test_no_step_waits_for_the_gpu():
     sampler = dtr.Sampler(model, y=LABELS[:3].cuda())
     for _ in range(2):  # what is remembered is checked once
         sampler(x, 5)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         for t in (5, 4):
             sampler(x, t)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

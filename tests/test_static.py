@@ -1,4 +1,4 @@
-"""The static report: occupancy, what is read from binaries, complaints, tables; and every_kernel's comparisons."""
+"""The static report: occupancy, what is read from binaries, complaints, tables."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks import every_kernel, static
-from benchmarks.every_kernel import Call, Size
+from benchmarks import static
 from dtr_kernels.ops import extension
-from dtr_kernels.ops.tiles import Crossover, packaged
+from dtr_kernels.ops.tuned_tiles import Crossover, packaged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -209,52 +207,3 @@ def test_committed_report_knows_every_packaged_tile():
     for entry in packaged():
         if entry.measurement.capability in static.PROCESSORS and not isinstance(entry.tile, Crossover):
             assert (entry.measurement.capability, entry.measurement.gpu, entry.tile._asdict()) in known, entry
-
-
-# ---- every_kernel
-
-
-def test_every_launcher_and_op_on_the_cpu(seed):
-    calls = list(every_kernel.routed_calls(Size(2, 5, 40), torch.float32, torch.device("cpu")))
-    calls += every_kernel.surgery_calls(5, [33, 0, 7], torch.bfloat16, torch.device("cpu"))
-    if extension.kernels is None:
-        pytest.skip("the launchers have no kernels here")
-    assert [problem for call in calls if (problem := call.problem())] == []
-    assert len({(call.name, call.mode) for call in calls}) == len(calls)
-    assert {call.name for call in calls} == {
-        *("gated_norm_forward", "gated_norm_backward", "gated_residual_forward", "gated_residual_backward"),
-        *("window_linear_forward", "window_linear_backward", "linear_gelu_forward", "gelu_linear_backward"),
-        *("gram", "combine_", "weighted_sum", "pcgrad_coefficients"),
-    }
-
-
-def test_wrong_results_are_told():
-    exact = torch.randn(4, 30, dtype=torch.float64)
-    nan = exact.clone()
-    nan[1, 2] = torch.nan
-    found = {"right": exact.float(), "nan": nan, "element": exact.clone(), "shape": exact[None], "zero": 0 * exact}
-    found["element"][0, 0] += 1
-    problems = {
-        name: Call("op", name, lambda x=x: [exact, x], lambda: [exact, exact], 1e-5).problem()
-        for name, x in found.items()
-    }
-    assert problems.pop("right") is None
-    assert all(problem.startswith(f"op, {name}: result 1 has error") for name, problem in problems.items())
-
-
-def test_what_is_left_unwritten_is_nan():
-    with every_kernel.nan_in_uninitialised_memory():
-        assert torch.empty(9).isnan().all()
-
-
-def test_every_kernel_fails_when_one_is_wrong(monkeypatch, capsys):
-    if extension.kernels is None:
-        pytest.skip("the launchers have no kernels here")
-    monkeypatch.setattr(every_kernel, "SIZES", (Size(2, 3, 20),))
-    monkeypatch.setattr(every_kernel, "CLUSTERS", (3,))
-    assert every_kernel.main([]) == 0
-    right = every_kernel.gated_residual.gated_residual_forward
-    monkeypatch.setattr(every_kernel.gated_residual, "gated_residual_forward", lambda *tensors: right(*tensors) * 1.1)
-    assert every_kernel.main([]) == 1
-    said = capsys.readouterr().out
-    assert said.count("WRONG") == 3 and "3 wrong" in said and "gated_residual_forward" in said

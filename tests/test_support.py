@@ -20,9 +20,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
-from comparing import assert_as_exact, differ, results, widened
+from comparing import assert_as_exact, differ, results, saved_and_loaded, widened
+from gpu_waits import capture
 from models import DIM, HEADS, TIMESTEPS, DiT, DiTBlock
+from processes import run_ranks
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -77,13 +78,6 @@ def make_batch(samples=4, dtype=torch.float32):
     """Images [B, 3, 6, 6] (9 tokens), timesteps, all different, and labels."""
     t = torch.randperm(TIMESTEPS)[:samples]
     return torch.randn(samples, 3, 6, 6, dtype=dtype), t, torch.randint(10, (samples,))
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 # --- compilers and exporters -----------------------------------------------------------------------------------------
@@ -176,7 +170,9 @@ def test_aotinductor(seed, fresh_compiler, tmp_path, monkeypatch):
     program = export(model)
     files = [str(tmp_path / name) for name in ("model.pt2", "package.pt2", "results.pt")]
     torch.export.save(program, files[0])
-    torch._inductor.aoti_compile_and_package(program, package_path=files[1])
+    # Nothing is measured here, and one compilation does not pay for precompiled headers.
+    quick = {"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False}
+    torch._inductor.aoti_compile_and_package(program, package_path=files[1], inductor_configs=quick)
     batch = make_batch(7)
     with torch.no_grad():
         torch.save((batch, model(*batch)), files[2])
@@ -236,15 +232,7 @@ def test_symbolic_trace_is_refused(make):
 def test_a_captured_model_follows_its_timesteps(make, seed):
     model = make().cuda()
     x, t, y = (tensor.cuda() for tensor in make_batch())
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), torch.cuda.stream(stream):
-        for _ in range(3):
-            model(x, t, y)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        out = model(x, t, y)
+    graph, out = capture(torch.no_grad()(model), x, t, y)
     for _ in range(2):
         t.copy_(torch.randperm(TIMESTEPS)[:4])
         graph.replay()
@@ -302,7 +290,7 @@ def step_of_two_processes(rank, store, seed):
 
 
 def test_ddp_and_fsdp2_in_two_processes(tmp_path, seed):
-    torch.multiprocessing.spawn(step_of_two_processes, args=(str(tmp_path / "store"), seed), nprocs=2)
+    run_ranks(step_of_two_processes, 2, str(tmp_path / "store"), seed)
 
 
 # --- memory and copies -----------------------------------------------------------------------------------------------
@@ -379,13 +367,6 @@ def test_selective_checkpointing(make, seed):
             torch.testing.assert_close(results(Called(model, run), batch), expected)
         for op in (linear, mlp):
             assert (calls.of[op] > forward.of[op]) == (op is not saved)
-
-
-def saved_and_loaded(value, weights_only=False):
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=weights_only)
 
 
 def pickled(value):

@@ -4,36 +4,47 @@ import contextlib
 import copy
 import functools
 import inspect
-import io
 import pickle
 
+import comparing
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 import torch.nn.functional as F
-from models import DIM, HEADS, TIMESTEPS, Attention, DiT, DiTBlock, facebook_dit, public_dtr, random_mapping
+from comparing import assert_same, differ, saved_and_loaded
+from models import (
+    DIM,
+    HEADS,
+    TIMESTEPS,
+    Attention,
+    DiT,
+    DiTBlock,
+    DropPath,
+    become,
+    change,
+    facebook_dit,
+    public_dtr,
+    random_mapping,
+)  # fmt: skip
 from models import window_mapping as windows
+from processes import run_ranks
+from swapping import RANDOM, ROUTING, assert_block_is_refused, blocks_of, oracle, paper_mask
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from unets import TimestepBlock, UNetModel
 
 import dtr_kernels as dtr
 from dtr_kernels.swap import public_dtr as public_dtr_family
 from dtr_kernels.swap import restore_blocks, swap_blocks
+from dtr_kernels.swap.classes import BlockState
 
-ROUTING = dtr.DenoisingTaskRouting(num_timesteps=TIMESTEPS)
-RANDOM = dtr.RandomRouting(num_timesteps=TIMESTEPS)
 OTHER_DIM = 2 * DIM
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """On a busy machine, threads that wait for each other take longer than these small tensors."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
+# Without what the public code's forward sets.
+snapshot = functools.partial(comparing.snapshot, without=("active_task", "active_mask"))
 
 
 @pytest.fixture(autouse=True)
@@ -54,36 +65,6 @@ def results(model, *batches):
     outputs = [model(*inputs) for inputs in batches or [batch()]]
     sum(output.square().sum() for output in outputs).backward()
     return [output.detach() for output in outputs] + [p.grad.clone() for p in model.parameters()]
-
-
-def assert_same(actual, expected, rtol=1e-4):
-    """Equal up to rounding, relative to each tensor's largest value (or to 0.1: a gradient may be zero in theory)."""
-    assert len(actual) == len(expected)
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=0, atol=rtol * max(e.abs().max().item(), 0.1))
-
-
-def differ(actual, expected):
-    """Whether any tensor is far from the expected one."""
-    return any((a - e).abs().max() > 1e-2 * e.abs().max() for a, e in zip(actual, expected, strict=True))
-
-
-def oracle(model, mask_of, scope="block"):
-    """A copy of the model whose blocks run dtr.reference.dit_block with the mask that mask_of makes of t."""
-    model = copy.deepcopy(model)
-    forward = model.forward
-
-    def routed(x, t, y):
-        for block in model.blocks:
-            block.forward = functools.partial(dtr.reference.dit_block, block, mask=mask_of(t), scope=scope)
-        return forward(x, t, y)
-
-    model.forward = routed
-    return model
-
-
-def paper_mask(t):
-    return dtr.reference.routing_mask(t, DIM, TIMESTEPS)
 
 
 # --- the same function
@@ -110,13 +91,11 @@ def test_keeps_the_models_own_function(make):
 
 @pytest.mark.parametrize("scope", ["block", "branch"])
 @pytest.mark.parametrize("make", [facebook_dit, public_dtr])
-@pytest.mark.parametrize(
-    ("routing", "mask_of"), [(ROUTING, paper_mask), (RANDOM, lambda t: RANDOM.mask(t, DIM))], ids=["DTR", "random"]
-)
+@pytest.mark.parametrize(("routing", "mask_of"), [(ROUTING, paper_mask), (RANDOM, RANDOM.mask)], ids=["DTR", "random"])
 def test_a_given_routing_matches_the_reference(make, routing, mask_of, scope):
     model = make()
     expected = results(oracle(model, mask_of, scope))
-    assert differ(results(oracle(model, lambda t: None)), expected)
+    assert differ(results(oracle(model, lambda t, C: None)), expected)
     assert_same(results(swap_blocks(model, routing, scope)), expected)
 
 
@@ -124,7 +103,7 @@ def test_a_given_routing_matches_the_reference(make, routing, mask_of, scope):
 @pytest.mark.parametrize("mapping", [windows(), random_mapping()], ids=["windows", "random"])
 def test_scope_branch_of_the_models_own_masks(mapping):
     model = public_dtr(mapping)
-    expected = results(oracle(model, lambda t: mapping[t], "branch"))
+    expected = results(oracle(model, lambda t, C: mapping[t], "branch"))
     assert differ(results(model), expected)
     assert_same(results(swap_blocks(model, scope="branch")), expected)
 
@@ -238,25 +217,34 @@ def test_a_failed_forward_leaves_no_window_behind():
 TWO_BATCHES = (batch(), batch(times=(49, 3, 2, 40), seed=2))
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize(("make", "routing"), [(facebook_dit, ROUTING), (facebook_dit, RANDOM), (public_dtr, None)])
-def test_checkpointed_blocks_recompute_for_their_own_timesteps(make, routing, reentrant, monkeypatch):
+CASES = [(facebook_dit, ROUTING), (facebook_dit, RANDOM), (public_dtr, None), (UNetModel, ROUTING), (UNetModel, RANDOM)]
+CHECKPOINTED = [(*case, kind) for case in CASES for kind in ("reentrant", "not reentrant")]
+CHECKPOINTED += [(UNetModel, routing, "guided-diffusion's") for routing in (ROUTING, RANDOM)]
+
+
+@pytest.mark.parametrize(("make", "routing", "kind"), CHECKPOINTED)
+def test_checkpointed_blocks_recompute_for_their_own_timesteps(make, routing, kind, monkeypatch):
     model = swap_blocks(make(), routing)
     expected = results(model, *TWO_BATCHES)
-    model.reentrant = reentrant
-    assert_same(results(model, *TWO_BATCHES), expected)
+    asked, own_window = [], BlockState.window
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockState, "window", lambda *args: asked.append(args) or own_window(*args))
+        for block in blocks_of(model):
+            block.use_checkpoint = kind == "guided-diffusion's"
+        if kind != "guided-diffusion's":
+            setattr(model, "use_torch" if make is UNetModel else "reentrant", kind == "reentrant")
+        assert_same(results(model, *TWO_BATCHES), expected)
+    assert len(asked) == 2 * 2 * len(blocks_of(model))  # each again in the backward pass
 
     def window_of_latest_forward(state, block, marker):
         if state.model.call.windows is not None:
             state.latest = state.source.window_of(block)
         return state.latest
 
-    monkeypatch.setattr("dtr_kernels.swap.classes.BlockState.window", window_of_latest_forward)
-    if reentrant:
+    monkeypatch.setattr(BlockState, "window", window_of_latest_forward)
+    # The non-reentrant kind compares what was saved with what is recomputed, and may find out itself.
+    with contextlib.suppress(*[torch.utils.checkpoint.CheckpointError] * (kind == "not reentrant")):
         assert differ(results(model, *TWO_BATCHES), expected)
-    else:  # the non-reentrant kind compares what was saved with what is recomputed, and may find out itself
-        with contextlib.suppress(torch.utils.checkpoint.CheckpointError):
-            assert differ(results(model, *TWO_BATCHES), expected)
 
 
 def test_checkpoint_around_the_whole_model():
@@ -268,37 +256,38 @@ def test_checkpoint_around_the_whole_model():
     assert_same([p.grad for p in model.parameters()], expected[2:])
 
 
-def test_no_window_outlives_its_forward():
-    model = swap_blocks(facebook_dit(reentrant=False), ROUTING)
+@pytest.mark.parametrize("make", [lambda: facebook_dit(reentrant=False), lambda: UNetModel(use_checkpoint=True)])
+def test_no_window_outlives_its_forward(make):
+    model = swap_blocks(make(), ROUTING)
     output = model(*batch())
-    assert len(model.blocks[0]._dtr._windows) == 1
+    held = [len(block._dtr._windows) for block in blocks_of(model)]
     output.sum().backward()
     del output
-    assert len(model.blocks[0]._dtr._windows) == 0
+    assert held == [1] * len(held)
+    assert [len(block._dtr._windows) for block in blocks_of(model)] == [0] * len(held)
 
 
 # --- nothing else changes
 
 
-def snapshot(model):
-    """Class, attributes and tensors of every module, without the attributes that the public code's forward sets."""
-    return [
-        (
-            type(module),
-            {name: value for name, value in vars(module).items() if name not in ("active_task", "active_mask")},
-            [*module._parameters.items(), *module._buffers.items()],
-        )
-        for module in model.modules()
-    ]
-
-
-@pytest.mark.parametrize(("make", "routing"), [(facebook_dit, None), (facebook_dit, ROUTING), (public_dtr, None)])
+@pytest.mark.parametrize(
+    ("make", "routing"),
+    [
+        (facebook_dit, None),
+        (facebook_dit, ROUTING),
+        (public_dtr, None),
+        *((UNetModel, r) for r in (None, ROUTING, RANDOM)),
+    ],
+)
 def test_restore_undoes_everything(make, routing):
     model = make()
+    kind, rng = type(model), torch.get_rng_state()
     expected, before, keys = results(model), snapshot(model), list(model.state_dict())
     gradients = [p.grad for p in model.parameters()]
     swap_blocks(model, routing)
-    assert isinstance(model.blocks[0], DiTBlock) and isinstance(model, DiT)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert isinstance(model, kind) and all(isinstance(block, DiTBlock | TimestepBlock) for block in blocks_of(model))
+    assert all("Fused" not in type(m).__name__ for m in model.modules() if m is not model and m not in blocks_of(model))
     assert list(model.state_dict()) == keys
     model(*batch())
     assert restore_blocks(model) is model
@@ -332,28 +321,23 @@ def test_an_optimizer_made_before_trains_on():
     assert_same([p.detach() for p in swapped.parameters()], [p.detach() for p in plain.parameters()])
 
 
-def saved_and_loaded(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @pytest.mark.parametrize(
     "clone",
     [copy.deepcopy, saved_and_loaded, lambda model: pickle.loads(pickle.dumps(model))],
     ids=["deepcopy", "torch.save", "pickle"],
 )
-@pytest.mark.parametrize(("make", "routing"), [(facebook_dit, ROUTING), (public_dtr, None)])
+@pytest.mark.parametrize(("make", "routing"), [(facebook_dit, ROUTING), (public_dtr, None), (UNetModel, ROUTING)])
 def test_copies_stand_on_their_own(make, routing, clone):
-    model = swap_blocks(make(), routing)
-    expected = results(model)
+    model = make()
+    kinds = [type(module) for module in (model, *blocks_of(model))]
+    expected = results(swap_blocks(model, routing))
     cloned = clone(model)
-    assert type(cloned) is type(model) and type(cloned.blocks[1]) is type(model.blocks[1])
-    assert cloned.blocks[0]._dtr.model is cloned.blocks[1]._dtr.model is cloned._dtr is not model._dtr
+    assert type(cloned) is type(model) and [*map(type, blocks_of(cloned))] == [*map(type, blocks_of(model))]
+    first, second, *_ = blocks_of(cloned)
+    assert first._dtr.model is second._dtr.model is cloned._dtr is not model._dtr
     restore_blocks(model)
     assert_same(results(cloned), expected)
-    assert type(restore_blocks(cloned)) is DiT
+    assert [type(module) for module in (restore_blocks(cloned), *blocks_of(cloned))] == kinds
 
 
 def test_averaged_models():
@@ -416,22 +400,16 @@ def test_meta_device():
 # --- distributed
 
 
-@pytest.fixture
-def gloo(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("swap_first", [True, False])
-def test_ddp(gloo, swap_first):
-    model = facebook_dit()
-    expected = results(oracle(model, paper_mask))
+@pytest.mark.parametrize("make", [facebook_dit, lambda: UNetModel(use_checkpoint=True)])
+def test_ddp(gloo, make, swap_first):
+    model = make()
+    kind, expected = type(model), results(oracle(model, paper_mask))
     model = DistributedDataParallel(swap_blocks(model, ROUTING)) if swap_first else DistributedDataParallel(model)
     if not swap_first:
         swap_blocks(model, ROUTING)
     assert_same(results(model), expected)
-    assert type(restore_blocks(model).module) is DiT
+    assert type(restore_blocks(model).module) is kind
 
 
 def _ddp_worker(rank, store):
@@ -447,7 +425,7 @@ def _ddp_worker(rank, store):
 
 
 def test_ddp_in_two_processes(tmp_path):
-    torch.multiprocessing.spawn(_ddp_worker, args=(str(tmp_path / "store"),), nprocs=2)
+    run_ranks(_ddp_worker, 2, str(tmp_path / "store"))
 
 
 def test_data_parallel_is_refused():
@@ -477,27 +455,9 @@ class TwiceActivated(DiTBlock):
         return self.branches(x, torch.sigmoid(c))
 
 
-class DropPath(nn.Identity):
-    drop_prob = 0.1
-
-
 class LowRankLinear(nn.Linear):
     def forward(self, x):
         return super().forward(x) + x.mean()
-
-
-def change(path, value):
-    """A function that replaces an attribute of a block, given as a dotted path."""
-    *parents, name = path.split(".")
-
-    def apply(block):
-        setattr(functools.reduce(getattr, parents, block), name, value)
-
-    return apply
-
-
-def become(kind):
-    return lambda block: setattr(block, "__class__", kind)
 
 
 REFUSED_BLOCKS = {
@@ -513,10 +473,7 @@ REFUSED_BLOCKS = {
     "rope": (change("attn.rope", nn.Identity()), "attn.rope is set"),
     "RMS norm": (change("norm1", nn.RMSNorm(DIM)), "norm1 is RMSNorm"),
     "affine norm": (change("norm2", nn.LayerNorm(DIM)), "norm2 has affine parameters"),
-    "norm of another shape": (
-        change("norm1", nn.LayerNorm(OTHER_DIM, elementwise_affine=False)),
-        r"norm1 normalises shape \[64\]",
-    ),
+    "other norm": (change("norm1", nn.LayerNorm(64, elementwise_affine=False)), r"norm1 normalises shape \[64\]"),
     "heads": (change("attn.num_heads", 5), "attn.num_heads is 5, which does not divide the hidden size 32"),
     "modulation": (change("adaLN_modulation", nn.Linear(DIM, 4 * DIM)), r"adaLN_modulation makes \[2, 128\]"),
     "head size": (change("attn.qkv", nn.Linear(DIM, 6 * DIM)), "attn.qkv maps 32 features to 192"),
@@ -544,12 +501,7 @@ def test_refuses_a_block_by_name_and_changes_nothing(case):
         nn.init.zeros_(block.adaLN_modulation[-1].bias)
     spoil, message = REFUSED_BLOCKS[case]
     spoil(model.blocks[1])
-    before = snapshot(model)
-    kind = type(model.blocks[1]).__name__
-    with pytest.raises(ValueError, match=rf"cannot swap block 'blocks.1' \({kind}\): .*{message}"):
-        swap_blocks(model, ROUTING)
-    assert snapshot(model) == before
-    assert torch.is_grad_enabled()
+    assert_block_is_refused(model, "blocks.1", message, snapshot)
 
 
 class Untimed(DiT):
@@ -589,41 +541,6 @@ def test_refuses_a_model_and_changes_nothing(make, arguments, error, message):
     with pytest.raises(error, match=message):
         swap_blocks(model, **arguments)
     assert snapshot(model) == before
-
-
-class Adapter(nn.Linear):
-    """A linear layer and something on top, as LoRA's."""
-
-    def forward(self, x):
-        return super().forward(x) + 1
-
-
-def wrap(block):
-    qkv = block.attn.qkv
-    block.attn.qkv = Adapter(qkv.in_features, qkv.out_features)
-
-
-def patch(block):
-    block.mlp.fc1.forward = lambda x: x
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        wrap,
-        patch,
-        lambda block: block.mlp.fc2.register_forward_hook(print),
-        lambda block: nn.utils.weight_norm(block.mlp.fc1),
-    ],
-    ids=["wrapped", "patched", "hooked", "old weight norm"],
-)
-@pytest.mark.parametrize("routing", [ROUTING, RANDOM], ids=["DTR", "random"])
-def test_layers_that_were_changed_after_the_swap_are_not_ignored(change, routing):
-    model = dtr.swap_blocks(facebook_dit(), routing)
-    change(model.blocks[1])
-    with pytest.raises(RuntimeError, match=r"swapped block 'blocks.1' was changed: "):
-        model(*batch())
-    dtr.restore_blocks(model)
 
 
 def test_attention_to_neighbours_alone_is_refused():

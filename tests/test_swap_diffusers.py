@@ -142,9 +142,8 @@ def test_timesteps_may_be_expanded():
     dtr.swap_blocks(model, ROUTING)
     for times in (t.expand(4), t):
         torch.testing.assert_close(model(x, times, y).sample, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        model(x, timestep=t, class_labels=y, return_dict=False)[0], expected, rtol=1e-4, atol=1e-4
-    )
+    found = model(x, timestep=t, class_labels=y, return_dict=False)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def sigma_of(t):
@@ -170,8 +169,7 @@ def test_checkpointed_blocks_recompute_for_their_own_timesteps(routing):
     batches = [(x, t, y) for (x, _, y), t in zip((batch(), batch()), times.split(4), strict=True)]  # slices of one
     expected = seeded(model, *batches)
     model.enable_gradient_checkpointing()
-    for actual, e in zip(seeded(model, *batches), expected, strict=True):
-        torch.testing.assert_close(actual, e, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seeded(model, *batches), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_compiles_whole_and_once():
@@ -181,10 +179,8 @@ def test_compiles_whole_and_once():
     batches = batch(), batch((5, 6, 7, 8))
     expected = results(model, *batches)
     counter = CompileCounterWithBackend("aot_eager")
-    for actual, e in zip(
-        results(torch.compile(model, backend=counter, fullgraph=True), *batches), expected, strict=True
-    ):
-        torch.testing.assert_close(actual, e, rtol=1e-4, atol=1e-5)
+    found = results(torch.compile(model, backend=counter, fullgraph=True), *batches)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 1
 
 
@@ -199,8 +195,7 @@ def test_restore_undoes_everything():
     seeded(model, inputs)
     assert dtr.restore_blocks(model) is model
     assert snapshot(model) == before
-    for actual, e in zip(seeded(model, inputs), expected, strict=True):
-        assert torch.equal(actual, e)
+    torch.testing.assert_close(seeded(model, inputs), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("routing", [None, ROUTING])
@@ -209,13 +204,8 @@ def test_saved_and_loaded(routing, tmp_path):
     own = output_of(model(*inputs))
     dtr.swap_blocks(model, routing).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "DiTTransformer2DModel"
-    loaders = (
-        diffusers.DiTTransformer2DModel.from_pretrained,
-        diffusers.AutoModel.from_pretrained,
-        type(model).from_pretrained,
-    )
-    for load in loaders:
-        loaded = load(str(tmp_path))
+    for kind in (diffusers.DiTTransformer2DModel, diffusers.AutoModel, type(model)):
+        loaded = kind.from_pretrained(str(tmp_path))
         assert type(loaded) is diffusers.DiTTransformer2DModel
         assert torch.equal(output_of(loaded(*inputs)), own)
         assert torch.equal(output_of(dtr.swap_blocks(loaded, routing)(*inputs)), output_of(model(*inputs)))
@@ -264,29 +254,28 @@ def test_the_pipeline_draws_the_same(routing, scheduler, tmp_path):
     assert (expected - own).abs().max() > 1e-3 or routing is None
     torch.testing.assert_close(images(pipe), expected, rtol=0, atol=1e-4)
     pipe.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "model_index.json").read_text())["transformer"] == [
-        "diffusers",
-        "DiTTransformer2DModel",
-    ]
+    saved = json.loads((tmp_path / "model_index.json").read_text())
+    assert saved["transformer"] == ["diffusers", "DiTTransformer2DModel"]
     loaded = diffusers.DiTPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     torch.testing.assert_close(images(loaded), own)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("spoil", "message"),
     [
         (lambda block: block.set_chunk_feed_forward(2), "its MLP is computed in chunks"),
         (lambda block: nn.utils.weight_norm(block.attn1.to_k), "attn1.to_k has hooks"),
         (lambda block: block.ff.net.__setitem__(0, GEGLU(C, 4 * C)), "ff.net.0 is GEGLU"),
         (lambda block: block.ff.register_forward_hook(print), "ff has hooks"),
+        (lambda block: block.attn1.set_processor(Recording()), r"attn1\.processor is Recording"),
     ],
-    ids=["chunks", "weight norm", "gated GELU", "hook"],
+    ids=["chunks", "weight norm", "gated GELU", "hook", "processor"],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-def test_blocks_that_were_changed_after_the_swap_are_refused(change, message):
+def test_blocks_that_were_changed_after_the_swap_are_refused(spoil, message):
     model = dtr.swap_blocks(dit().eval())
-    change(model.transformer_blocks[1])
+    spoil(model.transformer_blocks[1])
     with pytest.raises(RuntimeError, match=f"'transformer_blocks.1' was changed: {message}"):
         model(torch.randn(2, 4, 8, 8), timestep=torch.tensor([1, 2]), class_labels=torch.tensor([1, 2]))
 
@@ -341,14 +330,8 @@ REFUSED_BLOCKS = {
     "attention dropout": (change("attn1.to_out.1", "p", 0.1), "attn1.to_out.1 drops with probability 0.1"),
     "MLP dropout": (change("ff.net.1", "p", 0.1), "ff.net.1 drops with probability 0.1"),
     "exact GELU": (change("ff.net.0", "approximate", "none"), "fused MLP computes nn.GELU"),
-    "gated GELU": (
-        lambda block: block.ff.net.__setitem__(0, GEGLU(C, 4 * C)),
-        "ff.net.0 is GEGLU, but the fused MLP is",
-    ),
-    "SwiGLU": (
-        lambda block: block.ff.net.__setitem__(0, SwiGLU(C, 4 * C)),
-        "ff.net.0 is SwiGLU",
-    ),
+    "gated GELU": (change("ff.net", "0", GEGLU(C, 4 * C)), "ff.net.0 is GEGLU, but the fused MLP is"),
+    "SwiGLU": (change("ff.net", "0", SwiGLU(C, 4 * C)), "ff.net.0 is SwiGLU"),
     "affine norm": (change("", "norm3", nn.LayerNorm(C)), "norm3 has affine parameters"),
     "chunks": (lambda block: block.set_chunk_feed_forward(2), "its MLP is computed in chunks"),
     "wrapped linear": (change("attn1", "to_k", LowRankLinear(C, C)), "attn1.to_k is test_swap_diffusers.LowRankLinear"),
@@ -357,10 +340,7 @@ REFUSED_BLOCKS = {
     "heads": (change("attn1", "heads", 5), "attn.num_heads is 5"),
     "rescaled": (change("attn1", "rescale_output_factor", 2.0), "computes something else than a DiT block"),
     "other kind": (change("", "norm_type", "ada_norm_continuous"), "could not be compared with a DiT block"),
-    "positions": (
-        change("", "pos_embed", SinusoidalPositionalEmbedding(C, 64)),
-        "computes something else than a DiT block",
-    ),
+    "positions": (change("", "pos_embed", SinusoidalPositionalEmbedding(C, 64)), "computes something else than a DiT"),
     "hook": (lambda block: block.ff.register_forward_hook(print), "ff has hooks"),
 }
 
@@ -400,15 +380,6 @@ def test_refuses_arguments_that_would_be_lost():
         model(x, class_labels=y)
 
 
-def test_notices_a_processor_that_is_set_later():
-    model = dtr.swap_blocks(dit())
-    model.transformer_blocks[0].attn1.set_processor(Recording())
-    with pytest.raises(
-        RuntimeError, match=r"swapped block 'transformer_blocks.0' was changed: attn1\.processor is Recording"
-    ):
-        model(*batch())
-
-
 def test_gradients_of_clusters():
     """The surgery's rules know the queries', keys' and values' weights in their stacked form."""
     model, (x, t, y) = dit().eval(), batch()
@@ -418,13 +389,11 @@ def test_gradients_of_clusters():
         return output_of(model(x, t, y)).square().mean(dim=(1, 2, 3))
 
     dtr.swap_blocks(model, ROUTING)
-    updates = {}
+    updates = []
     for engine in ("per_cluster", "one_pass"):
-        surgery = dtr.GradientSurgery(
-            model.named_parameters(), num_clusters=2, engine=engine, generator=torch.Generator().manual_seed(0)
-        )
+        generator = torch.Generator().manual_seed(0)
+        surgery = dtr.GradientSurgery(model.named_parameters(), num_clusters=2, engine=engine, generator=generator)
         model.zero_grad()
         surgery.backward_batch(loss, cluster, x, t, y)
-        updates[engine] = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    for one, other in zip(*updates.values(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+        updates.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*updates, rtol=1e-3, atol=1e-6)

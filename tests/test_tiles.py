@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
 import subprocess
@@ -16,11 +15,10 @@ import pytest
 import torch
 
 from benchmarks import environment
-from dtr_kernels.ops import tiles, tuned_tiles
-from dtr_kernels.ops.tiles import NEVER, Crossover, GemmTile, RowTile, SumTile, forced, tile_for
-from dtr_kernels.ops.tuned_tiles import KINDS, Measurement, Tuned
+from dtr_kernels.ops import dispatch, residual, tiles, tuned_tiles, window_linear
+from dtr_kernels.ops.tiles import KINDS, NEVER, Crossover, GemmTile, RowTile, SumTile, forced
+from dtr_kernels.ops.tuned_tiles import Measurement, Tuned
 
-window_linear = importlib.import_module("dtr_kernels.ops.window_linear")
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 GPU = "NVIDIA H200"
 MEASUREMENT = Measurement(
@@ -35,12 +33,13 @@ def entry(op="forward", dtype="bfloat16", channels=1152, rows=128, tile=SPECIAL,
 
 def ask(op="forward", dtype=bf16, rows=256, channels=1152):
     """What a launcher on an H200 is told."""
-    return tile_for(op, SimpleNamespace(get_device=lambda: 0, dtype=dtype), rows, channels, 90)
+    x = SimpleNamespace(device=torch.device("cuda"), get_device=lambda: 0, dtype=dtype)
+    return KINDS[op].tile(x, rows, channels)
 
 
 def forget():
     tiles.forget()
-    tiles._capability.cache_clear()
+    dispatch.capability_of.cache_clear()
 
 
 @pytest.fixture
@@ -94,7 +93,7 @@ def files(monkeypatch, tmp_path):
 )
 def test_defaults(op, dtype, rows, channels, arch, tile):
     """Written down, so that no change of a default goes unnoticed: it makes every result stale."""
-    assert tiles.default_tile(op, dtype, rows, channels, arch) == tile
+    assert KINDS[op].default(dtype, rows, channels, arch) == tile
 
 
 def test_every_default_could_be_an_entry(seed):
@@ -103,26 +102,25 @@ def test_every_default_could_be_an_entry(seed):
         for dtype in (bf16, fp16, fp32):
             for arch in (75, 80, 89, 90, 100, 120):
                 rows, channels = random.choice([1, 16, 17, 100, 128, 5000]), random.randint(1, 5000)
-                tile = tiles.default_tile(op, dtype, rows, channels, arch)
-                assert tuned_tiles.problem_of(op, tile, tuned_tiles.rows_class(rows), channels) is None, (
-                    op,
-                    rows,
-                    channels,
-                )
+                tile = KINDS[op].default(dtype, rows, channels, arch)
+                problem = KINDS[op].problem(tile, tuned_tiles.rows_class(rows), channels)
+                assert problem is None, (op, rows, channels)
 
 
 def test_without_a_gpu_no_file_is_read(files, monkeypatch):
     """In Triton's interpreter, where a CPU stands in for a GPU, and where kernels are compiled for another machine."""
     monkeypatch.setattr(tiles, "read", lambda path: pytest.fail(f"{path} was read"))
-    assert tile_for("forward", torch.empty(1, dtype=bf16), 256, 1152, 80) == GemmTile(64, 128, 32, 8, 3)
-    assert tile_for("forward", torch.empty(1, dtype=bf16, device="meta"), 256, 1152, 90) == GemmTile(128, 256, 64, 8, 3)
+    assert KINDS["forward"].tile(torch.empty(1, dtype=bf16), 256, 1152) == GemmTile(128, 256, 64, 8, 3)
+    with dispatch.recording(80):
+        x = torch.empty(1, dtype=bf16, device="meta")
+        assert KINDS["forward"].tile(x, 256, 1152) == GemmTile(64, 128, 32, 8, 3)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_users_entry_goes_before_the_packages_and_both_before_the_default(files):
-    default = tiles.default_tile("forward", bf16, 256, 1152, 90)
+    default = KINDS["forward"].default(bf16, 256, 1152, 90)
     assert ask() == default
     tuned_tiles.write(files.packaged, [entry(tile=GemmTile(128, 64, 32, 4, 3)), entry(channels=384, tile=default)])
     forget()
@@ -342,28 +340,26 @@ def test_packaged_files_can_be_read_and_have_their_gpus_name():
 
 
 def test_packaged_gives_the_entries_of_all_files(files):
-    assert tiles.packaged() == []
+    assert tuned_tiles.packaged() == []
     other = entry(measurement=replace(MEASUREMENT, gpu="NVIDIA B200", capability=100))
     tuned_tiles.write(files.packaged, [entry()])
     tuned_tiles.write(tuned_tiles.packaged_file("NVIDIA B200"), [other])
-    assert tiles.packaged() == [other, entry()]
+    assert tuned_tiles.packaged() == [other, entry()]
 
 
 # --- forced tiles ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def launched(monkeypatch):
-    """The options of every launch of a GEMM, which is not made."""
-    options = []
-    monkeypatch.setattr(window_linear, "kernel_path", lambda x: "triton")
-    monkeypatch.setattr(window_linear, "launch", lambda kernel, programs, *args, **given: options.append(given))
-    return options
+def launched():
+    """The launches of an H200, which are not made."""
+    with dispatch.recording(90) as launches:
+        yield launches
 
 
 def weight_gradient(dtype=bf16, tokens=256):
     g, u = torch.zeros(2, tokens, 96, dtype=dtype), torch.zeros(2, tokens, 48, dtype=dtype)
-    window_linear._launch_weight_gradient(g, u, torch.zeros(2, dtype=torch.int32), 64)
+    window_linear.weight_gradient(g, u, torch.zeros(2, dtype=torch.int32), 64)
 
 
 def test_a_forced_tile_reaches_the_launch(launched):
@@ -374,7 +370,7 @@ def test_a_forced_tile_reaches_the_launch(launched):
     weight_gradient()
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     default = GemmTile(128, 256, 64, 8, 4)
-    assert [tuple(options[name] for name in names) for options in launched] == [default, tile, default]
+    assert [tuple(launch.options[name] for name in names) for launch in launched] == [default, tile, default]
 
 
 def test_forcing_ends_with_its_block_whatever_happens_there(files):
@@ -404,7 +400,7 @@ def test_a_tile_that_no_kernel_can_run_with_is_refused(launched, tile, tokens, r
 def contracts_windows(tokens, op="windows_forward"):
     """Whether a launcher does, for so many tokens of two samples."""
     x, weight = torch.zeros(2, tokens // 2, 64, dtype=bf16), torch.zeros(192, 64, dtype=bf16)
-    return window_linear.contracts_windows(op, x, torch.zeros(2, dtype=torch.int32), 300, weight)
+    return window_linear.choose_gemm(op, x, torch.zeros(2, dtype=torch.int32), 300, weight).path == "windows"
 
 
 def test_a_forced_crossover_decides_which_gemm_runs(launched, files):
@@ -436,17 +432,17 @@ def test_a_crossover_is_no_tile(launched):
 
 
 def test_only_what_has_a_tile_can_be_forced():
-    with pytest.raises(ValueError, match=r"op must be one of forward, .*, got 'backward'"), forced("backward", SPECIAL):
+    with (
+        pytest.raises(ValueError, match=r"op must be one of .*\bforward, .*, got 'backward'"),
+        forced("backward", SPECIAL),
+    ):
         pass
 
 
 def test_torch_compile_traces_no_lookup(monkeypatch):
     """Inside a compiled function an op is one node of the graph, and asks for its tile when it runs."""
-    residual = importlib.import_module("dtr_kernels.ops.residual")
-    asked, graphs = [], []
-    monkeypatch.setattr(residual, "kernel_path", lambda x: "triton")
-    monkeypatch.setattr(residual, "launch", lambda *args, **options: None)
-    monkeypatch.setattr(residual, "tile_for", lambda *args: asked.append(args[0]) or tile_for(*args))
+    asked, graphs, ask = [], [], tiles.Tiles.tile
+    monkeypatch.setattr(tiles.Tiles, "tile", lambda kind, *args: asked.append(kind.name) or ask(kind, *args))
 
     def backend(graph, inputs):
         graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
@@ -454,6 +450,7 @@ def test_torch_compile_traces_no_lookup(monkeypatch):
         return graph.forward
 
     x = torch.zeros(2, 16, 32)
-    torch.compile(residual._op, backend=backend, fullgraph=True)(x, x.clone(), torch.zeros(2, 32))
+    with dispatch.recording(90):
+        torch.compile(residual._op, backend=backend, fullgraph=True)(x, x.clone(), torch.zeros(2, 32))
     assert graphs == [["dtr_kernels.gated_residual.default"]]
     assert asked == ["residual_forward"]

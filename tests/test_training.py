@@ -89,13 +89,12 @@ def test_every_part_of_a_checkpoint_counts(data, tmp_path, seed):
         assert not all(torch.equal(a, b) for a, b in pairs), part
 
 
-def start(folder, *options, launcher=()):
+def start(folder, *options, module="examples.train"):
     """The example as a process of its own, with kernels and threads as users have them."""
-    command = [sys.executable, "-m", *launcher, "examples.train", *OPTIONS, "--out", str(folder), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", *module.split(), *OPTIONS, "--out", str(folder), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
 
 def finish(process):
@@ -135,11 +134,10 @@ def test_a_killed_process_goes_on_to_the_same_bits(left_alone, tmp_path):
 @pytest.mark.parametrize("weighting", ["uw", "pcgrad"])
 def test_two_processes_train_the_model_of_one(weighting, data, tmp_path, seed):
     recipe = replace(TINY, weighting=weighting, seed=seed)
-    expected = trained(recipe, data)
-    options = ["--weighting", weighting, "--seed", str(seed), "--save-every", "4"]
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    finish(start(tmp_path, *options, launcher=torchrun))
-    found = Training(recipe, *data)
+    torchrun = "torch.distributed.run --standalone --nproc-per-node 2 -m examples.train"
+    running = start(tmp_path, "--weighting", weighting, "--seed", str(seed), "--save-every", "4", module=torchrun)
+    expected, found = trained(recipe, data), Training(recipe, *data)
+    finish(running)
     found.load(tmp_path / "checkpoint.pt")
     for a, b in zip(found.objective.parameters(), expected.objective.parameters(), strict=True):
         # Adam divides by the size of gradients: rounding of tiny ones becomes steps of up to the learning rate.

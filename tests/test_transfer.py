@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -119,20 +120,15 @@ def test_outputs_of_two_dtypes_are_promoted(seed):
     assert out.dtype == torch.float32 and out[:, 0].tolist() == [2, 1]
 
 
-def test_a_mixed_model_is_a_module_of_both(seed):
-    shared, specialist = Constant(1), Constant(2)
+def test_a_mixed_model_is_a_module_of_both_whose_hooks_run(seed):
+    shared, specialist, called = Constant(1), Constant(2), []
+    shared.register_forward_hook(lambda *_: called.append("shared"))
+    specialist.register_forward_hook(lambda *_: called.append("specialist"))
     mixed = IntervalSpecialist(shared, specialist, 3, 6).eval()
     assert not shared.training and not specialist.training
     assert set(mixed.parameters()) == {shared.value, specialist.value}
     mixed(torch.zeros(4, 1), torch.tensor([0, 3, 5, 6])).sum().backward()
     assert shared.value.grad == 2 and specialist.value.grad == 2
-
-
-def test_hooks_of_the_models_run(seed):
-    shared, specialist, called = Constant(1), Constant(2), []
-    shared.register_forward_hook(lambda *_: called.append("shared"))
-    specialist.register_forward_hook(lambda *_: called.append("specialist"))
-    IntervalSpecialist(shared, specialist, 3, 6)(torch.zeros(2, 1), torch.tensor([0, 3]))
     assert sorted(called) == ["shared", "specialist"]
 
 
@@ -187,17 +183,11 @@ def test_a_cluster_without_specialist_is_nan_and_the_shared_model_is_judged_once
 
 
 def test_another_number_of_specialists_is_refused():
-    shared = Constant(0)
-
-    def never(model):
-        raise AssertionError("called")
-
+    shared, clusters = Constant(0), dtr.interval_clusters(10, 3)
     for given in [], [shared] * 4:
-        refused(
-            lambda given=given: dtr.negative_transfer_gaps(never, shared, given, dtr.interval_clusters(10, 3)),
-            ValueError,
-            ["specialists must have 3 entries", f"got {len(given)}"],
-        )
+        fragments = ["specialists must have 3 entries", f"got {len(given)}"]
+        gaps = partial(dtr.negative_transfer_gaps, lambda model: 1 / 0, shared, given, clusters)
+        refused(gaps, ValueError, fragments)
 
 
 def test_the_bar(capsys, monkeypatch):

@@ -23,11 +23,11 @@ import torch
 
 from benchmarks import tune
 from dtr_kernels.ops import dispatch, tiles, tuned_tiles
-from dtr_kernels.ops.tiles import NEVER, Crossover, GemmTile, RowTile, forced, tile_for
-from dtr_kernels.ops.tuned_tiles import KINDS, Measurement
+from dtr_kernels.ops.tiles import KINDS, NEVER, Crossover, GemmTile, RowTile, Tiles, crossovers, forced
+from dtr_kernels.ops.tuned_tiles import Measurement
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
-CROSSOVERS = [op for op in KINDS if KINDS[op] is Crossover]
+CROSSOVERS = crossovers()
 TILED = [op for op in KINDS if op not in CROSSOVERS]
 OURS, CUBLAS = tune.OURS, tune.CUBLAS
 MEASUREMENT = Measurement("NVIDIA H200", 90, "2.13.0", "3.7.1", None, "2026-11-01", "python -m benchmarks tune", "0")
@@ -146,7 +146,7 @@ def test_spilling_and_failing_tiles_are_found(monkeypatch):
     }
     trial = object.__new__(tune.TrialOnGpu)
     trial._device = None
-    trial._launches = lambda tile: [tune.Launch(kernel, 3, (1,), {"num_warps": 4}) for kernel in kernels[tile]]
+    trial._launches = lambda tile: [dispatch.Launch(kernel, 3, (1,), {"num_warps": 4}) for kernel in kernels[tile]]
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     assert trial.unusable(list(kernels)) == {
         SLOW: tune.SPILLS,
@@ -240,7 +240,7 @@ def test_candidates_can_run_and_fit(op, arch):
                 assert 3 <= len(tiles) == len(set(tiles)) <= 48, (problem, len(tiles))
                 *_, width, rows = problem.key
                 for tile in tiles:
-                    assert tuned_tiles.problem_of(op, tile, rows, width) is None
+                    assert KINDS[op].problem(tile, rows, width) is None
                     if isinstance(tile, GemmTile):
                         # The weight gradient keeps one load under way for two stages.
                         loads = (tile.stages + 1) // 2 if op == "weight_gradient" else tile.stages
@@ -406,17 +406,17 @@ def test_what_was_just_tuned_is_used_for_what_comes_after(path, monkeypatch):
         tuned_tiles.user_file("NVIDIA H200"),
         [tuned_tiles.Tuned("norm_forward", "bfloat16", 1152, 128, SLOW, 1e-6, 2e-6, MEASUREMENT)],
     )
-    x = SimpleNamespace(get_device=lambda: 0, dtype=torch.bfloat16)
+    x = SimpleNamespace(device=torch.device("cuda"), get_device=lambda: 0, dtype=torch.bfloat16)
 
     def seen():
-        return tile_for("norm_forward", x, 256, 1152)
+        return KINDS["norm_forward"].tile(x, 256, 1152)
 
     def choose_and_look(problem):
         found.append(seen())
         return tune.Choice(FASTEST, 1e-6, 2e-6) if problem == PROBLEM else tune.Choice(OURS, 1e-6, 2e-6)
 
     found = []
-    for function in (tiles.forget, tiles._capability.cache_clear):
+    for function in (tiles.forget, dispatch.capability_of.cache_clear):
         function()
     try:
         assert seen() == SLOW
@@ -424,7 +424,7 @@ def test_what_was_just_tuned_is_used_for_what_comes_after(path, monkeypatch):
         assert found == [PROBLEM.default(90), FASTEST]
         assert seen() == SLOW
     finally:
-        for function in (tiles.forget, tiles._capability.cache_clear):
+        for function in (tiles.forget, dispatch.capability_of.cache_clear):
             function()
 
 
@@ -500,25 +500,23 @@ def test_an_op_has_a_tile_or_a_crossover_chosen(op, monkeypatch):
 @pytest.fixture
 def asked(monkeypatch):
     """Questions for tiles and crossovers, of launchers for which the CPU stands in for a GPU."""
-    questions = []
+    questions, tile = [], Tiles.tile
 
-    def spy(*question):
-        questions.append(question)
-        return tile_for(*question)
+    def spy(kind, *question):
+        questions.append((kind.name, *question))
+        return tile(kind, *question)
 
     monkeypatch.setattr(tiles, "_forced", {})  # what other tests of kernels want
-    monkeypatch.setattr(dispatch, "kernel_path", lambda x: "triton")
-    for module in tune.LAUNCHERS:
-        monkeypatch.setattr(module, "kernel_path", lambda x: "triton")
-        monkeypatch.setattr(module, "tile_for", spy, raising=False)
-    return questions
+    monkeypatch.setattr(Tiles, "tile", spy)
+    with dispatch.recording(90):
+        yield questions
 
 
 def assert_asked_as_keyed(asked, problem):
     """Launchers look an op up as its entry is keyed."""
     questions = [question for question in asked if question[0] == problem.op]
     assert questions
-    for name, x, rows, channels, *_ in questions:
+    for name, x, rows, channels in questions:
         assert (name, str(x.dtype).removeprefix("torch."), channels, tuned_tiles.rows_class(rows)) == problem.key
 
 
@@ -526,17 +524,17 @@ def assert_asked_as_keyed(asked, problem):
 def test_every_op_asks_for_its_own_tile(op, asked):
     """The launchers use the default of the op that is tuned, and obey when forced. No crossover keeps them from it."""
     problem = tune.Problem(op, torch.bfloat16, 48, 130, 2)
-    pieces = tune.pieces(tune.Inputs(problem, torch.device("cpu")))
+    calls = tune.calls_of(problem, torch.device("cpu"))
     other = tune.candidates(problem, 90, SHARED_MEMORY[90])[-1]
     for tile, context in [(problem.default(90), contextlib.nullcontext()), (other, forced(op, other))]:
-        with tune.recorded() as launches, context, contextlib.ExitStack() as crossovers:
+        with dispatch.recording() as launches, context, contextlib.ExitStack() as stack:
             for crossover in CROSSOVERS:
-                crossovers.enter_context(forced(crossover, CUBLAS))
-            for piece in pieces:
-                piece.launch()
-        assert len(launches) == len(pieces)
+                stack.enter_context(forced(crossover, OURS if "gelu" in op else CUBLAS))
+            for call in calls:
+                call()
+        assert len(launches) == len(calls) > 0
         for launch in launches:
-            assert launch.bytes > 0
+            assert tune.bytes_of(launch) > 0
             for side, value in tile._asdict().items():
                 assert launch.options[OPTIONS[side]] == value
     assert_asked_as_keyed(asked, problem)
@@ -552,18 +550,19 @@ WINDOW_GRADIENTS = {"token_sums_kernel", "window_input_gradient_kernel", "window
     [
         ("windows_forward", {*NORM, "window_forward_kernel"}, NORM),
         ("windows_backward", {*BACKWARD, *WINDOW_GRADIENTS}, BACKWARD),
-        ("gelu_forward", {"window_forward_kernel"}, {"gelu_forward_kernel"}),
+        # Behind a window the product is ours in either case.
+        ("gelu_forward", {"window_forward_kernel"}, {"window_forward_kernel", "gelu_forward_kernel"}),
         ("gelu_backward", {"window_input_gradient_kernel"}, {"gelu_backward_kernel"}),
     ],
 )
 def test_the_two_ways_of_an_op_run_other_kernels(op, ours, cublas, asked):
     problem = tune.Problem(op, torch.bfloat16, 48, 130, 2)
-    pieces = tune.pieces(tune.Inputs(problem, torch.device("cpu")))
+    calls = tune.calls_of(problem, torch.device("cpu"))
 
     def kernels():
-        with tune.recorded() as launches:
-            for piece in pieces:
-                piece.launch()
+        with dispatch.recording() as launches:
+            for call in calls:
+                call()
         return {kernel.__name__ for kernel, *_ in launches}
 
     for tokens, expected in ((1, ours), (256, ours), (512, cublas), (NEVER, cublas)):
@@ -579,19 +578,18 @@ def test_the_two_ways_of_an_op_run_other_kernels(op, ours, cublas, asked):
 def test_right_tiles_pass_the_gate_and_wrong_ones_do_not(op, dtype, seed):
     random.seed(seed)
     problem = tune.Problem(op, dtype, 40, 20, 2)
-    pieces = tune.pieces(tune.Inputs(problem, torch.device("cpu")))
-    exact = [tensor for piece in pieces for tensor in piece.exact()]
+    trial = tune.TrialOnGpu(problem, torch.device("cpu"), None)
     others = [OURS, CUBLAS] if op in CROSSOVERS else [random.choice(tune.candidates(problem, 90, SHARED_MEMORY[90]))]
     for tile in [problem.default(90), *others]:
-        with forced(op, tile):
-            found = [tensor for piece in pieces for tensor in piece.launch()]
-        assert tune.largest_error(found, exact) <= tune.BOUNDS[dtype] / 2, tile
-    for number, tensor in enumerate(found):
+        assert trial.error(tile) <= tune.BOUNDS[dtype] / 2, tile
+    kernel, _ = next(iter(tune.kernels_of(op)))
+    exact = tune.exact_of(kernel, tune.calls_of(problem, torch.device("cpu"))[0])
+    for number, tensor in enumerate(exact):
         # One element of a tensor that is off by a tenth, or was never written, is enough.
-        for wrong in (0.1 * exact[number].abs().max(), math.nan):
-            changed = tensor.double().clone()
+        for wrong in (0.1 * tensor.abs().max(), math.nan):
+            changed = tensor.clone()
             changed.view(-1)[random.randrange(changed.numel())] += wrong
-            assert not tune.largest_error([*found[:number], changed, *found[number + 1 :]], exact) <= tune.BOUNDS[dtype]
+            assert not tune.largest_error([*exact[:number], changed, *exact[number + 1 :]], exact) <= tune.BOUNDS[dtype]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")

@@ -94,16 +94,16 @@ def test_what_is_built_here_takes_the_place_of_what_is_installed(installed):
     nvcc = compilation.find_nvcc()
     if not nvcc:
         pytest.skip("NOT RUN: needs nvcc")
-    before = json.loads(installed("dtr_kernels", "info", "--json"))["extension"]
-    assert before["cuda"] is None and "DTR_CUDA=0 was set for the build" in before["no_cuda_reason"]
-    printed = installed("dtr_kernels", "build", TORCH_CUDA_ARCH_LIST="9.0")
+    cheap = {"NVCC_APPEND_FLAGS": "-Xcicc=-O0 -Xptxas=-O0"}
+    printed = installed("dtr_kernels", "build", TORCH_CUDA_ARCH_LIST="9.0", **cheap)
     (built,) = installed.cache.rglob("*.so")
     assert f"for sm_90: {built}" in printed
     after = json.loads(installed("dtr_kernels", "info", "--json"))["extension"]
     assert after["architectures"] == ["sm_90"]
     with (installed.folder / "dtr_kernels" / "csrc" / "types.h").open("a") as source:
         source.write("// another version\n")
-    assert json.loads(installed("dtr_kernels", "info", "--json"))["extension"] == before, "it is stale"
+    stale = json.loads(installed("dtr_kernels", "info", "--json"))["extension"]
+    assert stale["cuda"] is None and "DTR_CUDA=0 was set for the build" in stale["no_cuda_reason"]
 
 
 @pytest.fixture
@@ -132,11 +132,7 @@ def test_an_extension_of_other_sources_is_not_found(sources):
     ("cuda", "settings", "why"),
     [
         (compilation.Cuda(missing="nvcc was lost"), {}, "nvcc was lost; set DTR_CUDA=0 to build without CUDA kernels"),
-        (
-            compilation.Cuda(missing="asked for"),
-            {"DTR_CUDA": "0", "CXX": "no-such-compiler"},
-            "no C.. compiler was found",
-        ),
+        (compilation.Cuda(missing="none"), {"DTR_CUDA": "0", "CXX": "no-such-compiler"}, "no C.. compiler was found"),
     ],
 )
 def test_what_cannot_be_built_here_leaves_nothing(sources, monkeypatch, cuda, settings, why):
@@ -230,10 +226,8 @@ def test_an_extension_that_does_not_load_is_told_with_the_loaders_reason(tmp_pat
     package = copy_of_the_package(tmp_path)
     (package / EXTENSION).touch()
     shown, warned = info_of(tmp_path)
-    reason = (
-        rf"missing: {re.escape(str(package / EXTENSION))}: file too short; install a C\+\+ compiler, and run python -m"
-    )
-    assert re.search(reason, shown) and re.search(reason, warned)
+    reason = f"missing: {package / EXTENSION}: file too short; install a C++ compiler, and run python -m"
+    assert reason in shown and reason in warned
 
 
 def test_an_extension_of_another_checkout_is_not_borrowed(tmp_path, monkeypatch):
@@ -256,11 +250,7 @@ def test_an_extension_of_another_checkout_is_not_borrowed(tmp_path, monkeypatch)
         ((9, 0), ["sm_90"], "asked the runtime"),
         ((12, 0), ["sm_90", "compute_90"], "asked the runtime"),
         ((7, 5), ["sm_80"], "asked the runtime"),  # it says that no build has code for those
-        (
-            (12, 0),
-            ["sm_80", "sm_90"],
-            "built for sm_80 sm_90, and NVIDIA X has compute capability 12.0; run python -m ",
-        ),
+        ((12, 0), ["sm_80", "sm_90"], "for sm_80 sm_90, and NVIDIA X has compute capability 12.0; run python -m "),
     ],
 )
 def test_what_was_built_is_compared_with_the_device(monkeypatch, capability, architectures, why):
@@ -278,11 +268,10 @@ def test_what_was_built_is_compared_with_the_device(monkeypatch, capability, arc
 
 @pytest.fixture
 def wheels(monkeypatch, tmp_path):
-    """.ci/wheels as a module, for another checkout."""
-    loader = importlib.machinery.SourceFileLoader("wheels_command", str(ROOT / ".ci" / "wheels"))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("wheels_command", loader))
+    """.ci/wheels.py as a module, for another checkout."""
+    spec = importlib.util.spec_from_file_location("wheels_command", ROOT / ".ci" / "wheels.py")
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    loader.exec_module(module)
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "DIST", tmp_path / "dist")
     return module

@@ -15,11 +15,12 @@ import torch
 from refusals import refused
 from torch import Tensor
 
-from benchmarks.cases import AUTOCAST, Case, Options, Side
+from benchmarks.cases import AUTOCAST, Case, Cell, Options, Side
 from benchmarks.measure import Bench, Rounds
 from benchmarks.memory import saved_bytes
-from benchmarks.suite import _peers, block, cpu_limits, model
-from benchmarks.suite._peers import Cell, Gate
+from benchmarks.suite import block, cpu_limits, model, whole
+from benchmarks.suite.models import dit_channels
+from benchmarks.suite.whole import Gate
 from dtr_kernels import reference
 from dtr_kernels.ops import dispatch, window_linear
 from dtr_kernels.routing import ChannelWindow
@@ -32,13 +33,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def nothing_compiles(monkeypatch):
-    monkeypatch.setattr(_peers, "compiled", lambda forward, mode=None: forward)
+    monkeypatch.setattr(whole, "compiled", lambda forward, mode=None: forward)
 
 
 @pytest.fixture
 def fresh(seed, monkeypatch):
     """Other parameters and inputs in every run."""
-    for module in (_peers, block, model, cpu_limits):
+    for module in (whole, block, model, cpu_limits):
         monkeypatch.setattr(module, "SEED", seed)
 
 
@@ -102,7 +103,7 @@ def test_the_same_block_under_autocast(fresh):
     """A peer of a GPU's bf16 blocks, held to the oracle of their values."""
     piece = block.Piece.of(replace(CENTRE, precision="bf16"), CPU)
     wide = piece.under_autocast()
-    assert wide.x.requires_grad and wide.x.dtype == wide.block.mlp.fc1.weight.dtype == torch.float32
+    assert wide.x.requires_grad and wide.x.dtype == wide.module.mlp.fc1.weight.dtype == torch.float32
     exact = piece.exact(piece.mask)
     side = wide.side("reference, autocast", wide.masked, wide.gate(exact, wide.masked), wide.work(102))
     assert 1e-4 < side.error(side.call()) <= side.bound < 0.1
@@ -135,14 +136,14 @@ def forget_deactivated_channels(monkeypatch):
     routed_linear, routed_mlp = (importlib.import_module(f"dtr_kernels.ops.{name}") for name in ("linear", "mlp"))
     layer, norm = window_linear.window_linear_forward, routed_linear.gated_norm_forward
 
-    def wrong_layer(u, mean_rstd, *rest):
-        return layer(u, None if mean_rstd is None else torch.zeros_like(mean_rstd), *rest)
+    def wrong_layer(u, closed, *rest):
+        return layer(u, closed and closed._replace(mean_rstd=torch.zeros_like(closed.mean_rstd)), *rest)
 
-    def wrong_norm(x, branch, gate, shift, scale, start, width, eps, dtype, compact, keep_branch=False):
-        out = norm(x, branch, gate, shift, scale, start, width, eps, dtype, compact, keep_branch)
-        if start is not None and not compact and not keep_branch:
-            inactive = ~ChannelWindow(start, width, x.shape[-1]).mask()
-            out.u.copy_(torch.where(inactive[:, None], shift[:, None], out.u))
+    def wrong_norm(inputs, window, *rest, **others):
+        out = norm(inputs, window, *rest, **others)
+        if window.start is not None and not window.compact and not window.keep_branch:
+            inactive = ~ChannelWindow(window.start, window.width, inputs.x.shape[-1]).mask()
+            out.u.copy_(torch.where(inactive[:, None], inputs.shift[:, None], out.u))
         return out
 
     for module in (window_linear, routed_linear):
@@ -186,12 +187,12 @@ def test_the_same_model_under_autocast(fresh, pass_):
     piece = form.of(replace(CENTRE, precision="bf16", pass_=pass_, window=window), CPU)
     wide = piece.under_autocast()
     assert type(wide) is form
-    assert {p.dtype for p in wide.model.parameters()} == {wide.x.dtype} == {torch.float32}
+    assert {p.dtype for p in wide.module.parameters()} == {wide.x.dtype} == {torch.float32}
     exact = piece.exact(piece.mask)
     side = wide.side("reference, autocast", wide.masked, wide.gate(exact, wide.masked), wide.work(102))
     assert 1e-4 < side.error(side.call()) <= side.bound < 0.1
     stepped = set(wide.optimizer.state)
-    assert stepped == (set(_peers.trainable(wide.model)) if pass_ == "step" else set())
+    assert stepped == (set(whole.trainable(wide.module)) if pass_ == "step" else set())
     assert not piece.optimizer.state
 
 
@@ -205,15 +206,15 @@ def test_a_step_leaves_the_parameters_where_they_were(fresh):
     """So that every side and every round finds the same ones; the optimizer works all the same."""
     (case,) = quick(model, CPU, passes=["step"])
     piece = model.Prediction.of(replace(CENTRE, pass_="step"), CPU)
-    before = [p.clone() for p in piece.model.parameters()]
+    before = [p.clone() for p in piece.module.parameters()]
     gate = piece.gate(piece.exact(piece.mask), piece.masked)
     side = piece.side("DiT", piece.fused, gate, piece.work(102))
     first, second = ([g.clone() for g in side.call()] for _ in range(2))
-    assert all(torch.equal(p, q) for p, q in zip(piece.model.parameters(), before, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(piece.module.parameters(), before, strict=True))
     assert all(torch.equal(g, h) for g, h in zip(first, second, strict=True))
     assert {state["step"].item() for state in piece.optimizer.state.values()} == {3}  # with the gate's
     forward, training = (quick(model, CPU, passes=[pass_])[0].sides[0].work for pass_ in ("forward", "training"))
-    parameters = sum(p.numel() for p in _peers.trainable(piece.model))
+    parameters = sum(p.numel() for p in whole.trainable(piece.module))
     assert case.sides[0].work.bytes == training.bytes + 7 * 4 * parameters and training.flops > 2.9 * forward.flops
 
 
@@ -222,7 +223,9 @@ def test_sampling_is_guided_ddim(fresh):
     piece = model.GuidedStep.of(replace(CENTRE, pass_="sampling", window="shared"), CPU)
     assert piece.t == 800
     with torch.no_grad():
-        conditional, unconditional = (piece.model(piece.x, 800, y)[:, :4] for y in (piece.y, 0 * piece.y))
+        conditional, unconditional = (
+            piece.module(piece.x, 800, y)[:, :4] for y in (piece.batch[2], 0 * piece.batch[2])
+        )
         noise = unconditional + 4.0 * (conditional - unconditional)
         signal = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).float()
         image = (piece.x - (1 - signal[800]).sqrt() * noise) / signal[800].sqrt()
@@ -234,9 +237,9 @@ def test_sampling_is_guided_ddim(fresh):
 def test_oracle_takes_a_few_samples_at_a_time(fresh):
     """More than one chunk, the last of them smaller, and the same as all at once."""
     piece = block.Piece.of(CENTRE, CPU)
-    wide = [t.detach().double().requires_grad_(t.requires_grad) for t in (piece.x, piece.c, piece.mask)]
+    wide = [t.detach().double().requires_grad_(t.requires_grad) for t in (*piece.batch, piece.mask)]
     found = piece.exact(piece.mask)
-    module = piece.block.double()
+    module = piece.module.double()
     out = reference.dit_block(module, *wide, "block")
     gradients = torch.autograd.grad(out, [*wide[:2], *module.parameters()], piece.cotangent.double())
     for f, e in zip(found, [out, *gradients], strict=True):
@@ -274,8 +277,8 @@ def test_small_blocks_on_a_cpu_say_that_they_are_plain(monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_grid_is_a_star(device):
     centre, star = block._CENTRE[device], block._STAR[device]
-    cells = _peers.grid(Options(torch.device(device)), centre, star)
-    middle = _peers.grid(Options(torch.device(device)), centre, ())
+    cells = whole.grid(Options(torch.device(device)), dit_channels, centre, star)
+    middle = whole.grid(Options(torch.device(device)), dit_channels, centre)
     assert not [cell for cell, times in Counter(cells).items() if times > 1]
     assert cells[: len(middle)] == middle
 
@@ -293,7 +296,7 @@ def test_the_grid_is_a_star(device):
 
 def test_options_replace_an_axis():
     asked = Options(CPU, batches=[2, 3, 2], betas=[0.5])
-    cells = _peers.grid(asked, block._CENTRE["cpu"], block._STAR["cpu"])
+    cells = whole.grid(asked, dit_channels, block._CENTRE["cpu"], block._STAR["cpu"])
     assert {(c.batch, c.precision, c.pass_) for c in cells} == {
         (batch, precision, pass_) for batch in (2, 3) for precision in ("fp32", "bf16") for pass_ in block.PASSES
     }
@@ -332,7 +335,7 @@ def test_a_failing_compiler_fails_its_own_sides(monkeypatch):
     def broken() -> Tensor:
         raise RuntimeError("no C++ compiler")
 
-    monkeypatch.setattr(_peers, "compiled", lambda forward, mode=None: broken)
+    monkeypatch.setattr(whole, "compiled", lambda forward, mode=None: broken)
     bench, case = Bench(CPU, quick=True), block.build(CENTRE, CPU)
     result = bench.result_of(case)
     bench.measure(case, result, Rounds(1, 1, 0))

@@ -220,12 +220,9 @@ class UNetModel(nn.Module):
             ]
         )
         self.out = nn.Sequential(GroupNorm32(8, first), nn.SiLU(), nn.Conv2d(first, 3, 3, padding=1))
-        for block in self.res_blocks():
-            open_up(block)
-
-    def res_blocks(self):
-        """The blocks that are routed."""
-        return [module for module in self.modules() if isinstance(module, ResBlock)]
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                open_up(module)
 
     def forward(self, x, timesteps, y=None):
         """Images [B, 3, H, W], timesteps [B], labels [B] -> [B, 3, H, W]."""

@@ -94,12 +94,10 @@ def losses_of(study: Mapping[str, Any], method: str) -> list[float]:
     return [sum(losses) / len(losses) for losses in study["methods"][method]["losses"]]
 
 
-def loss_change(study: Mapping[str, Any], method: str) -> Change:
-    return Change.of(losses_of(study, method), losses_of(study, VANILLA))
-
-
-def distance_change(study: Mapping[str, Any], method: str) -> Change:
-    return Change.of(study["methods"][method]["distance"], study["methods"][VANILLA]["distance"])
+def changes(study: Mapping[str, Any], method: str) -> tuple[Change, Change]:
+    """How a method's losses and distances differ from vanilla's."""
+    distances = (study["methods"][each]["distance"] for each in (method, VANILLA))
+    return Change.of(losses_of(study, method), losses_of(study, VANILLA)), Change.of(*distances)
 
 
 def step_time(study: Mapping[str, Any], method: str) -> Spread:
@@ -140,19 +138,11 @@ def affinity_falls(study: Mapping[str, Any]) -> tuple[float, float]:
 def as_table(study: Mapping[str, Any]) -> str:
     """One row for each method."""
     rows = [["", "denoising loss", "against vanilla", "Frechet distance", "against vanilla", "recognised", "a step"]]
-    for method, of_method in study["methods"].items():
-        vanilla = method == VANILLA
-        rows.append(
-            [
-                method,
-                _over_seeds(losses_of(study, method), "{:.4f}"),
-                "" if vanilla else str(loss_change(study, method)),
-                _over_seeds(of_method["distance"], "{:.2f}"),
-                "" if vanilla else str(distance_change(study, method)),
-                _over_seeds(of_method["recognised"], "{:.1%}"),
-                _step(study, method),
-            ]
-        )
+    for method, found in study["methods"].items():
+        loss, distance = ("", "") if method == VANILLA else map(str, changes(study, method))
+        losses, distances = _over_seeds(losses_of(study, method), "{:.4f}"), _over_seeds(found["distance"], "{:.2f}")
+        recognised = _over_seeds(found["recognised"], "{:.1%}")
+        rows.append([method, losses, loss, distances, distance, recognised, _step(study, method)])
     return table(rows)
 
 
@@ -202,7 +192,7 @@ def _best(study: Mapping[str, Any]) -> str:
 def _compared(study: Mapping[str, Any], methods: Sequence[str]) -> str:
     parts = []
     for method in methods:
-        loss, distance = loss_change(study, method), distance_change(study, method)
+        loss, distance = changes(study, method)
         parts.append(
             f"{method}: loss {loss.mean:+.1%} ({loss.verdict}), distance {distance.mean:+.1%} ({distance.verdict}), "
             f"{step_time(study, method).median:.2f}x the time of a step"

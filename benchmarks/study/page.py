@@ -37,34 +37,22 @@ def draw(study: Mapping[str, Any], samples: Mapping[str, Tensor], path: Path) ->
     places = figure.add_gridspec(3, 6)
     _losses(figure.add_subplot(places[0, :3]), study)
     _samples(figure.add_subplot(places[0, 3:]), samples)
-    changes = figure.add_subplot(places[1, :2])
     vanilla = torch.tensor(losses_of(study, VANILLA))
-    _per_method(
-        changes,
-        "Denoising loss",
-        "above vanilla with the same seed, %",
-        {method: (100 * (torch.tensor(losses_of(study, method)) / vanilla - 1)).tolist() for method in METHODS},
-    )
-    changes.axvline(0, color="black", linewidth=0.8)
-    distances = figure.add_subplot(places[1, 2:4])
-    of_methods = {method: study["methods"][method]["distance"] for method in METHODS}
-    _per_method(distances, "Frechet distance of samples", "to the training images", of_methods)
+    changes = {method: (100 * (torch.tensor(losses_of(study, method)) / vanilla - 1)).tolist() for method in METHODS}
+    losses = figure.add_subplot(places[1, :2])
+    _per_method(losses, "Denoising loss", "above vanilla with the same seed, %", changes)
+    losses.axvline(0, color="black", linewidth=0.8)
+    distances = {method: study["methods"][method]["distance"] for method in METHODS}
+    axes = figure.add_subplot(places[1, 2:4])
+    _per_method(axes, "Frechet distance of samples", "to the training images", distances)
     _seconds(figure.add_subplot(places[1, 4:]), study)
     _affinity(figure.add_subplot(places[2, :2]), study)
-    _gaps(
-        figure.add_subplot(places[2, 2:4]),
-        study,
-        100 * loss_gaps(study),
-        "Negative transfer gap, denoising loss",
-        "specialist - shared, % of the interval's loss",
-    )
-    _gaps(
-        figure.add_subplot(places[2, 4:]),
-        study,
-        torch.tensor(study["transfer"], dtype=torch.float64),
-        "Negative transfer gap, samples",
-        "with specialist - shared, Frechet distance",
-    )
+    of_losses, of_samples = 100 * loss_gaps(study), torch.tensor(study["transfer"], dtype=torch.float64)
+    for place, gaps, what, label in (
+        (places[2, 2:4], of_losses, "denoising loss", "specialist - shared, % of the interval's loss"),
+        (places[2, 4:], of_samples, "samples", "with specialist - shared, Frechet distance"),
+    ):
+        _gaps(figure.add_subplot(place), study, gaps, f"Negative transfer gap, {what}", label)
     figure.suptitle("What the methods do on real digits\n" + textwrap.fill(setup(study), 160), fontsize=11)
     figure.savefig(path, dpi=100)
 

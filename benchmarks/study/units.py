@@ -145,17 +145,13 @@ class Study:
         timesteps = range(self.plan.affinity_every // 2, digits.TIMESTEPS, self.plan.affinity_every)
         training = Training(self._recipe(0, **METHODS[VANILLA]), *self.training)
         found = []
-        for until, weights in self._moments().items():
+        moments = self._moments()
+        for until, weights in moments.items():
             training.model.load_state_dict(torch.load(weights, map_location=self.device, weights_only=True))
-            path = self.folder / f"affinity at step {until}.pt"
-            found.append(
-                dtr.task_affinity(self._mean_loss(training), training.model.parameters(), timesteps, path=path)
-            )
-        return {
-            "steps": list(self._moments()),
-            "timesteps": list(timesteps),
-            "matrix": dtr.TaskAffinity.average(found).matrix.tolist(),
-        }
+            loss, path = self._mean_loss(training), self.folder / f"affinity at step {until}.pt"
+            found.append(dtr.task_affinity(loss, training.model.parameters(), timesteps, path=path))
+        matrix = dtr.TaskAffinity.average(found).matrix.tolist()
+        return {"steps": list(moments), "timesteps": list(timesteps), "matrix": matrix}
 
     def _moments(self) -> dict[int, Path]:
         """Files of the weights of vanilla's first training after some of its steps; it is trained again for them."""
@@ -188,13 +184,8 @@ class Study:
         }
         stopwatch = Stopwatch(self.device)
         timers = {method: stopwatch.timer([training.step], graph=False) for method, training in trainings.items()}
-        found: dict[str, list[float]] = {method: [] for method in METHODS}
-        for number in range(-WARM_UP, TIMED_STEPS):
-            for method, timer in timers.items():
-                taken = timer()
-                if number >= 0:  # the first rounds warm up
-                    found[method].append(taken)
-        return {"seconds": found}
+        rounds = [{method: timer() for method, timer in timers.items()} for _ in range(WARM_UP + TIMED_STEPS)]
+        return {"seconds": {method: [taken[method] for taken in rounds[WARM_UP:]] for method in METHODS}}
 
     @property
     def _few(self) -> int:

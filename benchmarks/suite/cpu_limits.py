@@ -16,19 +16,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks import sources
-from benchmarks.cases import DTYPES, Benchmark, Case, Goal, Options, Side
+from benchmarks.cases import DTYPES, Benchmark, Case, Cell, Goal, Options, Side
 from benchmarks.counts import (
     ITEMSIZES,
     norm_backward,
     norm_forward,
     window_linear_forward,
-    window_linear_input_gradient,
-    window_linear_weight_gradient,
+    window_linear_gradients,
 )
-from benchmarks.suite import _peers, block
-from benchmarks.suite._models import TINY
-from benchmarks.suite._peers import SEED, Cell, Gate
+from benchmarks.suite import block, whole
+from benchmarks.suite.models import TINY
+from benchmarks.suite.whole import SEED, Gate
 from dtr_kernels import ops, reference
 from dtr_kernels.ops import dispatch, window_linear
 from dtr_kernels.ops.window_linear import slice_gain
@@ -88,12 +86,8 @@ def cases(options: Options) -> list[Callable[[], Case]]:
     """Blocks of several numbers of elements, and linear layers of several numbers of tokens per sample."""
     if options.device.type != "cpu":
         raise ValueError(f"cpu_limits measures the CPU's limits: --device must be cpu, got {options.device.type}")
-    options.check_axes("cpu_limits", "precisions", "passes")
-    _peers.check_passes(options, block.PASSES, "the CPU's limits")
-    for precision in options.precisions:
-        if precision not in DTYPES:
-            raise ValueError(f"--dtype must be one of {', '.join(DTYPES)} for the CPU's limits, got {precision}")
-    precisions, passes = options.precisions or ("fp32", "bf16"), options.passes or block.PASSES
+    options.check("cpu_limits", "the CPU's limits", ("precision", "pass_"), precision=DTYPES, pass_=block.PASSES)
+    precisions, passes = options.asked.get("precision", ("fp32", "bf16")), options.asked.get("pass_", block.PASSES)
     blocks = [
         partial(elements, Cell(model, batch, precision, "block", "per sample", 0.8, pass_))
         for precision in precisions
@@ -102,7 +96,7 @@ def cases(options: Options) -> list[Callable[[], Case]]:
     ]
     total = QUICK_ALL_TOKENS if options.quick else ALL_TOKENS
     layers = [
-        partial(slices_forward if pass_ == "forward" else slices_backward, total // N, N, C, beta)
+        partial(slices, "forward" if pass_ == "forward" else "backward", total // N, N, C, beta)
         for pass_ in (passes if "fp32" in precisions else ())  # a weight of 16 bits is never cut
         for beta, tokens in (QUICK_TOKENS if options.quick else TOKENS).items()
         for C in (QUICK_CHANNELS if options.quick else CHANNELS)
@@ -114,41 +108,31 @@ def cases(options: Options) -> list[Callable[[], Case]]:
 def elements(cell: Cell) -> Case:
     """A block by the compiled kernels, and by plain PyTorch."""
     piece = block.Piece.of(cell, torch.device("cpu"))
-    gate = piece.gate(piece.exact(piece.mask), piece.masked)
-    side = replace(piece.side(DISPATCHED, piece.fused, gate, piece.work(piece.window.width)), forward=None)
+    side = replace(piece.routed(DISPATCHED, piece.fused), forward=None)
     return _case(_ELEMENTS, piece.x.numel(), side, tuple(piece.x.shape), cell.precision, cell.pass_)
 
 
-def slices_forward(B: int, N: int, C: int, beta: float) -> Case:
-    """A norm and its linear layer by GEMMs on each sample's slice of the weight, and by one dense GEMM for all."""
-    layer = _Layer.of(B, N, C, beta, trains=False)
-    gate = Gate(layer.exact(), [layer.plain().detach()], "fp32")
+def slices(pass_: str, B: int, N: int, C: int, beta: float) -> Case:
+    """A norm and its linear layer by GEMMs on each sample's slice of the weight, and by one dense GEMM for all: the
+    forward pass, or the gradients without it."""
+    trains = pass_ == "backward"
+    layer = _Layer.of(B, N, C, beta, trains)
+    cotangent = torch.randn(B, N, 3 * C) if trains else None
     sizes = B, N, C, layer.window.width
-    work = norm_forward(*sizes, _FP32, compact=True) + window_linear_forward(*sizes, 3 * C, _FP32)
-    side = Side(DISPATCHED, _peers.without_graph(layer.fused), gate.error, gate.bound, work=work)
-    gain = slice_gain("windows_forward", N, C, layer.window.width)
-    return _case(_SLICES, gain, side, (B, N, C), "fp32", "forward", beta)
-
-
-def slices_backward(B: int, N: int, C: int, beta: float) -> Case:
-    """The same layer's gradients, without its forward pass."""
-    layer = _Layer.of(B, N, C, beta, trains=True)
-    cotangent = torch.randn(B, N, 3 * C)
-    inputs = layer.inputs
 
     def backward(out: Tensor) -> Sequence[Tensor]:
-        return torch.autograd.grad(out, inputs, cotangent, retain_graph=True)
+        return torch.autograd.grad(out, layer.inputs, cotangent, retain_graph=True)
 
-    gate = Gate(layer.exact(cotangent)[1:], backward(layer.plain()), "fp32")
-    sizes = B, N, C, layer.window.width
-    work = (
-        window_linear_input_gradient(*sizes, 3 * C, _FP32)
-        + window_linear_weight_gradient(*sizes, 3 * C, _FP32)
-        + norm_backward(*sizes, _FP32, compact=True, dstream=False)
-    )
-    side = Side(DISPATCHED, partial(backward, layer.fused()), gate.error, gate.bound, work=work)
-    gain = slice_gain("windows_backward", N, C, layer.window.width)
-    return _case(_SLICES, gain, side, (B, N, C), "fp32", "backward", beta)
+    call: Callable[[], Sequence[Tensor]]
+    if trains:
+        gate, call = Gate(layer.exact(cotangent)[1:], backward(layer.plain()), "fp32"), partial(backward, layer.fused())
+        work = window_linear_gradients(*sizes, 3 * C, _FP32) + norm_backward(*sizes, _FP32, compact=True, dstream=False)
+    else:
+        gate, call = Gate(layer.exact(), [layer.plain().detach()], "fp32"), whole.without_graph(layer.fused)
+        work = norm_forward(*sizes, _FP32, compact=True) + window_linear_forward(*sizes, 3 * C, _FP32)
+    side = Side(DISPATCHED, call, gate.error, gate.bound, work=work)
+    gain = slice_gain("windows_backward" if trains else "windows_forward", N, C, layer.window.width)
+    return _case(_SLICES, gain, side, (B, N, C), "fp32", pass_, beta)
 
 
 @dataclass(frozen=True)
@@ -183,11 +167,11 @@ class _Layer:
 
     def exact(self, cotangent: Tensor | None = None) -> list[Tensor]:
         batch = self.x, self.shift, self.scale, self.window.mask()
-        return _peers.exact(_plain_layer, self.linear, batch, cotangent)
+        return whole.exact(_plain_layer, self.linear, batch, cotangent)
 
 
 def _plain_layer(linear: nn.Linear, x: Tensor, shift: Tensor, scale: Tensor, mask: Tensor) -> Tensor:
-    return reference.routed_linear(x, None, None, shift, scale, linear.weight, linear.bias, mask)[1]
+    return reference.routed_linear(x, shift, scale, linear.weight, linear.bias, mask)[1]
 
 
 def _case(
@@ -224,5 +208,4 @@ BENCHMARK = Benchmark(
     "cpu_limits",
     "The sizes from which a CPU runs kernels instead of plain PyTorch, and GEMMs on windows instead of dense ones.",
     cases,
-    sources=sources.BLOCKS,
 )

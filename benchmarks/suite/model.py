@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import sources
-from benchmarks.cases import AUTOCAST, PASSES, Benchmark, Case, Options
-from benchmarks.counts import ITEMSIZES, Work, adamw_step, dit_forward, dit_modulations, dit_training
-from benchmarks.suite import _peers
-from benchmarks.suite._models import TINY, make_dit
-from benchmarks.suite._peers import (
-    AUTOTUNED,
-    COMPILED,
-    MASKED,
-    MAX_AUTOTUNE,
-    SEED,
-    SHARED_TIMESTEP,
-    UNDER_AUTOCAST,
-    UNROUTED,
-    Axes,
-    Cell,
-    Forward,
-    Gate,
-)
-from dtr_kernels import nn, reference
+from benchmarks.cases import PASSES, Benchmark, Case, Cell, Options
+from benchmarks.counts import ITEMSIZES, Dit, Work, adamw_step, dit_forward, dit_modulations, dit_training
+from benchmarks.suite import whole
+from benchmarks.suite.models import TINY, dit_channels, make_dit
+from benchmarks.suite.whole import MASKED, SEED, SHARED_TIMESTEP, Axes, Forward, Whole
+from dtr_kernels import reference
 from dtr_kernels.sampling import Sampler
 
 FUSED = "DiT"
@@ -54,11 +39,10 @@ _STAR: dict[str, Sequence[Axes]] = {
 
 def cases(options: Options) -> list[Callable[[], Case]]:
     """Steps of training and of sampling. With options, all combinations of what they give."""
-    _peers.check_passes(options, PASSES, "a model")
-    if "sampling" in options.passes and "per sample" in options.windows:
+    options.check("model", "a model")
+    if "sampling" in options.asked.get("pass_", ()) and "per sample" in options.asked.get("window", ()):
         raise ValueError("--window must be shared for --pass sampling, whose samples all have one timestep")
-    size = "quick" if options.quick else options.device.type
-    cells = _peers.grid(options, _CENTRE[size], _STAR[size])
+    cells = whole.grid(options, dit_channels, _CENTRE[options.size], _STAR[options.size])
     fitting = (replace(cell, window="shared") if cell.pass_ == "sampling" else cell for cell in cells)
     return [partial(build, cell, options.device) for cell in dict.fromkeys(fitting)]
 
@@ -67,203 +51,128 @@ def build(cell: Cell, device: torch.device) -> Case:
     """One pass of a model by every side, all of which use the same parameters."""
     torch.compiler.reset()  # each case compiles for itself, and none is the one too many for PyTorch's limit
     piece = (GuidedStep if cell.pass_ == "sampling" else Prediction).of(cell, device)
-    active, channels = cell.routing.window(piece.t, piece.model.hidden_size).width, piece.model.hidden_size
-    exact = piece.exact(piece.mask)
-    routed = partial(piece.side, gate=piece.gate(exact, piece.masked), work=piece.work(active))
-    unrouted = partial(piece.side, gate=piece.gate(piece.exact(None), piece.unrouted), work=piece.work(channels))
-
-    sides = [routed(MASKED, piece.masked), routed(MASKED + COMPILED, _peers.compiled(piece.masked))]
-    if device.type == "cuda":
-        sides.append(routed(MASKED + AUTOTUNED, _peers.compiled(piece.masked, MAX_AUTOTUNE)))
-    if device.type == "cuda" and cell.precision == "bf16":
-        wide = piece.under_autocast()
-        sides.append(wide.side(UNDER_AUTOCAST, wide.masked, wide.gate(exact, wide.masked), wide.work(active)))
-    sides += [
-        unrouted(UNROUTED, piece.unrouted),
-        unrouted(UNROUTED + COMPILED, _peers.compiled(piece.unrouted)),
-        routed(FUSED, piece.fused),
-        routed(FUSED + COMPILED, _peers.compiled(piece.fused)),
-    ]
-    if isinstance(piece, GuidedStep):
-        sides.append(routed(REMEMBERED, piece.remembered(), work=piece.work(active) - piece.modulations()))
-
+    sides = piece.sides(FUSED)
     notes = [
-        _peers.ABOUT_PEERS,
+        whole.ABOUT_PEERS,
         f"{FUSED} finds the windows from the timesteps in every call; {MASKED} is given its masks",
     ]
-    if device.type == "cuda":
-        notes.append(_peers.ABOUT_AUTOTUNED)
     if cell.pass_ == "step":
         notes.append(
             "a step is forward, backward and fused AdamW with a learning rate of 0, so that every side and every round "
             "finds the same parameters; peak MB is above parameters, gradients and the optimizer's state"
         )
-    if cell.pass_ == "sampling":
+    if isinstance(piece, GuidedStep):
+        remembered = piece.routed(REMEMBERED, piece.remembered())
+        sides.append(replace(remembered, work=remembered.work - piece.modulations()))
         notes += [
             f"batch {cell.batch} is {2 * cell.batch} samples for the model: with labels, and without",
             f"{REMEMBERED} has met this timestep before: it reads the modulations it has remembered instead of the "
             "weights that make them, which is less work than the others have",
         ]
-    return Case(
-        f"{cell.model}, {cell}",
-        sides,
-        cell.coordinates,
-        speedup_over=MASKED,
-        matrix_dtype=cell.matrix_dtype,
-        memory=piece.trains,
-        notes=notes,
-    )
+    return piece.case(f"{cell.model}, {cell}", sides, notes)
 
 
 @dataclass(frozen=True)
-class Prediction(_peers.Whole):
-    """A model, a batch, and what is computed of them."""
+class Prediction(Whole):
+    """A model of x, timesteps and labels."""
 
-    cell: Cell
-    model: nn.DiT
-    optimizer: torch.optim.Optimizer
-    x: Tensor
-    t: Tensor | int
-    times: Tensor
-    y: Tensor
-    mask: Tensor
-    cotangent: Tensor
-
-    plain = staticmethod(reference.dit)
+    t: Tensor | int  # the timesteps as they are given to our model
 
     @classmethod
     def of(cls, cell: Cell, device: torch.device) -> Prediction:
         """Random parameters and inputs."""
         torch.manual_seed(SEED)
         model = make_dit(cell.model, device, cell.dtype, cell.routing, cell.scope)
-        _peers.draw(model)
+        whole.draw(model)
         with torch.no_grad():
-            # Tokens get a mean, for the reason that ``_peers.tokens`` gives.
+            # Tokens get a mean, for the reason that ``whole.tokens`` gives.
             model.get_parameter("x_embedder.proj.bias").add_(1)
-        t = _peers.timesteps(cell, device)
+        t = whole.timesteps(cell, device)
         x = torch.randn(cell.batch, model.in_channels, model.input_size, model.input_size).to(device, cell.dtype)
-        return cls(
-            cell,
-            model,
-            _adamw(model, device),
-            x,
-            t,
-            torch.as_tensor(t, device=device).expand(cell.batch),
-            torch.randint(model.y_embedder.num_classes, (cell.batch,)).to(device),
-            _peers.mask_of(cell.routing.window(t, model.hidden_size), x),
-            torch.randn(cell.batch, model.out_channels, *x.shape[2:]).to(device, cell.dtype),
-        )
+        y = torch.randint(model.y_embedder.num_classes, (cell.batch,)).to(device)
+        window = cell.routing.window(t, model.hidden_size)
+        cotangent = torch.randn(cell.batch, model.out_channels, *x.shape[2:]).to(device, cell.dtype)
+        batch = (x, torch.as_tensor(t, device=device).expand(cell.batch), y)
+        return cls(cell, model, batch, cotangent, window, whole.mask_of(window, x), t)
 
-    def under_autocast(self) -> Prediction:
-        """The same values, with parameters and stream in fp32."""
-        model = copy.deepcopy(self.model).float()
-        return replace(
-            self,
-            cell=replace(self.cell, precision=AUTOCAST),
-            model=model,
-            optimizer=_adamw(model, self.x.device),
-            x=self.x.float(),
-            mask=self.mask.float(),
-            cotangent=self.cotangent.float(),
-        )
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW that changes nothing."""
+        capturable = self.x.device.type == "cuda"
+        return torch.optim.AdamW(whole.trainable(self.module), lr=0.0, fused=True, capturable=capturable)
 
-    @property
-    def module(self) -> nn.DiT:
-        return self.model
-
-    def masked(self) -> Tensor:
-        return self.plain(self.model, self.x, self.times, self.y, self.mask)
-
-    def unrouted(self) -> Tensor:
-        return self.plain(self.model, self.x, self.times, self.y)
+    def plain(self, module: Any, *batch: Any) -> Tensor:
+        return reference.dit(module, *batch)
 
     def fused(self) -> Tensor:
-        return self.model(self.x, self.t, self.y)
+        return self.module(self.x, self.t, self.batch[2])
 
     def exact(self, mask: Tensor | None) -> list[Tensor]:
-        """In fp64 what a call returns."""
-        inputs = self.x, self.times, self.y, mask
-        exact = _peers.exact(self.plain, self.model, inputs, self.cotangent if self.trains else None)
-        if self.cell.pass_ == "step":
-            del exact[0]  # a step leaves gradients only
-        return exact
-
-    def gate(self, exact: Sequence[Tensor], eager: Forward) -> Gate:
-        """For results in this precision, of which ``eager`` makes one."""
-        return Gate(exact, self.call(self.in_precision(eager))(), self.cell.precision)
+        exact = super().exact(mask)
+        return exact[1:] if self.cell.pass_ == "step" else exact  # a step leaves gradients only
 
     def work(self, active: int) -> Work:
-        """What the function of as many active channels needs."""
-        model: Any = self.model
-        block, items = model.blocks[0], ITEMSIZES[self.cell.precision]
-        sizes: dict[str, Any] = {
-            "B": 2 * len(self.x) if self.cell.pass_ == "sampling" else len(self.x),
-            "N": model.pos_embed.shape[1],
-            "C": model.hidden_size,
-            "W": active,
-            "H": block.mlp.fc1.out_features,
-            "depth": len(model.blocks),
-            "patch_inputs": model.x_embedder.proj.weight[0].numel(),
-            "patch_outputs": model.final_layer.linear.out_features,
-            "items": items,
-            "scope": self.cell.scope,
-        }
-        if not self.trains:
-            return dit_forward(**sizes)
-        work = dit_training(heads=block.attn.num_heads, **sizes)
+        model, items = self.module, ITEMSIZES[self.cell.precision]
+        block = model.blocks[0]
+        dit = Dit(
+            B=2 * len(self.x) if self.cell.pass_ == "sampling" else len(self.x),
+            N=model.pos_embed.shape[1],
+            C=model.hidden_size,
+            W=active,
+            H=block.mlp.fc1.out_features,
+            heads=block.attn.num_heads,
+            depth=len(model.blocks),
+            patch_inputs=model.x_embedder.proj.weight[0].numel(),
+            patch_outputs=model.final_layer.linear.out_features,
+            items=items,
+            scope=self.cell.scope,
+        )
         if self.cell.pass_ == "step":
-            work += adamw_step(sum(p.numel() for p in _peers.trainable(model)), items.stream)
-        return work
+            return dit_training(dit) + adamw_step(sum(p.numel() for p in whole.trainable(model)), items.stream)
+        return dit_training(dit) if self.trains else dit_forward(dit)
 
     def call(self, forward: Forward) -> Callable[[], list[Tensor]]:
-        parameters = _peers.trainable(self.model)
+        if self.cell.pass_ != "step":
+            return super().call(forward)
 
         def step() -> list[Tensor]:
             self.optimizer.zero_grad()
             forward().backward(self.cotangent)
             self.optimizer.step()
-            return [p.grad for p in parameters if p.grad is not None]
+            return [p.grad for p in whole.trainable(self.module) if p.grad is not None]
 
-        if self.cell.pass_ == "step":
-            return step
-        if self.cell.pass_ == "training":
-            return _peers.with_gradients(forward, parameters, self.cotangent)
-        return _peers.without_graph(forward)
-
-
-def _adamw(model: nn.DiT, device: torch.device) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(_peers.trainable(model), lr=0.0, fused=True, capturable=device.type == "cuda")
-
-
-def guided_step(model: nn.DiT, x: Tensor, t: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-    """A step of DDIM with classifier-free guidance in plain PyTorch: ``DiT.forward_with_cfg``, then ``ddim``."""
-    masks = None if mask is None else torch.cat([mask, mask])
-    labels = torch.cat([y, torch.full_like(y, NO_LABEL)])
-    out = reference.dit(model, torch.cat([x, x]), torch.cat([t, t]), labels, masks)
-    conditional, unconditional = out[:, : model.in_channels].chunk(2)
-    return ddim(x, unconditional + GUIDANCE * (conditional - unconditional))
+        return step
 
 
 class GuidedStep(Prediction):
-    """The step from noise at one timestep to noise at the next."""
+    """The step from noise at one timestep to noise at the next, with classifier-free guidance."""
 
-    plain = staticmethod(guided_step)
+    def plain(self, module: Any, *batch: Any) -> Tensor:
+        x, t, y, mask = batch
+        masks = None if mask is None else torch.cat([mask, mask])
+        labels = torch.cat([y, torch.full_like(y, NO_LABEL)])
+        out = reference.dit(module, torch.cat([x, x]), torch.cat([t, t]), labels, masks)
+        conditional, unconditional = out[:, : module.in_channels].chunk(2)
+        return ddim(x, unconditional + GUIDANCE * (conditional - unconditional))
+
+    @property
+    def _labels(self) -> Tensor:
+        y = self.batch[2]
+        return torch.cat([y, torch.full_like(y, NO_LABEL)])
 
     def fused(self) -> Tensor:
-        labels = torch.cat([self.y, torch.full_like(self.y, NO_LABEL)])
-        out = self.model.forward_with_cfg(torch.cat([self.x, self.x]), self.t, labels, GUIDANCE)
-        return ddim(self.x, out[: len(self.x), : self.model.in_channels])
+        out = self.module.forward_with_cfg(torch.cat([self.x, self.x]), self.t, self._labels, GUIDANCE)
+        return ddim(self.x, out[: len(self.x), : self.module.in_channels])
 
     def remembered(self) -> Forward:
         """The step by a ``Sampler``. (On a GPU the stopwatch makes a CUDA graph of it, as of the other sides.)"""
-        labels = torch.cat([self.y, torch.full_like(self.y, NO_LABEL)])
-        sampler = Sampler(self.model.eval(), guidance_scale=GUIDANCE, y=labels)
-        return lambda: ddim(self.x, sampler(self.x, self.t)[:, : self.model.in_channels])
+        sampler = Sampler(self.module.eval(), guidance_scale=GUIDANCE, y=self._labels)
+        return lambda: ddim(self.x, sampler(self.x, self.t)[:, : self.module.in_channels])
 
     def modulations(self) -> Work:
         """The part of a step that a ``Sampler`` remembers."""
-        model = self.model
-        return dit_modulations(2 * len(self.x), model.hidden_size, len(model.blocks), ITEMSIZES[self.cell.precision])
+        model, items = self.module, ITEMSIZES[self.cell.precision]
+        return dit_modulations(2 * len(self.x), model.hidden_size, len(model.blocks), items)
 
 
 def _signal(t: int) -> float:
@@ -285,5 +194,4 @@ BENCHMARK = Benchmark(
     "model",
     "A whole DiT, routed by our kernels, by the masked reference, and unrouted: training and guided sampling.",
     cases,
-    sources=(*sources.BLOCKS, "dtr_kernels/sampling.py"),
 )

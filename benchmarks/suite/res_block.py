@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import sources
-from benchmarks.cases import AUTOCAST, WINDOWS, Benchmark, Case, Goal, Options
+from benchmarks.cases import AUTOCAST, AXES, WINDOWS, Benchmark, Case, Cell, Goal, Options
 from benchmarks.counts import ITEMSIZES, Itemsizes, Work, linear_forward, linear_gradients
-from benchmarks.suite import _peers
-from benchmarks.suite._peers import COMPILED, MASKED, SEED, UNROUTED, Axes, Cell, Forward, Gate
+from benchmarks.suite import whole
+from benchmarks.suite.whole import COMPILED, MASKED, SEED, UNROUTED, Axes, Whole
 from dtr_kernels import nn, reference
-from dtr_kernels.routing import ChannelWindow
 
 PASSES = ("forward", "training")
 SKIPPING = "RoutedResBlock"
@@ -80,84 +78,44 @@ def cases(options: Options) -> list[Callable[[], Case]]:
     Raises:
         ValueError: if an option does not fit a residual block.
     """
-    options.check_axes("res_block", "precisions", "models", "batches", "betas", "windows", "passes")
-    _peers.check_passes(options, PASSES, "a block")
-    asked = {
-        "model": options.models,
-        "batch": options.batches,
-        "precision": options.precisions,
-        "window": options.windows,
-        "beta": options.betas,
-        "pass_": options.passes,
-    }
-    given = {axis: values for axis, values in asked.items() if values}
-    size = "quick" if options.quick else options.device.type
-    cells = _cells(_CENTRE[size], [given] if given else [{}, *_STAR[size]])
-    for cell in cells:
-        if cell.model not in PLACES:
-            raise ValueError(f"--model must be one of {'; '.join(PLACES)} for res_block, got {cell.model}")
-        cell.routing.window(0, PLACES[cell.model].channels)
+    options.check("res_block", "a block", [axis for axis in AXES if axis != "scope"], pass_=PASSES)
+    cells = whole.grid(options, _channels, _CENTRE[options.size], _STAR[options.size])
     return [partial(build, cell, options.device) for cell in cells]
 
 
-def _cells(centre: Axes, changes: Sequence[Axes]) -> list[Cell]:
-    """All combinations of the centre's values, each change put in their place, every cell once."""
-    axes = list(Cell.__dataclass_fields__)
-    chosen = (
-        Cell(*values)
-        for changed in changes
-        for values in itertools.product(*({**centre, **changed}[axis] for axis in axes))
-    )
-    return list(dict.fromkeys(chosen))
+def _channels(model: str) -> int:
+    if model not in PLACES:
+        raise ValueError(f"--model must be one of {'; '.join(PLACES)} for res_block, got {model}")
+    return PLACES[model].channels
 
 
 def build(cell: Cell, device: torch.device) -> Case:
     """A forward pass, or forward and backward to the gradients of x, emb and all parameters."""
     torch.compiler.reset()  # each case compiles for itself, and none is the one too many for PyTorch's limit
     piece = Piece.of(cell, device)
-    routed = partial(
-        piece.side, gate=piece.gate(piece.exact(piece.mask), piece.masked), work=piece.work(piece.window.width)
-    )
-    unrouted = partial(
-        piece.side, gate=piece.gate(piece.exact(None), piece.unrouted), work=piece.work(piece.window.channels)
-    )
+    sides = [
+        piece.routed(MASKED, piece.masked),
+        piece.routed(MASKED + COMPILED, whole.compiled(piece.masked)),
+        piece.dense(UNROUTED, piece.unrouted),
+        piece.routed(SKIPPING, piece.fused),
+    ]
     shared = piece.window.shared_start is not None
-    goal = Goal("speed-up", SKIPPING, over=MASKED, at_least=1.0)
-    return Case(
+    goals = [Goal("speed-up", SKIPPING, over=MASKED, at_least=1.0)] if shared and device.type == "cpu" else []
+    case = piece.case(
         f"{cell.model}, batch {cell.batch}, {cell.precision}, window {cell.window}, beta {cell.beta:g}, {cell.pass_}",
-        [
-            routed(MASKED, piece.masked),
-            routed(MASKED + COMPILED, _peers.compiled(piece.masked)),
-            unrouted(UNROUTED, piece.unrouted),
-            routed(SKIPPING, piece.skipping),
-        ],
-        _coordinates(cell),
-        speedup_over=MASKED,
-        goals=[goal] if shared and device.type == "cpu" else [],
-        matrix_dtype=cell.matrix_dtype,
-        memory=piece.trains,
-        notes=[_peers.ABOUT_PEERS.replace("DiT", "block"), ABOUT_DENSE],
+        sides,
+        [whole.ABOUT_PEERS.replace("DiT", "block"), ABOUT_DENSE],
+        goals,
     )
+    return replace(case, cell={name: value for name, value in case.cell.items() if name != "scope"})
 
 
-def _coordinates(cell: Cell) -> Mapping[str, str | int | float]:
-    return {name: value for name, value in cell.coordinates.items() if name != "scope"}
-
-
-@dataclass(frozen=True)
-class Piece(_peers.Whole):
-    """A block, its inputs, and what is computed of them."""
-
-    cell: Cell
-    block: nn.RoutedResBlock
-    x: Tensor
-    emb: Tensor
-    cotangent: Tensor
-    mask: Tensor
-    window: ChannelWindow
+class Piece(Whole):
+    """A block of x and emb."""
 
     @classmethod
     def of(cls, cell: Cell, device: torch.device) -> Piece:
+        """Random parameters and inputs."""
         torch.manual_seed(SEED)
         place = PLACES[cell.model]
         B, C, O, H = cell.batch, place.channels, place.out_channels, place.out_size
@@ -167,49 +125,26 @@ class Piece(_peers.Whole):
         x = torch.randn(B, C, place.size, place.size) + torch.randn(B, C, 1, 1)
         emb, cotangent = torch.randn(B, place.emb_channels), torch.randn(B, O, H, H)
         x, emb, cotangent = (tensor.to(device, cell.dtype) for tensor in (x, emb, cotangent))
-        window = cell.routing.window(_peers.timesteps(cell, device), C)
-        mask = _peers.mask_of(window, x)
+        window = cell.routing.window(whole.timesteps(cell, device), C)
         trains = cell.pass_ == "training"
-        block.to(device, cell.dtype)
-        return cls(cell, block, x.requires_grad_(trains), emb.requires_grad_(trains), cotangent, mask, window)
+        batch = (x.requires_grad_(trains), emb.requires_grad_(trains))
+        return cls(cell, block.to(device, cell.dtype), batch, cotangent, window, whole.mask_of(window, x))
 
-    @property
-    def module(self) -> nn.RoutedResBlock:
-        return self.block
+    def plain(self, module: Any, *batch: Any) -> Tensor:
+        return reference.res_block(module, *batch)
 
-    def masked(self) -> Tensor:
-        return reference.res_block(self.block, self.x, self.emb, self.mask)
-
-    def unrouted(self) -> Tensor:
-        return reference.res_block(self.block, self.x, self.emb)
-
-    def skipping(self) -> Tensor:
-        return self.block(self.x, self.emb, self.window)
-
-    def exact(self, mask: Tensor | None) -> list[Tensor]:
-        """In fp64 what a call returns."""
-        batch = (self.x, self.emb, mask)
-        return _peers.exact(reference.res_block, self.block, batch, self.cotangent if self.trains else None)
-
-    def gate(self, exact: Sequence[Tensor], eager: Forward) -> Gate:
-        """For results in this precision."""
-        return Gate(exact, self.call(self.in_precision(eager))(), self.cell.precision)
+    def fused(self) -> Tensor:
+        return self.module(*self.batch, self.window)
 
     def work(self, active: int) -> Work:
-        """What the function of as many active channels needs."""
         count = training_work if self.trains else forward_work
         return count(PLACES[self.cell.model], self.cell.batch, active, ITEMSIZES[self.cell.precision])
-
-    def call(self, forward: Forward) -> Callable[[], list[Tensor]]:
-        if not self.trains:
-            return _peers.without_graph(forward)
-        return _peers.with_gradients(forward, [self.x, self.emb, *self.block.parameters()], self.cotangent)
 
 
 @torch.no_grad()
 def _draw(block: nn.RoutedResBlock) -> None:
     """Random parameters that make the branch as large as the skip, and deactivated channels as large as active ones."""
-    _peers.draw(block)
+    whole.draw(block)
     for norm in (block.in_layers[0], block.out_layers[0]):
         for parameter in norm.parameters():
             parameter.normal_()
@@ -264,5 +199,4 @@ BENCHMARK = Benchmark(
     "res_block",
     "A routed residual block of ADM: RoutedResBlock, the masked reference and the unrouted block.",
     cases,
-    sources=sources.RES_BLOCK,
 )

@@ -1,36 +1,34 @@
-"""PCGrad on K gradients of P elements: from [K, P] to the update [P], and each step of it alone."""
+"""PCGrad on K gradients of P elements: from [K, P] to the update [P]."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 import dtr_kernels as dtr
-from benchmarks import sources
 from benchmarks.cases import DTYPES, Benchmark, Case, Goal, Options, Side, do_nothing, dtype_name
 from benchmarks.counts import Work
-from benchmarks.suite._surgery import OTHERS, OURS, Oracle, check_precisions, relative_error, torchjd_order, what_runs
+from benchmarks.suite.surgery import OTHERS, OURS, Oracle, torchjd_order, what_runs
+
+Bounds = dict[torch.dtype, float]
 
 SEED = 0
-ELEMENTS, QUICK_ELEMENTS = 33_000_000, 2_000_000  # DiT-S/2 has 33 million parameters
+ELEMENTS, QUICK_ELEMENTS = 33_000_000, 200_000  # DiT-S/2 has 33 million parameters
 LOOP, MM, BMM, COMPILED = "the loop", "torch.mm", "torch.bmm in chunks", "torch.compile"
-SHARE = {"cpu": 0.7, "cuda": 0.9}
 
 
 def cases(options: Options) -> list[Callable[[], Case]]:
-    """For each dtype and K: the whole projection, and its parts."""
+    """For each dtype and K."""
     P = QUICK_ELEMENTS if options.quick else ELEMENTS
-    options.check_axes("surgery_projection", "precisions")
-    check_precisions(options)
+    options.check("surgery_projection", "gradients", ("precision",), precision=DTYPES)
     return [
-        partial(build, K, P, DTYPES[precision], options.device)
-        for precision in options.precisions or ("fp32", "bf16")
+        partial(projection, K, P, DTYPES[precision], options.device)
+        for precision in options.asked.get("precision", ("fp32", "bf16"))
         for K in (5, 8)  # the clusters of ANT and of DTR
-        for build in (projection, parts)
     ]
 
 
@@ -43,12 +41,7 @@ def projection(K: int, P: int, dtype: torch.dtype, device: torch.device) -> Case
     oracle = Oracle(grads, order)
     update = Work(bytes=(2 * K + 1) * P * dtype.itemsize)  # two reads of all gradients, one write of the update
 
-    def side(
-        name: str,
-        call: Callable[[], object],
-        bounds: dict[torch.dtype, float],
-        before: Callable[[], object] = do_nothing,
-    ) -> Side:
+    def side(name: str, call: Callable[[], object], bounds: Bounds, before: Callable[[], object] = do_nothing) -> Side:
         return Side(name, call, oracle.error_of_update, bounds[dtype], before, update)
 
     def in_place() -> Tensor:
@@ -86,43 +79,10 @@ def projection(K: int, P: int, dtype: torch.dtype, device: torch.device) -> Case
         "changes little, since a matrix product stays one library call",
         "pcgrad_ returns all K projected gradients (K P more reads and writes), the others their sum",
     ]
-    return _case("projection", K, P, dtype, sides, goals, notes, speedup_over=LOOP)
-
-
-def parts(K: int, P: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """The ops that the projection is made of, and PyTorch's for the same."""
-    grads = conflicting_gradients(K, P, dtype, device)
-    own = torch.empty_like(grads)
-    order = torchjd_order(K, SEED).to(device)
-    oracle = Oracle(grads, order)
-    gram, coefficients = oracle.gram, oracle.coefficients
-    on_host = gram.cpu(), order.cpu()
-    weights = coefficients.sum(0)
-    narrow = coefficients.to(dtype)
-
-    def combined() -> Tensor:
-        dtr.ops.combine_(own, coefficients)
-        return own
-
-    row = P * dtype.itemsize
-    gram_work, sum_work, combine_work = (Work(bytes=rows * row) for rows in (K, K + 1, 2 * K))
-    gram_error = relative_error(gram)
-    coefficients_error = relative_error(coefficients)
-    of_update, of_projected = oracle.error_of_update, oracle.error_of_projected
-    others, ours = OTHERS[dtype], OURS[dtype]
-    sides = [
-        # The Gram matrix is fp64 whatever the gradients are, and their products are exact enough in fp32.
-        Side("gram", lambda: dtr.ops.gram(grads), gram_error, OURS[torch.float32], work=gram_work),
-        Side("torch.mm for it", lambda: grads @ grads.T, gram_error, others, work=gram_work),
-        Side("pcgrad_coefficients", lambda: dtr.ops.pcgrad_coefficients(gram, order), coefficients_error, 1e-9),
-        Side("reference for it", lambda: dtr.reference.pcgrad_coefficients(*on_host), coefficients_error, 1e-9),
-        Side("combine_", combined, of_projected, ours, before=lambda: own.copy_(grads), work=combine_work),
-        Side("torch.mm for it, not in place", lambda: narrow @ grads, of_projected, others, work=combine_work),
-        Side("weighted_sum", lambda: dtr.ops.weighted_sum(grads, weights), of_update, ours, work=sum_work),
-        Side("torch.mv for it", lambda: narrow.sum(0) @ grads, of_update, others, work=sum_work),
-    ]
-    goals = [Goal("share of copy", name, at_least=SHARE[device.type]) for name in ("gram", "combine_", "weighted_sum")]
-    return _case("parts", K, P, dtype, sides, goals, [what_runs(device, dtype)])
+    precision = dtype_name(dtype)
+    cell: dict[str, str | int | float] = {"what": "projection", "clusters": K, "parameters": P, "precision": precision}
+    name = f"projection, K {K}, P {P / 1e6:g}M, {precision}"
+    return Case(name, sides, cell, speedup_over=LOOP, goals=goals, notes=notes)
 
 
 def conflicting_gradients(K: int, P: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -192,25 +152,8 @@ def torchjd_weighted(grads: Tensor) -> Tensor:
     return dtr.ops.weighted_sum(grads, PCGradWeighting()(dtr.ops.gram(grads)))
 
 
-def _case(
-    what: str,
-    K: int,
-    P: int,
-    dtype: torch.dtype,
-    sides: Sequence[Side],
-    goals: Sequence[Goal],
-    notes: Sequence[str],
-    speedup_over: str | None = None,
-) -> Case:
-    precision = dtype_name(dtype)
-    name = f"{what}, K {K}, P {P / 1e6:g}M, {precision}"
-    cell: dict[str, str | int | float] = {"what": what, "clusters": K, "parameters": P, "precision": precision}
-    return Case(name, sides, cell, speedup_over=speedup_over, goals=goals, notes=notes)
-
-
 BENCHMARK = Benchmark(
     "surgery_projection",
     "PCGrad from the gradients [K, P] to the update [P]: the public loop, plain PyTorch, TorchJD, dtr_kernels.",
     cases,
-    sources.SURGERY,
 )

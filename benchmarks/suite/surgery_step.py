@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -11,10 +13,12 @@ import torch
 from torch import Tensor
 
 import dtr_kernels as dtr
-from benchmarks import sources
 from benchmarks.cases import DTYPES, Benchmark, Case, Goal, Options, Side, dtype_name
-from benchmarks.suite._models import TINY, check_model, make_dit
-from benchmarks.suite._surgery import OTHERS, Oracle, check_precisions, torchjd_order, what_runs
+from benchmarks.suite.models import TINY, dit_channels, make_dit
+from benchmarks.suite.surgery import OTHERS, Oracle, torchjd_order, what_runs
+
+# How far an update [P] is from an oracle's.
+Error = Callable[[Tensor], float]
 
 K, TIMESTEPS = 5, 1000
 SEED = 0
@@ -24,12 +28,11 @@ BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
 
 def cases(options: Options) -> list[Callable[[], Case]]:
     """For each model, batch and dtype a case."""
-    options.check_axes("surgery_step", "precisions", "models", "batches")
-    check_precisions(options)
-    models = options.models or (TINY if options.quick else "DiT-S/2",)
-    batches = options.batches or (4 * K,)
+    options.check("surgery_step", "gradients", ("model", "batch", "precision"), precision=DTYPES)
+    models = options.asked.get("model", (TINY if options.quick else "DiT-S/2",))
+    batches = options.asked.get("batch", (4 * K,))
     for model in models:
-        check_model(model)
+        dit_channels(model)
     for batch in batches:
         if batch % K:
             raise ValueError(f"--batch must be a multiple of the {K} clusters, got {batch}")
@@ -37,59 +40,58 @@ def cases(options: Options) -> list[Callable[[], Case]]:
         partial(step, model, batch, DTYPES[precision], options.device)
         for model in models
         for batch in batches
-        for precision in options.precisions or ("fp32",)
+        for precision in options.asked.get("precision", ("fp32",))
     ]
 
 
 def step(model: str, batch: int, dtype: torch.dtype, device: torch.device) -> Case:
     """Forward, backward and surgery, up to ``p.grad``."""
+    with suppress(ImportError):  # here, since the memory of its code is not a step's
+        import torchjd.autogram
+        import torchjd.autojac  # noqa: F401
     training = Training(model, batch, dtype, device)
     gradients = training.cluster_gradients()
-    ours = Oracle(gradients, dtr.ops.random_order(K, torch.Generator().manual_seed(SEED)))
+    loop = Oracle(gradients, dtr.ops.random_order(K, torch.Generator().manual_seed(SEED)))
     theirs = Oracle(gradients, torchjd_order(K, SEED))
     autogram = Autogram(training)
 
-    def side(name: str, call: Callable[[], Any], error: Callable[[Tensor], float], bound: float) -> Side:
-        return Side(name, call, lambda _: error(training.update()), bound, before=training.forget)
+    def side(name: str, way: Training, call: Callable[[], Any], of: Error, bound: float) -> Side:
+        return Side(name, call, lambda _: of(way.update()), bound, before=way.forget)
 
-    def with_surgery(name: str, engine: str, backward: Callable[[dtr.GradientSurgery], object]) -> Side:
+    def ours(name: str, engine: str, backward: Callable[[dtr.GradientSurgery], object]) -> Side:
         generator = torch.Generator()
         surgery = dtr.GradientSurgery(training.model.named_parameters(), K, engine=engine, generator=generator)
+        made = side(name, training, lambda: backward(surgery), loop.error_of_update, BOUND[dtype])
 
         def before() -> None:
             training.forget()
             generator.manual_seed(SEED)
 
-        def error(_: object) -> float:
-            return ours.error_of_update(training.update())
+        return replace(made, before=before)
 
-        return Side(name, lambda: backward(surgery), error, BOUND[dtype], before)
-
-    ordinary = "ordinary step"
-    engines = ("per_cluster", "one_pass", "low_memory")
+    ordinary, engines = "ordinary step", ("per_cluster", "one_pass", "low_memory")
     sides = [
-        side(ordinary, training.ordinary, ours.error_of_sum, BOUND[dtype]),
-        with_surgery("GradientSurgery, functions", "per_cluster", training.with_functions),
-        *(with_surgery(f"GradientSurgery, {engine}", engine, training.with_batch) for engine in engines),
-        side("retained graph and loop", partial(training.retained, ours.order), ours.error_of_update, OTHERS[dtype]),
-        side("TorchJD, one by one", partial(training.torchjd, 1), theirs.error_of_update, OTHERS[dtype]),
-        side("TorchJD, in parallel", partial(training.torchjd, None), theirs.error_of_update, OTHERS[dtype]),
-        Side(
-            "TorchJD, autogram",
-            autogram.step,
-            lambda _: theirs.error_of_update(autogram.update()),
-            OTHERS[dtype],
-            autogram.forget,
+        side(ordinary, training, training.ordinary, loop.error_of_sum, BOUND[dtype]),
+        ours("GradientSurgery, functions", "per_cluster", training.with_functions),
+        *(ours(f"GradientSurgery, {engine}", engine, training.with_batch) for engine in engines),
+        *(
+            side(name, way, call, of.error_of_update, OTHERS[dtype])
+            for name, way, call, of in (
+                ("retained graph and loop", training, partial(training.retained, loop.order), loop),
+                ("TorchJD, one by one", training, partial(training.torchjd, 1), theirs),
+                ("TorchJD, in parallel", training, partial(training.torchjd, None), theirs),
+                ("TorchJD, autogram", autogram, autogram.step, theirs),
+            )
         ),
     ]
 
     goals = [
-        Goal("time", name, over=ordinary, at_most=1.15)
-        for name in ("GradientSurgery, functions", "GradientSurgery, per_cluster", "GradientSurgery, one_pass")
+        Goal("time", f"GradientSurgery, {way}", over=ordinary, at_most=1.15)
+        for way in ("functions", "per_cluster", "one_pass")
     ]
     notes = [
         "a step is forward, backward and surgery, up to p.grad; the optimizer's step is the same for all and left out",
-        f"gradients: {ours.conflicts}",
+        f"gradients: {loop.conflicts}",
         what_runs(device, dtype),
         "retained graph: one forward pass, a backward pass of it for every cluster, PCGrad's loop (the public code)",
         "TorchJD: autojac.backward and jac_to_grad; one by one is parallel_chunk_size=1, in parallel its default",
@@ -153,7 +155,8 @@ class Training:
 
     def update(self) -> Tensor:
         """What the step left in ``p.grad`` [P]."""
-        return flat_gradient(self.parameters)
+        grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)
+        return torch.cat([grad.flatten() for grad in grads])
 
     def ordinary(self) -> None:
         self.loss(*self.batch).mean().backward()
@@ -178,41 +181,30 @@ class Training:
         jac_to_grad(self.parameters, PCGrad())
 
 
-class Autogram:
+class Autogram(Training):
     """TorchJD's engine that finds the Gram matrix without the gradients, on a model of its own, which it hooks."""
 
     def __init__(self, training: Training) -> None:
-        self._model, self._batch = copy.deepcopy(training.model), training.batch
+        self.model, self.batch = copy.deepcopy(training.model), training.batch
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         size = len(training.clusters)
         # [K, B]: from the losses of samples to those of clusters over K.
-        self._clusters = torch.nn.functional.one_hot(training.clusters, K).T.to(training.batch[0]) / size
+        self.clusters = torch.nn.functional.one_hot(training.clusters, K).T.to(training.batch[0]) / size
 
     @cached_property
     def _engine(self) -> Any:
         from torchjd.autogram import Engine
 
-        return Engine(self._model, batch_dim=0)
+        return Engine(self.model, batch_dim=0)
 
     def step(self) -> None:
         from torchjd.aggregation import PCGradWeighting
 
         engine = self._engine  # its hooks must be there before the forward pass
-        *inputs, target = self._batch
-        losses = squared_error(dtr.reference.dit(self._model, *inputs), target)
-        gram = self._clusters @ engine.compute_gramian(losses) @ self._clusters.T
-        losses.backward(self._clusters.T @ PCGradWeighting()(gram))
-
-    def forget(self) -> None:
-        self._model.zero_grad()
-        torch.manual_seed(SEED)
-
-    def update(self) -> Tensor:
-        return flat_gradient(p for p in self._model.parameters() if p.requires_grad)
-
-
-def flat_gradient(parameters: Iterable[Tensor]) -> Tensor:
-    """The gradients of parameters one after the other [P]."""
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+        *inputs, target = self.batch
+        losses = squared_error(dtr.reference.dit(self.model, *inputs), target)
+        gram = self.clusters @ engine.compute_gramian(losses) @ self.clusters.T
+        losses.backward(self.clusters.T @ PCGradWeighting()(gram))
 
 
 def squared_error(prediction: Tensor, noise: Tensor) -> Tensor:
@@ -225,5 +217,4 @@ BENCHMARK = Benchmark(
     "A training step of a DiT with PCGrad between 5 timestep clusters: an ordinary step, GradientSurgery, the public "
     "code's way, TorchJD.",
     cases,
-    (*sources.ENGINES, *sources.BLOCKS),
 )

@@ -1,4 +1,4 @@
-"""Whether the timesteps of a diffusion model help or hinder each other: ANT's two observations, as tools."""
+"""Do the timesteps of a diffusion model help or hinder each other? ANT's two observations, as tools."""
 
 from dtr_kernels.analysis.affinity import TaskAffinity, task_affinity
 from dtr_kernels.analysis.transfer import IntervalSpecialist, negative_transfer_gaps

@@ -61,7 +61,7 @@ class TaskAffinity:
 
     @classmethod
     def average(cls, affinities: Iterable[TaskAffinity]) -> TaskAffinity:
-        """The mean over checkpoints of the cosines, as in the paper, and of the norms and losses.
+        """Return the mean over checkpoints of the cosines, as in the paper, and of the norms and losses.
 
         Args:
             affinities: of one model's checkpoints, at the same timesteps. Each counts alike.
@@ -80,7 +80,7 @@ class TaskAffinity:
         return cls(timesteps, *(torch.stack([getattr(a, name) for a in affinities]).mean(0) for name in names))
 
     def resized(self, num_timesteps: int) -> Tensor:
-        """The affinity of every pair of timesteps, for ``interval_clusters(cost="affinity", values=...)``.
+        """Return the affinity of every pair of timesteps, for ``interval_clusters(cost="affinity", values=...)``.
 
         Bilinear between the analysed timesteps, constant before the first and after the last. So the diagonal is 1 at
         the analysed timesteps, and less between them.
@@ -104,13 +104,13 @@ class TaskAffinity:
         return weights @ self.matrix @ weights.T
 
     def save(self, path: str | Path) -> None:
-        """Writes an npz file of the attributes, which takes the place of an older one when it is complete."""
+        """Write an npz file of the attributes, which takes the place of an older one when it is complete."""
         with replacing(path) as unfinished, unfinished.open("wb") as file:
             np.savez(file, **{name: tensor.numpy() for name, tensor in vars(self).items()})
 
     @classmethod
     def load(cls, path: str | Path) -> TaskAffinity:
-        """Reads what ``save`` has written.
+        """Read what ``save`` has written.
 
         Raises:
             OSError: if the file cannot be read.
@@ -135,7 +135,7 @@ def task_affinity(
     path: str | Path | None = None,
     progress: bool = True,
 ) -> TaskAffinity:
-    """The cosines of the gradients of the losses at every two of n timesteps (ANT, section 3, observation O1).
+    """Return the cosines of the gradients of the losses at every two of n timesteps (ANT, section 3, observation O1).
 
     All come from one Gram matrix, summed over chunks of the P flattened parameters, so the n gradients are never there
     at once. Each chunk takes one forward and backward pass for each timestep:
@@ -199,7 +199,7 @@ def task_affinity(
 
 
 def _checked_timesteps(timesteps: Iterable[int]) -> list[int]:
-    """The timesteps, sorted."""
+    """Return the timesteps, sorted."""
     try:
         ascending = sorted(operator.index(t) for t in timesteps)
     except TypeError as error:
@@ -215,11 +215,7 @@ def _checked_timesteps(timesteps: Iterable[int]) -> list[int]:
 
 
 def _flattened(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters in the order of the flattened vector: those of a dtype side by side.
-
-    Raises:
-        TypeError: if one is sharded.
-    """
+    """Return the parameters in the order of the flattened vector: those of a dtype side by side."""
     for name, p in parameters.items():
         if hasattr(p, "device_mesh"):
             raise TypeError(f"params must be whole tensors, but {name} is a DTensor; analyse a copy on one device")
@@ -227,7 +223,7 @@ def _flattened(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _row_bytes(memory: int, parameters: Mapping[str, Tensor], n: int) -> int:
-    """The bytes of ``memory`` that one timestep has."""
+    """Return the bytes of ``memory`` that one timestep has."""
     if not is_integer(memory):
         raise TypeError(f"memory must be an integer, the bytes of the buffer, got {memory!r}")
     sizes: Counter[torch.dtype] = Counter()
@@ -243,7 +239,7 @@ def _row_bytes(memory: int, parameters: Mapping[str, Tensor], n: int) -> int:
 
 
 def _problem(parameters: Mapping[str, Tensor], timesteps: list[int], seed: int) -> dict[str, object]:
-    """What two calls must have in common for one to go on with the other's progress."""
+    """Return everything that two calls must share for one to go on with the other's progress."""
     weights = hashlib.sha256()
     for p in parameters.values():
         weights.update(p.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
@@ -263,13 +259,13 @@ class _Chunk:
         return sum(part.stop - part.start for _, part in self.parts)
 
     def name_at(self, element: int) -> str:
-        """The parameter to which the element of that number belongs."""
+        """Return the parameter to which the element of that number belongs."""
         ends = list(accumulate(part.stop - part.start for _, part in self.parts))
         return self.parts[bisect_right(ends, element)][0]
 
 
 def _chunks(parameters: Mapping[str, Tensor], row_bytes: int, start: int = 0) -> list[_Chunk]:
-    """The flattened parameters from element ``start`` on, in chunks of at most ``row_bytes`` bytes."""
+    """Return the flattened parameters from element ``start`` on, in chunks of at most ``row_bytes`` bytes."""
     chunks: list[_Chunk] = []
     room = 0
     for name, p in parameters.items():
@@ -286,25 +282,20 @@ def _chunks(parameters: Mapping[str, Tensor], row_bytes: int, start: int = 0) ->
     return chunks
 
 
+@dataclass
 class _Analysis:
     """The Gram matrix of the gradients at all timesteps as it grows, chunk by chunk of the parameters."""
 
-    def __init__(
-        self,
-        loss: Callable[[int], Tensor],
-        parameters: Mapping[str, Tensor],
-        timesteps: list[int],
-        seed: int,
-        checkpoint: Checkpoint,
-    ) -> None:
-        self._loss = loss
-        self._parameters = parameters
-        self._device = device_of(parameters)
-        self._timesteps = timesteps
-        self._seed = seed
-        self._checkpoint = checkpoint
-        self._buffer: Tensor | None = None
-        self.progress = checkpoint.load() or Progress.none(len(timesteps))
+    _loss: Callable[[int], Tensor]
+    _parameters: Mapping[str, Tensor]
+    _timesteps: list[int]
+    _seed: int
+    _checkpoint: Checkpoint
+    _buffer: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self._device = device_of(self._parameters)
+        self.progress = self._checkpoint.load() or Progress.none(len(self._timesteps))
 
     def save(self) -> None:
         self._checkpoint.save(self.progress, self._buffer)
@@ -318,7 +309,7 @@ class _Analysis:
         return TaskAffinity(torch.tensor(self._timesteps), matrix, norms, self.progress.losses)
 
     def add(self, chunk: _Chunk, tick: Callable[[], object]) -> None:
-        """Adds the products of the gradients with respect to a chunk, the one that begins where the last one ended."""
+        """Add the products of the gradients with respect to a chunk, the one that begins where the last one ended."""
         n = len(self._timesteps)
         buffer = torch.empty(n, chunk.width, dtype=chunk.dtype, device=self._device)
         same = chunk.width == self.progress.width  # another memory makes other chunks
@@ -335,7 +326,7 @@ class _Analysis:
         self._buffer = None
 
     def _differentiate(self, i: int, chunk: _Chunk, row: Tensor) -> None:
-        """Writes to ``row`` the gradient at timesteps[i] with respect to a chunk."""
+        """Write to ``row`` the gradient at timesteps[i] with respect to a chunk."""
         t = self._timesteps[i]
         with torch.enable_grad(), _seeded(self._seed, t, self._device):
             value = self._loss(t)
@@ -344,11 +335,11 @@ class _Analysis:
             gradients = torch.autograd.grad(value, inputs, allow_unused=True)
         at = 0
         for gradient, (_, part) in zip(gradients, chunk.parts, strict=True):
-            piece = row[at : (at := at + part.stop - part.start)]
+            own = row[at : (at := at + part.stop - part.start)]
             if gradient is None:
-                piece.zero_()
+                own.zero_()
             else:
-                piece.copy_(gradient.to_dense().reshape(-1)[part])
+                own.copy_(gradient.to_dense().reshape(-1)[part])
         if not row.isfinite().all():
             first = int(row.isfinite().logical_not().nonzero()[0])
             raise ValueError(f"the gradient of loss({t}) holds inf or NaN, first in {chunk.name_at(first)}")

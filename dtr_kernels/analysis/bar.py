@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def ticking(total: int, done: int, unit: str, shown: bool) -> Iterator[Callable[[], object]]:
-    """Shows ``done`` of ``total`` units; yields what to call after each further one."""
+    """Show ``done`` of ``total`` units; yield what to call after each further one."""
     try:
         from tqdm import tqdm
     except ImportError:

@@ -22,7 +22,7 @@ _SECONDS_BETWEEN_SAVES = 30.0
 
 @dataclass(frozen=True)
 class Progress:
-    """What has been computed. It is replaced as a whole, so that an exception at any moment finds a consistent one.
+    """The results so far. It is replaced as a whole, so that an exception at any moment finds a consistent one.
 
     Attributes:
         start: number of the flattened parameters' elements whose products are in ``gram``.
@@ -40,7 +40,7 @@ class Progress:
 
     @classmethod
     def none(cls, n: int) -> Progress:
-        """That of an analysis of n timesteps before it begins."""
+        """Return the progress of an analysis of n timesteps before it begins."""
         return cls(0, torch.zeros(n, n, dtype=torch.float64), torch.full((n,), torch.nan, dtype=torch.float64))
 
 
@@ -62,11 +62,7 @@ class Checkpoint:
         self._saved_at = time.monotonic()
 
     def load(self) -> Progress | None:
-        """The progress in the file; None if there is no file.
-
-        Raises:
-            ValueError: if the file holds anything else, or the progress of another problem.
-        """
+        """Return the progress in the file; None if there is no file. One of another problem is refused."""
         if self.path is None or not self.path.exists():
             return None
         advice = "name another path, or delete the file to begin anew"
@@ -83,11 +79,7 @@ class Checkpoint:
         return self._saved
 
     def load_rows(self, buffer: Tensor, rows: int) -> int:
-        """Fills the first ``rows`` rows of the buffer of the chunk in progress.
-
-        Returns:
-            How many the file held: fewer, if somebody has removed or cut it.
-        """
+        """Fill the first rows of the buffer; return how many the file held, which somebody may have cut."""
         held = min(rows, self._rows_path.stat().st_size // buffer[0].nbytes) if self._rows_path.exists() else 0
         if held:
             with self._rows_path.open("rb") as file:
@@ -98,16 +90,12 @@ class Checkpoint:
         return held
 
     def save_if_due(self, progress: Progress, buffer: Tensor) -> None:
-        """Saves, unless the last time was less than half a minute ago."""
+        """Save, unless the last time was less than half a minute ago."""
         if time.monotonic() - self._saved_at >= _SECONDS_BETWEEN_SAVES:
             self.save(progress, buffer)
 
     def save(self, progress: Progress, buffer: Tensor | None = None) -> None:
-        """Saves ``progress`` and the rows that it counts, of ``buffer``.
-
-        Raises:
-            OSError: if a file cannot be written.
-        """
+        """Save ``progress`` and the rows that it counts, of ``buffer``."""
         if self.path is None:
             return
         kept = 0
@@ -146,7 +134,7 @@ class Checkpoint:
 
 
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """The first difference between two problems, in words; None if there is none."""
+    """Return the first difference between two problems, in words; None if there is none."""
     for name, value in here.items():
         if isinstance(value, list):
             for i, (old, new) in enumerate(zip_longest(there[name], value, fillvalue="none")):

@@ -1,4 +1,4 @@
-"""Whether a part of the timesteps would be better off with a model of its own (ANT, observation O2)."""
+"""Would a part of the timesteps be better off with a model of its own? (ANT, observation O2)"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def negative_transfer_gaps(
     *,
     progress: bool = True,
 ) -> Tensor:
-    """The negative transfer gap of each cluster of timesteps (ANT, section 3, observation O2).
+    """Return the negative transfer gap of each cluster of timesteps (ANT, section 3, observation O2).
 
         gap[k] = distance(shared model, with cluster k denoised by specialists[k]) - distance(shared model)
 
@@ -86,7 +86,7 @@ class IntervalSpecialist(nn.Module):
         self.stop = stop
 
     def forward(self, x: Tensor, t: Tensor | int | float, *args: Any, **kwargs: Any) -> Tensor:
-        """Runs each model on the samples that are its own, and returns all in the order of the batch.
+        """Run each model on the samples that are its own, and return all in the order of the batch.
 
         Args:
             x: [B, ...].
@@ -99,7 +99,7 @@ class IntervalSpecialist(nn.Module):
         return self._run(lambda model: model, x, t, args, kwargs)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor | int | float, *args: Any, **kwargs: Any) -> Tensor:
-        """As ``forward``, by both models' ``forward_with_cfg``: the second half of the batch repeats the first's t."""
+        """Do so by both models' ``forward_with_cfg``: the second half of the batch repeats the first's t."""
         return self._run(attrgetter("forward_with_cfg"), x, t, args, kwargs)
 
     def _run(
@@ -130,7 +130,7 @@ class IntervalSpecialist(nn.Module):
 
 
 def _samples_of(samples: Tensor, batch_size: int, value: Any) -> Any:
-    """The given samples of a tensor [B, ...]; anything else as it is."""
+    """Return the given samples of a tensor [B, ...]; anything else as it is."""
     if isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch_size:
         return value[samples.to(value.device)]
     return value

@@ -11,7 +11,9 @@ from dtr_kernels import ops, reference
 from dtr_kernels.nn.parts import ReadParts
 from dtr_kernels.nn.torchscript import NoTorchScript
 from dtr_kernels.ops.checks import check_block, check_window
-from dtr_kernels.ops.dispatch import chosen_path
+from dtr_kernels.ops.dispatch import choose
+from dtr_kernels.ops.linear import routed_linear_by
+from dtr_kernels.ops.mlp import routed_mlp_by
 from dtr_kernels.routing import ChannelWindow, check_count, check_number
 
 __all__ = ["RoutedDiTBlock", "Stream", "advance", "check_scope"]
@@ -70,31 +72,20 @@ def advance(block: Any, stream: Stream, c: Tensor, window: ChannelWindow | None,
         window: active channels of each sample; None runs the unrouted block.
         scope: "block" or "branch".
     """
+    choice = choose(stream.x, *weights_of(block))
     # Then the whole block is plain, with fewer passes than its ops have one by one.
-    if chosen_path(stream.x, *weights_of(block)) == "plain":
+    if choice.path == "plain":
         window = check_window(stream.x, window)
         mask = None if window is None else window.mask()
         return Stream(reference.dit_block(block, stream.sum(), c, mask, scope))
     s1, k1, g1, s2, k2, g2 = block.adaLN_modulation(c).chunk(6, dim=1)
-    attn, mlp = block.attn, block.mlp
-    x, qkv = ops.routed_linear(
-        stream.x, s1, k1, attn.qkv.weight, attn.qkv.bias, window, stream.branch, stream.gate, eps=block.norm1.eps
-    )
-    x, hidden = ops.routed_mlp(
-        x,
-        s2,
-        k2,
-        mlp.fc1.weight,
-        mlp.fc1.bias,
-        mlp.fc2.weight,
-        mlp.fc2.bias,
-        _attend(attn, qkv),
-        g1,
-        window,
-        # Scope "block" masks the stream that entered the block; what attention added is seen on every channel.
-        keep_branch=scope == "block",
-        eps=block.norm2.eps,
-    )
+    attn, fc1, fc2 = block.attn, block.mlp.fc1, block.mlp.fc2
+    x, branch, gate = stream
+    x, qkv = routed_linear_by(choice, x, s1, k1, attn.qkv.weight, attn.qkv.bias, window, branch, gate, block.norm1.eps)
+    weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    # Scope "block" masks the stream that entered the block; what attention added is seen on every channel.
+    keep_branch = scope == "block"
+    x, hidden = routed_mlp_by(choice, x, s2, k2, weights, _attend(attn, qkv), g1, window, keep_branch, block.norm2.eps)
     return Stream(x, hidden, g2)
 
 

@@ -27,9 +27,9 @@ from dtr_kernels.routing import (
     ChannelWindow,
     DenoisingTaskRouting,
     RandomRouting,
-    _check_range,
     check_count,
     check_number,
+    check_range,
     check_timesteps,
 )
 
@@ -64,7 +64,7 @@ class TimestepEmbedder(nn.Module):
 @op("checked_labels")
 def _checked_labels(y: Tensor, rows: int) -> Tensor:
     """Return the labels as int64, in memory of their own, as the op's output must be."""
-    _check_range(y, rows - 1, "labels are class indices, and num_classes one with class_dropout_prob > 0 alone", "y")
+    check_range(y, rows - 1, "labels are class indices, and num_classes one with class_dropout_prob > 0 alone", "y")
     return y.to(torch.int64, copy=True)
 
 
@@ -341,7 +341,7 @@ def _take_masks(model: DiT, state_dict: dict[str, Any], prefix: str, *rest: Any)
 
 
 def _own_masks(model: DiT, saved: Tensor) -> Tensor:
-    """The model's masks [T, C] on the device of the saved ones; without routing, all channels of as many timesteps."""
+    """Return the model's masks [T, C] on the device of the saved ones; without routing, all channels."""
     if model.routing is None:
         return torch.ones(len(saved), model.hidden_size, dtype=torch.bool, device=saved.device)
     t = torch.arange(model.routing.num_timesteps, device=saved.device)
@@ -351,7 +351,7 @@ def _own_masks(model: DiT, saved: Tensor) -> Tensor:
 
 
 def _describe(masks: Tensor) -> str:
-    """What saved masks [T, C] are, and the routing to construct for them."""
+    """Name saved masks [T, C], and return the routing to construct for them."""
     T, C = masks.shape
     width, start = int(masks[0].sum()), masks.int().argmax(dim=1)
     offset = torch.arange(C, device=masks.device) - start[:, None]

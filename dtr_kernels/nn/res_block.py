@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dtr_kernels import ops, reference
 from dtr_kernels.nn.parts import ReadParts
 from dtr_kernels.nn.torchscript import NoTorchScript
-from dtr_kernels.ops.checks import _check_shape, _check_tensor, check_floating
-from dtr_kernels.reference.res_block import Resampling, resampling, rest_of_branch
+from dtr_kernels.ops.checks import check_floating, check_shape, check_tensor
+from dtr_kernels.reference.unet import Resampling, resampling, rest_of_branch
 from dtr_kernels.routing import ChannelWindow, check_count
 
 __all__ = ["RoutedResBlock", "for_any_channels", "run_res_block"]
@@ -23,7 +23,7 @@ def run_res_block(block: Any, x: Tensor, emb: Tensor, window: ChannelWindow | No
     """One routed residual block of ADM, S(x) + h(m * x, emb), whose branch skips channels where the batch shares them.
 
     That is the DTR paper's equation 6 where the skip S is the identity; for blocks that change channels or resolution
-    it is this library's own generalisation (``dtr_kernels.reference.res_block``). Only the first norm and the first
+    it is this library's own generalisation (``dtr_kernels.reference.unet``). Only the first norm and the first
     convolution see the mask. What is computed, and what is skipped, is described in ``dtr_kernels.ops.routed_conv``.
 
     Args:
@@ -75,7 +75,7 @@ class RoutedResBlock(NoTorchScript, nn.Module):
     h is GroupNorm, SiLU, resampling, 3x3 convolution, conditioning by emb, GroupNorm, SiLU, dropout and 3x3
     convolution; S is x itself, resampled, or convolved where the number of channels changes. state_dict keys are those
     of guided-diffusion's ResBlock. The paper routes ADM too, but has published code for DiT only: the form for blocks
-    that change channels or resolution is this library's own (``dtr_kernels.reference.res_block``).
+    that change channels or resolution is this library's own (``dtr_kernels.reference.unet``).
 
     Args:
         channels: number of input channels C, which is what the window is for.
@@ -141,7 +141,7 @@ class RoutedResBlock(NoTorchScript, nn.Module):
         self.skip_connection = _skip(channels, out_channels, use_conv)
 
     def forward(self, x: Tensor, emb: Tensor, window: ChannelWindow | Tensor | None = None) -> Tensor:
-        """Runs the block.
+        """Run the block.
 
         Args:
             x: [B, C, H, W], floating point.
@@ -162,9 +162,9 @@ class RoutedResBlock(NoTorchScript, nn.Module):
         check_floating("x", x, "; convert it with x.float()")
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x must have shape [B, {self.channels}, H, W], got {list(x.shape)}")
-        _check_tensor("emb", emb, (x.shape[0], self.emb_channels), x)
+        check_tensor("emb", emb, (x.shape[0], self.emb_channels), x)
         if isinstance(window, Tensor):
-            _check_shape("window, a mask,", window, (x.shape[0], self.channels), x)
+            check_shape("window, a mask,", window, (x.shape[0], self.channels), x)
             return reference.res_block(self, x, emb, window)
         return run_res_block(self, x, emb, window)
 

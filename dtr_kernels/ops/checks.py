@@ -20,9 +20,9 @@ def check_block(x: Tensor, c: Tensor, mask: Tensor | None, channels: int) -> Non
     check_floating("x", x, "; convert it with x.float()")
     if x.dim() != 3 or x.shape[-1] != channels:
         raise ValueError(f"x must have shape [B, N, {channels}], got {list(x.shape)}")
-    _check_tensor("c", c, (x.shape[0], channels), x)
+    check_tensor("c", c, (x.shape[0], channels), x)
     if mask is not None:
-        _check_shape("window, a mask,", mask, (x.shape[0], channels), x)
+        check_shape("window, a mask,", mask, (x.shape[0], channels), x)
 
 
 def check_stream(x: Tensor, branch: Tensor | None, gate: Tensor | None, **modulation: Tensor) -> None:
@@ -40,10 +40,10 @@ def check_stream(x: Tensor, branch: Tensor | None, gate: Tensor | None, **modula
         raise ValueError("branch and gate belong together: give both or neither")
     B, _, C = x.shape
     if branch is not None and gate is not None:
-        _check_tensor("branch", branch, (B, x.shape[1], C), x)
-        _check_tensor("gate", gate, (B, C), x)
+        check_tensor("branch", branch, (B, x.shape[1], C), x)
+        check_tensor("gate", gate, (B, C), x)
     for name, vector in modulation.items():
-        _check_tensor(name, vector, (B, C), x)
+        check_tensor(name, vector, (B, C), x)
 
 
 def check_linear(x: Tensor, name: str, weight: Tensor, bias: Tensor | None, inputs: int) -> None:
@@ -63,9 +63,9 @@ def check_parameters(x: Tensor, name: str, weight: Tensor, bias: Tensor | None) 
     Raises:
         ValueError: if a shape, dtype or device does not fit.
     """
-    _check_tensor(f"{name}weight", weight, tuple(weight.shape), x)
+    check_tensor(f"{name}weight", weight, tuple(weight.shape), x)
     if bias is not None:
-        _check_tensor(f"{name}bias", bias, (weight.shape[0],), x)
+        check_tensor(f"{name}bias", bias, (weight.shape[0],), x)
     device = x.device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return
@@ -101,12 +101,12 @@ def check_floating(name: str, tensor: Tensor, hint: str = "") -> None:
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}{hint}")
 
 
-def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     check_floating(name, tensor)
-    _check_shape(name, tensor, shape, x)
+    check_shape(name, tensor, shape, x)
 
 
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)} to fit x {list(x.shape)}, got {list(tensor.shape)}")
     if tensor.device != x.device:

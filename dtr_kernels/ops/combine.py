@@ -6,7 +6,8 @@ product is formed, also with a zero coefficient, so that NaN and inf in a gradie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any, overload
 
@@ -14,17 +15,21 @@ import torch
 from torch import Tensor
 
 from dtr_kernels.ops import extension
+from dtr_kernels.ops.declaration import Draw, Kernel, Work, modes
 from dtr_kernels.ops.gradient_lists import (
+    CLUSTERS,
+    FlatGradients,
     Gathered,
-    Segments,
     checked,
+    choose_surgery,
     current_stream,
     described,
+    drawn,
     flat,
+    flattened,
+    joined,
     plain_chunks,
     refuse_shared_memory,
-    segments,
-    surgery_path,
 )
 from dtr_kernels.ops.registration import op
 
@@ -35,7 +40,7 @@ def _combine(grads: list[Tensor], coefficients: Tensor) -> None:
     refuse_shared_memory(grads, clusters)
     # So that autograd notices if it has saved one of them for a backward pass.
     torch.autograd.graph.increment_version(grads)
-    if surgery_path(grads[0]) != "plain":
+    if choose_surgery(grads[0].device, grads[0].dtype).path != "plain":
         _launch_combine(described(grads, clusters), coefficients)
         return
     for _, rows in plain_chunks(grads, clusters):
@@ -65,7 +70,7 @@ def _(grads: list[Any], coefficients: Any) -> int:
 def _weighted_sum(grads: list[Tensor], weights: Tensor) -> list[Tensor]:
     clusters = len(weights)
     out = [torch.empty_like(tensor) for tensor in grads[::clusters]]
-    if surgery_path(grads[0]) != "plain":
+    if choose_surgery(grads[0].device, grads[0].dtype).path != "plain":
         _launch_weighted_sum(described(grads, clusters), weights, out)
         return out
     sums: list[list[Tensor]] = [[] for _ in out]
@@ -95,36 +100,36 @@ def _(grads: list[Any], weights: Any) -> int:
     return 2 * sum(map(prod, grads))
 
 
-def combine_of(grads: Gathered | Segments, coefficients: Tensor) -> None:
+def combine_of(grads: Gathered | FlatGradients, coefficients: Tensor) -> None:
     """``combine_`` of checked gradients."""
     if isinstance(grads, Gathered):
         try:
             _launch_combine(grads.described, coefficients)
         except ValueError:  # Some share memory, and the op says which.
-            grads = segments(grads.rows)
+            grads = flattened(grads.rows)
         else:
             torch.autograd.graph.increment_version([tensor for row in grads.rows for tensor in row])
             return
     _combine(grads.tensors, coefficients)
 
 
-def weighted_sum_of(grads: Gathered | Segments, weights: Tensor) -> list[Tensor]:
+def weighted_sum_of(grads: Gathered | FlatGradients, weights: Tensor) -> list[Tensor]:
     """``weighted_sum`` of checked gradients, one tensor for each segment."""
-    if isinstance(grads, Segments):
+    if isinstance(grads, FlatGradients):
         return _weighted_sum(grads.tensors, weights)
-    out = _pieces_like(grads.rows[0], grads.described.sizes)
+    out = _empty_like(grads.rows[0], grads.described.sizes)
     _launch_weighted_sum(grads.described, weights, out)
     return out
 
 
-def _pieces_like(tensors: Sequence[Tensor], sizes: list[int]) -> list[Tensor]:
-    """Uninitialised tensors; on a CPU pieces of one allocation, which take less time than as many of their own."""
+def _empty_like(tensors: Sequence[Tensor], sizes: list[int]) -> list[Tensor]:
+    """Uninitialised tensors; on a CPU parts of one allocation, which take less time than as many of their own."""
     if tensors[0].device.type != "cpu":  # whose kernels are faster where each is aligned
         return [torch.empty_like(tensor) for tensor in tensors]
-    pieces = torch.unsafe_split_with_sizes(tensors[0].new_empty(sum(sizes)), sizes)
+    parts = torch.unsafe_split_with_sizes(tensors[0].new_empty(sum(sizes)), sizes)
     return [
-        piece if tensor.dim() == 1 else piece.as_strided(tensor.shape, tensor.stride())
-        for piece, tensor in zip(pieces, tensors, strict=True)
+        part if tensor.dim() == 1 else part.as_strided(tensor.shape, tensor.stride())
+        for part, tensor in zip(parts, tensors, strict=True)
     ]
 
 
@@ -173,3 +178,42 @@ def _matrix(name: str, matrix: Tensor, shape: tuple[int, ...], device: torch.dev
     if matrix.device != device:
         raise ValueError(f"{name} is on {matrix.device}, but the gradients are on {device}; move one of them")
     return matrix.detach().double().contiguous()
+
+
+def _combined(grads: Any, coefficients: Tensor) -> Tensor:
+    combine_(grads, coefficients)
+    return joined(grads)
+
+
+def _drawn(draw: Draw, lists: bool, shape: Callable[[int], tuple[int, ...]]) -> tuple[Any, Tensor]:
+    coefficients = torch.randn(shape(draw.sizes.K), dtype=torch.float64).to(draw.device)
+    return drawn(draw, lists), coefficients
+
+
+KERNELS = [
+    Kernel(
+        "combine_",
+        _combined,
+        lambda grads, coefficients: coefficients.to((rows := joined(grads)).dtype) @ rows,
+        lambda draw, lists: dict(zip(("grads", "coefficients"), _drawn(draw, lists, lambda K: (K, K)), strict=True)),
+        modes(lists=(False, True)),
+        work=lambda s, items, **_: Work(bytes=2 * s.K * s.P * items.operand),
+        timed=lambda lists: not lists,
+        peers={
+            "torch.mm, not in place": lambda grads, coefficients: partial(torch.mm, coefficients.to(grads.dtype), grads)
+        },
+        sizes=CLUSTERS,
+        in_place=True,
+    ),
+    Kernel(
+        "weighted_sum",
+        lambda grads, weights: joined(weighted_sum(grads, weights)),
+        lambda grads, weights: weights.to((rows := joined(grads)).dtype) @ rows,
+        lambda draw, lists: dict(zip(("grads", "weights"), _drawn(draw, lists, lambda K: (K,)), strict=True)),
+        modes(lists=(False, True)),
+        work=lambda s, items, **_: Work(bytes=(s.K + 1) * s.P * items.operand),
+        timed=lambda lists: not lists,
+        peers={"torch.mv": lambda grads, weights: partial(torch.mv, grads.T, weights.to(grads.dtype))},
+        sizes=CLUSTERS,
+    ),
+]

@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtr_kernels import reference
-from dtr_kernels.ops.checks import DTYPES, _check_tensor, check_parameters, check_window
-from dtr_kernels.ops.dispatch import is_wrapper
-from dtr_kernels.reference.res_block import Resampling
+from dtr_kernels.ops.checks import DTYPES, check_parameters, check_tensor, check_window
+from dtr_kernels.ops.dispatch import Choice, is_wrapper, made
+from dtr_kernels.reference.unet import Resampling
 from dtr_kernels.routing import ChannelWindow
 
 # When skipping pays, measured on a CPU. A convolution copies a slice of the weight before it reads it, which takes as
@@ -79,7 +79,8 @@ def routed_conv(
     _check(x, norm_weight, norm_bias, num_groups, weight, bias)
     window = check_window(x.movedim(1, -1), window)
     norm, conv = (norm_weight, norm_bias, num_groups, eps), (weight, bias)
-    if window is None or window.shared_start is None or why_dense(x, num_groups, weight, window, resample):
+    choice = made(_choose(x, num_groups, weight, window, resample))
+    if window is None or window.shared_start is None or choice.path == "dense":
         return reference.routed_conv(x, *norm, *conv, None if window is None else window.mask(), resample)
 
     first, last = _touched(window.shared_start, window, num_groups)
@@ -102,7 +103,7 @@ def _check(
     if num_groups < 1 or C % num_groups:
         raise ValueError(f"num_groups must divide the {C} channels of x, got {num_groups}")
     for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        _check_tensor(name, vector, (C,), x)
+        check_tensor(name, vector, (C,), x)
     if tuple(weight.shape[1:]) != (C, 3, 3):
         raise ValueError(f"weight must have shape [O, {C}, 3, 3], got {list(weight.shape)}")
     check_parameters(x, "", weight, bias)
@@ -120,20 +121,25 @@ def _touched(start: int, window: ChannelWindow, num_groups: int) -> tuple[int, i
     return start // per_group * per_group, -(-end // per_group) * per_group
 
 
-def why_dense(
+def _choose(
     x: Tensor, num_groups: int, weight: Tensor, window: ChannelWindow | None, resample: Resampling | None
-) -> str | None:
-    """Why ``routed_conv`` convolves all channels of x [B, C, H, W]; None where it skips the deactivated ones."""
+) -> Choice:
+    """Choose whether ``routed_conv`` is "dense", of all channels of x, or reads the "touched" groups alone."""
     if window is None:
-        return "unrouted"
+        return Choice("dense", "unrouted")
     if window.shared_start is None:
-        return "each sample has a window of its own; dtr.Sampler, for one timestep that the host knows, skips channels"
+        return Choice(
+            "dense",
+            "each sample has a window of its own; dtr.Sampler, for one timestep that the host knows, skips channels",
+        )
     if is_wrapper(weight):
-        return f"its weight is a {type(weight).__name__}, of which no channels can be left out"
+        return Choice("dense", f"its weight is a {type(weight).__name__}, of which no channels can be left out")
     if torch.compiler.is_compiling():
-        return "inside torch.compile every first channel would need a graph of its own"
+        return Choice("dense", "inside torch.compile every first channel would need a graph of its own")
     first, last = _touched(window.shared_start, window, num_groups)
-    return None if _pays(x, weight, last - first, resample) else "the batch of images is too small for skipping to pay"
+    if not _pays(x, weight, last - first, resample):
+        return Choice("dense", "the batch of images is too small for skipping to pay")
+    return Choice("touched", "PyTorch's convolution of the groups that the window touches")
 
 
 def _pays(x: Tensor, weight: Tensor, kept: int, resample: Resampling | None) -> bool:

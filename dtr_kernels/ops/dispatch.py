@@ -1,9 +1,11 @@
-"""What every launcher needs: which path runs, and tensors in the layout the kernels read."""
+"""Which code runs, how a kernel is launched, and tensors in the layout the kernels read."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,6 +14,7 @@ from torch.autograd import forward_ad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dtr_kernels.ops import extension, triton_version
+from dtr_kernels.ops.tuned_tiles import TOKENS_PER_SUM
 
 # Bytes to which tensor descriptors (Hopper's TMA) want base address and strides aligned.
 _ALIGNMENT = 16
@@ -21,56 +24,92 @@ _ROW_PADDING = 16
 _INTERPRETED = triton.knobs.runtime.interpret
 # Below this many elements of x the reference block is faster on a CPU (`python -m benchmarks run cpu_limits`).
 LEAST_ELEMENTS_ON_CPU = 3 << 16
-# Tokens that a backward kernel sums over before it writes a partial sum.
-TOKENS_PER_SUM = 32
+
+# --- which code runs -------------------------------------------------------------------------------------------------
 
 
-def kernel_path(x: Tensor) -> str:
-    """Which implementation runs for x: "triton", "cpu" (the compiled extension) or "plain" (the PyTorch reference).
+class Choice(NamedTuple):
+    """Which of several implementations runs: ``path`` names it for code, ``why`` says it to people, with the reason."""
+
+    path: str
+    why: str
+
+
+_made: list[Choice] | None = None
+
+
+def made(choice: Choice) -> Choice:
+    """Tell ``choices`` of a choice, and return it."""
+    if _made is not None:
+        _made.append(choice)
+    return choice
+
+
+@contextmanager
+def choices() -> Iterator[list[Choice]]:
+    """Inside, every choice is added to the list when it is made."""
+    global _made
+    before, _made = _made, []
+    try:
+        yield _made
+    finally:
+        _made = before
+
+
+def kernels_for(device: torch.device, dtype: torch.dtype) -> Choice:
+    """Choose the kernels for tensors of any size: "triton", "cpu" (the compiled extension) or "plain" (the reference).
 
     Triton's interpreter, when TRITON_INTERPRET is set, takes the place of a GPU. fp64 has no Triton kernels.
     """
-    if x.device.type == "cuda" or _INTERPRETED:
-        return "plain" if x.dtype == torch.float64 else "triton"
-    return "cpu" if x.device.type == "cpu" and extension.kernels is not None else "plain"
+    if device.type == "cuda" or _INTERPRETED or _arch is not None:
+        if dtype == torch.float64:
+            return Choice("plain", "Triton kernels do not compute in fp64; use fp32, bf16 or fp16")
+        return Choice("triton", "Triton kernels")
+    if device.type != "cpu":
+        return Choice("plain", f"there are no kernels for {device.type}, only for CUDA GPUs and CPUs")
+    if extension.kernels is None:
+        return Choice("plain", str(extension.unavailable))
+    return Choice("cpu", "compiled CPU kernels")
 
 
-def chosen_path(x: Tensor, *weights: Tensor) -> str:
-    """``kernel_path``, but "plain" where that is better or all there is.
+def choose(x: Tensor, *weights: Tensor) -> Choice:
+    """Choose what computes an op of x and these weights: as ``kernels_for``, but "plain" where that is better or all
+    there is.
 
     Better for small tensors on a CPU, where calling an op takes longer than a kernel saves; all there is for functorch
     transforms, forward-mode differentiation, and weights that are not plain numbers in memory.
     """
-    path = kernel_path(x)
-    plain = _is_small(x, path) or _is_transformed() or any(is_wrapper(weight) for weight in weights)
-    return "plain" if plain else path
+    return made(_choose(x, weights))
 
 
-def why_plain(x: Tensor, *weights: Tensor) -> str | None:
-    """Why ``chosen_path`` is "plain" for x and these weights, for people; None where it is not."""
-    path = kernel_path(x)
-    if path == "plain":
-        if x.device.type == "cuda":
-            return "Triton kernels do not compute in fp64; use fp32, bf16 or fp16"
-        if x.device.type == "cpu":
-            return extension.unavailable
-        return f"there are no kernels for {x.device.type}, only for CUDA GPUs and CPUs"
-    if _is_small(x, path):
-        return (
-            f"x has {x.numel():,} elements, and on a CPU plain PyTorch is faster below {LEAST_ELEMENTS_ON_CPU:,}; use "
-            "a larger batch"
+def _choose(x: Tensor, weights: tuple[Tensor, ...]) -> Choice:
+    kernels = kernels_for(x.device, x.dtype)
+    if kernels.path == "plain":
+        return kernels
+    # An exported graph is one for all sizes of its batch: a comparison would bind it to one side of the limit.
+    if kernels.path == "cpu" and not torch.compiler.is_exporting() and x.numel() < LEAST_ELEMENTS_ON_CPU:
+        # In a compiled graph a number in words would bind it to one size.
+        size = "few" if torch.compiler.is_compiling() else f"{x.numel():,}"
+        return Choice(
+            "plain",
+            f"x has {size} elements, and on a CPU plain PyTorch is faster below {LEAST_ELEMENTS_ON_CPU:,}; use "
+            "a larger batch",
         )
     if _is_transformed():
-        return "inside torch.func transforms and forward-mode differentiation only PyTorch's own ops work"
-    kind = next((type(weight).__name__ for weight in weights if is_wrapper(weight)), None)
-    if kind is not None:
-        return f"kernels cannot read weights of type {kind}, as quantisation makes them; dequantise them to use kernels"
-    return None
+        return Choice(
+            "plain", "inside torch.func transforms and forward-mode differentiation only PyTorch's own ops work"
+        )
+    if kind := next((type(weight).__name__ for weight in weights if is_wrapper(weight)), None):
+        return Choice(
+            "plain",
+            f"kernels cannot read weights of type {kind}, as quantisation makes them; dequantise them to use kernels",
+        )
+    return kernels
 
 
-def _is_small(x: Tensor, path: str) -> bool:
-    # An exported graph is one for all sizes of its batch: a comparison would bind it to one side of the limit.
-    return path == "cpu" and not torch.compiler.is_exporting() and x.numel() < LEAST_ELEMENTS_ON_CPU
+def runs_on_cpu(x: Tensor) -> bool:
+    """Return whether a launcher runs the compiled CPU kernels on x; else it launches Triton's."""
+    return kernels_for(x.device, x.dtype).path == "cpu"
 
 
 def _is_transformed() -> bool:
@@ -90,14 +129,78 @@ def in_dtype_of(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(t if t is None else t.to(x.dtype) for t in tensors)
 
 
+# --- launching -------------------------------------------------------------------------------------------------------
+
+
+class Launch(NamedTuple):
+    """A launch of ``programs`` programs of a Triton kernel."""
+
+    kernel: Any
+    programs: int
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+# The compute capability that ``recording`` pretends.
+_arch: int | None = None
+
+
+@contextmanager
+def recording(arch: int | None = None) -> Iterator[list[Launch]]:
+    """Inside, launchers do everything but launch: what they would launch is added to the list.
+
+    Args:
+        arch: choose paths, tiles and crossovers as on a GPU of this compute capability (80, 90, 100, ...), also for
+            tensors on the device "meta"; None to leave it to the device at hand.
+    """
+    global _recorded, _arch
+    before = _recorded, _arch
+    _recorded, _arch = [], _arch if arch is None else arch
+    try:
+        yield _recorded
+    finally:
+        _recorded, _arch = before
+
+
 def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-    """Runs ``programs`` programs of a Triton kernel on the device of its first tensor argument."""
+    """Run ``programs`` programs of a Triton kernel on the device of its first tensor argument."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, programs, args, options))
+        return
     device = next(a.device if isinstance(a, Tensor) else a.base.device for a in args if a is not None)
     if device.type != "cuda" and not _INTERPRETED:
         raise RuntimeError(f"no kernel runs on {device}: {extension.unavailable or 'Triton needs an NVIDIA GPU'}")
     triton_version.warn_of_mismatch()
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[(programs,)](*args, **options)
+
+
+def capability(x: Tensor) -> int:
+    """Compute capability of x's device as 80, 90, 100, ...; 90 in Triton's interpreter."""
+    if _arch is not None:
+        return _arch
+    return 90 if x.device.type != "cuda" else capability_of(x.get_device())
+
+
+@cache
+def capability_of(device: int) -> int:
+    """Compute capability of a GPU by its number, as 80, 90, 100, ..."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def multiprocessors(x: Tensor) -> int:
+    """How many multiprocessors x's device has; an H200's 132 in Triton's interpreter."""
+    return 132 if x.device.type != "cuda" else _multiprocessors(x.get_device())
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
 
 
 def row_stride(x: Tensor) -> int:
@@ -116,7 +219,8 @@ def empty_rows(*shape: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     Not on a CPU: oneDNN multiplies what lies behind a row of odd length with zeros, and the padding may hold NaN.
     """
     width = shape[-1]
-    padded = -(-width // _ROW_PADDING) * _ROW_PADDING if kernel_path(like) == "triton" else width
+    triton = kernels_for(like.device, like.dtype).path == "triton"
+    padded = -(-width // _ROW_PADDING) * _ROW_PADDING if triton else width
     return torch.empty(*shape[:-1], padded, device=like.device, dtype=dtype)[..., :width]
 
 
@@ -143,11 +247,10 @@ def chunks_of(N: int) -> int:
     return -(-N // TOKENS_PER_SUM)
 
 
-def modulation(vector: Tensor, x: Tensor) -> Tensor:
-    """A [B, C] vector as the kernels of x read it: rows contiguous, and for the CPU in the compute dtype."""
-    if kernel_path(x) == "cpu":
-        vector = vector.to(compute_dtype(x))
-    return rows_contiguous(vector)
+def modulation(x: Tensor, *vectors: Tensor | None) -> tuple[Any, ...]:
+    """[B, C] vectors as the kernels of x read them: rows contiguous, and for the CPU in the compute dtype."""
+    dtype = compute_dtype(x) if runs_on_cpu(x) else None
+    return tuple(v if v is None else rows_contiguous(v if dtype is None else v.to(dtype)) for v in vectors)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

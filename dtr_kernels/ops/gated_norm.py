@@ -12,32 +12,75 @@ channels only, and the linear layer that follows adds what deactivated channels 
 (``window_linear``); or it has all C channels, for a dense GEMM where that is faster, and with ``keep_branch`` always.
 The sums over C need only the window: the C - W zeros add (C - W) * mean^2 to the variance.
 
-``reference.routed_norm`` is the oracle. These functions are not differentiable by themselves; ``routed_linear`` and
+``reference.routed_norm`` is the reference. These functions are not differentiable by themselves; ``routed_linear`` and
 ``routed_mlp`` build the autograd ops from them and recompute u in the backward pass instead of storing it.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton's language has no types.
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dtr_kernels import reference
 from dtr_kernels.ops import extension
+from dtr_kernels.ops.declaration import (
+    STATISTIC,
+    Draw,
+    Gradient,
+    Itemsizes,
+    Kernel,
+    Work,
+    in_window,
+    modes,
+    starts,
+    widened,
+)
 from dtr_kernels.ops.dispatch import (
-    TOKENS_PER_SUM,
     chunks_of,
     compute_dtype,
     empty_rows,
-    kernel_path,
     launch,
     modulation,
     row_stride,
     rows_contiguous,
+    runs_on_cpu,
 )
-from dtr_kernels.ops.tiles import tile_for
+from dtr_kernels.ops.tiles import TOKENS_PER_SUM, RowTile, RowTiles, options
+from dtr_kernels.routing import ChannelWindow
+
+
+class NormInputs(NamedTuple):
+    """x and a pending update's branch [B, N, C]; shift, scale and its gate [B, C]."""
+
+    x: Tensor
+    shift: Tensor
+    scale: Tensor
+    branch: Tensor | None = None
+    gate: Tensor | None = None
+
+
+class NormWindow(NamedTuple):
+    """Active channels.
+
+    Attributes:
+        start: int32 [B], the first channel of each sample's window; None when unrouted.
+        width: W; C when unrouted.
+        compact: u has the active channels only.
+        keep_branch: x alone is masked; not with ``compact``.
+    """
+
+    start: Tensor | None
+    width: int
+    compact: bool = False
+    keep_branch: bool = False
 
 
 class NormOutput(NamedTuple):
@@ -50,14 +93,14 @@ class NormOutput(NamedTuple):
 
 
 class NormGradients(NamedTuple):
-    """x, branch [B, N, C] in the inputs' dtypes; gate, shift, scale [B, C] in the compute dtype; None without a
+    """x, branch [B, N, C] in the inputs' dtypes; shift, scale, gate [B, C] in the compute dtype; None without a
     branch."""
 
     x: Tensor
-    branch: Tensor | None
-    gate: Tensor | None
     shift: Tensor
     scale: Tensor
+    branch: Tensor | None
+    gate: Tensor | None
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -256,37 +299,39 @@ def gated_norm_backward_kernel(
 
 # --- launchers -------------------------------------------------------------------------------------------------------
 
+_FORWARD, _FORWARD_UPDATE = RowTiles("norm_forward", tensors=2), RowTiles("norm_forward_update", tensors=3)
+
+
+class _BackwardTiles(RowTiles):
+    """Tiles of the backward pass without a pending update."""
+
+    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int) -> RowTile:
+        tile = super().default(dtype, rows, channels, arch)
+        if dtype != torch.float32:  # a vector of 8 channels a thread, and few barriers
+            return RowTile(1, tile.block, max(1, tile.block // 256))
+        # Of fp32 rows this long ptxas spills a register on sm_90, so that one more block fits a multiprocessor.
+        return RowTile(1, tile.block, warps=32) if tile.block == 2048 else tile
+
+
+_BACKWARD, _BACKWARD_UPDATE = _BackwardTiles("norm_backward", tensors=4), RowTiles("norm_backward_update", tensors=6)
+
 
 def gated_norm_forward(
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
-    start: Tensor | None,
-    width: int,
-    eps: float,
-    dtype: torch.dtype,
-    compact: bool = False,
-    keep_branch: bool = False,
-    write_stream: bool = True,
+    inputs: NormInputs, window: NormWindow, eps: float, dtype: torch.dtype, write_stream: bool = True
 ) -> NormOutput:
-    """Runs the forward pass.
+    """Run the forward pass.
 
     Args:
-        x: [B, N, C]. branch: [B, N, C] or None. gate, shift, scale: [B, C], rows may be strided.
-        start: int32 [B], or None when unrouted. width: active channels W (C when unrouted).
+        inputs: x and branch [B, N, C]; shift, scale and gate [B, C], rows may be strided.
+        window: active channels.
         eps: added to the variance.
         dtype: of u, the dtype of the GEMM that reads it.
-        compact: write active channels only.
-        keep_branch: mask x alone, not compact.
         write_stream: False in the backward pass, which recomputes u only.
     """
+    x, branch = inputs.x.contiguous(), None if inputs.branch is None else inputs.branch.contiguous()
+    gate, shift, scale = modulation(x, inputs.gate, inputs.shift, inputs.scale)
+    start, width, compact, keep_branch = window
     B, N, C = x.shape
-    x = x.contiguous()
-    branch = None if branch is None else branch.contiguous()
-    gate = None if gate is None else modulation(gate, x)
-    shift, scale = modulation(shift, x), modulation(scale, x)
     stream = torch.empty_like(x) if branch is not None and write_stream else None
     u = empty_rows(B, N, width, like=x, dtype=dtype) if compact else torch.empty(B, N, C, device=x.device, dtype=dtype)
     mean = torch.empty(B, N, device=x.device, dtype=compute_dtype(x))
@@ -294,14 +339,14 @@ def gated_norm_forward(
     output = NormOutput(stream, u, mean, rstd)
     if B * N == 0:
         return output
-    if kernel_path(x) == "cpu":
+    if runs_on_cpu(x):
         tensors = (x, branch, stream, u, gate, shift, scale, mean, rstd)
         shape = extension.shape(B, N, C, start, width)
         extension.kernels.norm_forward(
             shape, eps, compact, keep_branch, extension.dtype_code(x.dtype), *map(extension.rows, tensors)
         )
         return output
-    tile = tile_for("norm_forward" if branch is None else "norm_forward_update", x, N, C)
+    tile = (_FORWARD if branch is None else _FORWARD_UPDATE).tile(x, N, C)
     launch(
         gated_norm_forward_kernel,
         B * triton.cdiv(N, tile.rows),
@@ -328,9 +373,7 @@ def gated_norm_forward(
         WINDOWED=start is not None,
         COMPACT=compact,
         WRITE_STREAM=stream is not None,
-        ROWS=tile.rows,
-        BLOCK=tile.block,
-        num_warps=tile.warps,
+        **options(tile),
     )
     return output
 
@@ -339,42 +382,36 @@ def gated_norm_backward(
     du: Tensor,
     dstream: Tensor | None,
     inactive: Tensor | None,
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor,
+    inputs: NormInputs,
     mean: Tensor,
     rstd: Tensor,
-    start: Tensor | None,
-    width: int,
-    compact: bool = False,
-    keep_branch: bool = False,
+    window: NormWindow,
     x_is_stream: bool = False,
 ) -> NormGradients:
-    """Runs the backward pass.
+    """Run the backward pass.
 
     Args:
         du: gradient of u, shaped like it. dstream: gradient of the stream [B, N, C], or None.
         inactive: [B, N] in the compute dtype, per token the sum over deactivated channels of the gradient of the norm's
             output, which the linear layer knows in closed form; None unless compact.
+        inputs, window: as in ``gated_norm_forward``. mean, rstd: its results.
         x_is_stream: x holds the forward pass's stream instead of its input (not with ``keep_branch``).
-        The rest as in ``gated_norm_forward``.
     """
+    x, branch = inputs.x.contiguous(), None if inputs.branch is None else inputs.branch.contiguous()
+    gate, scale = modulation(x, inputs.gate, inputs.scale)
+    start, width, compact, keep_branch = window
     B, N, C = x.shape
-    x, du = x.contiguous(), rows_contiguous(du)
+    du = rows_contiguous(du)
     dstream = None if dstream is None else dstream.contiguous()
-    branch = None if branch is None else branch.contiguous()
-    gate = None if gate is None else modulation(gate, x)
-    scale = modulation(scale, x)
     dx = torch.empty_like(x)
     dbranch = None if branch is None else torch.empty_like(branch)
     sums = torch.empty(2 if branch is None else 3, B, chunks_of(N), C, device=x.device, dtype=compute_dtype(x))
-    if B * N > 0 and kernel_path(x) == "cpu":
+    if B * N > 0 and runs_on_cpu(x):
         tensors = (du, dstream, x, branch, dx, dbranch, gate, scale, mean, rstd, inactive, sums)
         shape = extension.shape(B, N, C, start, width, TOKENS_PER_SUM)
         extension.kernels.norm_backward(shape, compact, keep_branch, x_is_stream, *map(extension.rows, tensors))
     elif B * N > 0:
-        tile = tile_for("norm_backward" if branch is None else "norm_backward_update", x, N, C)
+        tile = (_BACKWARD if branch is None else _BACKWARD_UPDATE).tile(x, N, C)
         launch(
             gated_norm_backward_kernel,
             B * chunks_of(N),
@@ -405,10 +442,183 @@ def gated_norm_backward(
             COMPACT=compact,
             HAS_DSTREAM=dstream is not None,
             TOKENS=TOKENS_PER_SUM,
-            ROWS=tile.rows,
-            BLOCK=tile.block,
-            num_warps=tile.warps,
+            **options(tile),
         )
     # Stage two of the sums over tokens; separate tensors, as an op's outputs must be.
     shift_sum, scale_sum, *gate_sum = (plane.sum(1) for plane in sums)
-    return NormGradients(dx, dbranch, gate_sum[0] if gate_sum else None, shift_sum, scale_sum)
+    return NormGradients(dx, shift_sum, scale_sum, dbranch, gate_sum[0] if gate_sum else None)
+
+
+# --- declarations ----------------------------------------------------------------------------------------------------
+
+_EPS = 1e-6
+
+
+def _norm(
+    inputs: NormInputs, window: NormWindow, eps: float, dtype: torch.dtype, write_stream: bool = True
+) -> NormOutput:
+    """``gated_norm_forward`` in plain PyTorch."""
+    x, shift, scale, branch, gate = inputs
+    mask = None if window.start is None else ChannelWindow(window.start, window.width, x.shape[2]).mask()
+    stream, u = reference.routed_norm(x, shift, scale, mask, branch, gate, window.keep_branch, eps)
+    seen = reference.masked(stream, mask)
+    if branch is not None and gate is not None and window.keep_branch:
+        seen = reference.masked(x, mask) + gate[:, None] * branch
+    if window.start is not None and window.compact:
+        u = in_window(u, window.start, window.width)
+    mean = seen.to(compute_dtype(x)).mean(2)
+    rstd = ((seen - mean[..., None]).square().mean(2) + eps).rsqrt()
+    return NormOutput(stream if branch is not None and write_stream else None, u.to(dtype), mean, rstd)
+
+
+def _of_backward(
+    du: Tensor,
+    dstream: Tensor | None,
+    inactive: Tensor | None,
+    inputs: NormInputs,
+    mean: Tensor,
+    rstd: Tensor,
+    window: NormWindow,
+    x_is_stream: bool,
+) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor], tuple[Tensor | None, ...]]:
+    inputs = _before_update(inputs) if x_is_stream else inputs
+
+    def function(*inputs: Tensor) -> tuple[Tensor, ...]:
+        out = _norm(NormInputs(*inputs), window, _EPS, du.dtype)
+        # Every deactivated channel leaves the norm as -mean * rstd.
+        return inputs[0] if out.stream is None else out.stream, out.u, -out.mean * out.rstd
+
+    return function, [t for t in inputs if t is not None], (dstream, du, inactive)
+
+
+def _before_update(inputs: NormInputs) -> NormInputs:
+    """The inputs whose stream is ``inputs.x``."""
+    assert inputs.branch is not None and inputs.gate is not None
+    return inputs._replace(x=inputs.x - inputs.gate[:, None] * inputs.branch)
+
+
+def _drawn(draw: Draw, routed: bool, update: bool, compact: bool, keep_branch: bool) -> tuple[NormInputs, NormWindow]:
+    B, N, C, _ = draw.sizes
+    shift, scale, gate = draw.vectors(3)
+    pending = (draw(B, N, C), gate) if update else (None, None)
+    window = NormWindow(draw.start, draw.sizes.W, compact, keep_branch) if routed else NormWindow(None, C)
+    return NormInputs(draw.stream(B, N, C), shift, scale, *pending), window
+
+
+def _forward_inputs(draw: Draw, without_stream: bool, **mode: bool) -> dict[str, Any]:
+    inputs, window = _drawn(draw, **mode)
+    return dict(inputs=inputs, window=window, eps=_EPS, dtype=inputs.shift.dtype, write_stream=not without_stream)
+
+
+def _backward_inputs(draw: Draw, x_is_stream: bool, without_dstream: bool, **mode: bool) -> dict[str, Any]:
+    B, N, C, _ = draw.sizes
+    inputs, window = _drawn(draw, **mode)
+    wide = widened(inputs)
+    _, _, mean, rstd = _norm(_before_update(wide) if x_is_stream else wide, window, _EPS, torch.float64)
+    return dict(
+        du=draw.compact() if window.compact else draw(B, N, C),
+        dstream=None if without_dstream else draw.stream(B, N, C),
+        inactive=draw.statistic(B, N) if window.compact else None,
+        inputs=inputs,
+        mean=mean.to(compute_dtype(inputs.x)),
+        rstd=rstd.to(compute_dtype(inputs.x)),
+        window=window,
+        x_is_stream=x_is_stream,
+    )
+
+
+def forward_work(B: int, N: int, C: int, W: int, items: Itemsizes, branch: bool = False, compact: bool = False) -> Work:
+    """Count the stream (with a branch), the next layer's input on all channels (on active ones if ``compact``), and
+    each token's mean and rstd."""
+    T, written = B * N, W if compact else C
+    work = T * (C if branch else W) * items.stream  # x
+    work += (T + 2 * B) * written * items.operand  # u, shift and scale
+    work += 2 * T * STATISTIC + starts(B, C, W)
+    if branch:
+        work += T * C * (items.operand + items.stream) + B * C * items.operand  # branch, stream, gate
+    return Work(bytes=work)
+
+
+def backward_work(
+    B: int,
+    N: int,
+    C: int,
+    W: int,
+    items: Itemsizes,
+    branch: bool = False,
+    compact: bool = False,
+    dstream: bool = True,
+) -> Work:
+    """Count gradients of x, branch, gate, shift and scale.
+
+    Args:
+        compact: whether the gradient that it is given has active channels only, and of the others their sum.
+        dstream: whether the gradient of the stream is added, on the way to that of x.
+    """
+    T, seen = B * N, W if compact else C
+    work = T * (W + C) * items.stream  # x and its gradient
+    work += (T + B) * seen * items.operand  # du, scale
+    work += 2 * T * STATISTIC + starts(B, C, W)
+    work += 2 * B * C * STATISTIC  # gradients of shift and scale
+    if seen < C:
+        work += T * STATISTIC  # what deactivated channels sum up to
+    if dstream:
+        work += T * C * items.stream
+    if branch:
+        work += (2 * T + B) * C * items.operand + B * C * STATISTIC  # branch and its gradient, gate and its gradient
+    return Work(bytes=work)
+
+
+def _valid(routed: bool, update: bool, compact: bool, keep_branch: bool, **others: bool) -> bool:
+    """A compact output needs a window, and only a window masks one of two terms."""
+    return (routed or not (compact or keep_branch)) and (update or not keep_branch) and not (compact and keep_branch)
+
+
+def _layer_norm(inputs: NormInputs, eps: float, **_: Any) -> Callable[[], Tensor]:
+    """Another function, of all channels and without residual, gate and modulation."""
+    return lambda: F.layer_norm(inputs.x, inputs.x.shape[2:], eps=eps)
+
+
+_NORM = dict.fromkeys(("routed", "update", "compact", "keep_branch"), (False, True))
+
+KERNELS = [
+    Kernel(
+        "gated_norm_forward",
+        gated_norm_forward,
+        _norm,
+        _forward_inputs,
+        modes(
+            lambda update, without_stream, **m: _valid(update=update, **m) and (update or not without_stream),
+            **_NORM,
+            without_stream=(False, True),
+        ),
+        work=lambda s, items, routed, update, compact, **_: forward_work(
+            s.B, s.N, s.C, s.W if routed else s.C, items, update, compact
+        ),
+        timed=lambda routed, without_stream, **_: routed and not without_stream,
+        tiles=lambda update, **_: ("norm_forward_update",) if update else ("norm_forward",),
+        peers={"F.layer_norm of x": _layer_norm},
+        under_autocast=True,
+    ),
+    Kernel(
+        "gated_norm_backward",
+        gated_norm_backward,
+        Gradient(_of_backward),
+        _backward_inputs,
+        modes(
+            lambda update, x_is_stream, keep_branch, **m: (
+                _valid(update=update, keep_branch=keep_branch, **m)
+                and (not x_is_stream or (update and not keep_branch))
+            ),
+            **_NORM,
+            x_is_stream=(False, True),
+            without_dstream=(False, True),
+        ),
+        work=lambda s, items, routed, update, compact, without_dstream, **_: backward_work(
+            s.B, s.N, s.C, s.W if routed else s.C, items, update, compact, not without_dstream
+        ),
+        timed=lambda routed, without_dstream, **_: routed and not without_dstream,
+        tiles=lambda update, **_: ("norm_backward_update",) if update else ("norm_backward",),
+        under_autocast=True,
+    ),
+]

@@ -5,17 +5,21 @@
 is the usual x/2 * (1 + tanh(y)) without the cancellation of 1 + tanh(y) for large negative x.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton's language has no types.
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dtr_kernels.ops import extension
-from dtr_kernels.ops.dispatch import kernel_path, launch
+from dtr_kernels.ops.declaration import Draw, Kernel
+from dtr_kernels.ops.dispatch import launch, runs_on_cpu
 
 # The terms of 2 y, for exp and for exp2.
 _LINEAR, _CUBIC = tl.constexpr(2 * math.sqrt(2 / math.pi)), tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
@@ -67,7 +71,7 @@ _BLOCK = 2048
 
 def gelu_forward(pre: Tensor, out: Tensor) -> Tensor:
     """Writes GELU(pre) to out, which may be pre itself; both contiguous. Returns out."""
-    if kernel_path(pre) == "cpu":
+    if runs_on_cpu(pre):
         extension.kernels.gelu(
             pre.numel(), extension.rows(pre), extension.rows(out), extension.rows(None), extension.rows(None)
         )
@@ -79,8 +83,48 @@ def gelu_forward(pre: Tensor, out: Tensor) -> Tensor:
 def gelu_backward(dact: Tensor, pre: Tensor) -> Tensor:
     """Turns dact into the gradient of pre, in place, and returns GELU(pre), recomputed beside it; both contiguous."""
     act = torch.empty_like(pre)
-    if kernel_path(pre) == "cpu":
+    if runs_on_cpu(pre):
         extension.kernels.gelu(pre.numel(), *map(extension.rows, (pre, act, dact, dact)))
     elif pre.numel() > 0:
         launch(gelu_backward_kernel, triton.cdiv(pre.numel(), _BLOCK), dact, pre, act, pre.numel(), BLOCK=_BLOCK)
     return act
+
+
+# --- declarations ----------------------------------------------------------------------------------------------------
+
+
+def plain_gelu(x: Tensor) -> Tensor:
+    """GELU in plain PyTorch."""
+    return F.gelu(x, approximate="tanh")
+
+
+def _backward(dact: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
+    act = gelu_backward(dact, pre)
+    return dact, act
+
+
+def _plain_backward(dact: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten.gelu_backward(dact, pre, approximate="tanh"), plain_gelu(pre)
+
+
+def _drawn(draw: Draw) -> Tensor:
+    """Values out to where GELU is 0 or its argument."""
+    B, N, C, _ = draw.sizes
+    return draw(B, N, 4 * C, std=4)
+
+
+KERNELS = [
+    Kernel(
+        "gelu_forward",
+        gelu_forward,
+        lambda pre, out: plain_gelu(pre),
+        lambda draw: dict(pre=(pre := _drawn(draw)), out=torch.empty_like(pre)),
+    ),
+    Kernel(
+        "gelu_backward",
+        _backward,
+        _plain_backward,
+        lambda draw: dict(dact=draw(*(pre := _drawn(draw)).shape), pre=pre),
+        in_place=True,
+    ),
+]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dtr_kernels.compilation import has_code_for
 from dtr_kernels.ops import extension
+from dtr_kernels.ops.declaration import Draw, Gradients
+from dtr_kernels.ops.dispatch import Choice, made
 
 MOST_CLUSTERS = 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -24,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN_CHUNK = 1 << 18
 
 
-class Segments(NamedTuple):
+class FlatGradients(NamedTuple):
     """Gradients as the registered ops take them."""
 
     tensors: list[Tensor]
@@ -50,13 +52,13 @@ class Gathered(NamedTuple):
         return self.rows[0][0].device
 
 
-def checked(grads: Tensor | Sequence[Sequence[Tensor]]) -> Gathered | Segments:
+def checked(grads: Tensor | Sequence[Sequence[Tensor]]) -> Gathered | FlatGradients:
     """A [K, P] tensor, or K lists of equally shaped tensors, for the ops.
 
     Raises:
-        TypeError, ValueError: as ``segments``.
+        TypeError, ValueError: as ``flattened``.
     """
-    return _gathered(grads) or segments(grads)
+    return _gathered(grads) or flattened(grads)
 
 
 def _gathered(grads: Tensor | Sequence[Sequence[Tensor]]) -> Gathered | None:
@@ -66,14 +68,14 @@ def _gathered(grads: Tensor | Sequence[Sequence[Tensor]]) -> Gathered | None:
     if not isinstance(grads, list | tuple):
         return None
     described = extension.kernels.Gradients.of(grads, Tensor, nn.Parameter)
-    if described is None or surgery_path(grads[0][0]) == "plain":
+    if described is None or choose_surgery(grads[0][0].device, grads[0][0].dtype).path == "plain":
         return None
     if torch.is_grad_enabled() and any(torch._C._any_requires_grad(*row) for row in grads):
         return None
     return Gathered(grads, described)
 
 
-def segments(grads: Tensor | Sequence[Sequence[Tensor]]) -> Segments:
+def flattened(grads: Tensor | Sequence[Sequence[Tensor]]) -> FlatGradients:
     """A [K, P] tensor, or K lists of equally shaped tensors, as the flat list that the registered ops take, and K.
 
     Raises:
@@ -102,7 +104,7 @@ def segments(grads: Tensor | Sequence[Sequence[Tensor]]) -> Segments:
     for k, row in enumerate(rows):
         for i, tensor in enumerate(row):
             _check(f"grads[{k}]" + ("" if isinstance(grads, Tensor) else f"[{i}]"), tensor, rows[0][i], rows[0][0])
-    return Segments([tensor for segment in zip(*rows, strict=True) for tensor in segment], len(rows))
+    return FlatGradients([tensor for segment in zip(*rows, strict=True) for tensor in segment], len(rows))
 
 
 def _check(name: str, tensor: Tensor, like: Tensor, first: Tensor) -> None:
@@ -162,20 +164,20 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def surgery_path(x: Tensor) -> str:
-    """What computes on gradients like x: "cuda" or "cpu" (the compiled extension), or "plain" (PyTorch ops)."""
-    return "plain" if why_plain(x.device, x.dtype) else x.device.type
+def choose_surgery(device: torch.device, dtype: torch.dtype) -> Choice:
+    """Choose what computes on gradients of this device and dtype: "cuda" or "cpu" (the compiled extension), or "plain"
+    (PyTorch ops)."""
+    why = _unavailable(device, dtype)
+    kernels = "CUDA kernels" if device.type == "cuda" else "compiled CPU kernels"
+    return made(Choice("plain", why) if why else Choice(device.type, kernels))
 
 
-def why_plain(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why PyTorch ops compute on gradients of this device and dtype; None where the compiled extension does."""
+def _unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return "the compiled kernels of gradient surgery do not take fp64"
     if device.type == "cpu":
         return extension.unavailable
-    if device.type == "cuda":
-        return _cuda_unavailable(device)
-    return f"there are no compiled kernels for {device.type}"
+    return _cuda_unavailable(device) if device.type == "cuda" else f"there are no compiled kernels for {device.type}"
 
 
 @cache
@@ -217,3 +219,28 @@ def plain_chunks(grads: list[Tensor], clusters: int) -> Iterator[tuple[int, list
         rows = [flat(tensor) for tensor in grads[s : s + clusters]]
         for stretch in zip(*(row.split(_PLAIN_CHUNK) for row in rows), strict=True):
             yield s // clusters, list(stretch)
+
+
+# --- for declarations ------------------------------------------------------------------------------------------------
+
+#: With and without a CUDA kernel of their own number, and the most.
+CLUSTERS = tuple(Gradients(K, 3504) for K in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 32, 33, MOST_CLUSTERS))
+
+
+def drawn(draw: Draw, lists: bool) -> Tensor | list[list[Tensor]]:
+    """K random gradients of norm about 1, as one buffer, or as lists of tensors of their own.
+
+    They lie near three directions, so that many conflict.
+    """
+    K, P = draw.sizes
+    near = draw(K, 3).float() @ draw(3, P).float() + 0.3 * draw(K, P).float()
+    rows = (near / (3 * P) ** 0.5).to(draw.precision.operand)
+    sizes = [P - P // 3 - 1, 1, 0, P // 3]
+    return [[part.clone() for part in row.split(sizes)] for row in rows] if lists else rows
+
+
+def joined(gradients: Any) -> Tensor:
+    """Gradients in lists as one tensor: [K, P], or the [P] of one of them; a tensor as it is."""
+    if isinstance(gradients, Tensor):
+        return gradients
+    return torch.cat(gradients) if isinstance(gradients[0], Tensor) else torch.stack([joined(row) for row in gradients])

@@ -2,7 +2,7 @@
 
 The compiled kernels (csrc/cpu/surgery.inl, csrc/cuda/surgery.cu) read every gradient once. Products are added in fp32
 within a lane and in fp64 across lanes and blocks, in an order that depends on the sizes alone: the same gradients give
-the same bits, whatever the number of threads. ``reference.gram`` is the oracle.
+the same bits, whatever the number of threads. ``reference.gram`` is the reference.
 """
 
 from __future__ import annotations
@@ -14,22 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtr_kernels import reference
 from dtr_kernels.ops import extension
+from dtr_kernels.ops.declaration import Kernel, Work, modes
 from dtr_kernels.ops.gradient_lists import (
+    CLUSTERS,
+    FlatGradients,
     Gathered,
-    Segments,
     checked,
+    choose_surgery,
     current_stream,
     described,
+    drawn,
+    joined,
     plain_chunks,
-    surgery_path,
 )
 from dtr_kernels.ops.registration import op
 
 
 @op("gram")
 def _gram(grads: list[Tensor], clusters: int) -> Tensor:
-    if surgery_path(grads[0]) != "plain":
+    if choose_surgery(grads[0].device, grads[0].dtype).path != "plain":
         return _launch(described(grads, clusters), clusters, grads[0].device)
     out = torch.zeros(clusters, clusters, device=grads[0].device, dtype=torch.float64)
     for _, rows in plain_chunks(grads, clusters):
@@ -61,7 +66,7 @@ def _(grads: list[Any], clusters: int) -> int:
     return 2 * clusters * sum(map(prod, grads))
 
 
-def gram_of(grads: Gathered | Segments) -> Tensor:
+def gram_of(grads: Gathered | FlatGradients) -> Tensor:
     """``gram`` of checked gradients."""
     return _launch(grads.described, grads.clusters, grads.device) if isinstance(grads, Gathered) else _gram(*grads)
 
@@ -82,3 +87,24 @@ def gram(grads: Tensor | Sequence[Sequence[Tensor]]) -> Tensor:
         TypeError, ValueError: if the gradients are not as described.
     """
     return gram_of(checked(grads))
+
+
+def _plain(grads: Any) -> Tensor:
+    """Products of 16-bit numbers too are added in fp32 at least."""
+    rows = joined(grads)
+    return reference.gram(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+
+
+KERNELS = [
+    Kernel(
+        "gram",
+        gram,
+        _plain,
+        lambda draw, lists: dict(grads=drawn(draw, lists)),
+        modes(lists=(False, True)),
+        work=lambda s, items, **_: Work(bytes=s.K * s.P * items.operand),
+        timed=lambda lists: not lists,
+        peers={"torch.mm": lambda grads: lambda: grads @ grads.T},
+        sizes=CLUSTERS,
+    )
+]

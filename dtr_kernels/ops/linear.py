@@ -6,6 +6,7 @@ recomputed from the stream, which the next op of the block keeps anyway.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -13,37 +14,45 @@ from torch import Tensor
 
 from dtr_kernels import reference
 from dtr_kernels.ops.checks import check_linear, check_stream, check_window
-from dtr_kernels.ops.dispatch import chosen_path, in_dtype_of
-from dtr_kernels.ops.gated_norm import gated_norm_backward, gated_norm_forward
+from dtr_kernels.ops.declaration import Draw, Gradient, Kernel, modes, widened
+from dtr_kernels.ops.dispatch import Choice, choose, compute_dtype, in_dtype_of
+from dtr_kernels.ops.gated_norm import NormInputs, NormWindow, gated_norm_backward, gated_norm_forward
 from dtr_kernels.ops.registration import op
-from dtr_kernels.ops.window_linear import contracts_windows, window_linear_backward, window_linear_forward
+from dtr_kernels.ops.window_linear import ClosedForm, choose_gemm, window_linear_backward, window_linear_forward
 from dtr_kernels.routing import ChannelWindow
 
 
 @op("routed_linear")
 def _op(
     x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
     shift: Tensor,
     scale: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     start: Tensor | None,
     width: int,
+    branch: Tensor | None,
+    gate: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(stream, out, mean, rstd); stream is empty without a branch, where it would be x itself."""
-    compact = contracts_windows("windows_forward", x, start, width, weight)
-    stream, u, mean, rstd = gated_norm_forward(x, branch, gate, shift, scale, start, width, eps, weight.dtype, compact)
-    mean_rstd, window = (mean * rstd, start) if compact else (None, None)
-    out = window_linear_forward(u, mean_rstd, shift, scale, weight, bias, window)
+    compact = choose_gemm("windows_forward", x, start, width, weight).path == "windows"
+    inputs, window = NormInputs(x, shift, scale, branch, gate), NormWindow(start, width, compact)
+    stream, u, mean, rstd = gated_norm_forward(inputs, window, eps, weight.dtype)
+    out = window_linear_forward(u, closed_form(window, inputs, mean, rstd), weight, bias)
     return x.new_empty(0) if stream is None else stream, out, mean, rstd
+
+
+def closed_form(window: NormWindow, inputs: NormInputs, mean: Tensor, rstd: Tensor) -> ClosedForm | None:
+    """Return what the linear layer needs to know of channels that a compact norm left out; None if it left out none."""
+    if window.start is None or not window.compact:
+        return None
+    return ClosedForm(mean * rstd, inputs.shift, inputs.scale, window.start)
 
 
 @_op.register_fake
 def _(
-    x: Tensor, branch: Tensor | None, gate: Any, shift: Any, scale: Any, weight: Tensor, *_: Any
+    x: Tensor, shift: Any, scale: Any, weight: Tensor, bias: Any, start: Any, width: Any, branch: Any, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, N, C = x.shape
     stream = x.new_empty(0) if branch is None else x.new_empty(B, N, C)
@@ -52,10 +61,8 @@ def _(
 
 
 @_op.register_flops
-def _(
-    x: Any, branch: Any, gate: Any, shift: Any, scale: Any, weight: Any, bias: Any, start: Any, width: int, eps: float
-) -> int:
-    B, N, _ = x
+def _(x: Any, shift: Any, scale: Any, weight: Any, bias: Any, start: Any, width: int, *_: Any) -> int:
+    B, N, _C = x
     return 2 * B * N * width * weight[0]
 
 
@@ -64,49 +71,36 @@ def _backward_op(
     dstream: Tensor | None,
     dout: Tensor,
     stream: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
     shift: Tensor,
     scale: Tensor,
     weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
     start: Tensor | None,
     width: int,
+    branch: Tensor | None,
+    gate: Tensor | None,
     eps: float,
+    mean: Tensor,
+    rstd: Tensor,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (x, branch, gate, shift, scale, weight, bias), empty where there is no such input or no need."""
-    compact = contracts_windows("windows_backward", stream, start, width, weight)
-    u = gated_norm_forward(stream, None, None, shift, scale, start, width, eps, weight.dtype, compact).u
-    mean_rstd, window = (mean * rstd, start) if compact else (None, None)
-    linear = window_linear_backward(dout, u, mean_rstd, shift, scale, weight, window, need_weight, need_bias)
-    norm = gated_norm_backward(
-        linear.u,
-        dstream,
-        linear.inactive,
-        stream,
-        branch,
-        gate,
-        scale,
-        mean,
-        rstd,
-        start,
-        width,
-        compact,
-        x_is_stream=True,
-    )
+    """Gradients of (x, shift, scale, weight, bias, branch, gate), empty where there is no such input or no need."""
+    compact = choose_gemm("windows_backward", stream, start, width, weight).path == "windows"
+    window = NormWindow(start, width, compact)
+    u = gated_norm_forward(NormInputs(stream, shift, scale), window, eps, weight.dtype).u
+    inputs = NormInputs(stream, shift, scale, branch, gate)
+    linear = window_linear_backward(dout, u, closed_form(window, inputs, mean, rstd), weight, need_weight, need_bias)
+    norm = gated_norm_backward(linear.u, dstream, linear.inactive, inputs, mean, rstd, window, x_is_stream=True)
     dshift = norm.shift if linear.shift is None else norm.shift + linear.shift
     dscale = norm.scale if linear.scale is None else norm.scale + linear.scale
     return (
         norm.x,
-        _or_empty(norm.branch, stream),
-        _or_empty(None if norm.gate is None or gate is None else norm.gate.to(gate.dtype), stream),
         dshift.to(shift.dtype),
         dscale.to(scale.dtype),
         _or_empty(linear.weight, weight),
         _or_empty(linear.bias, weight),
+        _or_empty(norm.branch, stream),
+        _or_empty(None if norm.gate is None or gate is None else norm.gate.to(gate.dtype), stream),
     )
 
 
@@ -120,83 +114,58 @@ def _(
     dstream: Any,
     dout: Any,
     stream: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
     shift: Tensor,
     scale: Tensor,
     weight: Tensor,
+    start: Any,
+    width: Any,
+    branch: Tensor | None,
+    gate: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     need_weight, need_bias = rest[-2:]
     return (
         stream.new_empty(stream.shape),
-        stream.new_empty(0) if branch is None else branch.new_empty(branch.shape),
-        stream.new_empty(0) if gate is None else gate.new_empty(gate.shape),
         shift.new_empty(shift.shape),
         scale.new_empty(scale.shape),
         weight.new_empty(weight.shape if need_weight else 0),
         weight.new_empty(weight.shape[0] if need_bias else 0),
+        stream.new_empty(0) if branch is None else branch.new_empty(branch.shape),
+        stream.new_empty(0) if gate is None else gate.new_empty(gate.shape),
     )
 
 
 @_backward_op.register_flops
 def _(
-    dstream: Any,
-    dout: Any,
-    stream: Any,
-    branch: Any,
-    gate: Any,
-    shift: Any,
-    scale: Any,
-    weight: Any,
-    mean: Any,
-    rstd: Any,
-    start: Any,
-    width: int,
-    eps: float,
-    need_weight: bool,
-    need_bias: bool,
+    dstream: Any, dout: Any, stream: Any, shift: Any, scale: Any, weight: Any, start: Any, width: int, *rest: Any
 ) -> int:
     B, N, O = dout
+    need_weight, _need_bias = rest[-2:]
     return 2 * B * N * width * O * (1 + need_weight)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, branch, gate, shift, scale, weight, _, start, ctx.width, ctx.eps = inputs
+    x, shift, scale, weight, _, start, ctx.width, branch, gate, ctx.eps = inputs
     stream, _, mean, rstd = output
     ctx.set_materialize_grads(False)
     # The stream instead of x: with it the sum is not computed again, and the next op saves the same tensor.
-    ctx.save_for_backward(x if branch is None else stream, branch, gate, shift, scale, weight, mean, rstd, start)
+    ctx.save_for_backward(x if branch is None else stream, shift, scale, weight, start, branch, gate, mean, rstd)
 
 
 def _backward(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    stream, branch, gate, shift, scale, weight, mean, rstd, start = ctx.saved_tensors
+    stream, shift, scale, weight, start, branch, gate, mean, rstd = ctx.saved_tensors
     if dout is None:
         dout = stream.new_zeros(*stream.shape[:2], weight.shape[0], dtype=weight.dtype)
     needs = ctx.needs_input_grad
-    gradients = _backward_op(
-        dstream if branch is not None else None,
-        dout,
-        stream,
-        branch,
-        gate,
-        shift,
-        scale,
-        weight,
-        mean,
-        rstd,
-        start,
-        ctx.width,
-        ctx.eps,
-        needs[5],
-        needs[6],
-    )
-    return *(g if need else None for g, need in zip(gradients, needs, strict=False)), None, None, None
+    inputs = (stream, shift, scale, weight, start, ctx.width, branch, gate, ctx.eps)
+    gradients = _backward_op(dstream if branch is not None else None, dout, *inputs, mean, rstd, *needs[3:5])
+    wanted = [g if need else None for g, need in zip(gradients, needs[:5] + needs[7:9], strict=True)]
+    return *wanted[:5], None, None, *wanted[5:], None
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
 _backward_op.refuse_autograd()
-_op.register_autocast(casts=(5, 6))
+_op.register_autocast(casts=(3, 4))
 
 
 def routed_linear(
@@ -231,13 +200,109 @@ def routed_linear(
         TypeError: if a tensor is not floating point.
         ValueError: if shapes, dtypes, devices or the window do not fit x.
     """
+    return routed_linear_by(choose(x, weight), x, shift, scale, weight, bias, window, branch, gate, eps)
+
+
+def routed_linear_by(
+    choice: Choice,
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: ChannelWindow | None,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """``routed_linear`` by a choice that was made for it or for its block."""
     check_stream(x, branch, gate, shift=shift, scale=scale)
     check_linear(x, "", weight, bias, x.shape[-1])
     window = check_window(x, window)
-    if chosen_path(x, weight) == "plain":
+    if choice.path == "plain":
         mask = None if window is None else window.mask()
         branch, gate, shift, scale = in_dtype_of(x, branch, gate, shift, scale)
-        return reference.routed_linear(x, branch, gate, shift, scale, weight, bias, mask, eps)
+        return reference.routed_linear(x, shift, scale, weight, bias, mask, branch, gate, eps)
     start, width = (None, x.shape[-1]) if window is None else (window.start, window.width)
-    stream, out, _, _ = _op(x, branch, gate, shift, scale, weight, bias, start, width, eps)
+    stream, out, _, _ = _op(x, shift, scale, weight, bias, start, width, branch, gate, eps)
     return x if branch is None else stream, out
+
+
+# --- declarations ----------------------------------------------------------------------------------------------------
+
+_EPS = 1e-6
+
+
+def _drawn(draw: Draw, routed: bool, update: bool) -> dict[str, Any]:
+    B, N, C, _ = draw.sizes
+    shift, scale, gate = draw.vectors(3)
+    routing = dict(start=draw.start, width=draw.sizes.W) if routed else dict(start=None, width=C)
+    pending = dict(branch=draw(B, N, C), gate=gate) if update else dict(branch=None, gate=None)
+    stream = draw(B, N, C)
+    return dict(x=stream, shift=shift, scale=scale, weight=draw.weight(3 * C, C), **routing, **pending, eps=_EPS)
+
+
+def _mask(start: Tensor | None, width: int, channels: int) -> Tensor | None:
+    return None if start is None else ChannelWindow(start, width, channels).mask()
+
+
+def _plain(start: Tensor | None, width: int, **layer: Any) -> tuple[Tensor, ...]:
+    stream, out = reference.routed_linear(**layer, mask=_mask(start, width, layer["x"].shape[2]))
+    return (out,) if layer["branch"] is None else (stream, out)
+
+
+def _backward_inputs(draw: Draw, **mode: bool) -> dict[str, Any]:
+    layer = _drawn(draw, **mode)
+    x = layer.pop("x")
+    seen = reference.masked(widened(x), _mask(layer["start"], layer["width"], x.shape[2]))
+    mean = seen.mean(2)
+    rstd = ((seen - mean[..., None]).square().mean(2) + _EPS).rsqrt()
+    statistics = dict(mean=mean.to(compute_dtype(x)), rstd=rstd.to(compute_dtype(x)))
+    dout = draw(*x.shape[:2], len(layer["weight"]))
+    needs = dict(need_weight=True, need_bias=True)
+    return dict(
+        dstream=None if layer["branch"] is None else draw.stream(*x.shape),
+        dout=dout,
+        stream=x,
+        **layer,
+        **statistics,
+        **needs,
+    )
+
+
+def _of_backward(
+    dstream: Tensor | None, dout: Tensor, stream: Tensor, branch: Tensor | None, gate: Tensor | None, **rest: Any
+) -> tuple[Any, list[Tensor], list[Tensor | None]]:
+    shift, scale, weight = (rest[name] for name in ("shift", "scale", "weight"))
+    fixed: dict[str, Any] = dict(start=rest["start"], width=rest["width"], eps=rest["eps"])
+    bias, update = weight.new_zeros(len(weight)), [t for t in (branch, gate) if t is not None]
+    x = stream if branch is None or gate is None else stream - gate[:, None] * branch
+
+    def function(*given: Tensor) -> tuple[Tensor, ...]:
+        names = ("x", "shift", "scale", "weight", "bias", "branch", "gate")
+        layer: dict[str, Any] = dict(itertools.zip_longest(names, given))
+        return _plain(**fixed, **layer)
+
+    return function, [x, shift, scale, weight, bias, *update], [dstream, dout] if update else [dout]
+
+
+KERNELS = [
+    Kernel(
+        "routed_linear",
+        lambda **layer: torch.ops.dtr_kernels.routed_linear(**layer)[layer["branch"] is None : 2],
+        _plain,
+        lambda draw, bias, **mode: _drawn(draw, **mode) | dict(bias=draw(3 * draw.sizes.C) if bias else None),
+        modes(routed=(True, False), update=(True, False), bias=(True, False)),
+        timed=lambda routed, update, bias: routed and update and bias,
+        crossover="windows_forward",
+    ),
+    Kernel(
+        "routed_linear_backward",
+        lambda **layer: torch.ops.dtr_kernels.routed_linear_backward(**layer)[: 5 if layer["branch"] is None else 7],
+        Gradient(_of_backward),
+        _backward_inputs,
+        modes(routed=(True, False), update=(True, False)),
+        timed=lambda routed, update: routed and update,
+        crossover="windows_backward",
+    ),
+]

@@ -2,20 +2,33 @@
 
 A projected gradient never leaves the span of the originals, so with the Gram matrix G the whole loop runs on K x K
 coefficients C: <g_i', g_j> = (C G)[i, j], and a conflict changes C[i, j] alone. One pass over the gradients makes G,
-one applies C; the loop over the gradients themselves would make K (K - 1) passes. ``reference.pcgrad`` is the oracle.
+one applies C; the loop over the gradients themselves would make K (K - 1) passes. The reference is
+``reference.pcgrad``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from dtr_kernels import reference
 from dtr_kernels.ops import extension
 from dtr_kernels.ops.combine import combine_of, weighted_sum_of
-from dtr_kernels.ops.gradient_lists import MOST_CLUSTERS, Gathered, Segments, checked, current_stream, surgery_path
+from dtr_kernels.ops.declaration import Draw, Kernel, Work, modes
+from dtr_kernels.ops.gradient_lists import (
+    CLUSTERS,
+    MOST_CLUSTERS,
+    FlatGradients,
+    Gathered,
+    checked,
+    choose_surgery,
+    current_stream,
+    drawn,
+    joined,
+)
 from dtr_kernels.ops.gram_matrix import gram_of
 from dtr_kernels.ops.registration import op
 
@@ -24,7 +37,7 @@ from dtr_kernels.ops.registration import op
 def _coefficients(gram: Tensor, order: Tensor) -> Tensor:
     clusters = len(gram)
     # The matrix is fp64 on every path; it stands on the gradients' device, whose kernels take it.
-    path = surgery_path(gram.new_empty(0, dtype=torch.float32))
+    path = choose_surgery(gram.device, torch.float32).path
     if path == "plain":
         return _plain_coefficients(gram, order)
     out = torch.empty_like(gram)
@@ -180,7 +193,7 @@ def pcgrad_sum(
     return out[0] if isinstance(grads, Tensor) else out
 
 
-def _order_for(grads: Gathered | Segments, order: Tensor | None, generator: torch.Generator | None) -> Tensor:
+def _order_for(grads: Gathered | FlatGradients, order: Tensor | None, generator: torch.Generator | None) -> Tensor:
     if order is None:
         return random_order(grads.clusters, generator, grads.device)
     return _checked_order(order, grads.clusters, grads.device)
@@ -199,3 +212,45 @@ def _checked_order(order: Tensor, clusters: int, device: torch.device) -> Tensor
             if sorted(row) != [j for j in range(clusters) if j != i]:
                 raise ValueError(f"order[{i}] must be a permutation of the clusters other than {i}, got {row}")
     return _moved(order.long().contiguous(), device)
+
+
+def _projected(grads: Any, order: Tensor) -> Tensor:
+    pcgrad_(grads, order)
+    return joined(grads)
+
+
+def _drawn(draw: Draw, lists: bool) -> dict[str, Any]:
+    return dict(grads=drawn(draw, lists), order=random_order(draw.sizes.K))
+
+
+def _drawn_gram(draw: Draw) -> dict[str, Tensor]:
+    return dict(gram=reference.gram(joined(drawn(draw, False)).double()), order=random_order(draw.sizes.K))
+
+
+KERNELS = [
+    Kernel(
+        "pcgrad_coefficients",
+        pcgrad_coefficients,
+        reference.pcgrad_coefficients,
+        _drawn_gram,
+        work=lambda s, items: Work(bytes=8 * s.K * (3 * s.K - 1)),  # two matrices and the order
+        sizes=CLUSTERS,
+    ),
+    Kernel(
+        "pcgrad_",
+        _projected,
+        lambda grads, order: reference.pcgrad(joined(grads), order),
+        _drawn,
+        modes(lists=(False, True)),
+        sizes=CLUSTERS,
+        in_place=True,
+    ),
+    Kernel(
+        "pcgrad_sum",
+        lambda grads, order: joined(pcgrad_sum(grads, order)),
+        lambda grads, order: reference.pcgrad(joined(grads), order).sum(0),
+        _drawn,
+        modes(lists=(False, True)),
+        sizes=CLUSTERS,
+    ),
+]

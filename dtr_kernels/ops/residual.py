@@ -3,6 +3,8 @@
 Between blocks the sum is left to the next block's norm (``routed_linear``), which reads and writes the stream anyway.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton's language has no types.
 from __future__ import annotations
 
 from typing import Any
@@ -15,18 +17,18 @@ from torch import Tensor
 from dtr_kernels import reference
 from dtr_kernels.ops import extension
 from dtr_kernels.ops.checks import check_stream
+from dtr_kernels.ops.declaration import Draw, Gradient, Itemsizes, Kernel, Work
 from dtr_kernels.ops.dispatch import (
-    TOKENS_PER_SUM,
-    chosen_path,
+    choose,
     chunks_of,
     compute_dtype,
     in_dtype_of,
-    kernel_path,
     launch,
     modulation,
+    runs_on_cpu,
 )
 from dtr_kernels.ops.registration import op
-from dtr_kernels.ops.tiles import tile_for
+from dtr_kernels.ops.tiles import TOKENS_PER_SUM, RowTiles, options
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
@@ -81,19 +83,21 @@ def gated_residual_backward_kernel(
 
 # --- launchers -------------------------------------------------------------------------------------------------------
 
+_FORWARD, _BACKWARD = RowTiles("residual_forward", tensors=2), RowTiles("residual_backward", tensors=2)
+
 
 def gated_residual_forward(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """x + gate * branch for x, branch [B, N, C] and gate [B, C]."""
     B, N, C = x.shape
-    x, branch, gate = x.contiguous(), branch.contiguous(), modulation(gate, x)
+    x, branch, (gate,) = x.contiguous(), branch.contiguous(), modulation(x, gate)
     out = torch.empty_like(x)
     if B * N == 0:
         return out
-    if kernel_path(x) == "cpu":
+    if runs_on_cpu(x):
         shape = extension.shape(B, N, C, None, C)
         extension.kernels.residual_forward(shape, *map(extension.rows, (x, branch, out, gate)))
         return out
-    tile = tile_for("residual_forward", x, N, C)
+    tile = _FORWARD.tile(x, N, C)
     launch(
         gated_residual_forward_kernel,
         B * triton.cdiv(N, tile.rows),
@@ -104,9 +108,7 @@ def gated_residual_forward(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
         N,
         C,
         gate.stride(0),
-        ROWS=tile.rows,
-        BLOCK=tile.block,
-        num_warps=tile.warps,
+        **options(tile),
     )
     return out
 
@@ -114,14 +116,14 @@ def gated_residual_forward(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 def gated_residual_backward(dout: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """(dbranch [B, N, C], dgate [B, C]) in the dtypes of branch and gate."""
     B, N, C = branch.shape
-    dout, branch, vector = dout.contiguous(), branch.contiguous(), modulation(gate, dout)
+    dout, branch, (vector,) = dout.contiguous(), branch.contiguous(), modulation(dout, gate)
     dbranch = torch.empty_like(branch)
     sums = torch.empty(B, chunks_of(N), C, device=dout.device, dtype=compute_dtype(dout))
-    if B * N > 0 and kernel_path(dout) == "cpu":
+    if B * N > 0 and runs_on_cpu(dout):
         shape = extension.shape(B, N, C, None, C, TOKENS_PER_SUM)
         extension.kernels.residual_backward(shape, *map(extension.rows, (dout, branch, dbranch, vector, sums)))
     elif B * N > 0:
-        tile = tile_for("residual_backward", dout, N, C)
+        tile = _BACKWARD.tile(dout, N, C)
         launch(
             gated_residual_backward_kernel,
             B * chunks_of(N),
@@ -134,9 +136,7 @@ def gated_residual_backward(dout: Tensor, branch: Tensor, gate: Tensor) -> tuple
             C,
             vector.stride(0),
             TOKENS=TOKENS_PER_SUM,
-            ROWS=tile.rows,
-            BLOCK=tile.block,
-            num_warps=tile.warps,
+            **options(tile),
         )
     return dbranch, sums.sum(1).to(gate.dtype)
 
@@ -194,6 +194,56 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     if branch is None or gate is None:
         raise ValueError("branch and gate must both be given, got None")
     check_stream(x, branch, gate)
-    if chosen_path(x) == "plain":
+    if choose(x).path == "plain":
         return reference.gated_residual(x, *in_dtype_of(x, branch, gate))
     return _op(x, branch, gate)
+
+
+# --- declarations ----------------------------------------------------------------------------------------------------
+
+
+def _forward_inputs(draw: Draw) -> dict[str, Tensor]:
+    B, N, C, _ = draw.sizes
+    return dict(x=draw.stream(B, N, C), branch=draw(B, N, C), gate=draw.vectors(3)[2])
+
+
+def _backward_inputs(draw: Draw) -> dict[str, Tensor]:
+    B, N, C, _ = draw.sizes
+    return dict(dout=draw.stream(B, N, C), branch=draw(B, N, C), gate=draw.vectors(3)[2])
+
+
+def _of_backward(dout: Tensor, branch: Tensor, gate: Tensor) -> tuple[Any, list[Tensor], list[Tensor]]:
+    x = torch.zeros_like(dout)
+    return lambda branch, gate: [reference.gated_residual(x, branch, gate)], [branch, gate], [dout]
+
+
+def forward_work(B: int, N: int, C: int, items: Itemsizes) -> Work:
+    """Count x, branch, gate and their sum."""
+    return Work(bytes=B * N * C * (2 * items.stream + items.operand) + B * C * items.operand)
+
+
+def backward_work(B: int, N: int, C: int, items: Itemsizes) -> Work:
+    """Count gradients of branch and gate; that of x is the gradient of the sum itself."""
+    return Work(bytes=B * N * C * (items.stream + 2 * items.operand) + 2 * B * C * items.operand)
+
+
+KERNELS = [
+    Kernel(
+        "gated_residual_forward",
+        gated_residual_forward,
+        reference.gated_residual,
+        _forward_inputs,
+        work=lambda s, items: forward_work(s.B, s.N, s.C, items),
+        tiles=lambda: ("residual_forward",),
+        under_autocast=True,
+    ),
+    Kernel(
+        "gated_residual_backward",
+        gated_residual_backward,
+        Gradient(_of_backward),
+        _backward_inputs,
+        work=lambda s, items: backward_work(s.B, s.N, s.C, items),
+        tiles=lambda: ("residual_backward",),
+        under_autocast=True,
+    ),
+]

@@ -1,4 +1,5 @@
-"""Which tile every Triton kernel runs with, and from how many tokens on ours run instead of cuBLAS, in one place.
+"""Families of tiles, which ops declare beside their kernels, and of crossovers, from how many tokens on our GEMMs run
+instead of cuBLAS.
 
 What was tuned for the GPU, in a file of the user's cache or of the package, goes before the default. Nothing is
 ever timed here: ``python -m benchmarks tune`` does that once.
@@ -11,123 +12,175 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dtr_kernels.ops.dispatch import capability, capability_of
 from dtr_kernels.ops.tuned_tiles import (
     KINDS,
     NEVER,
+    TOKENS_PER_SUM,
     Crossover,
     GemmTile,
+    Kind,
     RowTile,
     SumTile,
+    T,
     Tile,
     Tuned,
     merged,
-    packaged,
     packaged_file,
     power_of_two,
-    problem_of,
     read,
     rows_class,
     user_file,
 )
 
-__all__ = [
-    "NEVER",
-    "Configuration",
-    "Crossover",
-    "CrossoverOp",
-    "GemmTile",
-    "RowTile",
-    "SumTile",
-    "Tile",
-    "Tuned",
-    "capability",
-    "configuration",
-    "default_tile",
-    "forced",
-    "forget",
-    "multiprocessors",
-    "packaged",
-    "power_of_two",
-    "tile_for",
-    "tuned_for",
-]
-
-GemmOp = Literal["forward", "forward_gelu", "input_gradient", "gelu_input_gradient", "weight_gradient"]
-RowOp = Literal[
-    "norm_forward",
-    "norm_forward_update",
-    "norm_backward",
-    "norm_backward_update",
-    "residual_forward",
-    "residual_backward",
-]
-CrossoverOp = Literal["windows_forward", "windows_backward", "gelu_forward", "gelu_backward"]
-# Rows of channels that a row kernel holds at a time.
-_TENSORS = {
-    "norm_forward": 2,
-    "norm_forward_update": 3,
-    "norm_backward": 4,
-    "norm_backward_update": 6,
-    "residual_forward": 2,
-    "residual_backward": 2,
+# What kernels and Triton call a tile's sides.
+_OPTIONS = {
+    **{"m": "BLOCK_M", "n": "BLOCK_N", "k": "BLOCK_K", "rows": "ROWS", "block": "BLOCK"},
+    **{"warps": "num_warps", "stages": "num_stages"},
 }
 _forced: dict[str, Tile] = {}
+# The file that stands in for the user's.
+_instead: Path | None = None
 
 
-def capability(x: Tensor) -> int:
-    """Compute capability of x's device as 80, 90, 100, ...; 90 in Triton's interpreter."""
-    return 90 if x.device.type != "cuda" else _capability(x.get_device())
+# --- families of tiles -----------------------------------------------------------------------------------------------
 
 
-@cache
-def _capability(device: int) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+class Tiles(Kind[T]):
+    """A family of tiles, one for each dtype, number of rows and of channels, and GPU."""
+
+    def tile(self, x: Tensor, rows: int, channels: int) -> T:
+        """Return the tile that a kernel runs with; x is an operand, for its device and dtype.
+
+        Raises:
+            ValueError: if a tile is forced that no kernel can run with.
+        """
+        if self.name in _forced:
+            tile = _forced[self.name]
+            if problem := self.problem(tile, rows_class(rows), channels):
+                raise ValueError(f"{self.name} of {rows} rows and {channels} channels: {problem}")
+            return tile  # type: ignore[return-value]
+        return _tile(self, x.get_device(), x.dtype, rows, channels, capability(x))
 
 
-def multiprocessors(x: Tensor) -> int:
-    """How many multiprocessors x's device has; an H200's 132 in Triton's interpreter."""
-    return 132 if x.device.type != "cuda" else _multiprocessors(x.get_device())
+@lru_cache(maxsize=4096)  # of batches of many shapes, those that were used last
+def _tile(kind: Tiles[T], device: int, dtype: torch.dtype, rows: int, channels: int, arch: int) -> T:
+    tuned = None
+    if device >= 0:  # Triton's interpreter runs on a CPU, whose number is -1
+        gpu = configuration(torch.cuda.get_device_name(device), capability_of(device))
+        tuned = tuned_for(gpu, kind.name, dtype, rows, channels)
+    return kind.default(dtype, rows, channels, arch) if tuned is None else tuned.tile  # type: ignore[return-value]
 
 
-@cache
-def _multiprocessors(device: int) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def has_large_tiles(arch: int) -> bool:
+    """Return whether this is Hopper or data-center Blackwell: warpgroup matrix instructions and more than 200 KiB of
+    shared memory."""
+    return 90 <= arch < 110
 
 
-# --- what a launcher asks --------------------------------------------------------------------------------------------
+def options(tile: Tile) -> dict[str, int]:
+    """Return a tile as the options that a kernel is launched with."""
+    return {_OPTIONS[side]: value for side, value in tile._asdict().items()}
 
 
-@overload
-def tile_for(op: GemmOp, x: Tensor, rows: int, channels: int, arch: int) -> GemmTile: ...
-@overload
-def tile_for(op: RowOp, x: Tensor, rows: int, channels: int) -> RowTile: ...
-@overload
-def tile_for(op: Literal["token_sums"], x: Tensor, rows: int, channels: int) -> SumTile: ...
-@overload
-def tile_for(op: CrossoverOp, x: Tensor, rows: int, channels: int, arch: int) -> Crossover: ...
-def tile_for(op: str, x: Tensor, rows: int, channels: int, arch: int = 0) -> Any:
-    """The tile that a kernel runs with, or the crossover from which on it runs.
+class GemmTiles(Tiles[GemmTile]):
+    """Tiles of GEMMs whose rows are tokens: the forward pass and the input gradient."""
+
+    type = GemmTile
+
+    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int) -> GemmTile:
+        m = rows_class(rows)
+        if dtype == torch.float32:  # fused multiply-adds, or tf32 where PyTorch is allowed it
+            return GemmTile(min(m, 64), 64, 16, 8 if m >= 64 else 4, 2)
+        if m < 128:
+            return GemmTile(m, 128, 64 if has_large_tiles(arch) else 32, 4, 3)
+        if not has_large_tiles(arch):
+            return GemmTile(64, 128, 32, 8, 3)
+        return GemmTile(128, 256, 64, 8, 3)
+
+    def _misfit(self, tile: GemmTile, rows: int, channels: int) -> str | None:
+        return f"m of its tile, {tile.m}, is more than its {rows} rows" if tile.m > rows else None
+
+
+class TokenGemmTiles(Tiles[GemmTile]):
+    """Tiles of a GEMM whose contraction runs over tokens, the weight gradient: a step holds tokens of one sample."""
+
+    type = GemmTile
+
+    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int) -> GemmTile:
+        k = min(64 if has_large_tiles(arch) else 32, power_of_two(rows))
+        if dtype == torch.float32:
+            return GemmTile(64, 64, 16, 8, 2)
+        # The load of a sample's start takes stages too: four leave two buffers for each operand, as the compiler
+        # reports.
+        return GemmTile(128, 256, k, 8, 4) if has_large_tiles(arch) else GemmTile(128, 128, k, 8, 3)
+
+    def _misfit(self, tile: GemmTile, rows: int, channels: int) -> str | None:
+        return f"k of its tile, {tile.k}, is more than its {rows} rows" if tile.k > rows else None
+
+
+class RowTiles(Tiles[RowTile]):
+    """Tiles of a kernel that holds whole rows of channels in registers, ``tensors`` of them at a time."""
+
+    type = RowTile
+
+    def __init__(self, name: str, tensors: int) -> None:
+        super().__init__(name)
+        self._tensors = tensors
+
+    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int) -> RowTile:
+        block = power_of_two(channels)
+        warps = min(max(block // 128, 1), 16)
+        # About 32 registers a thread for the rows themselves.
+        fitting = min(TOKENS_PER_SUM, max(1, 32 * 32 * warps // (block * self._tensors)))
+        return RowTile(1 << (fitting.bit_length() - 1), block, warps)
+
+    def _misfit(self, tile: RowTile, rows: int, channels: int) -> str | None:
+        block = power_of_two(channels)
+        return (
+            None if tile.block == block else f"block of its tile must be {block}, which holds the row, got {tile.block}"
+        )
+
+
+class SumTiles(Tiles[SumTile]):
+    """Tiles of a kernel that sums over tokens."""
+
+    type = SumTile
+
+    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int) -> SumTile:
+        return SumTile(min(256, power_of_two(channels)), warps=4)
+
+
+class Crossovers(Tiles[Crossover]):
+    """Crossovers of a GEMM. The defaults are predictions, which docs/performance.md derives.
 
     Args:
-        op: what the kernel computes, of ``KINDS``.
-        x: an operand, for its device and dtype.
-        rows: tokens that share a window.
-        channels: C of the residual stream; of "token_sums", columns of the gradient.
-        arch: compute capability, as ``capability`` returns it, where the op is a GEMM or has a crossover.
+        name: of what has a crossover.
+        pays: whether ours is taken to be faster than cuBLAS at every size, for a dtype and a compute capability.
     """
-    if op in _forced:
-        return _checked(op, _forced[op], rows, channels)
-    return _tile(op, x.get_device(), x.dtype, rows, channels, arch)
+
+    type = Crossover
+
+    def __init__(self, name: str, pays: Callable[[torch.dtype, int], bool]) -> None:
+        super().__init__(name)
+        self._pays = pays
+
+    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int) -> Crossover:
+        return Crossover(1 if self._pays(dtype, arch) else NEVER)
+
+
+def crossovers() -> list[str]:
+    """Return the names of what has a crossover."""
+    return [op for op, kind in KINDS.items() if isinstance(kind, Crossovers)]
 
 
 @contextmanager
@@ -146,22 +199,6 @@ def forced(op: str, tile: Tile) -> Iterator[None]:
     finally:
         _forced.clear()
         _forced.update(before)
-
-
-def _checked(op: str, tile: Tile, rows: int, channels: int) -> Tile:
-    problem = problem_of(op, tile, rows_class(rows), channels)
-    if problem:
-        raise ValueError(f"{op} of {rows} rows and {channels} channels: {problem}")
-    return tile
-
-
-@lru_cache(maxsize=4096)  # of batches of many shapes, those that were used last
-def _tile(op: str, device: int, dtype: torch.dtype, rows: int, channels: int, arch: int) -> Tile:
-    tuned = None
-    if device >= 0:  # Triton's interpreter runs on a CPU, whose number is -1
-        gpu = configuration(torch.cuda.get_device_name(device), _capability(device))
-        tuned = tuned_for(gpu, op, dtype, rows, channels)
-    return default_tile(op, dtype, rows, channels, arch) if tuned is None else tuned.tile
 
 
 # --- tuned tiles -----------------------------------------------------------------------------------------------------
@@ -186,13 +223,26 @@ def configuration(gpu: str, arch: int) -> Configuration:
     Entries that were measured with another compute capability than ``arch`` are left out. A file that cannot be used
     is left out with a warning.
     """
-    return Configuration(*(_usable(path, arch) for path in (user_file(gpu), packaged_file(gpu))))
+    return Configuration(*(_usable(path, arch) for path in (_instead or user_file(gpu), packaged_file(gpu))))
 
 
 def forget() -> None:
     """Files are read again at the next launch."""
     configuration.cache_clear()
     _tile.cache_clear()
+
+
+@contextmanager
+def instead_of_users(path: Path) -> Iterator[None]:
+    """Inside, kernels run with the tiles of a file as it is now: it takes the place of the user's."""
+    global _instead
+    before, _instead = _instead, path
+    forget()
+    try:
+        yield
+    finally:
+        _instead = before
+        forget()
 
 
 def _usable(path: Path, arch: int) -> tuple[Tuned, ...]:
@@ -212,7 +262,7 @@ def _usable(path: Path, arch: int) -> tuple[Tuned, ...]:
 
 
 def tuned_for(gpu: Configuration, op: str, dtype: torch.dtype, rows: int, channels: int) -> Tuned | None:
-    """The entry of the nearest width, in proportion, or None; the arguments are those of ``tile_for``.
+    """The entry of the nearest width, in proportion, or None; the arguments are those of ``Tiles.default``.
 
     A row kernel takes none whose registers would hold other rows.
     """
@@ -220,79 +270,9 @@ def tuned_for(gpu: Configuration, op: str, dtype: torch.dtype, rows: int, channe
     alike = [
         entry
         for entry in gpu.entries
-        if (entry.op, entry.dtype, entry.rows) == kind and problem_of(op, entry.tile, entry.rows, channels) is None
+        if (entry.op, entry.dtype, entry.rows) == kind and KINDS[op].problem(entry.tile, entry.rows, channels) is None
     ]
     return min(alike, key=lambda entry: abs(math.log(entry.channels / channels)), default=None)
 
 
 # --- defaults --------------------------------------------------------------------------------------------------------
-
-
-def default_tile(op: str, dtype: torch.dtype, rows: int, channels: int, arch: int) -> Tile:
-    """The tile of a GPU that nobody has tuned; the arguments are those of ``tile_for``."""
-    if op == "weight_gradient":
-        return weight_gradient_tile(dtype, rows, arch)
-    if op == "token_sums":
-        return SumTile(min(256, power_of_two(channels)), warps=4)
-    if KINDS[op] is Crossover:
-        return crossover(op, dtype, arch)
-    if op in _TENSORS:
-        tile = row_tile(channels, _TENSORS[op])
-        if op == "norm_backward" and dtype != torch.float32:  # a vector of 8 channels a thread, and few barriers
-            return RowTile(1, tile.block, max(1, tile.block // 256))
-        # Of fp32 rows this long ptxas spills a register on sm_90, so that one more block fits a multiprocessor.
-        spills = op == "norm_backward" and tile.block == 2048
-        return RowTile(1, tile.block, warps=32) if spills else tile
-    return gemm_tile(dtype, rows, arch)
-
-
-def _has_large_tiles(arch: int) -> bool:
-    """Hopper and data-center Blackwell: warpgroup matrix instructions and more than 200 KiB of shared memory."""
-    return 90 <= arch < 110
-
-
-def gemm_tile(dtype: torch.dtype, rows: int, arch: int) -> GemmTile:
-    """Tile of the forward and input-gradient GEMMs.
-
-    Args:
-        dtype: of the operands.
-        rows: tokens that share a window; a tile does not reach beyond them.
-        arch: compute capability, as ``capability`` returns it.
-    """
-    m = rows_class(rows)
-    if dtype == torch.float32:  # fused multiply-adds, or tf32 where PyTorch is allowed it
-        return GemmTile(min(m, 64), 64, 16, 8 if m >= 64 else 4, 2)
-    if m < 128:
-        return GemmTile(m, 128, 64 if _has_large_tiles(arch) else 32, 4, 3)
-    if not _has_large_tiles(arch):
-        return GemmTile(64, 128, 32, 8, 3)
-    return GemmTile(128, 256, 64, 8, 3)
-
-
-def weight_gradient_tile(dtype: torch.dtype, rows: int, arch: int) -> GemmTile:
-    """Tile of the weight-gradient GEMM, whose contraction runs over tokens: a step holds tokens of one sample."""
-    k = min(64 if _has_large_tiles(arch) else 32, power_of_two(rows))
-    if dtype == torch.float32:
-        return GemmTile(64, 64, 16, 8, 2)
-    # The load of a sample's start takes stages too: four leave two buffers for each operand, as the compiler reports.
-    return GemmTile(128, 256, k, 8, 4) if _has_large_tiles(arch) else GemmTile(128, 128, k, 8, 3)
-
-
-def crossover(op: str, dtype: torch.dtype, arch: int) -> Crossover:
-    """Where our GEMMs are taken to become faster than cuBLAS: predictions, which docs/performance.md derives.
-
-    A window of 0.8 saves less than cuBLAS is ahead of our GEMMs by. GELU costs about as much in an epilogue as in a
-    pass of its own, in half the launches.
-    """
-    # In fp32 ours are fused multiply-adds in a simple loop; without Hopper's copy engine all loads are waited for.
-    pays = op in ("gelu_forward", "gelu_backward") and dtype != torch.float32 and _has_large_tiles(arch)
-    return Crossover(1 if pays else NEVER)
-
-
-def row_tile(channels: int, tensors: int) -> RowTile:
-    """Tile of a kernel that holds whole rows of ``channels`` in registers, ``tensors`` of them at a time."""
-    block = power_of_two(channels)
-    warps = min(max(block // 128, 1), 16)
-    # About 32 registers a thread for the rows themselves, and at most the 32 tokens that a backward program sums over.
-    rows = min(32, max(1, 32 * 32 * warps // (block * tensors)))
-    return RowTile(1 << (rows.bit_length() - 1), block, warps)

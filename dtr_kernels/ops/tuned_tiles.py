@@ -9,15 +9,17 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
+import torch
 import triton
 
 from dtr_kernels.files import cache_folder, replacing
-from dtr_kernels.ops.dispatch import TOKENS_PER_SUM
 
 FORMAT = 1
 PACKAGED = Path(__file__).parent.parent / "tuned"
+# Tokens that a backward kernel sums over before it writes a partial sum.
+TOKENS_PER_SUM = 32
 # Tokens beyond which more of them make no other tile better: the most rows that a GEMM's tile has.
 MOST_ROWS = 128
 
@@ -60,27 +62,8 @@ class Crossover(NamedTuple):
 
 
 Tile = GemmTile | RowTile | SumTile | Crossover
+T = TypeVar("T", GemmTile, RowTile, SumTile, Crossover)
 
-#: What there is to choose, and what kind of tile it is. "update" is the residual update before a norm. "windows" are
-#: linear layers that contract over windows or over all channels, "gelu" is that of fc1's epilogue or of its own pass.
-KINDS: dict[str, type[Tile]] = {
-    "forward": GemmTile,
-    "forward_gelu": GemmTile,
-    "input_gradient": GemmTile,
-    "gelu_input_gradient": GemmTile,
-    "weight_gradient": GemmTile,
-    "token_sums": SumTile,
-    "norm_forward": RowTile,
-    "norm_forward_update": RowTile,
-    "norm_backward": RowTile,
-    "norm_backward_update": RowTile,
-    "residual_forward": RowTile,
-    "residual_backward": RowTile,
-    "windows_forward": Crossover,
-    "windows_backward": Crossover,
-    "gelu_forward": Crossover,
-    "gelu_backward": Crossover,
-}
 _DTYPES = ("float32", "bfloat16", "float16")
 # More tokens than any batch has.
 NEVER = 1 << 30
@@ -96,8 +79,6 @@ _LIMITS = {
     "warps": (1, 32),
     "tokens": (1, NEVER),
 }
-
-
 _MOST_CHANNELS = 1 << 24
 
 
@@ -109,6 +90,51 @@ def power_of_two(n: int) -> int:
 def rows_class(tokens: int) -> int:
     """Tokens that share a window, as entries are looked up: 16, 32, 64 or 128."""
     return min(MOST_ROWS, power_of_two(tokens))
+
+
+class Kind(Generic[T]):
+    """Something to choose a tile for, by the name that files and command lines have for it; enters itself in ``KINDS``.
+
+    Attributes:
+        type: of its tiles.
+    """
+
+    type: ClassVar[type[Any]]
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        KINDS[name] = self
+
+    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int) -> T:
+        """Return the tile of a GPU that nobody has tuned.
+
+        Args:
+            dtype: of the operands.
+            rows: tokens that share a window.
+            channels: C of the residual stream; of "token_sums", columns of the gradient.
+            arch: compute capability as 80, 90, 100, ...
+        """
+        raise NotImplementedError
+
+    def problem(self, tile: Tile, rows: int, channels: int) -> str | None:
+        """Say why a kernel cannot run with a tile, for windows of ``rows`` tokens and ``channels`` channels; None if it
+        can."""
+        if type(tile) is not self.type:
+            return f"its tile must be a {self.type.__name__}, got {tile!r}"
+        for name, value in tile._asdict().items():
+            least, most = _LIMITS[name]
+            if not _is_integer(value) or not least <= value <= most or (name != "stages" and value & (value - 1)):
+                what = "whole number" if name == "stages" else "power of two"
+                return f"{name} of its tile must be a {what} between {least} and {most}, got {value!r}"
+        return self._misfit(tile, rows, channels)
+
+    def _misfit(self, tile: Any, rows: int, channels: int) -> str | None:
+        """Say why a tile within the limits does not fit these rows and channels."""
+        return None
+
+
+#: What there is to choose. The families of ``tiles`` enter themselves, beside the kernels.
+KINDS: dict[str, Kind[Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -185,24 +211,7 @@ class Tuned:
             return f"rows must be 16, 32, 64 or {MOST_ROWS}, got {self.rows!r}"
         if not all(isinstance(seconds, float) and seconds > 0 for seconds in (self.seconds, self.default_seconds)):
             return "seconds and default_seconds must be positive"
-        return problem_of(self.op, self.tile, self.rows, self.channels)
-
-
-def problem_of(op: str, tile: Tile, rows: int, channels: int) -> str | None:
-    """Why a kernel cannot run with a tile, for windows of ``rows`` tokens and ``channels`` channels; None if it can."""
-    if type(tile) is not KINDS[op]:
-        return f"its tile must be a {KINDS[op].__name__}, got {tile!r}"
-    for name, value in tile._asdict().items():
-        least, most = _LIMITS[name]
-        if not _is_integer(value) or not least <= value <= most or (name != "stages" and value & (value - 1)):
-            what = "whole number" if name == "stages" else "power of two"
-            return f"{name} of its tile must be a {what} between {least} and {most}, got {value!r}"
-    if isinstance(tile, GemmTile):
-        side, extent = ("k", tile.k) if op == "weight_gradient" else ("m", tile.m)
-        return f"{side} of its tile, {extent}, is more than its {rows} rows" if extent > rows else None
-    if isinstance(tile, RowTile) and tile.block != power_of_two(channels):
-        return f"block of its tile must be {power_of_two(channels)}, which holds the row, got {tile.block}"
-    return None
+        return KINDS[self.op].problem(self.tile, self.rows, self.channels)
 
 
 def _is_integer(value: Any) -> bool:
@@ -282,5 +291,5 @@ def merged(*lists: Iterable[Tuned]) -> list[Tuned]:
 def _entry(facts: dict[str, Any], measurements: list[Measurement]) -> Tuned:
     if facts["op"] not in KINDS:
         raise ValueError(f"there is no op {facts['op']!r} to tune; there are {', '.join(KINDS)}")
-    tile = KINDS[facts["op"]](**facts["tile"])
+    tile = KINDS[facts["op"]].type(**facts["tile"])
     return Tuned(**facts | {"tile": tile, "measurement": measurements[facts["measurement"]]})

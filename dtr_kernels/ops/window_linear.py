@@ -1,6 +1,6 @@
 """The linear layer that contracts over each sample's window only, with tanh-GELU in its epilogue.
 
-Its input is the compact u [B, N, W] of ``gated_norm``; where a dense GEMM is faster (``contracts_windows``), the norm
+Its input is the compact u [B, N, W] of ``gated_norm``; where a dense GEMM is faster (``choose_gemm``), the norm
 writes all channels and the layer is an ordinary one. Deactivated channels reach a dense layer as
 -mean * rstd * (1 + scale) + shift, so per sample their whole contribution is a rank-one term and a constant:
 
@@ -21,9 +21,12 @@ descriptors take any element offset, so a window that starts anywhere needs no r
 what a tile reads outside of u comes back as zeros.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton's language has no types.
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,20 +34,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dtr_kernels import reference
+from dtr_kernels.ops.declaration import (
+    ALL_CHANNELS,
+    ONE_SLICE,
+    STATISTIC,
+    Draw,
+    Gradient,
+    Itemsizes,
+    Kernel,
+    Work,
+    in_window,
+    modes,
+    spread,
+    starts,
+)
 from dtr_kernels.ops.dispatch import (
-    TOKENS_PER_SUM,
+    Choice,
     chunks_of,
     compute_dtype,
     descriptor,
     dot_precision,
     empty_rows,
-    kernel_path,
     launch,
+    made,
     matmul_accumulated,
+    multiprocessors,
     row_stride,
+    runs_on_cpu,
 )
-from dtr_kernels.ops.gelu import gelu, gelu_and_slope, gelu_backward, gelu_forward
-from dtr_kernels.ops.tiles import CrossoverOp, capability, multiprocessors, tile_for
+from dtr_kernels.ops.gelu import gelu, gelu_and_slope, gelu_backward, gelu_forward, plain_gelu
+from dtr_kernels.ops.tiles import (
+    TOKENS_PER_SUM,
+    Crossovers,
+    GemmTiles,
+    SumTiles,
+    TokenGemmTiles,
+    has_large_tiles,
+    options,
+)
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
@@ -308,8 +336,37 @@ def token_sums_kernel(
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 WindowsOp = Literal["windows_forward", "windows_backward"]
+GeluOp = Literal["gelu_forward", "gelu_backward"]
 # Parts that a weight gradient's sum over tokens is split into at most, and steps of the contraction in each at least.
 _MOST_PARTS, _LEAST_STEPS = 8, 32
+
+_FORWARD, _FORWARD_GELU = GemmTiles("forward"), GemmTiles("forward_gelu")
+_INPUT_GRADIENT, _GELU_INPUT_GRADIENT = GemmTiles("input_gradient"), GemmTiles("gelu_input_gradient")
+_WEIGHT_GRADIENT = TokenGemmTiles("weight_gradient")
+_TOKEN_SUMS = SumTiles("token_sums")
+
+
+def _epilogue_pays(dtype: torch.dtype, arch: int) -> bool:
+    """GELU costs about as much in an epilogue as in a pass of its own, in half the launches."""
+    # In fp32 ours are fused multiply-adds in a simple loop; without Hopper's copy engine all loads are waited for.
+    return dtype != torch.float32 and has_large_tiles(arch)
+
+
+_CROSSOVERS = {
+    # Of contracting over windows: one of 0.8 saves less than cuBLAS is ahead of our GEMMs by.
+    **{op: Crossovers(op, lambda dtype, arch: False) for op in ("windows_forward", "windows_backward")},
+    # Of GELU in an epilogue.
+    **{op: Crossovers(op, _epilogue_pays) for op in ("gelu_forward", "gelu_backward")},
+}
+
+
+class ClosedForm(NamedTuple):
+    """Facts of the norm that give deactivated channels: mean * rstd [B, N]; shift, scale [B, C]; start int32 [B]."""
+
+    mean_rstd: Tensor
+    shift: Tensor
+    scale: Tensor
+    start: Tensor
 
 
 class LinearGradients(NamedTuple):
@@ -335,7 +392,9 @@ class _Inactive(NamedTuple):
     shift: Tensor
 
 
-def _inactive_channels(shift: Tensor, scale: Tensor, start: Tensor, width: int, compute: torch.dtype) -> _Inactive:
+def _inactive_channels(closed: ClosedForm, width: int) -> _Inactive:
+    mean_rstd, shift, scale, start = closed
+    compute = mean_rstd.dtype
     offset = torch.arange(scale.shape[1], device=scale.device) - start[:, None]
     mask = (offset < 0) | (offset >= width)
     return _Inactive(mask, (1 + scale.to(compute)) * mask, shift.to(compute) * mask)
@@ -348,119 +407,98 @@ def _contributions(inactive: _Inactive, weight: Tensor, bias: Tensor | None) -> 
     return p, q if bias is None else q + bias
 
 
-def contracts_windows(op: WindowsOp, x: Tensor, start: Tensor | None, width: int, weight: Tensor) -> bool:
-    """Whether a pass of the layer contracts over windows only; else a dense GEMM over all channels is faster.
+def choose_gemm(op: WindowsOp, x: Tensor, start: Tensor | None, width: int, weight: Tensor) -> Choice:
+    """Choose whether a pass of the layer contracts over "windows", or is "dense" because that is faster.
 
     Args:
         op: which pass. x: the stream [B, N, C]. start: int32 [B], or None when unrouted. width: W. weight: [O, C].
     """
+    return made((_choose_on_cpu if runs_on_cpu(x) else _choose_on_gpu)(op, x, start, width, weight))
+
+
+def _choose_on_cpu(op: WindowsOp, x: Tensor, start: Tensor | None, width: int, weight: Tensor) -> Choice:
     if start is None:
-        return False
-    if kernel_path(x) == "cpu":
-        # In 16-bit dtypes a CPU's matrix units want a slice repacked at every call, which costs more than it saves.
-        gain = slice_gain(op, _tokens_of_a_slice(x, start), x.shape[-1], width)
-        return weight.element_size() >= 4 and gain >= _LEAST_GAIN
-    return _pays(op, x, weight, weight.shape[1])
+        return Choice("dense", "a dense GEMM: every channel is read")
+    # In 16-bit dtypes a CPU's matrix units want a slice repacked at every call, which costs more than it saves.
+    if weight.element_size() < 4:
+        return Choice("dense", "a dense GEMM: in 16-bit dtypes a CPU repacks a slice of the weight at every call")
+    # Samples that share a window share a slice.
+    tokens = x.shape[1] * (x.shape[0] if len(set(start.tolist())) == 1 else 1)
+    if slice_gain(op, tokens, x.shape[-1], width) < _LEAST_GAIN:
+        return Choice(
+            "dense",
+            f"a dense GEMM: with {width} of {x.shape[-1]} channels active, a slice of the weight for {tokens} tokens "
+            "saves less than it costs; use more tokens, or a larger batch at one timestep",
+        )
+    return Choice("windows", "GEMMs on slices of the weight")
 
 
-def _pays(op: CrossoverOp, x: Tensor, weight: Tensor, channels: int) -> bool:
+def _choose_on_gpu(op: WindowsOp, x: Tensor, start: Tensor | None, width: int, weight: Tensor) -> Choice:
+    if start is None:
+        return Choice("dense", "cuBLAS: every channel is read")
+    if not _pays(op, x, weight, weight.shape[1]):
+        return Choice(
+            "dense",
+            "cuBLAS over all channels: GEMMs over windows are not known to be faster here; measure it with "
+            "python -m benchmarks tune from a checkout",
+        )
+    return Choice("windows", "the Triton window GEMM")
+
+
+def _pays(op: str, x: Tensor, weight: Tensor, channels: int) -> bool:
     """Whether a GPU runs our GEMM for the tokens of x [B, N, ...] and a stream of ``channels``, not cuBLAS."""
     B, N, _ = x.shape
-    return tile_for(op, weight, N, channels, capability(weight)).tokens <= B * N
+    return _CROSSOVERS[op].tile(weight, N, channels).tokens <= B * N
 
 
-def gelu_in_epilogue(op: Literal["gelu_forward", "gelu_backward"], x: Tensor, weight: Tensor, channels: int) -> bool:
-    """Whether our GEMM computes GELU, or its gradient, for the tokens of x [B, N, ...]; else a pass of its own does.
+def choose_gelu(op: GeluOp, x: Tensor, closed: ClosedForm | None, weight: Tensor, channels: int) -> Choice:
+    """Choose whether our GEMM computes GELU, or its gradient, in its "epilogue", or a "pass" of its own does.
 
     Args:
-        op: which pass. weight: the GEMM's. channels: C of the residual stream.
+        op: which pass. x: [B, N, ...], for its tokens. closed: None for a dense layer. weight: the GEMM's.
+        channels: C of the residual stream.
     """
-    return kernel_path(x) != "cpu" and _pays(op, x, weight, channels)
+    if runs_on_cpu(x) or not _pays(op, x, weight, channels):
+        return made(Choice("pass", "GELU in a pass of its own"))
+    read = "all channels" if closed is None else "windows"
+    return made(Choice("epilogue", f"the Triton GEMM over {read}, with GELU in its epilogue"))
 
 
-def gemm_path(x: Tensor, start: Tensor | None, width: int, weight: Tensor) -> str:
-    """Which GEMM computes a routed layer of x [B, N, C] in the forward pass, and why not over windows, for people."""
-    if kernel_path(x) == "cpu":
-        if start is None:
-            return "a dense GEMM: every channel is read"
-        if weight.element_size() < 4:
-            return "a dense GEMM: in 16-bit dtypes a CPU repacks a slice of the weight at every call"
-        if not contracts_windows("windows_forward", x, start, width, weight):
-            return (
-                f"a dense GEMM: with {width} of {x.shape[-1]} channels active, a slice of the weight for "
-                f"{_tokens_of_a_slice(x, start)} tokens saves less than it costs; use more tokens, or a larger batch "
-                "at one timestep"
-            )
-        return "GEMMs on slices of the weight"
-    if start is None:
-        return "cuBLAS: every channel is read"
-    if not contracts_windows("windows_forward", x, start, width, weight):
-        return (
-            "cuBLAS over all channels: GEMMs over windows are not known to be faster here; measure it with "
-            "python -m benchmarks tune from a checkout"
-        )
-    return "the Triton window GEMM"
-
-
-def gelu_gemm_path(x: Tensor, start: Tensor | None, width: int, weight: Tensor) -> str:
-    """The same of a routed layer with GELU behind it."""
-    if gelu_in_epilogue("gelu_forward", x, weight, weight.shape[1]):
-        windows = contracts_windows("windows_forward", x, start, width, weight)
-        return f"the Triton GEMM over {'windows' if windows else 'all channels'}, with GELU in its epilogue"
-    return f"{gemm_path(x, start, width, weight)}; GELU in a pass of its own"
-
-
-def window_linear_forward(
-    u: Tensor,
-    mean_rstd: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    start: Tensor | None,
-) -> Tensor:
-    """out [B, N, O] in weight's dtype.
+def window_linear_forward(u: Tensor, closed: ClosedForm | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return out [B, N, O] in weight's dtype.
 
     Args:
         u: [B, N, W] in weight's dtype, from ``gated_norm_forward``; or [B, N, C] for a dense GEMM.
-        mean_rstd: mean * rstd [B, N]; None if u has all channels.
-        shift, scale: [B, C]. weight: [O, C]. bias: [O] or None.
-        start: int32 [B]; None if u has all channels.
+        closed: None if u has all channels.
+        weight: [O, C]. bias: [O] or None.
     """
-    if start is None or mean_rstd is None:
+    if closed is None:
         return F.linear(u, weight, bias)
-    p, q = _contributions(_inactive_channels(shift, scale, start, u.shape[-1], mean_rstd.dtype), weight, bias)
-    if kernel_path(u) == "cpu":
-        out = torch.baddbmm(q[:, None], mean_rstd[:, :, None], p[:, None], alpha=-1).to(u.dtype)
-        for samples, channels in _slices(start, u.shape[-1]):
+    p, q = _contributions(_inactive_channels(closed, u.shape[-1]), weight, bias)
+    if runs_on_cpu(u):
+        out = torch.baddbmm(q[:, None], closed.mean_rstd[:, :, None], p[:, None], alpha=-1).to(u.dtype)
+        for samples, channels in _slices(closed.start, u.shape[-1]):
             out[samples].view(-1, len(weight)).addmm_(u[samples].flatten(0, 1), weight[:, channels].t())
         return out
-    return _launch_forward(u, weight, q, start, mean_rstd, p, gelu=False, write_out=True)[0]
+    return product(u, weight, q, closed.start, closed.mean_rstd, p, gelu=False, write_out=True)[0]
 
 
 def linear_gelu_forward(
-    u: Tensor,
-    mean_rstd: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    start: Tensor | None,
-    write_pre: bool,
+    u: Tensor, closed: ClosedForm | None, weight: Tensor, bias: Tensor | None, write_pre: bool
 ) -> tuple[Tensor, Tensor]:
-    """(pre, GELU(pre)) [B, N, O] of the same layer; pre is left empty unless ``write_pre`` (training) asks for it."""
-    if not gelu_in_epilogue("gelu_forward", u, weight, weight.shape[1]):
-        pre = window_linear_forward(u, mean_rstd, shift, scale, weight, bias, start)
+    """Return (pre, GELU(pre)) [B, N, O] of the same layer; pre is left empty unless ``write_pre`` (training)."""
+    if choose_gelu("gelu_forward", u, closed, weight, weight.shape[1]).path == "pass":
+        pre = window_linear_forward(u, closed, weight, bias)
         return (
             (pre, gelu_forward(pre, torch.empty_like(pre))) if write_pre else (pre.new_empty(0), gelu_forward(pre, pre))
         )
-    if start is None or mean_rstd is None:
-        return _launch_forward(u, weight, bias, None, None, None, gelu=True, write_out=write_pre)
-    p, q = _contributions(_inactive_channels(shift, scale, start, u.shape[-1], mean_rstd.dtype), weight, bias)
-    return _launch_forward(u, weight, q, start, mean_rstd, p, gelu=True, write_out=write_pre)
+    if closed is None:
+        return product(u, weight, bias, None, None, None, gelu=True, write_out=write_pre)
+    p, q = _contributions(_inactive_channels(closed, u.shape[-1]), weight, bias)
+    return product(u, weight, q, closed.start, closed.mean_rstd, p, gelu=True, write_out=write_pre)
 
 
-def _launch_forward(
+def product(
     u: Tensor,
     weight: Tensor,
     q: Tensor | None,
@@ -470,13 +508,21 @@ def _launch_forward(
     gelu: bool,
     write_out: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Launch u @ weight[:, window]^T - mean_rstd * p + q, and with ``gelu`` GELU of it; return both, empty where not
+    asked for.
+
+    Args:
+        u: [B, N, W], or [B, N, C] for a dense layer. weight: [O, C].
+        q: [B, O]; of a dense layer the bias [O] or None.
+        start: int32 [B], mean_rstd: [B, N], p: [B, O]; None for a dense layer.
+    """
     B, N, K = u.shape
     O = weight.shape[0]
     out = torch.empty(B, N, O, device=u.device, dtype=u.dtype) if write_out else u.new_empty(0)
     act = torch.empty(B, N, O, device=u.device, dtype=u.dtype) if gelu else None
     if start is None:  # all tokens share the weight: one long sample
         B, N, u = 1, B * N, u.reshape(1, B * N, K)
-    tile = tile_for("forward_gelu" if gelu else "forward", u, N, weight.shape[1], capability(u))
+    tile = (_FORWARD_GELU if gelu else _FORWARD).tile(u, N, weight.shape[1])
     if B * N > 0:
         launch(
             window_forward_kernel,
@@ -498,11 +544,7 @@ def _launch_forward(
             GELU=gelu,
             WRITE_OUT=write_out,
             PRECISION=dot_precision(u.dtype),
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
-            BLOCK_K=tile.k,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **options(tile),
         )
     return out, u.new_empty(0) if act is None else act
 
@@ -510,25 +552,23 @@ def _launch_forward(
 def window_linear_backward(
     g: Tensor,
     u: Tensor,
-    mean_rstd: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
+    closed: ClosedForm | None,
     weight: Tensor,
-    start: Tensor | None,
     need_weight: bool = True,
     need_bias: bool = True,
 ) -> LinearGradients:
-    """Gradients of ``window_linear_forward``; g [B, N, O] is the gradient of its output, in weight's dtype."""
+    """Return the gradients of ``window_linear_forward``; g [B, N, O] is that of its output, in weight's dtype."""
     B, N, O = g.shape
     C = weight.shape[1]
-    if start is None or mean_rstd is None:
+    if closed is None:
         flat = g.reshape(B * N, O)
         dweight = flat.t() @ u.reshape(B * N, C) if need_weight else None
         return LinearGradients(g @ weight, None, None, None, dweight, flat.sum(0) if need_bias else None)
+    mean_rstd, start = closed.mean_rstd, closed.start
     g = g.contiguous()
-    inactive = _inactive_channels(shift, scale, start, u.shape[-1], mean_rstd.dtype)
+    inactive = _inactive_channels(closed, u.shape[-1])
     p, _ = _contributions(inactive, weight, None)
-    if kernel_path(u) == "cpu":
+    if runs_on_cpu(u):
         wide = g.to(mean_rstd.dtype)
         summed = torch.bmm(wide, p[:, :, None])[..., 0]
         # In parts: one long sum would round as often as there are tokens.
@@ -537,9 +577,9 @@ def window_linear_backward(
         dp, dq = torch.stack(parts).sum(0).unbind(1)
         du, dweight = _backward_on_slices(g, u, weight, start, need_weight)
     else:
-        summed, dp, dq = _launch_token_sums(g, mean_rstd, p)
-        du, _ = _launch_input_gradient(g, weight, start, empty_rows(*u.shape, like=u, dtype=u.dtype), None)
-        dweight = _launch_weight_gradient(g, u, start, C) if need_weight else None
+        summed, dp, dq = token_sums(g, mean_rstd, p)
+        du, _ = input_gradient(g, weight, start, empty_rows(*u.shape, like=u, dtype=u.dtype), None)
+        dweight = weight_gradient(g, u, start, C) if need_weight else None
     return _with_inactive(du, summed, dp, dq, dweight, inactive, weight, need_bias)
 
 
@@ -571,24 +611,31 @@ def gelu_linear_backward(g: Tensor, pre: Tensor, weight: Tensor) -> tuple[Tensor
     Args:
         g: gradient of out [B, N, O]. pre: [B, N, K]. weight: [O, K], in g's dtype.
     """
-    if not gelu_in_epilogue("gelu_backward", g, weight, weight.shape[0]):
+    if choose_gelu("gelu_backward", g, None, weight, weight.shape[0]).path == "pass":
         dpre = g @ weight
         return dpre, gelu_backward(dpre, pre)
     B, N, K = pre.shape
     pre = pre.view(1, B * N, K)
-    dpre, act = _launch_input_gradient(g.reshape(1, B * N, g.shape[-1]), weight, None, torch.empty_like(pre), pre)
+    dpre, act = input_gradient(g.reshape(1, B * N, g.shape[-1]), weight, None, torch.empty_like(pre), pre)
     return dpre.view(B, N, K), act.view(B, N, K)
 
 
-def _launch_input_gradient(
+def input_gradient(
     g: Tensor, weight: Tensor, start: Tensor | None, du: Tensor, pre: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """Launch du = g @ weight[:, window], and where ``pre`` is given times GELU's derivative there; return du and
+    GELU(pre).
+
+    Args:
+        g: [B, N, O]. weight: [O, C]. start: int32 [B], or None for all channels.
+        du: [B, N, W] or [B, N, C], is written. pre: like du, with all channels; or None, then du is returned twice.
+    """
     B, N, O = g.shape
     act = torch.empty_like(du) if pre is not None else du
     if pre is None:
-        tile = tile_for("input_gradient", g, N, weight.shape[1], capability(g))
+        tile = _INPUT_GRADIENT.tile(g, N, weight.shape[1])
     else:
-        tile = tile_for("gelu_input_gradient", g, N, weight.shape[0], capability(g))
+        tile = _GELU_INPUT_GRADIENT.tile(g, N, weight.shape[0])
     if B * N > 0:
         launch(
             window_input_gradient_kernel,
@@ -607,20 +654,17 @@ def _launch_input_gradient(
             WINDOWED=start is not None,
             GELU=pre is not None,
             PRECISION=dot_precision(g.dtype),
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
-            BLOCK_K=tile.k,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **options(tile),
         )
     return du, act
 
 
-def _launch_weight_gradient(g: Tensor, u: Tensor, start: Tensor, channels: int) -> Tensor:
+def weight_gradient(g: Tensor, u: Tensor, start: Tensor, channels: int) -> Tensor:
+    """Launch the sum over samples of g^T u at each one's window; return it as fp32 [O, C], C being ``channels``."""
     B, N, O = g.shape
     if B * N == 0:
         return torch.zeros(O, channels, device=g.device, dtype=torch.float32)
-    tile = tile_for("weight_gradient", g, N, channels, capability(g))
+    tile = _WEIGHT_GRADIENT.tile(g, N, channels)
     tiles = triton.cdiv(O, tile.m) * triton.cdiv(channels, tile.n)
     parts = _parts(tiles, B * triton.cdiv(N, tile.k), multiprocessors(g))
     sums = torch.empty(parts, O, channels, device=g.device, dtype=torch.float32)
@@ -637,11 +681,7 @@ def _launch_weight_gradient(g: Tensor, u: Tensor, start: Tensor, channels: int) 
         channels,
         parts,
         PRECISION=dot_precision(g.dtype),
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
-        BLOCK_K=tile.k,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **options(tile),
     )
     return sums[0] if parts == 1 else sums.sum(0)
 
@@ -663,13 +703,13 @@ def _parts(tiles: int, steps: int, processors: int) -> int:
     return next(parts for parts in choices if busy(parts) >= enough)
 
 
-def _launch_token_sums(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(inactive [B, N], dp [B, O], dq [B, O]) in fp32: everything else that one read of g gives."""
+def token_sums(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch everything else that one read of g gives; return inactive [B, N], dp [B, O] and dq [B, O] in fp32."""
     B, N, O = g.shape
     inactive = torch.empty(B, N, device=g.device, dtype=torch.float32)
     parts = torch.empty(2, B, chunks_of(N), O, device=g.device, dtype=torch.float32)
     if B * N > 0:
-        tile = tile_for("token_sums", g, N, O)
+        tile = _TOKEN_SUMS.tile(g, N, O)
         launch(
             token_sums_kernel,
             B * chunks_of(N),
@@ -682,8 +722,7 @@ def _launch_token_sums(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor,
             N,
             O,
             TOKENS=TOKENS_PER_SUM,
-            BLOCK=tile.block,
-            num_warps=tile.warps,
+            **options(tile),
         )
     dp, dq = parts.sum(2)
     return inactive, dp, dq
@@ -702,11 +741,6 @@ def slice_gain(op: WindowsOp, tokens: int, channels: int, width: int) -> int:
     """What GEMMs on slices of the weight save on a CPU, in per cent of what they cost, for that many tokens a slice."""
     repacked, closed_form = _COSTS_OF_A_SLICE[op]
     return int(100 * (channels - width) / (repacked * width / max(tokens, 1) + closed_form * channels))
-
-
-def _tokens_of_a_slice(x: Tensor, start: Tensor) -> int:
-    """Tokens that share a window."""
-    return x.shape[1] * (x.shape[0] if len(set(start.tolist())) == 1 else 1)
 
 
 def _slices(start: Tensor, width: int) -> list[tuple[slice, slice]]:
@@ -729,3 +763,255 @@ def _backward_on_slices(
         if dweight is not None:
             dweight[:, channels].addmm_(rows.t().to(dweight.dtype), inputs.to(dweight.dtype))
     return du, dweight
+
+
+# --- declarations ----------------------------------------------------------------------------------------------------
+
+
+def _dense(u: Tensor, closed: ClosedForm | None, weight: Tensor) -> Tensor:
+    """The layer's input on all channels [B, N, C], as a masked model has it."""
+    if closed is None:
+        return u
+    inactive = -closed.mean_rstd[:, :, None].expand(-1, -1, weight.shape[1])
+    return spread(u, closed.start, reference.modulate(inactive, closed.shift, closed.scale)).to(weight.dtype)
+
+
+def _plain_forward(u: Tensor, closed: ClosedForm | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(_dense(u, closed, weight), weight, bias)
+
+
+def _plain_gelu_forward(
+    u: Tensor, closed: ClosedForm | None, weight: Tensor, bias: Tensor | None, write_pre: bool
+) -> tuple[Tensor | None, Tensor]:
+    pre = _plain_forward(u, closed, weight, bias)
+    return pre if write_pre else None, plain_gelu(pre)
+
+
+def _gelu_forward(write_pre: bool, **layer: Any) -> tuple[Tensor | None, Tensor]:
+    pre, act = linear_gelu_forward(**layer, write_pre=write_pre)
+    return pre if write_pre else None, act
+
+
+def _of_backward(
+    g: Tensor, u: Tensor, closed: ClosedForm | None, weight: Tensor, need_weight: bool, need_bias: bool
+) -> tuple[Any, list[Tensor], list[Tensor]]:
+    def function(u: Tensor, *others: Tensor) -> list[Tensor]:
+        left, form = list(others), closed
+        if closed is not None:  # the gradient is taken of what the norm makes of deactivated channels
+            form = ClosedForm(-left.pop(0), left.pop(0), left.pop(0), closed.start)
+        return [_plain_forward(u, form, left.pop(0) if need_weight else weight, left.pop(0) if need_bias else None)]
+
+    known = [] if closed is None else [-closed.mean_rstd, closed.shift, closed.scale]
+    return function, [u, *known, *[weight] * need_weight, *[weight.new_zeros(len(weight))] * need_bias], [g]
+
+
+def _plain_gelu_backward(g: Tensor, pre: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten.gelu_backward(g @ weight, pre, approximate="tanh"), plain_gelu(pre)
+
+
+def _plain_weight_gradient(g: Tensor, u: Tensor, start: Tensor, channels: int) -> Tensor:
+    dense = spread(u, start, u.new_zeros(*u.shape[:2], channels))
+    return g.flatten(0, 1).t() @ dense.flatten(0, 1)
+
+
+def _plain_token_sums(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    wide = g.to(p.dtype)
+    return (wide * p[:, None]).sum(2), -(mean_rstd[..., None] * wide).sum(1), wide.sum(1)
+
+
+def _input_gradient(g: Tensor, weight: Tensor, start: Tensor, width: int) -> Tensor:
+    return input_gradient(g, weight, start, empty_rows(*g.shape[:2], width, like=g, dtype=g.dtype), None)[0]
+
+
+def _layer(draw: Draw, outputs: int, routed: bool) -> dict[str, Any]:
+    B, N, C, _ = draw.sizes
+    shift, scale = draw.vectors(2)
+    closed = ClosedForm(draw.statistic(B, N), shift, scale, draw.start) if routed else None
+    return dict(u=draw.compact() if routed else draw(B, N, C), closed=closed, weight=draw.weight(outputs, C))
+
+
+def _backward_inputs(draw: Draw, routed: bool, parameters: bool) -> dict[str, Any]:
+    B, N, C, _ = draw.sizes
+    needs = dict(need_weight=parameters, need_bias=parameters)
+    return dict(g=draw(B, N, 3 * C), **_layer(draw, 3 * C, routed), **needs)
+
+
+def _gelu_forward_inputs(draw: Draw, routed: bool, bias: bool, write_pre: bool) -> dict[str, Any]:
+    C = draw.sizes.C
+    return dict(**_layer(draw, 4 * C, routed), bias=draw(4 * C) if bias else None, write_pre=write_pre)
+
+
+def linear_work(M: int, K: int, O: int, items: Itemsizes) -> Work:
+    """Count a linear layer with bias, of M rows of K channels."""
+    return Work(2 * M * K * O, M * (K + O) * items.operand + (K + 1) * O * items.stream)
+
+
+def linear_gradients_work(M: int, K: int, O: int, items: Itemsizes, parameters: bool = True) -> Work:
+    """Count the gradient of its input, and those of weight and bias: the forward pass's tensors, read where the other
+    writes."""
+    work = Work(2 * M * K * O, M * (K + O) * items.operand + K * O * items.stream)
+    return work + linear_work(M, K, O, items) if parameters else work
+
+
+def forward_work(B: int, N: int, C: int, W: int, O: int, items: Itemsizes) -> Work:
+    """Count the product over each sample's window, and p and q over its deactivated channels."""
+    return linear_work(B * N, W, O, items) + _inactive_work(B, N, C, W, O, items)
+
+
+def gradients_work(B: int, N: int, C: int, W: int, O: int, items: Itemsizes, parameters: bool = True) -> Work:
+    """Count gradients of the window and of what deactivated channels are known by, and those of weight and bias.
+
+    The products of the former are p, which the gradient of every token is multiplied with, and those with dp and dq.
+    """
+    inactive = C - W
+    work = linear_gradients_work(B * N, W, O, items, parameters) + _known_work(B, N, C, W)
+    vectors = B * inactive * (items.operand + 2 * STATISTIC)  # scale; gradients of shift and scale
+    work += Work(6 * B * inactive * O, inactive * O * items.stream + vectors)
+    work += Work(bytes=B * N * STATISTIC if inactive else 0)  # what deactivated channels sum up to in each token
+    return work + _inactive_work(B, N, C, W, O, items) if parameters else work
+
+
+def gelu_forward_work(B: int, N: int, C: int, W: int, H: int, items: Itemsizes, write_pre: bool) -> Work:
+    """Count GELU of a window's linear layer, and what comes before GELU if ``write_pre``."""
+    return forward_work(B, N, C, W, H, items) + Work(bytes=B * N * H * items.operand if write_pre else 0)
+
+
+def gelu_backward_work(B: int, N: int, H: int, O: int, items: Itemsizes, write_act: bool = True) -> Work:
+    """Count the gradient of pre in Linear(GELU(pre)), from H to O channels, and GELU(pre) again if ``write_act``."""
+    pre = Work(bytes=(1 + write_act) * B * N * H * items.operand)
+    return linear_gradients_work(B * N, H, O, items, parameters=False) + pre
+
+
+def _inactive_work(B: int, N: int, C: int, W: int, O: int, items: Itemsizes) -> Work:
+    """Products with deactivated channels, which shift and scale modulate."""
+    inactive = C - W
+    vectors = 2 * B * inactive * items.operand
+    return Work(4 * B * inactive * O, inactive * O * items.stream + vectors) + _known_work(B, N, C, W)
+
+
+def _known_work(B: int, N: int, C: int, W: int) -> Work:
+    """mean * rstd of each token, and the windows: what the closed form reads where there are deactivated channels."""
+    return Work(bytes=B * N * STATISTIC + starts(B, C, W) if W < C else 0)
+
+
+def _forward_peer(share: Callable[[int, int], int]) -> Callable[..., Callable[[], Any]]:
+    def peer(u: Tensor, closed: ClosedForm | None, weight: Tensor, bias: Tensor | None) -> Callable[[], Any]:
+        channels = share(u.shape[2], weight.shape[1])
+        x = _dense(u, closed, weight)[..., :channels].contiguous()
+        return lambda: F.linear(x, weight[:, :channels], bias)
+
+    return peer
+
+
+def _backward_peer(share: Callable[[int, int], int]) -> Callable[..., Callable[[], Any]]:
+    def peer(
+        g: Tensor, u: Tensor, closed: ClosedForm | None, weight: Tensor, need_weight: bool, **_: bool
+    ) -> Callable[[], Any]:
+        channels = share(u.shape[2], weight.shape[1])
+        x, rows = _dense(u, closed, weight)[..., :channels].contiguous().flatten(0, 1), g.flatten(0, 1)
+        if need_weight:
+            return lambda: (g @ weight[:, :channels], rows.t() @ x, rows.sum(0))
+        return lambda: g @ weight[:, :channels]
+
+    return peer
+
+
+def _peers(peer: Callable[[Callable[[int, int], int]], Any]) -> dict[str, Any]:
+    """PyTorch's products with all channels, and with as many as are active, the same for all samples."""
+    # A multiple of 8, with which cuBLAS is fast.
+    return {ALL_CHANNELS: peer(lambda W, C: C), ONE_SLICE: peer(lambda W, C: min(C, -(-W // 8) * 8))}
+
+
+def _library_gelu(u: Tensor, closed: Any, weight: Tensor, bias: Any, write_pre: bool) -> Callable[[], Tensor] | None:
+    """cuBLASLt's epilogue, which PyTorch has in a private function; on a CPU that is another GELU."""
+    if write_pre or closed is not None or u.device.type != "cuda":
+        return None
+    rows = u.flatten(0, 1)
+    return lambda: torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
+
+
+KERNELS = [
+    Kernel(
+        "window_linear_forward",
+        window_linear_forward,
+        _plain_forward,
+        lambda draw, bias: _layer(draw, 3 * draw.sizes.C, True) | dict(bias=draw(3 * draw.sizes.C) if bias else None),
+        modes(bias=(True, False)),
+        work=lambda s, items, **_: forward_work(s.B, s.N, s.C, s.W, 3 * s.C, items),
+        timed=lambda bias: bias,
+        tiles=lambda **_: ("forward",),
+        peers=_peers(_forward_peer),
+    ),
+    Kernel(
+        "window_linear_backward",
+        window_linear_backward,
+        Gradient(_of_backward),
+        _backward_inputs,
+        modes(routed=(True, False), parameters=(True, False)),
+        work=lambda s, items, parameters, **_: gradients_work(s.B, s.N, s.C, s.W, 3 * s.C, items, parameters),
+        timed=lambda routed, **_: routed,
+        peers=_peers(_backward_peer),
+    ),
+    Kernel(
+        "input_gradient",
+        _input_gradient,
+        lambda g, weight, start, width: in_window(g @ weight, start, width),
+        lambda draw: dict(
+            g=draw(*draw.sizes[:2], 3 * draw.sizes.C),
+            weight=draw.weight(3 * draw.sizes.C, draw.sizes.C),
+            start=draw.start,
+            width=draw.sizes.W,
+        ),
+        tiles=lambda: ("input_gradient",),
+        triton_only=True,
+    ),
+    Kernel(
+        "weight_gradient",
+        weight_gradient,
+        _plain_weight_gradient,
+        lambda draw: dict(
+            g=draw(*draw.sizes[:2], 3 * draw.sizes.C), u=draw.compact(), start=draw.start, channels=draw.sizes.C
+        ),
+        tiles=lambda: ("weight_gradient",),
+        triton_only=True,
+    ),
+    Kernel(
+        "token_sums",
+        token_sums,
+        _plain_token_sums,
+        lambda draw: dict(
+            g=draw(*draw.sizes[:2], 3 * draw.sizes.C),
+            mean_rstd=draw.statistic(*draw.sizes[:2]),
+            p=draw.statistic(draw.sizes.B, 3 * draw.sizes.C),
+        ),
+        tiles=lambda: ("token_sums",),
+        triton_only=True,
+    ),
+    Kernel(
+        "linear_gelu_forward",
+        _gelu_forward,
+        _plain_gelu_forward,
+        _gelu_forward_inputs,
+        modes(routed=(True, False), bias=(True, False), write_pre=(True, False)),
+        work=lambda s, items, routed, bias, write_pre: gelu_forward_work(
+            s.B, s.N, s.C, s.W if routed else s.C, 4 * s.C, items, write_pre
+        ),
+        timed=lambda bias, **_: bias,
+        tiles=lambda **_: ("forward_gelu",),
+        crossover="gelu_forward",
+        peers={"cuBLASLt with GELU": _library_gelu},
+    ),
+    Kernel(
+        "gelu_linear_backward",
+        gelu_linear_backward,
+        _plain_gelu_backward,
+        lambda draw: dict(
+            g=draw(*draw.sizes[:3]),
+            pre=draw(*draw.sizes[:2], 4 * draw.sizes.C),
+            weight=draw.weight(draw.sizes.C, 4 * draw.sizes.C),
+        ),
+        work=lambda s, items: gelu_backward_work(s.B, s.N, 4 * s.C, s.C, items),
+        tiles=lambda: ("gelu_input_gradient",),
+        crossover="gelu_backward",
+    ),
+]

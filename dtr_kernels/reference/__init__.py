@@ -1,10 +1,11 @@
-"""The oracle: plain PyTorch for everything in this package, written to be read next to the papers.
+"""Plain PyTorch for everything in this package, written to be read next to the papers.
 
 Nothing here is fast and nothing is clever. Every kernel, test and benchmark of this package is compared with these
 functions.
 """
 
-from dtr_kernels.reference.dit import (
+from dtr_kernels.reference.surgery import gram, pcgrad, pcgrad_coefficients, uncertainty_loss
+from dtr_kernels.reference.transformer import (
     SCOPES,
     attention,
     dit,
@@ -19,8 +20,7 @@ from dtr_kernels.reference.dit import (
     routed_norm,
     routing_mask,
 )
-from dtr_kernels.reference.res_block import group_norm, res_block, routed_conv
-from dtr_kernels.reference.surgery import gram, pcgrad, pcgrad_coefficients, uncertainty_loss
+from dtr_kernels.reference.unet import group_norm, res_block, routed_conv
 
 __all__ = [
     "SCOPES",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,13 +21,7 @@ class Batch:
 
     @classmethod
     def gathered(cls, clusters: Tensor, tensors: tuple[Tensor, ...], num_clusters: int) -> Batch:
-        """The samples of ``tensors`` sorted by cluster; within a cluster they keep their order.
-
-        Raises:
-            TypeError: if clusters is not an integer tensor, or another is no tensor.
-            ValueError: if clusters is not [B], names a cluster that does not exist, or there is no tensor or one that
-                has not B samples.
-        """
+        """Check the tensors of a batch, and sort their samples by cluster; within a cluster they keep their order."""
         if not isinstance(clusters, Tensor) or clusters.dtype not in _INTEGERS:
             given = getattr(clusters, "dtype", type(clusters).__name__)
             raise TypeError(f"clusters must be an integer tensor, the cluster of each sample, got {given}")
@@ -62,7 +56,7 @@ class Batch:
         return cls(tensors, tuple(sizes))
 
     def losses(self, loss: Callable[..., Tensor]) -> list[Callable[[], Tensor] | None]:
-        """For each cluster a function that computes its mean loss; None for a cluster without samples."""
+        """Return for each cluster a function of its mean loss; None for a cluster without samples."""
         parts = zip(*(tensor.split(list(self.sizes)) for tensor in self.tensors), strict=True)
         return [
             partial(_mean_loss, loss, part, size) if size else None
@@ -70,7 +64,7 @@ class Batch:
         ]
 
     def any_loss(self, loss: Callable[..., Tensor]) -> Callable[[], Tensor]:
-        """A function that computes the loss of one sample, of whatever cluster."""
+        """Return a function that computes the loss of one sample, of whatever cluster."""
         return partial(_mean_loss, loss, tuple(tensor[:1] for tensor in self.tensors), 1)
 
 
@@ -83,12 +77,17 @@ def _mean_loss(loss: Callable[..., Tensor], tensors: tuple[Tensor, ...], samples
     return losses.mean(dtype=torch.promote_types(losses.dtype, torch.float32))
 
 
-def check_per_sample(losses: Tensor, samples: int) -> Tensor:
-    """losses itself, if they are one for each sample.
+def check_by_cluster(losses: object, clusters: int) -> None:
+    """Refuse anything but a sequence of losses, one for each cluster."""
+    if not isinstance(losses, Sequence | Tensor) or (isinstance(losses, Tensor) and losses.dim() == 0):
+        given = "one scalar" if isinstance(losses, Tensor) else type(losses).__name__
+        raise TypeError(f"losses must be a sequence of {clusters} losses, one for each cluster, got {given}")
+    if len(losses) != clusters:
+        raise ValueError(f"losses must have {clusters} entries, one for each cluster, got {len(losses)}")
 
-    Raises:
-        TypeError, ValueError: naming what the loss function returned.
-    """
+
+def check_per_sample(losses: Tensor, samples: int) -> Tensor:
+    """Return losses itself, if it has one for each sample."""
     if not isinstance(losses, Tensor):
         raise TypeError(f"loss must return a tensor of one loss for each sample, got {type(losses).__name__}")
     if tuple(losses.shape) != (samples,):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,16 @@ class _Stretch(NamedTuple):
     offset: int
     shape: torch.Size
     strides: tuple[int, ...]
+
+
+class ClusterGradients(Protocol):
+    """The gradients of K clusters, however they are kept."""
+
+    def gram(self) -> Tensor:
+        """Return their Gram matrix, fp64 [K, K]."""
+
+    def weighted_sum(self, weights: Tensor) -> list[Tensor]:
+        """Return the sum over k of weights[k] times gradient k, one new tensor for each parameter."""
 
 
 class GradientBuffer:
@@ -60,7 +70,7 @@ class GradientBuffer:
             key: torch.zeros(clusters, _rounded_up(n, _ALIGNMENT * slices), dtype=key[0], device=device)
             for key, n in lengths.items()
         }
-        self._rows = self._views(clusters)
+        self._gradients = self._views(clusters)
         self.units = self.totals = [0] * clusters
 
     def _views(self, clusters: int) -> list[list[Tensor]]:
@@ -68,25 +78,25 @@ class GradientBuffer:
 
     def __getstate__(self) -> dict[str, Any]:
         # pickle would give each row's views a memory of their own, and later gradients would not reach the tensors.
-        return {**vars(self), "_rows": len(self._rows)}
+        return {**vars(self), "_gradients": len(self._gradients)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._rows = self._views(state["_rows"])
+        self._gradients = self._views(state["_gradients"])
 
     def fits(self, parameters: Mapping[str, Tensor]) -> bool:
-        """Whether the parameters are still those it was made for, of the same shapes, dtypes, device and layouts."""
+        """Return whether the parameters are still those it was made for, of the same shapes, dtypes and layouts."""
         return self._layout == _layout(parameters)
 
-    def row(self, k: int) -> list[Tensor]:
-        """Gradient k, one view for each parameter. Their version counters count what is written to each."""
-        return self._rows[k]
+    def gradient(self, k: int) -> list[Tensor]:
+        """Return gradient k, one view for each parameter. Their version counters count what is written to each."""
+        return self._gradients[k]
 
     def zero_(self) -> None:
         """Set all K gradients to zero, of no samples."""
         for tensor in self.tensors.values():
             tensor.zero_()
-        self.units = self.totals = [0] * len(self._rows)
+        self.units = self.totals = [0] * len(self._gradients)
 
     def expect(self, counts: Sequence[int]) -> None:
         """Make row k ready to have the mean gradient of counts[k] further samples added to it."""
@@ -106,15 +116,13 @@ class GradientBuffer:
                     row.mul_(factor)
 
     def gram(self) -> Tensor:
-        """The Gram matrix of the K gradients, fp64 [K, K]."""
         return torch.stack([ops.gram(tensor) for tensor in self.tensors.values()]).sum(0)
 
     def weighted_sum(self, weights: Tensor) -> list[Tensor]:
-        """The sum over k of weights[k] times gradient k, one new tensor for each parameter."""
         return self.split({key: ops.weighted_sum(tensor, weights) for key, tensor in self.tensors.items()})
 
     def split(self, flat: Mapping[tuple[torch.dtype, Hashable], Tensor]) -> list[Tensor]:
-        """The parameters' stretches of [P] tensors, each with a version counter of its own (which .data gives)."""
+        """Return the parameters' stretches of [P] tensors, each with its own version counter (by .data)."""
         return [
             flat[s.key].as_strided(s.shape, s.strides, flat[s.key].storage_offset() + s.offset).data
             for s in self._stretches
@@ -130,7 +138,7 @@ def _layout(parameters: Mapping[str, Tensor]) -> list[Any]:
 
 
 def _gradient_dtype(p: Tensor) -> torch.dtype:
-    """The dtype that autograd wants p.grad to have: p's own, if nobody has set p.grad_dtype (from torch 2.10 on)."""
+    """Return the dtype that autograd wants p.grad to have: p's own, unless p.grad_dtype is set (torch 2.10)."""
     return getattr(p, "grad_dtype", None) or p.dtype
 
 

@@ -28,26 +28,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtr_kernels import ops
-from dtr_kernels.surgery.buffer import GradientBuffer
+from dtr_kernels.surgery.buffer import ClusterGradients, GradientBuffer
 from dtr_kernels.surgery.engines import EngineChoice
 from dtr_kernels.surgery.parameters import device_of
+from dtr_kernels.surgery.per_cluster import Loss
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-    from dtr_kernels.surgery.gradient_surgery import Gradients
-    from dtr_kernels.surgery.per_cluster import Loss
-
 
 class OneProcess:
-    """What ``GradientSurgery`` asks of its ranks. This one has no others."""
+    """The ranks of a ``GradientSurgery``: this process alone."""
 
     def engine(self, name: str) -> EngineChoice:
-        """The engine of a name; ValueError if these ranks cannot use it."""
+        """Return the engine of a name; ValueError if these ranks cannot use it."""
         return EngineChoice(name)
 
     def buffer(self, parameters: Mapping[str, Tensor], clusters: int) -> GradientBuffer:
-        """Where this rank collects its gradients."""
+        """Return a buffer for this rank's gradients."""
         return GradientBuffer(parameters, clusters)
 
     def failing_together(self) -> AbstractContextManager[None]:
@@ -68,13 +66,13 @@ class OneProcess:
 
     def together(
         self, parameters: Mapping[str, Tensor], buffer: GradientBuffer, received: set[str]
-    ) -> tuple[Gradients, set[str]]:
+    ) -> tuple[ClusterGradients, set[str]]:
         """Return the mean gradients of all ranks' batches, and the names of the parameters that got one on any rank."""
         buffer.average(buffer.totals)
         return buffer, received
 
     def agreed(self, weights: Tensor) -> Tensor:
-        """The weights that all ranks use."""
+        """Return the weights that all ranks use."""
         return weights
 
     def check_copyable(self) -> None:
@@ -88,15 +86,9 @@ def ranks(
     weighting: str,
     engine: str,
 ) -> OneProcess:
-    """The ranks that share the work on these parameters, as their kind and the caller's process group tell.
+    """Return the ranks that share the work on these parameters, as their kind and the caller's process group tell.
 
-    Args:
-        parameters: those that require grad.
-        process_group: of the ranks that hold replicas of the parameters, or None.
-        num_clusters, weighting, engine: which the ranks must have in common, as must be the parameters.
-
-    Raises:
-        TypeError, ValueError: if the process group or a parameter is not one that can be used.
+    They must have all arguments in common.
     """
     settings = [("num_clusters", str(num_clusters)), ("weighting", repr(weighting)), ("engine", repr(engine))]
     for name, p in parameters.items():
@@ -150,7 +142,7 @@ class _ManyProcesses(OneProcess):
         self._met = False
 
     def _describe(self, parameters: Mapping[str, Tensor]) -> None:
-        """Notes what the ranks must have in common: the settings, and the parameters that require grad now."""
+        """Note what the ranks must have in common: the settings, and the parameters that require grad now."""
         self._description = self._settings + [
             (f"parameter {name!r}", f"{list(p.shape)} {p.dtype} {p.stride()} {getattr(p, 'placements', '')}".strip())
             for name, p in parameters.items()
@@ -167,12 +159,7 @@ class _ManyProcesses(OneProcess):
             raise
 
     def _meet(self, error: Exception | None = None) -> None:
-        """Waits for all ranks.
-
-        Raises:
-            RuntimeError: if one of the others brings an error.
-            ValueError: if they differ in what they should have in common.
-        """
+        """Wait for all ranks; raise if one of the others brings an error, or differs from the rest."""
         self._met = True
         digest = zlib.crc32(repr(self._description).encode())
         word = torch.tensor([error is not None, digest, -digest], device=self._control_device)
@@ -193,7 +180,7 @@ class _ManyProcesses(OneProcess):
             )
 
     def _sums(self, numbers: Sequence[int]) -> list[int]:
-        """Each number's sum over all ranks."""
+        """Return each number's sum over all ranks."""
         sums = torch.tensor(numbers, device=self._control_device)
         self._all_reduce(sums, dist.ReduceOp.SUM)
         return sums.tolist()
@@ -203,7 +190,7 @@ class _ManyProcesses(OneProcess):
             dist.all_reduce(tensor, op, group)
 
     def _gathered(self, thing: object) -> list[tuple[int, Any]]:
-        """Every rank with its thing."""
+        """Return the things of all ranks, each with its rank."""
         things: list[Any] = [(dist.get_rank(), thing)]
         # Backends without a CPU side send objects by way of the current GPU.
         with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
@@ -260,7 +247,7 @@ class Replicas(_ManyProcesses):
 
     def together(
         self, parameters: Mapping[str, Tensor], buffer: GradientBuffer, received: set[str]
-    ) -> tuple[Gradients, set[str]]:
+    ) -> tuple[ClusterGradients, set[str]]:
         self._meet()
         sums = self._sums([*buffer.totals, *(name in received for name in parameters)])
         totals, reached = sums[: len(buffer.totals)], sums[len(buffer.totals) :]
@@ -278,18 +265,16 @@ class _Averages:
         self._slices: dict[Any, Tensor] = {}
         for key, tensor in buffer.tensors.items():
             slices = tensor.new_empty(len(tensor), tensor.shape[1] // group.size())
-            for row, piece in zip(tensor, slices, strict=True):
-                _reduce_scatter(piece, row, group)
+            for gradient, own in zip(tensor, slices, strict=True):
+                _reduce_scatter(own, gradient, group)
             self._slices[key] = slices
 
     def gram(self) -> Tensor:
-        """The Gram matrix of the averages, fp64 [K, K], the same on all ranks."""
         gram = torch.stack([ops.gram(slices) for slices in self._slices.values()]).sum(0)
         dist.all_reduce(gram, group=self._group)
         return gram / self._group.size() ** 2
 
     def weighted_sum(self, weights: Tensor) -> list[Tensor]:
-        """The sum over k of weights[k] times average k, one new tensor for each parameter."""
         update = {}
         for key, slices in self._slices.items():
             update[key] = slices.new_empty(slices.shape[1] * self._group.size())
@@ -391,13 +376,13 @@ class _ShardBuffer(GradientBuffer):
         # Shards that are spread over different groups of ranks have Gram matrices to be added up over those groups.
         super().__init__(_local(parameters), clusters, apart={name: _spread(p) for name, p in parameters.items()})
         self._parameters = list(parameters.values())
-        self._gradients = [self._as_dtensors(super(_ShardBuffer, self).row(k)) for k in range(clusters)]
+        self._sharded = [self._as_dtensors(super(_ShardBuffer, self).gradient(k)) for k in range(clusters)]
 
     def fits(self, parameters: Mapping[str, Tensor]) -> bool:
         return all(_is_dtensor(p) for p in parameters.values()) and super().fits(_local(parameters))
 
-    def row(self, k: int) -> list[Tensor]:
-        return self._gradients[k]
+    def gradient(self, k: int) -> list[Tensor]:
+        return self._sharded[k]
 
     def gram(self) -> Tensor:
         sums: dict[Any, Tensor] = {}
@@ -426,11 +411,7 @@ def _is_dtensor(p: Tensor) -> bool:
 
 
 def _dtensors(parameters: Mapping[str, Tensor]) -> dict[str, DTensor]:
-    """The parameters, all of them DTensors whose gradients are sums over shards.
-
-    Raises:
-        ValueError: naming the parameter that is not.
-    """
+    """Return the parameters, if all are DTensors whose gradients are sums over shards."""
     found: dict[str, Any] = {}
     for name, p in parameters.items():
         if not _is_dtensor(p):
@@ -448,7 +429,7 @@ def _dtensors(parameters: Mapping[str, Tensor]) -> dict[str, DTensor]:
 
 
 def _spread(p: DTensor) -> tuple[dist.ProcessGroup, ...]:
-    """The process groups over which its shards are spread; over the others of its mesh it is replicated."""
+    """Return the process groups over which its shards are spread; over the others of its mesh it is replicated."""
     groups = zip(p.device_mesh.get_all_groups(), p.placements, strict=True)
     return tuple(group for group, placement in groups if not placement.is_replicate())
 

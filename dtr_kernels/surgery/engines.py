@@ -46,7 +46,7 @@ class EngineChoice:
         start_over: Callable[[], None] | None,
         device: torch.device,
     ) -> Result:
-        """Calls the chosen engine, or the one whose turn it is to be timed.
+        """Call the chosen engine, or the one whose turn it is to be timed.
 
         Args:
             per_cluster, one_pass: compute the gradients of a micro-batch.
@@ -59,7 +59,10 @@ class EngineChoice:
             micro-batch. With "auto" the next step then takes per_cluster.
         """
         if start_over is not None:
-            self._current = self._next()
+            # With "auto", the one that was timed less often.
+            self._current = (
+                min(self._seconds, key=lambda n: len(self._seconds[n])) if self.name == "auto" else self.name
+            )
         engine = one_pass if self._current == "one_pass" else per_cluster
         trial = self.name == "auto" and start_over is not None
         try:
@@ -78,11 +81,6 @@ class EngineChoice:
         self.reason = reason
         return result
 
-    def _next(self) -> str:
-        if self.name != "auto":
-            return self.name
-        return min(self._seconds, key=lambda name: len(self._seconds[name]))
-
     def _timed(self, engine: Callable[[], Result], device: torch.device) -> Result:
         begin = _now(device)
         result = engine()
@@ -95,12 +93,12 @@ class EngineChoice:
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """What "auto" has found, if it has."""
+        """Return the choice of "auto", if it has made one."""
         found = self._auto and self.name != "auto"
         return {"name": self.name, "reason": self.reason} if found else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Uses what "auto" has found in the saved run, unless an engine was named here."""
+        """Use what "auto" has found in the saved run, unless an engine was named here."""
         if self._auto and state:
             self.name, self.reason = state["name"], state["reason"]
 

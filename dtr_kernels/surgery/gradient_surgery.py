@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
-from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -13,35 +13,21 @@ from torch import Tensor
 from dtr_kernels.ops.gradient_lists import MOST_CLUSTERS
 from dtr_kernels.routing import is_integer
 from dtr_kernels.surgery import distributed, low_memory, one_pass, per_cluster, weightings, wrappers
-from dtr_kernels.surgery.batch import Batch
-from dtr_kernels.surgery.buffer import GradientBuffer
+from dtr_kernels.surgery.batch import Batch, check_by_cluster
+from dtr_kernels.surgery.buffer import ClusterGradients, GradientBuffer
 from dtr_kernels.surgery.parameters import device_of, named, trainable
 from dtr_kernels.surgery.per_cluster import Loss
 from dtr_kernels.surgery.separation import Separation
 from dtr_kernels.surgery.weightings import GramWeighting
 
-
-class Gradients(Protocol):
-    """K gradients, however they are kept."""
-
-    def gram(self) -> Tensor:
-        """Their Gram matrix, fp64 [K, K]."""
-
-    def weighted_sum(self, weights: Tensor) -> list[Tensor]:
-        """The sum over k of weights[k] times gradient k, one tensor for each parameter."""
+_Method = TypeVar("_Method", bound=Callable[..., Tensor])
 
 
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
-
-
-def _all_or_nothing(
-    method: Callable[Concatenate[GradientSurgery, _Arguments], _Result],
-) -> Callable[Concatenate[GradientSurgery, _Arguments], _Result]:
-    """For a method that all ranks call: after an error on one of them nothing is left of the step on any."""
+def _all_or_nothing(method: _Method) -> _Method:
+    """Leave nothing of a step on any rank after an error on one of them; all ranks call the method."""
 
     @wraps(method)
-    def attempt(self: GradientSurgery, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+    def attempt(self: GradientSurgery, *args: Any, **kwargs: Any) -> Tensor:
         try:
             with self._ranks.failing_together(), wrappers.refused():
                 return method(self, *args, **kwargs)
@@ -49,7 +35,7 @@ def _all_or_nothing(
             self._received = None
             raise
 
-    return attempt
+    return cast(_Method, attempt)
 
 
 class GradientSurgery:
@@ -140,7 +126,7 @@ class GradientSurgery:
         scaler: torch.amp.GradScaler | None = None,
         last: bool = True,
     ) -> Tensor:
-        """Computes the K gradients and adds the update to ``p.grad``, as ``loss.backward()`` would.
+        """Compute the K gradients and add the update to ``p.grad``, as ``loss.backward()`` would.
 
         Args:
             losses: K mean losses, one for each cluster; None where a cluster has no samples. Better K functions that
@@ -167,13 +153,7 @@ class GradientSurgery:
         After an error, also one in a function of the caller, ``p.grad`` is as it was, and the micro-batches accumulated
         so far are dropped.
         """
-        if not isinstance(losses, Sequence | Tensor) or (isinstance(losses, Tensor) and losses.dim() == 0):
-            given = "one scalar" if isinstance(losses, Tensor) else type(losses).__name__
-            raise TypeError(
-                f"losses must be a sequence of {self.num_clusters} losses, one for each cluster, got {given}"
-            )
-        if len(losses) != self.num_clusters:
-            raise ValueError(f"losses must have {self.num_clusters} entries, one for each cluster, got {len(losses)}")
+        check_by_cluster(losses, self.num_clusters)
         each, samples = self._ranks.weighted(list(losses), _checked_counts(counts, losses))
         return self._step(lambda step: self._by_cluster(step, each, scaler), samples, scaler, last)
 
@@ -186,7 +166,7 @@ class GradientSurgery:
         scaler: torch.amp.GradScaler | None = None,
         last: bool = True,
     ) -> Tensor:
-        """As ``backward``, for a batch with samples of all clusters, by the engine that this object was made with.
+        """Do as ``backward``, for a batch with samples of all clusters, by the engine that this object was made with.
 
         Args:
             loss: called with tensors like ``tensors``, of the whole batch or of one cluster's samples; returns the loss
@@ -239,7 +219,7 @@ class GradientSurgery:
         return vars(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: the weighting's state and the engine found fastest; tensors, numbers and strings."""
+        """Return tensors, numbers and strings for a checkpoint: the weighting's state, and the engine found fastest."""
         return {
             "num_clusters": self.num_clusters,
             "weighting": self._weighting_name,
@@ -248,7 +228,7 @@ class GradientSurgery:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a ``state_dict``.
+        """Continue from a ``state_dict``.
 
         Raises:
             ValueError: if it was saved with another number of clusters or another weighting.
@@ -267,7 +247,7 @@ class GradientSurgery:
         scaler: torch.amp.GradScaler | None,
         last: bool,
     ) -> Tensor:
-        """Lets an engine write to the buffer, and after the last micro-batch makes the update of it."""
+        """Let an engine write to the buffer, and after the last micro-batch make the update of it."""
         received, self._received = self._received, None  # an error from here on drops the step
         parameters = trainable(self._parameters)
         buffer = self._prepared_buffer(parameters, first=received is None)
@@ -288,7 +268,7 @@ class GradientSurgery:
         return _stacked(values, device_of(parameters))
 
     def _prepared_buffer(self, parameters: Mapping[str, Tensor], first: bool) -> GradientBuffer:
-        """The buffer as a micro-batch finds it: zero, if it is the step's first."""
+        """Return the buffer as a micro-batch finds it: zero, if it is the step's first."""
         if self._buffer is not None and self._buffer.fits(parameters):
             if first:
                 self._buffer.zero_()
@@ -315,7 +295,7 @@ class GradientSurgery:
     def _finish(
         self,
         parameters: Mapping[str, Tensor],
-        gradients: Gradients,
+        gradients: ClusterGradients,
         received: set[str],
         scaler: torch.amp.GradScaler | None,
     ) -> None:
@@ -333,7 +313,7 @@ class GradientSurgery:
 
 
 class _Step(NamedTuple):
-    """What an engine gets for one micro-batch."""
+    """The inputs of an engine for one micro-batch."""
 
     parameters: Mapping[str, Tensor]
     buffer: GradientBuffer
@@ -342,7 +322,7 @@ class _Step(NamedTuple):
 
 @torch.no_grad()
 def _add_gradient(p: Tensor, new: Tensor) -> None:
-    """As autograd adds it: in place, because others may hold p.grad, if its memory allows."""
+    """Add a gradient as autograd does: in place, because others may hold p.grad, if its memory allows."""
     if p.grad is None:
         p.grad = new
     elif p.grad.is_sparse:
@@ -352,7 +332,7 @@ def _add_gradient(p: Tensor, new: Tensor) -> None:
 
 
 def _checked_counts(counts: Sequence[int] | None, losses: Sequence[Loss] | Tensor) -> Sequence[int]:
-    """The samples behind each loss; one each, if the caller does not say."""
+    """Return the samples behind each loss; one each, if the caller does not say."""
     if counts is None:
         return [int(loss is not None) for loss in losses]
     if len(counts) != len(losses):
@@ -374,7 +354,7 @@ def _check_reached(received: set[str], values: Sequence[Tensor | None]) -> None:
 
 
 def _stacked(values: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """The losses as one tensor, fp32 or, if one of them is, fp64."""
+    """Return the losses as one tensor, fp32 or, if one of them is, fp64."""
     wide = any(value is not None and value.dtype == torch.float64 for value in values)
     dtype = torch.float64 if wide else torch.float32
     nan = torch.full((), torch.nan, dtype=dtype, device=device)

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from dtr_kernels.surgery.batch import Batch, check_per_sample
-from dtr_kernels.surgery.layout import batch_dimensions, tensors_in
+from dtr_kernels.surgery.layout import batch_dimensions, functions, tensors_in
 from dtr_kernels.surgery.segments import Segments
 
 
@@ -40,32 +40,27 @@ class Unsupported(NotImplementedError):
 
 
 class Refusal(Exception):
-    """What a rule raises: the reason alone."""
+    """Raised by rules, with the reason alone."""
 
 
-# Adds a weight's gradients [K, *shape], taken segment by segment, to a tensor.
+# Adds a weight's gradients, segment by segment, to a tensor [K, *shape].
 Add = Callable[[Tensor, Segments], None]
 # Calls take(i, add) for the i-th weight of a function, with the gradient of its output and the saved tensors in scope.
-Gradients = Callable[..., None]
+TakeGradients = Callable[..., None]
 
 
 class Collector(Protocol):
-    """What becomes of the weights' gradients in a backward pass."""
+    """Receives the weights' gradients in a backward pass."""
 
     def take(self, weight: Tensor, names: tuple[str, ...], add: Add) -> Tensor | None:
-        """Receives a weight's gradients through ``add``; what it returns is what autograd gets as the gradient.
-
-        Args:
-            weight: a parameter, or a tensor computed from parameters.
-            names: of these.
-        """
+        """Receive the gradients of a weight, made of the parameters of these names; return what autograd gets."""
 
 
 class Sink(Protocol):
     """Where the gradients of a parameter go."""
 
     def add(self, name: str, write: Callable[[Tensor], None]) -> None:
-        """Calls ``write`` with a tensor [K, *shape], to which it adds gradients."""
+        """Call ``write`` with a tensor [K, *shape], to which it adds gradients."""
 
 
 class PerCluster:
@@ -76,23 +71,23 @@ class PerCluster:
 
     def take(self, weight: Tensor, names: tuple[str, ...], add: Add) -> None:
         if weight is self._parameters[names[0]]:
-            self._sink.add(names[0], lambda rows: add(rows, self._segments))
+            self._sink.add(names[0], lambda gradients: add(gradients, self._segments))
             return
-        rows = weight.new_zeros(len(self._segments.sizes), *weight.shape)
-        add(rows, self._segments)
+        of_weight = weight.new_zeros(len(self._segments.sizes), *weight.shape)
+        add(of_weight, self._segments)
         parameters = [self._parameters[name] for name in names]
-        gradients = {
-            k: torch.autograd.grad(weight, parameters, rows[k], retain_graph=True, materialize_grads=True)
+        of_parameters = {
+            k: torch.autograd.grad(weight, parameters, of_weight[k], retain_graph=True, materialize_grads=True)
             for k, size in enumerate(self._segments.sizes)
             if size
         }
         for i, name in enumerate(names):
-            self._sink.add(name, partial(_add_to_rows, {k: of_all[i] for k, of_all in gradients.items()}))
+            self._sink.add(name, partial(_add, {k: of_all[i] for k, of_all in of_parameters.items()}))
 
 
-def _add_to_rows(gradients: dict[int, Tensor], rows: Tensor) -> None:
-    for k, gradient in gradients.items():
-        rows[k] += gradient
+def _add(new: dict[int, Tensor], gradients: Tensor) -> None:
+    for k, gradient in new.items():
+        gradients[k] += gradient
 
 
 class Whole:
@@ -102,13 +97,13 @@ class Whole:
         self._segments = Segments([samples])
 
     def take(self, weight: Tensor, names: tuple[str, ...], add: Add) -> Tensor:
-        rows = weight.new_zeros(1, *weight.shape)
-        add(rows, self._segments)
-        return rows[0]
+        gradients = weight.new_zeros(1, *weight.shape)
+        add(gradients, self._segments)
+        return gradients[0]
 
 
 class _Mark(NamedTuple):
-    """What is known of a tensor, kept as an attribute of it."""
+    """Facts about a tensor, kept as an attribute of it."""
 
     owner: object
     # The parameters that a weight is computed from; none for samples.
@@ -119,15 +114,13 @@ class _Mark(NamedTuple):
 
 # Calls that compute nothing. They are most of a forward pass, and this way they cost least.
 _INSPECTING = {
-    getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "grad_fn", "layout", "is_cuda")
-} | {
-    getattr(Tensor, name)
-    for name in ("dim", "size", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous", "data_ptr")
+    *functions("dim size numel stride is_floating_point is_complex is_contiguous data_ptr", Tensor),
+    *(attribute.__get__ for attribute in functions("shape dtype device ndim requires_grad is_leaf", Tensor)),
+    *(attribute.__get__ for attribute in functions("grad_fn layout is_cuda", Tensor)),
 }
 
 # Functions that read only the shape or the dtype of tensors other than the first.
-_READING_ONE = {getattr(Tensor, name) for name in ("to", "type_as", "expand_as", "view_as", "reshape_as", "new_tensor")}
+_READING_ONE = set(functions("to type_as expand_as view_as reshape_as new_tensor", Tensor))
 
 Rule = Callable[..., Any]
 
@@ -145,7 +138,7 @@ class Interception(TorchFunctionMode):
         self.samples = 0
         # Calls of the forward pass that have a parameter, or what was computed from it, among their weights.
         self.uses: Counter[str] = Counter()
-        self._parameters, self._rules = parameters, rules
+        self.parameters, self._rules = parameters, rules
         self._names = {id(p): (name,) for name, p in parameters.items()}
         self._owner = object()
         self._collector: Collector | None = None
@@ -153,14 +146,9 @@ class Interception(TorchFunctionMode):
     # --- the two passes ---
 
     def mean_losses(self, loss: Callable[..., Tensor], batch: Batch) -> list[Tensor | None]:
-        """The forward pass: each cluster's mean loss, None for a cluster without samples.
-
-        Raises:
-            Unsupported: if a parameter is used in a way that no rule knows.
-            TypeError, ValueError: if the loss is not one for each sample, or depends on no parameter.
-        """
+        """Run the forward pass; return each cluster's mean loss, None for a cluster without samples."""
         self.samples = sum(batch.sizes)
-        for name, p in self._parameters.items():
+        for name, p in self.parameters.items():
             if p._backward_hooks or p._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
                 raise Unsupported(
                     f"parameter {name!r} has a hook, which would see no gradient; use engine='per_cluster'"
@@ -182,7 +170,7 @@ class Interception(TorchFunctionMode):
         return [part.mean(dtype=dtype) if len(part) else None for part in losses.split(list(batch.sizes))]
 
     def backward(self, losses: Sequence[Tensor], collector: Collector, retain_graph: bool = False) -> None:
-        """The backward pass of the losses' sum, with the weights' gradients going to ``collector``."""
+        """Run the backward pass of the losses' sum, and hand the weights' gradients to ``collector``."""
         # Edges, because of tensors torch.autograd.backward would be intercepted itself, and nothing inside of it.
         edges = [torch.autograd.graph.get_gradient_edge(loss) for loss in losses]
         self._collector = collector
@@ -196,7 +184,7 @@ class Interception(TorchFunctionMode):
     # --- for rules ---
 
     def is_weight(self, tensor: Any) -> bool:
-        """Whether it is a parameter or computed from parameters alone."""
+        """Return whether it is a parameter or computed from parameters alone."""
         return isinstance(tensor, Tensor) and bool(self._names_of(tensor))
 
     def frozen(self, tensor: Any) -> Any:
@@ -204,20 +192,16 @@ class Interception(TorchFunctionMode):
         return tensor.detach() if self.is_weight(tensor) else tensor
 
     def derived(self, tensor: Tensor, weight: Tensor) -> Tensor:
-        """Declares ``tensor`` to be computed from ``weight`` alone."""
+        """Declare ``tensor`` to be computed from ``weight`` alone."""
         self._mark(tensor, names=self._names_of(weight))
         return tensor
 
     def has_rows(self, tensor: Tensor) -> bool:
-        """Whether it holds samples."""
+        """Return whether it holds samples."""
         return self._samples_mark(tensor) is not None
 
     def check_rows(self, *tensors: Tensor) -> None:
-        """That each tensor holds samples and its dimension 0 is the batch, or the batch and dimensions behind it.
-
-        Raises:
-            Refusal: if not.
-        """
+        """Refuse a tensor without samples, or whose dimension 0 is not the batch, alone or with those behind it."""
         for tensor in tensors:
             mark = self._samples_mark(tensor)
             if mark is None:
@@ -229,31 +213,25 @@ class Interception(TorchFunctionMode):
                 )
 
     def check_no_rows(self, *tensors: Any) -> None:
-        """That no tensor holds samples: one weight serves the whole batch.
-
-        Raises:
-            Refusal: if not.
-        """
+        """Refuse a tensor that holds samples, as one weight serves the whole batch."""
         for tensor in tensors:
             if isinstance(tensor, Tensor) and self.has_rows(tensor):
                 raise Refusal(f"its weight of shape {list(tensor.shape)} depends on the batch")
 
-    def tap(self, out: Tensor, weights: Sequence[Any], saved: Sequence[Tensor], gradients: Gradients) -> Tensor:
+    def tap(
+        self, out: Tensor, weights: Sequence[Any], saved: Sequence[Tensor], take_gradients: TakeGradients
+    ) -> Tensor:
         """``out``, a new tensor, with the weights' gradients taken where its own gradient arrives.
 
         Args:
             weights: may hold other things than weights, whose gradients are then not taken.
             saved: kept for the backward pass.
-            gradients: called as gradients(take, dout, *saved).
+            take_gradients: called as take_gradients(take, dout, *saved).
         """
-        return _Tap.apply(self, weights, [tensor.detach() for tensor in saved], gradients, out, *weights)
+        return _Tap.apply(self, weights, [tensor.detach() for tensor in saved], take_gradients, out, *weights)
 
-    def collect(self, weights: Sequence[Any], gradients: Gradients, *tensors: Tensor) -> list[Tensor | None]:
-        """Calls gradients(take, *tensors) in a backward pass; returns what autograd gets for each of the weights.
-
-        Raises:
-            Unsupported: if it is another backward pass than that of this object.
-        """
+    def collect(self, weights: Sequence[Any], take_gradients: TakeGradients, *tensors: Tensor) -> list[Tensor | None]:
+        """Call take_gradients(take, *tensors) in a backward pass; return what autograd gets for each of the weights."""
         collector = self._collector
         if collector is None:
             raise Unsupported(
@@ -267,7 +245,7 @@ class Interception(TorchFunctionMode):
                 results[i] = collector.take(weights[i], self._names_of(weights[i]), add)
 
         with torch._C.DisableTorchFunction():
-            gradients(take, *tensors)
+            take_gradients(take, *tensors)
         return results
 
     # --- interception ---
@@ -333,14 +311,14 @@ class Interception(TorchFunctionMode):
         return mark if mark is not None and mark.owner is self._owner else None
 
     def _names_of(self, tensor: Tensor) -> tuple[str, ...]:
-        """The parameters that a weight is computed from; none if it is no weight."""
+        """Return the parameters that a weight is computed from; none if it is no weight."""
         if id(tensor) in self._names:
             return self._names[id(tensor)]
         mark = self._mark_of(tensor)
         return () if mark is None else mark.names
 
     def _samples_mark(self, tensor: Tensor) -> _Mark | None:
-        """The mark of a tensor that holds samples; None if it holds none."""
+        """Return the mark of a tensor that holds samples; None if it holds none."""
         if id(tensor) in self._names:
             return None
         mark = self._mark_of(tensor)
@@ -365,10 +343,10 @@ def in_autocast_dtype(x: Tensor) -> Tensor:
 
 
 def take_linear(take: Any, dout: Tensor, x: Tensor) -> None:
-    """The gradients of a linear layer's weight and bias, its weights number 0 and 1; dout [..., O], x [..., I]."""
+    """Take the gradients of a linear layer's weight and bias, its weights 0 and 1; dout [..., O], x [..., I]."""
     dout, x = dout.flatten(0, -2), x.flatten(0, -2)
-    take(0, lambda rows, segments: segments.add_products(rows, dout, x))
-    take(1, lambda rows, segments: segments.add_sums(rows, dout))
+    take(0, lambda gradients, segments: segments.add_products(gradients, dout, x))
+    take(1, lambda gradients, segments: segments.add_sums(gradients, dout))
 
 
 class _Tap(torch.autograd.Function):
@@ -380,11 +358,11 @@ class _Tap(torch.autograd.Function):
         interception: Interception,
         weights: Sequence[Any],
         saved: Sequence[Tensor],
-        gradients: Gradients,
+        take_gradients: TakeGradients,
         out: Tensor,
         *_: Any,
     ) -> Tensor:
-        ctx.interception, ctx.weights, ctx.gradients = interception, weights, gradients
+        ctx.interception, ctx.weights, ctx.take_gradients = interception, weights, take_gradients
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(out)
@@ -396,18 +374,16 @@ class _Tap(torch.autograd.Function):
         if dout is None:
             return (None,) * (5 + len(ctx.weights))
         saved = ctx.saved_tensors  # where checkpointing computes them again, under the interception
-        taken = ctx.interception.collect(ctx.weights, ctx.gradients, dout, *saved)
+        taken = ctx.interception.collect(ctx.weights, ctx.take_gradients, dout, *saved)
         return None, None, None, None, dout, *taken
 
 
 @contextmanager
 def _nothing_compiled() -> Iterator[None]:
-    """Refuses compiled code, which calls its layers where nobody sees it."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
+    """Refuse compiled code, which calls its layers where nobody sees it."""
+    loaded = "torch._dynamo" in sys.modules
     try:
-        with torch.compiler.set_stance("fail_on_recompile"):
+        with torch.compiler.set_stance("fail_on_recompile") if loaded else nullcontext():
             yield
     except RuntimeError as error:
         if "fail_on_recompile" not in str(error):
@@ -445,7 +421,7 @@ def gradients_added_if_all_goes_well(leaves: Collection[Tensor]) -> Iterator[Non
 
 
 def other_leaves(losses: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> list[Tensor]:
-    """What the losses' backward pass would add gradients to, apart from the parameters."""
+    """Return the leaves that get gradients in the losses' backward pass, apart from the parameters."""
     ours = {id(p) for p in parameters.values()}
     leaves: dict[int, Tensor] = {}
     nodes = [loss.grad_fn for loss in losses]
@@ -462,11 +438,7 @@ def other_leaves(losses: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> 
 
 
 def check_nothing_missed(parameters: Mapping[str, Tensor]) -> None:
-    """That no gradient reached a parameter past the interception.
-
-    Raises:
-        Unsupported: naming the parameter.
-    """
+    """Refuse gradients that reached a parameter past the interception."""
     for name, p in parameters.items():
         if p.grad is not None:
             raise Unsupported(

@@ -8,21 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+
+def functions(names: str, *owners: Any) -> list[Any]:
+    """Return the functions of these names, where an owner has them."""
+    return [getattr(owner, name) for name in names.split() for owner in owners if hasattr(owner, name)]
+
+
 # Functions that permute dimensions, so that dimension 0 may be another one afterwards, of the same size even.
 _PERMUTING = {
-    getattr(owner, name)
-    for owner in (torch, Tensor)
-    for name in ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "adjoint")
-    if hasattr(owner, name)
-} | {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
+    *functions("permute transpose swapaxes swapdims movedim moveaxis t adjoint", torch, Tensor),
+    *(attribute.__get__ for attribute in functions("T mT H mH", Tensor)),
+}
 
 # Functions that keep the order of elements: what was the outermost dimension is still outermost, if merged or split.
-_RESHAPING = {
-    getattr(owner, name)
-    for owner in (torch, Tensor)
-    for name in ("reshape", "view", "flatten", "unflatten", "view_as", "reshape_as")
-    if hasattr(owner, name)
-}
+_RESHAPING = set(functions("reshape view flatten unflatten view_as reshape_as", torch, Tensor))
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -54,7 +53,7 @@ def batch_dimensions(
     inputs: Sequence[tuple[Tensor, int | None]],
     outputs: Sequence[Tensor],
 ) -> list[int | None]:
-    """The dimension of each output of ``func(*args, **kwargs)`` that is the batch; None where that is not known.
+    """Return the dimension of each output of ``func(*args, **kwargs)`` that is the batch; None where that is not known.
 
     Args:
         inputs: the arguments that hold samples, and which of their dimensions is the batch.
@@ -72,7 +71,7 @@ def batch_dimensions(
 
 
 def _stays_in_front(func: Callable[..., Any], inputs: list[Tensor], outputs: Sequence[Tensor]) -> tuple[bool, bool]:
-    """Whether the batch, dimension 0 of the inputs, looks to be that of the outputs, and whether this is certain."""
+    """Return whether dimension 0, the batch, looks to be that of the outputs too, and whether this is certain."""
     if func in _RESHAPING:
         return all(output.dim() for output in outputs), True
     x = inputs[0]
@@ -91,7 +90,7 @@ def _found_by_doubling(
     kwargs: dict[str, Any],
     inputs: Sequence[tuple[Tensor, int | None]],
 ) -> list[int | None] | None:
-    """The same, by asking which dimension is twice as long for a batch twice as large; None if that does not work.
+    """Find the same by asking which dimension is twice as long for a batch twice as large; None if that does not work.
 
     Nothing is computed.
     """
@@ -116,7 +115,7 @@ def _found_by_doubling(
 
 
 def _longer_dimension(single: torch.Size, double: torch.Size, lengths: set[int]) -> int | None:
-    """The one dimension in which two shapes differ, if it is of one of these lengths."""
+    """Return the one dimension in which two shapes differ, if it is of one of these lengths."""
     if len(single) != len(double):
         return None
     different = [i for i, (a, b) in enumerate(zip(single, double, strict=True)) if a != b]

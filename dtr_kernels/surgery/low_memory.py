@@ -15,15 +15,8 @@ from torch import Tensor
 
 from dtr_kernels import ops
 from dtr_kernels.surgery.batch import Batch
-from dtr_kernels.surgery.interception import (
-    Interception,
-    PerCluster,
-    Whole,
-    check_nothing_missed,
-    gradients_added_if_all_goes_well,
-    gradients_set_aside,
-    other_leaves,
-)
+from dtr_kernels.surgery.interception import Interception, Whole, gradients_set_aside, other_leaves
+from dtr_kernels.surgery.one_pass import differentiate
 from dtr_kernels.surgery.rules import RULES
 from dtr_kernels.surgery.separation import Separation
 
@@ -31,23 +24,20 @@ from dtr_kernels.surgery.separation import Separation
 class StreamedGradients:
     """K gradients of which only the Gram matrix and the graph are kept."""
 
-    def __init__(
-        self, parameters: Mapping[str, Tensor], run: Interception, gram: Tensor, losses: Sequence[Tensor | None]
-    ) -> None:
-        self._parameters, self._run, self._gram, self._losses = parameters, run, gram, losses
+    def __init__(self, run: Interception, gram: Tensor, losses: Sequence[Tensor | None]) -> None:
+        self._run, self._gram, self._losses = run, gram, losses
 
     def gram(self) -> Tensor:
-        """The Gram matrix of the K gradients, fp64 [K, K]."""
         return self._gram
 
     def weighted_sum(self, weights: Tensor) -> list[Tensor]:
-        """The sum over k of weights[k] times gradient k, one new tensor for each parameter; once only, as it frees the
-        graph."""
+        """Can be called once only, as it frees the graph."""
         losses = [w.to(loss.dtype) * loss for w, loss in zip(weights, self._losses, strict=True) if loss is not None]
-        others = other_leaves(losses, self._parameters)  # which have got theirs in the first pass
-        with gradients_set_aside([*self._parameters.values(), *others]):
+        parameters = self._run.parameters
+        others = other_leaves(losses, parameters)  # which have got theirs in the first pass
+        with gradients_set_aside([*parameters.values(), *others]):
             self._run.backward(losses, Whole(self._run.samples))
-            return [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters.values()]
+            return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
 
 
 def stream(
@@ -57,30 +47,15 @@ def stream(
     scaled: Callable[[Tensor], Tensor],
     separation: Separation,
 ) -> tuple[StreamedGradients, list[Tensor | None], set[str]]:
-    """The gradients of ``scaled(mean loss of cluster k)``, without holding them.
+    """Return the gradients of ``scaled(mean loss of cluster k)``, and what ``one_pass.accumulate`` returns.
 
     The K gradients of a parameter are held until all its uses in the model (several, if weights are tied) have added
     theirs.
-
-    Args, Raises:
-        as ``one_pass.accumulate``.
-
-    Returns:
-        The gradients, the mean losses' detached values, None for clusters without samples, and the names of the
-        parameters that got a gradient.
     """
     run = Interception(parameters, RULES)
     sink = _IntoGram(parameters, len(batch.sizes), run.uses)
-    with gradients_set_aside(parameters.values()):
-        means = run.mean_losses(loss, batch)
-        separation.check(run, parameters, means, batch)
-        losses = [None if mean is None else scaled(mean) for mean in means]
-        present = [loss for loss in losses if loss is not None]
-        with gradients_added_if_all_goes_well(other_leaves(present, parameters)):
-            run.backward(present, PerCluster(parameters, batch.sizes, sink), retain_graph=True)
-            check_nothing_missed(parameters)
-    values = [None if mean is None else mean.detach() for mean in means]
-    return StreamedGradients(parameters, run, sink.finish(), losses), values, set(sink.received)
+    values, losses = differentiate(run, loss, batch, scaled, separation, sink, retain_graph=True)
+    return StreamedGradients(run, sink.finish(), losses), values, set(sink.received)
 
 
 class _IntoGram:
@@ -98,20 +73,20 @@ class _IntoGram:
         self._incomplete: dict[str, Tensor] = {}
 
     def add(self, name: str, write: Callable[[Tensor], None]) -> None:
-        rows = self._incomplete.pop(name, None)
-        if rows is None:
+        gradients = self._incomplete.pop(name, None)
+        if gradients is None:
             p = self._parameters[name]
-            rows = p.new_zeros(self._clusters, *p.shape)
-        write(rows)
+            gradients = p.new_zeros(self._clusters, *p.shape)
+        write(gradients)
         self.received[name] += 1
         if self.received[name] == self._uses[name]:
-            self._gram += ops.gram(rows.reshape(len(rows), -1))
+            self._gram += ops.gram(gradients.reshape(self._clusters, -1))
         else:
-            self._incomplete[name] = rows
+            self._incomplete[name] = gradients
 
     def finish(self) -> Tensor:
-        """The Gram matrix over all parameters."""
-        for rows in self._incomplete.values():  # of parameters with a use that the loss does not depend on
-            self._gram += ops.gram(rows.reshape(len(rows), -1))
+        """Return the Gram matrix over all parameters."""
+        for gradients in self._incomplete.values():  # of parameters with a use that the loss does not depend on
+            self._gram += ops.gram(gradients.reshape(self._clusters, -1))
         self._incomplete.clear()
         return self._gram

@@ -14,17 +14,10 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from dtr_kernels.surgery import interception
 from dtr_kernels.surgery.batch import Batch
 from dtr_kernels.surgery.buffer import GradientBuffer
-from dtr_kernels.surgery.interception import (
-    Interception,
-    PerCluster,
-    Unsupported,
-    check_nothing_missed,
-    gradients_added_if_all_goes_well,
-    gradients_set_aside,
-    other_leaves,
-)
+from dtr_kernels.surgery.interception import Interception, PerCluster, Sink, Unsupported
 from dtr_kernels.surgery.rules import RULES
 from dtr_kernels.surgery.separation import Separation
 
@@ -39,47 +32,67 @@ def accumulate(
     scaled: Callable[[Tensor], Tensor],
     separation: Separation,
 ) -> tuple[list[Tensor | None], set[str]]:
-    """Adds the gradient of ``scaled(mean loss of cluster k)`` to row k of the buffer, for every k.
-
-    Args:
-        buffer: of ``parameters``.
-        parameters: whose ``grad`` is as before afterwards, also after an error.
-        loss: called with tensors like the batch's, under autocast or not; returns the loss of each sample.
-        batch: sorted by cluster.
-        scaled: gives the scalar whose gradient is wanted.
-        separation: checks the model with the first batch of a shape.
+    """Add the gradient of ``scaled(mean loss of cluster k)`` to gradient k of the buffer, for every k.
 
     Returns:
         The mean losses' detached values, None for clusters without samples, and the names of the parameters that got a
         gradient.
 
     Raises:
-        Unsupported: if a parameter is used in a way that has no rule. Except where it goes through functions that
-            PyTorch does not show, the buffer is as before then.
+        Unsupported, TypeError, ValueError: as ``differentiate``. Except where a parameter goes through functions that
+            PyTorch does not show, the buffer is then as before.
+    """
+    sink = _IntoBuffer(buffer, parameters, len(batch.sizes))
+    values, _ = differentiate(Interception(parameters, RULES), loss, batch, scaled, separation, sink)
+    return values, sink.received
+
+
+def differentiate(
+    run: Interception,
+    loss: Callable[..., Tensor],
+    batch: Batch,
+    scaled: Callable[[Tensor], Tensor],
+    separation: Separation,
+    sink: Sink,
+    retain_graph: bool = False,
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Hand the gradients of ``scaled(mean loss of cluster k)`` to ``sink``, for every k.
+
+    Args:
+        run: of the parameters, whose ``grad`` is as before afterwards, also after an error.
+        loss: called with tensors like the batch's, under autocast or not; returns the loss of each sample.
+        scaled: gives the scalar whose gradient is wanted.
+        separation: checks the model with the first batch of a shape.
+
+    Returns:
+        The mean losses' detached values and what ``scaled`` made of them, None for clusters without samples.
+
+    Raises:
+        Unsupported: if a parameter is used in a way that has no rule.
         TypeError, ValueError: if the loss is not one for each sample, or depends on no parameter.
     """
-    run = Interception(parameters, RULES)
-    sink = _IntoBuffer(buffer, parameters, len(batch.sizes))
-    with gradients_set_aside(parameters.values()):
+    with interception.gradients_set_aside(run.parameters.values()):
         means = run.mean_losses(loss, batch)
-        separation.check(run, parameters, means, batch)
-        losses = [scaled(mean) for mean in means if mean is not None]
-        with gradients_added_if_all_goes_well(other_leaves(losses, parameters)):
-            run.backward(losses, PerCluster(parameters, batch.sizes, sink))
-            check_nothing_missed(parameters)
-    return [None if mean is None else mean.detach() for mean in means], sink.received
+        separation.check(run, means, batch)
+        losses = [None if mean is None else scaled(mean) for mean in means]
+        present = [loss for loss in losses if loss is not None]
+        others = interception.other_leaves(present, run.parameters)
+        with interception.gradients_added_if_all_goes_well(others):
+            run.backward(present, PerCluster(run.parameters, batch.sizes, sink), retain_graph)
+            interception.check_nothing_missed(run.parameters)
+    return [None if mean is None else mean.detach() for mean in means], losses
 
 
 class _IntoBuffer:
-    """Adds to the rows of a buffer."""
+    """Adds to the gradients of a buffer."""
 
     def __init__(self, buffer: GradientBuffer, parameters: Mapping[str, Tensor], clusters: int) -> None:
         self.received: set[str] = set()
-        self._rows = [buffer.row(k) for k in range(clusters)]
+        self._gradients = [buffer.gradient(k) for k in range(clusters)]
         self._numbers = {name: i for i, name in enumerate(parameters)}
 
     def add(self, name: str, write: Callable[[Tensor], None]) -> None:
-        first, *others = (row[self._numbers[name]] for row in self._rows)
+        first, *others = (gradient[self._numbers[name]] for gradient in self._gradients)
         distance = others[0].storage_offset() - first.storage_offset() if others else 0
-        write(first.as_strided((len(self._rows), *first.shape), (distance, *first.stride())))
+        write(first.as_strided((len(self._gradients), *first.shape), (distance, *first.stride())))
         self.received.add(name)

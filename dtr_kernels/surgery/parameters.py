@@ -12,12 +12,7 @@ from dtr_kernels.ops.gradient_lists import DTYPES
 
 
 def named(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Parameters by name; those without a name are called by their position.
-
-    Raises:
-        TypeError: if params is not an iterable of tensors or (name, tensor) pairs.
-        ValueError: if one is the result of a computation, or two have the same name.
-    """
+    """Return parameters by name; those without a name are called by their position. Duplicates are ignored."""
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
         raise TypeError(f"params must be parameters such as model.named_parameters(), got one {type(params).__name__}")
     by_name: dict[str, Tensor] = {}
@@ -42,12 +37,7 @@ def _is_pair(item: object) -> TypeGuard[tuple[str, Tensor]]:
 
 
 def trainable(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters that require grad at the moment.
-
-    Raises:
-        TypeError: if one has a dtype that gradient surgery does not take.
-        ValueError: if there is none, or they are on several devices.
-    """
+    """Return the parameters that require grad at the moment, on one device and of a dtype that surgery takes."""
     found = {name: p for name, p in parameters.items() if p.requires_grad}
     if not found:
         raise ValueError(
@@ -64,5 +54,5 @@ def trainable(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def device_of(parameters: Mapping[str, Tensor]) -> torch.device:
-    """The one device that they are on."""
+    """Return the one device that they are on."""
     return next(iter(parameters.values())).device

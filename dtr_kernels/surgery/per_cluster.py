@@ -24,13 +24,10 @@ def accumulate(
     losses: Sequence[Loss],
     scaled: Callable[[Tensor], Tensor],
 ) -> tuple[list[Tensor | None], set[str]]:
-    """Adds the gradient of ``scaled(losses[k])`` to row k of the buffer, for every k.
+    """Add the gradient of ``scaled(losses[k])`` to gradient k of the buffer, for every k.
 
     Args:
-        buffer: of ``parameters``.
-        parameters: whose ``grad`` is redirected meanwhile, and afterwards as it was.
         losses: scalars, or functions that return one and are called in turn; None where a cluster has no samples.
-        scaled: gives the scalar whose gradient is wanted.
 
     Returns:
         The losses' detached values, and the names of the parameters that got a gradient.
@@ -51,10 +48,10 @@ def accumulate(
         if loss is None:
             values.append(None)
             continue
-        with _gradients_into(parameters, buffer.row(k), received):
+        with _gradients_into(parameters, buffer.gradient(k), received):
             if isinstance(loss, Tensor):
                 value = loss
-                wrappers.backward(scaled(value), buffer.row(k), retain_graph=needed_again[k])
+                wrappers.backward(scaled(value), buffer.gradient(k), retain_graph=needed_again[k])
             else:
                 value = _check(f"losses[{k}]()", loss())
                 scaled(value).backward()
@@ -63,7 +60,7 @@ def accumulate(
 
 
 def _needed_again(losses: Sequence[Loss]) -> list[bool]:
-    """Whether a later loss shares part of each loss's graph, as where both were computed together.
+    """Return for each loss whether a later one shares part of its graph, as where both were computed together.
 
     A graph that is retained without need stays in memory for as long as the caller keeps the loss, and compiled models
     refuse to.
@@ -102,20 +99,20 @@ def _check(name: str, value: Tensor) -> Tensor:
 
 
 def _writes(view: Tensor) -> int:
-    """Counts what is written to it: by autograd, or by FSDP, which writes to this rank's shard of a DTensor."""
+    """Count what is written to it: by autograd, or by FSDP, which writes to this rank's shard of a DTensor."""
     return view._version + getattr(view, "_local_tensor", view)._version
 
 
 @contextmanager
-def _gradients_into(parameters: Mapping[str, Tensor], row: list[Tensor], received: set[str]) -> Iterator[None]:
-    """Makes autograd add to ``row`` instead of ``p.grad``, and notes the names of the parameters it reached."""
+def _gradients_into(parameters: Mapping[str, Tensor], gradient: list[Tensor], received: set[str]) -> Iterator[None]:
+    """Make autograd add to ``gradient`` instead of ``p.grad``, and note the names of the parameters it reached."""
     before = [p.grad for p in parameters.values()]
-    versions = [_writes(view) for view in row]
+    versions = [_writes(view) for view in gradient]
     try:
-        for p, view in zip(parameters.values(), row, strict=True):
+        for p, view in zip(parameters.values(), gradient, strict=True):
             p.grad = view
         yield
-        for (name, p), view, version in zip(parameters.items(), row, versions, strict=True):
+        for (name, p), view, version in zip(parameters.items(), gradient, versions, strict=True):
             if p.grad is not view:
                 raise RuntimeError(
                     f"the grad of {name} was replaced while a cluster's gradient was computed; hooks and loss "

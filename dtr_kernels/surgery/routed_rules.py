@@ -15,19 +15,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dtr_kernels.ops.gated_norm import gated_norm_backward, gated_norm_forward
+from dtr_kernels.ops.gated_norm import NormInputs, NormWindow, gated_norm_backward, gated_norm_forward
 from dtr_kernels.ops.window_linear import gelu_linear_backward
 from dtr_kernels.surgery.interception import Interception, Refusal, Rule, in_autocast_dtype, take_linear
 
 
 def _routed_linear(run: Interception, op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
-    *rows, weight, bias, start = args[:8]
-    _check(run, [*rows, start], [weight, bias])
+    _check(run, [*args[:3], args[5], *args[7:9]], list(args[3:5]))
     return _RoutedLinear.apply(run, op, *args)
 
 
 def _routed_mlp(run: Interception, op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
-    _check(run, [*args[:5], args[9]], list(args[5:9]))
+    _check(run, [*args[:3], *args[7:10]], list(args[3:7]))
     return _RoutedMlp.apply(run, op, *args)
 
 
@@ -39,54 +38,42 @@ def _check(run: Interception, rows: list[Tensor | None], weights: list[Tensor | 
 
 
 def _cast(weights: list[Tensor | None], x: Tensor) -> list[Tensor | None]:
-    """As the ops' autocast casts them."""
+    """Cast weights as the ops' autocast does."""
     return [w if w is None or x.dtype == torch.float64 else in_autocast_dtype(w) for w in weights]
 
 
 class _RoutedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Interception, op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
-        x, branch, gate, shift, scale, *weights, start = args[:8]
-        ctx.run, ctx.weights, ctx.settings = run, weights, args[8:]
+        x, shift, scale, *weights = args[:5]
+        start, ctx.width, branch, gate, ctx.eps = args[5:]
+        ctx.run, ctx.weights = run, weights
         weight, bias = _cast(weights, x)
-        stream, out, mean, rstd = op(x, branch, gate, shift, scale, weight, bias, *args[7:])
+        stream, out, mean, rstd = op(x, shift, scale, weight, bias, *args[5:])
         ctx.set_materialize_grads(False)
         seen = x if branch is None else stream
-        ctx.save_for_backward(seen, branch, gate, shift, scale, weight, mean, rstd, start)
+        ctx.save_for_backward(seen, shift, scale, weight, start, branch, gate, mean, rstd)
         ctx.mark_non_differentiable(mean, rstd)
         return stream, out, mean, rstd
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        stream, branch, gate, shift, scale, weight, mean, rstd, start = ctx.saved_tensors
-        width, eps = ctx.settings
+        stream, shift, scale, weight, start, branch, gate, mean, rstd = ctx.saved_tensors
         with torch._C.DisableTorchFunction():
             if dout is None:
                 dout = stream.new_zeros(*stream.shape[:2], len(weight), dtype=weight.dtype)
-            u = gated_norm_forward(stream, None, None, shift, scale, start, width, eps, weight.dtype).u
+            window = NormWindow(start, ctx.width)
+            u = gated_norm_forward(NormInputs(stream, shift, scale), window, ctx.eps, weight.dtype).u
             taken = ctx.run.collect(ctx.weights, take_linear, dout, u)
             del u
-            dx, dbranch, dgate, dshift, dscale, *_ = torch.ops.dtr_kernels.routed_linear_backward(
-                None if branch is None else dstream,
-                dout,
-                stream,
-                branch,
-                gate,
-                shift,
-                scale,
-                weight,
-                mean,
-                rstd,
-                start,
-                width,
-                eps,
-                need_weight=False,
-                need_bias=False,
+            inputs = (stream, shift, scale, weight, *window[:2], branch, gate, ctx.eps, mean, rstd)
+            dx, dshift, dscale, _, _, dbranch, dgate = torch.ops.dtr_kernels.routed_linear_backward(
+                None if branch is None else dstream, dout, *inputs, need_weight=False, need_bias=False
             )
         if branch is None:
             dbranch = dgate = None
-        return None, None, dx, dbranch, dgate, dshift, dscale, *taken, None, None, None, None
+        return None, None, dx, dshift, dscale, *taken, None, None, dbranch, dgate, None
 
 
 class _RoutedMlp(torch.autograd.Function):
@@ -94,59 +81,35 @@ class _RoutedMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: Interception, op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
-        x, branch, gate, shift, scale, *weights, start = args[:10]
+        x, shift, scale, *weights, branch, gate, start = args[:10]
         ctx.run, ctx.weights = run, weights
         ctx.width, ctx.keep_branch, ctx.eps, _ = args[10:]
         cast = _cast(weights, x)
-        stream, out, pre, mean, rstd = op(x, branch, gate, shift, scale, *cast, *args[9:])
+        stream, out, pre, mean, rstd = op(x, shift, scale, *cast, *args[7:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, branch, gate, shift, scale, cast[0], cast[2], start, pre, mean, rstd)
+        ctx.save_for_backward(x, shift, scale, branch, gate, cast[0], cast[2], start, pre, mean, rstd)
         ctx.mark_non_differentiable(pre, mean, rstd)
         return stream, out, pre, mean, rstd
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        x, branch, gate, shift, scale, fc1_weight, fc2_weight, start, pre, mean, rstd = ctx.saved_tensors
-        width, keep_branch, eps = ctx.width, ctx.keep_branch, ctx.eps
+        *tensors, fc1_weight, fc2_weight, start, pre, mean, rstd = ctx.saved_tensors
+        inputs, window = NormInputs(*tensors), NormWindow(start, ctx.width, keep_branch=ctx.keep_branch)
+        x, shift, scale, _branch, gate = tensors
         with torch._C.DisableTorchFunction():
             if dout is None:
                 dout = x.new_zeros(*x.shape[:2], len(fc2_weight), dtype=fc2_weight.dtype)
             dpre, act = gelu_linear_backward(dout, pre, fc2_weight)
             fc2 = ctx.run.collect(ctx.weights[2:], take_linear, dout, act)
             del act
-            u = gated_norm_forward(
-                x,
-                branch,
-                gate,
-                shift,
-                scale,
-                start,
-                width,
-                eps,
-                dpre.dtype,
-                keep_branch=keep_branch,
-                write_stream=False,
-            ).u
+            u = gated_norm_forward(inputs, window, ctx.eps, dpre.dtype, write_stream=False).u
             fc1 = ctx.run.collect(ctx.weights[:2], take_linear, dpre, u)
-            norm = gated_norm_backward(
-                dpre @ fc1_weight,
-                dstream,
-                None,
-                x,
-                branch,
-                gate,
-                scale,
-                mean,
-                rstd,
-                start,
-                width,
-                keep_branch=keep_branch,
-            )
+            norm = gated_norm_backward(dpre @ fc1_weight, dstream, None, inputs, mean, rstd, window)
             assert norm.gate is not None
-            vectors = norm.gate.to(gate.dtype), norm.shift.to(shift.dtype), norm.scale.to(scale.dtype)
-            inputs = norm.x, norm.branch, *vectors
-        return None, None, *inputs, *fc1, *fc2, None, None, None, None, None
+            before = norm.x, norm.shift.to(shift.dtype), norm.scale.to(scale.dtype)
+            after = norm.branch, norm.gate.to(gate.dtype)
+        return None, None, *before, *fc1, *fc2, *after, None, None, None, None, None
 
 
 ROUTED_RULES: dict[Any, Rule] = {

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from dtr_kernels.routing import is_integer
 from dtr_kernels.surgery.interception import Interception, Refusal, Rule, in_autocast_dtype, take_linear
-from dtr_kernels.surgery.layout import replaced, tensors_in
+from dtr_kernels.surgery.layout import functions, replaced, tensors_in
 from dtr_kernels.surgery.routed_rules import ROUTED_RULES
 from dtr_kernels.surgery.segments import Segments
 
@@ -58,58 +58,33 @@ def _addmm(
 
 
 def _convolution(
-    run: Interception,
-    func: Any,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    sizes = weight.shape[2:]
-    settings = _each(stride, sizes), _padding(padding, dilation, sizes), _each(dilation, sizes), False, [0], groups
-    return _any_convolution(run, input, weight, bias, settings)
-
-
-def _transposed_convolution(
-    run: Interception,
-    func: Any,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
-) -> Tensor:
-    sizes = weight.shape[2:]
-    stride, padding, dilation, output_padding = (_each(s, sizes) for s in (stride, padding, dilation, output_padding))
-    return _any_convolution(run, input, weight, bias, (stride, padding, dilation, True, output_padding, groups))
-
-
-def _any_convolution(
-    run: Interception, input: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]
+    run: Interception, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
 ) -> Tensor:
     run.check_rows(input)
     run.check_no_rows(weight, bias)
     if input.dim() != weight.dim():
         raise Refusal(f"its input has shape {list(input.shape)}, without a dimension for the batch")
+    transposed = "transpose" in func.__name__
+    names = "stride padding output_padding groups dilation" if transposed else "stride padding dilation groups"
+    given: dict[str, Any] = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
+    given |= dict(zip(names.split(), args, strict=False)) | kwargs
+    sizes, groups = weight.shape[2:], given.pop("groups")
+    given["padding"] = _padding(given["padding"], given["dilation"], sizes)
+    stride, padding, output_padding, dilation = (_each(value, sizes) for value in given.values())
+    settings = stride, padding, dilation, transposed, output_padding, groups
     x, frozen = in_autocast_dtype(input), in_autocast_dtype(run.frozen(weight))
     frozen_bias = None if bias is None else in_autocast_dtype(run.frozen(bias))
 
-    def gradients(take: Any, dout: Tensor, x: Tensor) -> None:
-        def add(rows: Tensor, segments: Segments) -> None:
+    def take_gradients(take: Any, dout: Tensor, x: Tensor) -> None:
+        def add(gradients: Tensor, segments: Segments) -> None:
             for k, _, (g, z) in segments.parts(dout, x):
                 wanted = [False, True, False]
-                rows[k] += torch.ops.aten.convolution_backward(g, z, frozen, None, *settings, wanted)[1]
+                gradients[k] += torch.ops.aten.convolution_backward(g, z, frozen, None, *settings, wanted)[1]
 
         take(0, add)
-        take(1, lambda rows, segments: segments.add_sums(rows, dout.flatten(2).sum(2, dtype=rows.dtype)))
+        take(1, lambda gradients, segments: segments.add_sums(gradients, dout.flatten(2).sum(2, dtype=gradients.dtype)))
 
-    return run.tap(torch.convolution(x, frozen, frozen_bias, *settings), (weight, bias), [x], gradients)
+    return run.tap(torch.convolution(x, frozen, frozen_bias, *settings), (weight, bias), [x], take_gradients)
 
 
 def _each(value: Any, sizes: Sequence[int]) -> list[int]:
@@ -143,22 +118,22 @@ def _norm(run: Interception, func: Any, *args: Any, **kwargs: Any) -> Tensor:
     # One weight for each channel, dimension 1; or of the shape of the last dimensions.
     by_channel = func in (F.group_norm, F.batch_norm)
 
-    def gradients(take: Any, dout: Tensor, x: Tensor) -> None:
+    def take_gradients(take: Any, dout: Tensor, x: Tensor) -> None:
         wide = torch.promote_types(x.dtype, torch.float32)
 
         def in_rows(t: Tensor) -> Tensor:
             t = t.movedim(1, -1) if by_channel else t
             return t.flatten(0, -2) if by_channel else t.flatten(0, -1 - len(arguments["normalized_shape"]))
 
-        def add_products(rows: Tensor, segments: Segments) -> None:
+        def add_products(gradients: Tensor, segments: Segments) -> None:
             normalised = func(x.to(wide), **replaced(dict(arguments), lambda statistic: statistic.to(wide)))
-            segments.add_sums(rows, in_rows(dout * normalised))
+            segments.add_sums(gradients, in_rows(dout * normalised))
 
         take(0, add_products)
-        take(1, lambda rows, segments: segments.add_sums(rows, in_rows(dout)))
+        take(1, lambda gradients, segments: segments.add_sums(gradients, in_rows(dout)))
 
     affine = {name: run.frozen(w) for name, w in (("weight", weight), ("bias", bias)) if w is not None}
-    return run.tap(func(x, **arguments, **affine), (weight, bias), [x], gradients)
+    return run.tap(func(x, **arguments, **affine), (weight, bias), [x], take_gradients)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -191,19 +166,19 @@ def _looked_up(run: Interception, table: Tensor, index: Tensor, padding: int | N
     run.check_rows(index)
     run.check_no_rows(table)
 
-    def gradients(take: Any, dout: Tensor, index: Tensor) -> None:
+    def take_gradients(take: Any, dout: Tensor, index: Tensor) -> None:
         entry = index.flatten()
         values = dout.reshape(len(entry), *table.shape[1:])
         if padding is not None:
             values = values.masked_fill((entry == padding % len(table))[:, None], 0)
 
-        def add(rows: Tensor, segments: Segments) -> None:
+        def add(gradients: Tensor, segments: Segments) -> None:
             cluster = segments.clusters(entry.device).repeat_interleave(len(entry) // segments.samples)
-            rows.index_put_((cluster, entry), values.to(rows.dtype), accumulate=True)
+            gradients.index_put_((cluster, entry), values.to(gradients.dtype), accumulate=True)
 
         take(0, add)
 
-    return run.tap(table.detach()[index], (table,), [index], gradients)
+    return run.tap(table.detach()[index], (table,), [index], take_gradients)
 
 
 # --- elementwise functions -------------------------------------------------------------------------------------------
@@ -263,22 +238,19 @@ class _PerRow(torch.autograd.Function):
         return None, gradient, None, None
 
 
-def _named(names: str, *owners: Any) -> list[Any]:
-    return [getattr(owner, name) for name in names.split() for owner in owners if hasattr(owner, name)]
-
-
 RULES: dict[Any, Rule] = {
     F.linear: _linear,
     torch.addmm: _addmm,
     F.embedding: _embedding,
     Tensor.__getitem__: _getitem,
-    **dict.fromkeys(_named("matmul __matmul__ mm", torch, Tensor), _matmul),
-    **dict.fromkeys(_named("conv1d conv2d conv3d", F), _convolution),
-    **dict.fromkeys(_named("conv_transpose1d conv_transpose2d conv_transpose3d", F), _transposed_convolution),
-    **dict.fromkeys(_named("layer_norm group_norm rms_norm batch_norm", F), _norm),
-    **dict.fromkeys(_named("cat concat concatenate", torch), _cat),
+    **dict.fromkeys(functions("matmul __matmul__ mm", torch, Tensor), _matmul),
     **dict.fromkeys(
-        _named(
+        functions("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d", F), _convolution
+    ),
+    **dict.fromkeys(functions("layer_norm group_norm rms_norm batch_norm", F), _norm),
+    **dict.fromkeys(functions("cat concat concatenate", torch), _cat),
+    **dict.fromkeys(
+        functions(
             "add sub subtract rsub mul multiply div divide true_divide pow maximum minimum where lerp addcmul addcdiv "
             "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __pow__ __rpow__ "
             "add_ sub_ mul_ div_ __iadd__ __isub__ __imul__ __itruediv__",

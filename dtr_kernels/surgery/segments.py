@@ -24,7 +24,7 @@ class Segments:
         self._clusters: dict[torch.device, Tensor] = {}
 
     def clusters(self, device: torch.device) -> Tensor:
-        """The cluster of each sample, int64 [B]."""
+        """Return the cluster of each sample, int64 [B]."""
         if device not in self._clusters:  # once for each batch: the host waits for the copy to a GPU
             self._clusters[device] = (
                 torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes)).to(device)
@@ -52,12 +52,7 @@ class Segments:
             k, begin = k + count, end
 
     def add_products(self, gradients: Tensor, dout: Tensor, x: Tensor) -> None:
-        """A linear layer's weight gradients, gradients[k] += dout_k^T x_k.
-
-        Args:
-            gradients: [K, O, I], any strides.
-            dout, x: [m B, O] and [m B, I], of one dtype.
-        """
+        """gradients[k] += dout_k^T x_k: a linear layer's, [K, O, I], from dout [m B, O] and x [m B, I] of one dtype."""
         for which, (g, z) in self.stacks(dout, x):
             if gradients.dtype == g.dtype:
                 gradients[which].baddbmm_(g.mT, z)

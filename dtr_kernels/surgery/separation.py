@@ -1,4 +1,4 @@
-"""Whether a cluster's loss depends on its own samples alone, which the engines of one pass rely on."""
+"""Does a cluster's loss depend on its own samples alone? The engines of one pass rely on it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ class Separation:
     def __init__(self) -> None:
         self._found: set[tuple[torch.Size, ...]] = set()
 
-    def check(
-        self, run: Interception, parameters: Mapping[str, Tensor], losses: Sequence[Tensor | None], batch: Batch
-    ) -> None:
-        """Checks the losses of a forward pass, one for each cluster, and keeps their graph.
+    def check(self, run: Interception, losses: Sequence[Tensor | None], batch: Batch) -> None:
+        """Check the losses of a forward pass, one for each cluster, and keep their graph.
 
         Raises:
             Unsupported: naming a parameter whose gradient is that of another cluster's samples.
@@ -36,9 +34,9 @@ class Separation:
             return
         finite = True
         for k, loss in present.items():
-            sink = _Elsewhere(parameters, k, len(losses))
-            with gradients_set_aside(other_leaves([loss], parameters)):
-                run.backward([loss], PerCluster(parameters, batch.sizes, sink), retain_graph=True)
+            sink = _Elsewhere(run.parameters, k, len(losses))
+            with gradients_set_aside(other_leaves([loss], run.parameters)):
+                run.backward([loss], PerCluster(run.parameters, batch.sizes, sink), retain_graph=True)
             finite &= sink.finite
         if finite:
             self._found.add(shapes)
@@ -53,13 +51,13 @@ class _Elsewhere:
 
     def add(self, name: str, write: Callable[[Tensor], None]) -> None:
         p = self._parameters[name]
-        rows = p.new_zeros(self._clusters, *p.shape)
-        write(rows)
-        if not rows.isfinite().all():
+        gradients = p.new_zeros(self._clusters, *p.shape)
+        write(gradients)
+        if not gradients.isfinite().all():
             self.finite = False
             return
-        rows[self._k] = 0
-        if rows.any():
+        gradients[self._k] = 0
+        if gradients.any():
             raise Unsupported(
                 f"the loss of cluster {self._k} reaches parameter {name!r} through rows of other clusters: the loss "
                 "function mixes the samples of the batch or puts them in another order; use engine='per_cluster'"

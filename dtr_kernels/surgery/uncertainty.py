@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dtr_kernels.routing import is_integer
+from dtr_kernels.surgery.batch import check_by_cluster
 
 # The least that s_k sees of a loss.
 _LEAST_LOSS = 1e-8
@@ -69,13 +70,8 @@ class UncertaintyWeighting(nn.Module):
         return 0.5 * (torch.exp(-s) * l + s).sum()
 
     def _present(self, losses: Tensor | Sequence[Tensor | None]) -> dict[int, Tensor]:
-        """The losses that are not None, by cluster."""
-        clusters = len(self.s)
-        if not isinstance(losses, Sequence | Tensor) or (isinstance(losses, Tensor) and losses.dim() == 0):
-            given = "one scalar" if isinstance(losses, Tensor) else type(losses).__name__
-            raise TypeError(f"losses must be a sequence of {clusters} losses, one for each cluster, got {given}")
-        if len(losses) != clusters:
-            raise ValueError(f"losses must have {clusters} entries, one for each cluster, got {len(losses)}")
+        """Return the losses that are not None, by cluster."""
+        check_by_cluster(losses, len(self.s))
         present = {k: loss for k, loss in enumerate(losses) if loss is not None}
         if not present:
             raise ValueError("losses must hold at least one loss, got None for every cluster")

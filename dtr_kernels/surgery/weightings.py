@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,7 @@ NAMES = ("pcgrad", "nash", "sum")
 
 
 class GramWeighting(Protocol):
-    """What ``GradientSurgery`` calls once a step; TorchJD's Gramian weightings are such objects.
+    """Called by ``GradientSurgery`` once a step; TorchJD's Gramian weightings are such objects.
 
     ``state_dict`` and ``load_state_dict`` are saved and restored along with it where an object has them.
     """
@@ -35,11 +36,11 @@ class PCGrad:
         return ops.pcgrad_coefficients(gram, order).sum(0)
 
     def state_dict(self) -> dict[str, Any]:
-        """The generator's state, if it has one of its own."""
+        """Return the generator's state, if it has one of its own."""
         return {} if self._generator is None else {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues the generator from where it was saved.
+        """Continue the generator from where it was saved.
 
         Raises:
             ValueError: if there is a saved generator and none here, or the other way round.
@@ -121,11 +122,11 @@ class Nash:
         return solution if solution.isfinite().all() else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights, from which the next solution starts, and when it is due."""
+        """Return the weights, from which the next solution starts, and when it is due."""
         return {"weights": self._weights.cpu(), "steps_until_solved": self._steps_until_solved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues with saved weights."""
+        """Continue with saved weights."""
         self._weights = state["weights"].clone()
         self._steps_until_solved = state["steps_until_solved"]
 
@@ -151,11 +152,11 @@ class External:
         return weights.detach().to(gram)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the weighting itself saves."""
+        """Return what the weighting itself saves."""
         return self._weighting.state_dict() if hasattr(self._weighting, "state_dict") else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Hands back to the weighting what it saved; warns of what a module has no place for."""
+        """Hand back to the weighting what it saved; warn of what a module has no place for."""
         if isinstance(self._weighting, nn.Module):
             # TorchJD's running averages are buffers that a new module does not have yet, and so cannot load.
             unexpected = self._weighting.load_state_dict(state, strict=False).unexpected_keys
@@ -167,27 +168,19 @@ class External:
 
 
 def make(weighting: str | GramWeighting, clusters: int, generator: torch.Generator | None) -> GramWeighting:
-    """The weighting of a name, or the given object, checked.
-
-    Raises:
-        TypeError: if it is neither a name nor an object to call with a Gram matrix.
-        ValueError: if the name is unknown.
-        ImportError: if "nash" is asked for and TorchJD is not installed.
-    """
+    """Return the weighting of a name, or the given object, checked; "nash" raises ImportError without TorchJD."""
+    names = ", ".join(map(repr, NAMES))
     if isinstance(weighting, str):
-        if weighting == "pcgrad":
-            return PCGrad(generator)
-        if weighting == "nash":
-            return Nash(clusters)
-        if weighting == "sum":
-            return Sum()
-        raise ValueError(f"weighting must be one of {', '.join(map(repr, NAMES))} or a callable, got {weighting!r}")
+        known: dict[str, Callable[[], GramWeighting]]
+        known = {"pcgrad": lambda: PCGrad(generator), "nash": lambda: Nash(clusters), "sum": Sum}
+        if weighting in known:
+            return known[weighting]()
+        raise ValueError(f"weighting must be one of {names} or a callable, got {weighting!r}")
     if isinstance(weighting, type):
         raise TypeError(
             f"weighting must be an object, but {weighting.__name__} is a class: pass {weighting.__name__}(...)"
         )
     if not callable(weighting):
-        names = ", ".join(map(repr, NAMES))
         raise TypeError(f"weighting must be one of {names} or a callable, got {type(weighting).__name__}")
     _refuse_what_takes_gradients(weighting)
     return External(weighting)

@@ -1,28 +1,24 @@
-"""What every family asks of a block before it is swapped: each yields problems, as ``Family.problems`` does."""
+"""Questions that families ask of a block before it is swapped; each yields problems, as ``Family.problems`` does."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dtr_kernels.nn.block import RoutedDiTBlock
 from dtr_kernels.swap.views import Layers, linear_layers
-
-if TYPE_CHECKING:
-    from dtr_kernels.swap.family import Family
 
 # Attributes of torch.nn.Module that hold the hooks around its forward.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def has(block: Any, path: str) -> bool:
-    """Whether the block has an attribute, given as a dotted path."""
+    """Return whether the block has an attribute, given as a dotted path."""
     try:
         attrgetter(path)(block)
     except AttributeError:
@@ -48,28 +44,27 @@ def missing_problems(block: Any, needed: tuple[str, ...], name: str) -> Iterator
         yield f"it has no {', '.join(missing)}{found}, which a {name} has; leave this model unswapped"
 
 
-def argument_problems(block: nn.Module, family: type[Family]) -> Iterator[str]:
-    """Methods of other arguments than the family's."""
-    expected = list(inspect.signature(family.arguments).parameters.values())
+def argument_problems(block: nn.Module, arguments: Callable, method: str) -> Iterator[str]:
+    """``forward``, and the method that swapping replaces, if they take other arguments than ``Family.arguments``."""
+    expected = list(inspect.signature(arguments).parameters.values())
     required = [parameter for parameter in expected if parameter.default is parameter.empty]
     optional = [parameter.name for parameter in expected[len(required) :]]
-    for method in dict.fromkeys(("forward", family.method(type(block)))):
-        names = list(inspect.signature(getattr(type(block), method)).parameters)[1:]
+    for name in dict.fromkeys(("forward", method)):
+        names = list(inspect.signature(getattr(type(block), name)).parameters)[1:]
         if len(names) < len(required) or names[len(required) :] != optional[: len(names) - len(required)]:
-            rotary = " (rotary position embedding, RoPE)" if any("rope" in name for name in names) else ""
+            rotary = " (rotary position embedding, RoPE)" if any("rope" in argument for argument in names) else ""
             yield (
-                f"its {method} takes ({', '.join(names)}){rotary}, but the one that would replace it takes "
+                f"its {name} takes ({', '.join(names)}){rotary}, but the one that would replace it takes "
                 f"({', '.join(parameter.name for parameter in expected)}); leave it unswapped"
             )
 
 
-def patch_problems(block: nn.Module, family: type[Family]) -> Iterator[str]:
+def patch_problems(block: nn.Module, called: tuple[str, ...], method: str) -> Iterator[str]:
     """Code attached to modules that would not be called."""
-    called = family.calls(block)
     if not hasattr(block, "_dtr"):  # whatever patches a swapped block calls the fused method
-        for method in dict.fromkeys(("forward", family.method(type(block)))):
-            if method in vars(block):
-                yield f"the {method} of its instance was patched, which would be lost; swap first, then patch it"
+        for patched in dict.fromkeys(("forward", method)):
+            if patched in vars(block):
+                yield f"the {patched} of its instance was patched, which would be lost; swap first, then patch it"
     for name, module in block.named_modules():
         if not name or is_within(name, called):
             continue
@@ -94,65 +89,19 @@ def parameter_problems(block: nn.Module, used: tuple[str, ...]) -> Iterator[str]
             yield f"it has a parameter {name}, which the fused forward would not use; leave this model unswapped"
 
 
-# --- of a block that computes what a DiT block does
+# --- of the layers of a DiT block; ``names`` has the path of each module within the block, by its id
 
-_PARTS = ("norm1", "attn.qkv", "attn.num_heads", "attn.proj", "norm2", "mlp.fc1", "mlp.act", "mlp.fc2")
-
-
-def dit_block_problems(block: Any, family: type[Family]) -> Iterator[str]:
-    """What keeps a block from being computed as a DiT block of the layers that its family names."""
-    if isinstance(block, RoutedDiTBlock):
-        yield "it runs the fused kernels as it is; give dtr_kernels.nn.DiT its routing when constructing it"
-    try:
-        layers = family.layers(block)
-    except Exception as error:
-        yield f"it is not made as a {family.name} is ({error}); leave this model unswapped"
-        return
-    names = {id(module): name for name, module in block.named_modules()}
-    # All ways in which it is another kind of block, as one alone would send people after the wrong thing.
-    kind = [
-        *missing_problems(layers, _PARTS, family.name),
-        *argument_problems(block, family),
-        *_norm_kind_problems(layers, names),
-    ]
-    if kind:
-        yield "; ".join(kind)
-    yield from patch_problems(block, family)
-    yield from _linear_problems(layers, names)
-    yield from _norm_problems(layers, names)
-    for name in ("gate", "rope"):
-        if getattr(layers.attn, name, None) is not None:
-            yield f"attn.{name} is set, which the fused attention leaves out; construct the attention without it"
-    called = family.calls(block)
-    yield from dropout_problems(block, called)
-    reads = [layer for whole in (layers.attn.qkv, layers.mlp.fc1, layers.mlp.fc2) for layer in linear_layers(whole)]
-    yield from parameter_problems(block, (*called, *(names[id(layer)] for layer in reads if id(layer) in names)))
-    act, z = layers.mlp.act, torch.linspace(-4, 4, 33, device="cpu")
-    if not torch.allclose(act(z), F.gelu(z, approximate="tanh"), atol=1e-5):
-        yield f'{names.get(id(act), "mlp.act")} is {act}, but the fused MLP computes nn.GELU(approximate="tanh")'
+PARTS = ("norm1", "attn.qkv", "attn.num_heads", "attn.proj", "norm2", "mlp.fc1", "mlp.act", "mlp.fc2")
 
 
-def dit_block_calls(block: Any, family: type[Family]) -> tuple[str, ...]:
-    """The modules of a block of the layers that its family names that are called, as paths within it."""
-    layers = family.layers(block)
-    names = {id(module): name for name, module in block.named_modules()}
-    norms = (getattr(layers.attn, norm, None) for norm in ("q_norm", "k_norm"))
-    parts = (layers.attn.proj, *norms, layers.adaLN_modulation)
-    return (*family.called, *(names[id(part)] for part in parts if id(part) in names))
-
-
-def _is_linear(layer: Any) -> bool:
-    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
-
-
-def _linear_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
+def linear_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
     attn, mlp = layers.attn, layers.mlp
     named = {
         path: [(names.get(id(layer), path), layer) for layer in linear_layers(attrgetter(path)(layers))]
         for path in ("attn.qkv", "mlp.fc1", "mlp.fc2", "attn.proj")
     }
     for name, layer in (*named["attn.qkv"], *named["mlp.fc1"], *named["mlp.fc2"]):
-        if not _is_linear(layer):
+        if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
             kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
             yield f"{name} is {kind}, but the kernels read an nn.Linear's weight; merge it into one"
     C = attn.qkv.in_features
@@ -173,7 +122,7 @@ def _linear_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
         yield f"some of {', '.join(name for name, _ in named['attn.qkv'])} have a bias and some not; give all one"
 
 
-def _norm_kind_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
+def norm_kind_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
     for path in ("norm1", "norm2"):
         norm = getattr(layers, path, None)
         if norm is not None and not isinstance(norm, nn.LayerNorm):
@@ -181,7 +130,7 @@ def _norm_kind_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
             yield f"{name} is {type(norm).__name__}; the fused norm is nn.LayerNorm without affine parameters"
 
 
-def _norm_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
+def norm_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
     C = layers.attn.qkv.in_features
     for path, norm in (("norm1", layers.norm1), ("norm2", layers.norm2)):
         name = names.get(id(norm), path)
@@ -193,3 +142,12 @@ def _norm_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
     for path, part in (("attn.norm", layers.attn), ("mlp.norm", layers.mlp)):
         if not isinstance(getattr(part, "norm", nn.Identity()), nn.Identity):
             yield f"{path} is not nn.Identity, and the fused forward leaves it out; construct the block without it"
+    for name in ("gate", "rope"):
+        if getattr(layers.attn, name, None) is not None:
+            yield f"attn.{name} is set, which the fused attention leaves out; construct the attention without it"
+
+
+def function_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
+    act, z = layers.mlp.act, torch.linspace(-4, 4, 33, device="cpu")
+    if not torch.allclose(act(z), F.gelu(z, approximate="tanh"), atol=1e-5):
+        yield f'{names.get(id(act), "mlp.act")} is {act}, but the fused MLP computes nn.GELU(approximate="tanh")'

@@ -7,6 +7,7 @@ import inspect
 import itertools
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dtr_kernels.nn.torchscript import NoTorchScript
-from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting, RandomRouting, _active_channels
+from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting, RandomRouting, window_width
 from dtr_kernels.swap.family import Family, WindowSource
 from dtr_kernels.swap.parts import Parts
 from dtr_kernels.swap.trial import swap_problem
@@ -26,6 +27,7 @@ NoiseLevel = Callable[[Tensor], Tensor]
 TIMESTEP_NAMES = ("t", "timestep", "timesteps")
 
 
+@dataclass
 class _Call:
     """The forward of a model that a thread runs.
 
@@ -35,10 +37,9 @@ class _Call:
         shared_t: the timestep of the whole batch, where the host knows it beside the tensor that the model takes.
     """
 
-    def __init__(self) -> None:
-        self.windows: dict[int, ChannelWindow | Tensor] | None = None
-        self.traced = False
-        self.shared_t: int | float | None = None
+    windows: dict[int, ChannelWindow | Tensor] | None = None
+    traced: bool = False
+    shared_t: int | float | None = None
 
 
 class _Calls(threading.local):
@@ -48,19 +49,19 @@ class _Calls(threading.local):
         self.current = _Call()
 
 
+@dataclass(eq=False)
 class ModelState:
     """Settings that a model and its swapped blocks share, and the windows while the model's forward runs.
 
     With a routing it is its blocks' ``WindowSource``; without, every block has its own or is unrouted.
     """
 
-    def __init__(
-        self, routing: Routing | None, scope: str, channels: tuple[int, ...], noise_level: NoiseLevel | None
-    ) -> None:
-        self.routing = routing
-        self.scope = scope
-        self.channels = channels
-        self.noise_level = noise_level
+    routing: Routing | None
+    scope: str
+    channels: tuple[int, ...]
+    noise_level: NoiseLevel | None
+
+    def __post_init__(self) -> None:
         self._calls = _Calls()
 
     @property
@@ -95,15 +96,11 @@ class ModelState:
     def width_of(self, block: Any) -> int | None:
         if not isinstance(self.routing, DenoisingTaskRouting):
             return None
-        return _active_channels(self.routing.beta, block._dtr.family.channels(block))
+        return window_width(self.routing.beta, block._dtr.family.channels(block))
 
 
 def active_channels(routing: Routing, t: Any, channels: int) -> ChannelWindow | Tensor:
-    """The window of each sample at t [B], or at one t; their mask [B, C] where active channels are not neighbours.
-
-    Raises:
-        ValueError: if the routing leaves none of so few channels active.
-    """
+    """Return the window of each sample at t [B], or at one t; a mask [B, C] where channels are not neighbours."""
     return routing.mask(t, channels) if isinstance(routing, RandomRouting) else routing.window(t, channels)
 
 
@@ -184,8 +181,8 @@ class BlockState:
         return found if width is None else ChannelWindow(found, width, channels)
 
     def _may_run_again(self, block: Any) -> bool:
-        """Whether the backward pass may call the block. A compiled graph recomputes without, but where the block itself
-        sees to it; torch.func knows no checkpointing, and its tensors have no memory."""
+        """Return whether the backward pass may call the block. A compiled graph recomputes without, but where the
+        block itself sees to it; torch.func knows no checkpointing, and its tensors have no memory."""
         if torch.compiler.is_compiling():
             return self.family.checkpoints(block)
         return torch._C._functorch.peek_interpreter_stack() is None
@@ -211,7 +208,7 @@ def _(marker: Tensor, number: Tensor, width: int, channels: int) -> Tensor:
 
 
 def _memory(marker: Tensor) -> tuple[torch.UntypedStorage, tuple]:
-    """Where a tensor lives, and which part of that it is: microbatches may be slices of one tensor of timesteps."""
+    """Return a tensor's memory, and which part of it: microbatches may be slices of one tensor of timesteps."""
     return marker.untyped_storage(), (marker.storage_offset(), marker.shape, marker.stride())
 
 
@@ -276,7 +273,7 @@ def _disguised(replacement: Any, function: Any) -> Any:
 
 @functools.cache
 def block_class(original: Any, family: type[Family]) -> type:
-    """The class of a swapped block of class ``original``; its ``_dtr`` is a ``BlockState``."""
+    """Return the class of a swapped block of class ``original``; its ``_dtr`` is a ``BlockState``."""
 
     def fused(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         state: BlockState = self._dtr
@@ -295,7 +292,7 @@ def block_class(original: Any, family: type[Family]) -> type:
 
 
 def block_input(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
-    """The input x and the conditioning of a swapped block that was called with these arguments."""
+    """Return the input x and the conditioning of a swapped block that was called with these arguments."""
     names = block._dtr_names  # what the family calls the arguments of the block's own method
     return block._dtr.family.arguments(*args, **{names.get(name, name): value for name, value in kwargs.items()})
 
@@ -310,7 +307,7 @@ class RoutedModel(Swapped):
 
 @functools.cache
 def model_class(original: Any) -> type:
-    """The class of a routed model of class ``original``; its ``_dtr`` is a ``ModelState``.
+    """Return the class of a routed model of class ``original``; its ``_dtr`` is a ``ModelState``.
 
     Its forward makes the window of its timesteps and runs the original's. (A forward pre-hook would miss calls of
     ``model.forward``, such as facebookresearch/DiT's forward_with_cfg makes.)
@@ -340,7 +337,7 @@ def model_class(original: Any) -> type:
 
 
 def _with_tensor(name: str, position: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a forward with the timestep, one number, as a tensor of one for each sample."""
+    """Return the arguments of a forward with the timestep, one number, as a tensor of one for each sample."""
     t = kwargs[name] if name in kwargs else args[position]
     images = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()), None)
     if images is None:

@@ -41,13 +41,13 @@ def swap_blocks(
     scope: str = "block",
     noise_level: NoiseLevel | None = None,
 ) -> Model:
-    """Lets the DiT blocks of a model, or the residual blocks of a U-Net, run through the fused kernels, in place.
+    """Let the DiT blocks of a model, or the residual blocks of a U-Net, run through the fused kernels, in place.
 
     Known are the blocks of facebookresearch/DiT and its descendants (SiT), those of diffusers' DiTTransformer2DModel,
     those of the DTR paper's public code, and the ResBlocks of guided-diffusion's U-Net (ADM), whose attention blocks
     stay as they are; ``dtr_kernels.swap.register_family`` makes others known. Parameters, hooks, state_dict keys and
     optimizers made before stay too, and ``restore_blocks`` undoes it. Everything is checked before anything is changed,
-    also by comparing the output of each block with that of the plain one on a small random input.
+    also by comparing the output of each block with that of the reference on a small random input.
 
     Args:
         model: the model, or a module around it (DDP). Call swap_blocks before torch.compile.
@@ -103,7 +103,7 @@ def swap_blocks(
 
 
 def restore_blocks(model: Model) -> Model:
-    """Undoes ``swap_blocks`` exactly: each module of ``model`` is of its own class and has its own attributes again.
+    """Undo ``swap_blocks`` exactly: each module of ``model`` is of its own class and has its own attributes again.
 
     Returns:
         ``model`` itself.
@@ -132,7 +132,7 @@ def restore_blocks(model: Model) -> Model:
 
 
 def one_timestep(model: nn.Module) -> Callable[[Tensor, int | float, Mapping[str, Any]], Any]:
-    """How to call a swapped model for a batch of one timestep that the host knows, as in sampling.
+    """Return a function that calls a swapped model for one timestep that the host knows, as in sampling.
 
     The window of a routing that ``swap_blocks`` was given is then known to the host too, so that U-Nets convolve only
     the groups that it touches.
@@ -172,12 +172,12 @@ def one_timestep(model: nn.Module) -> Callable[[Tensor, int | float, Mapping[str
 
 
 def is_block(module: object) -> bool:
-    """Whether a module is a swapped block; the model whose timesteps route its blocks is swapped too, and is none."""
+    """Return whether a module is a swapped block; the model that routes its blocks is swapped too, and is none."""
     return isinstance(module, Swapped) and isinstance(module._dtr, BlockState)
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module is called through torch.compile: wrapped by it, or by its own ``compile()``."""
+    """Return whether a module is called through torch.compile: wrapped by it, or by its own ``compile()``."""
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
@@ -211,7 +211,7 @@ def _check_untouched(model: nn.Module) -> None:
 
 
 def _find_blocks(model: nn.Module) -> Blocks:
-    """The blocks of a model and their families by name, all of them found fit to be swapped."""
+    """Return the blocks of a model and their families by name, all of them found fit to be swapped."""
     blocks: Blocks = {}
     for name, module in model.named_modules():
         family = family_of(module)
@@ -229,7 +229,7 @@ def _find_blocks(model: nn.Module) -> Blocks:
 
 
 def _check_settings(blocks: Blocks, routing: DenoisingTaskRouting | RandomRouting | None, scope: str) -> None:
-    """Raises ValueError if a block has not this scope, or if the routing leaves none of its channels active."""
+    """Raise ValueError if a block has not this scope, or if the routing leaves none of its channels active."""
     for name, (block, family) in blocks.items():
         if scope not in family.scopes:
             raise ValueError(
@@ -245,7 +245,7 @@ def _check_settings(blocks: Blocks, routing: DenoisingTaskRouting | RandomRoutin
 
 
 def _find_owner(model: nn.Module, blocks: set[nn.Module]) -> Any:
-    """The innermost module that contains all blocks and takes timesteps."""
+    """Return the innermost module that contains all blocks and takes timesteps."""
     containers = {
         name: module
         for name, module in model.named_modules()

@@ -31,7 +31,7 @@ _NEEDED = (
 
 
 class _Conditioning(NamedTuple):
-    """What a block makes its modulation of, by an embedding of its own."""
+    """The inputs of a block's modulation, which an embedding of its own takes."""
 
     timestep: Tensor
     class_labels: Tensor

@@ -1,4 +1,4 @@
-"""What a family of blocks says about itself, so that nothing else in this package knows one."""
+"""A family of blocks describes itself, so that nothing else in this package knows one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from dtr_kernels import reference
-from dtr_kernels.nn.block import Stream, advance
+from dtr_kernels.nn.block import RoutedDiTBlock, Stream, advance
 from dtr_kernels.routing import ChannelWindow
-from dtr_kernels.swap.checks import dit_block_calls, dit_block_problems
+from dtr_kernels.swap import checks
 from dtr_kernels.swap.views import Layers, linear_layers
 
 RandomTensor = Callable[..., Tensor]
@@ -22,10 +22,10 @@ class WindowSource(Protocol):
     """Where a block finds the channels it computes, while the forward of its model runs."""
 
     def window_of(self, block: Any) -> ChannelWindow | Tensor | None:
-        """The window of each sample; or a mask [B, C] (1 = active), which runs the plain PyTorch path."""
+        """Return the window of each sample; or a mask [B, C] (1 = active), which runs the plain PyTorch path."""
 
     def width_of(self, block: Any) -> int | None:
-        """The width of these windows; None for masks."""
+        """Return the width of these windows; None for masks."""
 
 
 class Unfit(Exception):
@@ -54,17 +54,17 @@ class Family:
 
     @classmethod
     def matches(cls, block: nn.Module) -> bool:
-        """Whether the module is meant to be a block of this family; ``problems`` says whether it can be swapped."""
+        """Return whether a module is meant to be a block of this family; ``problems`` says if it can be swapped."""
         raise NotImplementedError
 
     @classmethod
     def layers(cls, block: Any) -> Layers:
-        """The block by the names of facebookresearch/DiT's."""
+        """Return the block by the names of facebookresearch/DiT's."""
         return Layers(block.norm1, block.attn, block.norm2, block.mlp, block.adaLN_modulation)
 
     @classmethod
     def arguments(cls, x: Any, c: Any) -> tuple[Tensor, Any]:
-        """What the block was called with, as its input x and its conditioning c, which ``adaLN_modulation`` takes.
+        """Return the block's arguments as its input x and its conditioning c, which ``adaLN_modulation`` takes.
 
         Override it with the arguments of the blocks' own method: those without a default may have other names there.
         """
@@ -72,65 +72,92 @@ class Family:
 
     @classmethod
     def marker(cls, c: Any) -> Tensor:
-        """The tensor of the conditioning that tells the forwards of a model apart, as no two of other timesteps pass
-        the same one. By it a block that gradient checkpointing runs again finds its window."""
+        """Return the tensor of the conditioning that tells the forwards of a model apart, as no two of other
+        timesteps pass the same one. By it a block that gradient checkpointing runs again finds its window."""
         return c
 
     @classmethod
     def problems(cls, block: Any) -> Iterator[str]:
-        """Why the block cannot be swapped: what was found, why it is in the way, what to do; nothing for a good block.
+        """Yield why the block cannot be swapped: what was found, why it is in the way, what to do.
 
         Only the first is asked for, so that a question may rely on those before it.
         """
-        return dit_block_problems(block, cls)
+        if isinstance(block, RoutedDiTBlock):
+            yield "it runs the fused kernels as it is; give dtr_kernels.nn.DiT its routing when constructing it"
+        try:
+            layers = cls.layers(block)
+        except Exception as error:
+            yield f"it is not made as a {cls.name} is ({error}); leave this model unswapped"
+            return
+        names, method = _names(block), cls.method(type(block))
+        # All ways in which it is another kind of block, as one alone would send people after the wrong thing.
+        kind = [
+            *checks.missing_problems(layers, checks.PARTS, cls.name),
+            *checks.argument_problems(block, cls.arguments, method),
+            *checks.norm_kind_problems(layers, names),
+        ]
+        if kind:
+            yield "; ".join(kind)
+        called = cls.calls(block)
+        yield from checks.patch_problems(block, called, method)
+        yield from checks.linear_problems(layers, names)
+        yield from checks.norm_problems(layers, names)
+        yield from checks.dropout_problems(block, called)
+        parts = (layers.attn.qkv, layers.mlp.fc1, layers.mlp.fc2)
+        read = [names[id(layer)] for part in parts for layer in linear_layers(part) if id(layer) in names]
+        yield from checks.parameter_problems(block, (*called, *read))
+        yield from checks.function_problems(layers, names)
 
     @classmethod
     def calls(cls, block: Any) -> tuple[str, ...]:
-        """The modules, as paths within the block, that the fused block calls, whatever they are.
+        """Return the modules, as paths within the block, that the fused block calls, whatever they are.
 
         Of all others it reads the parameters at most, so that those must not be wrapped or patched.
         """
-        return dit_block_calls(block, cls)
+        layers, names = cls.layers(block), _names(block)
+        norms = (getattr(layers.attn, norm, None) for norm in ("q_norm", "k_norm"))
+        parts = (layers.attn.proj, *norms, layers.adaLN_modulation)
+        return (*cls.called, *(names[id(part)] for part in parts if id(part) in names))
 
     @classmethod
     def channels(cls, block: Any) -> int:
-        """The number of channels C that a routing chooses from: those of the block's input."""
+        """Return the number of channels C that a routing chooses from: those of the block's input."""
         return cls.layers(block).attn.qkv.in_features
 
     @classmethod
     def weight(cls, block: Any) -> Tensor:
-        """The weight that the block's input meets first, which is of the dtype and on the device of that input."""
+        """Return the weight that the block's input meets first, of the dtype and on the device of that input."""
         return linear_layers(cls.layers(block).attn.qkv)[0].weight
 
     @classmethod
     def conditioned(cls, block: Any) -> tuple[nn.Module, ...]:
-        """The parts of a block that see nothing but the conditioning, and whose results a ``Sampler`` remembers."""
+        """Return the parts of a block that see the conditioning alone, whose results a ``Sampler`` remembers."""
         modulation = cls.layers(block).adaLN_modulation
         return (modulation,) if isinstance(modulation, nn.Module) else ()
 
     @classmethod
     def method(cls, kind: type) -> str:
-        """The method of blocks of class ``kind`` that computes a block, and that swapping replaces."""
+        """Return the method of blocks of class ``kind`` that computes a block, and that swapping replaces."""
         return "forward"
 
     @classmethod
     def checkpoints(cls, block: Any) -> bool:
-        """Whether the block itself, and not its model, sees to it that the backward pass runs ``method`` again."""
+        """Return whether the block itself, not its model, has the backward pass run ``method`` again."""
         return False
 
     @classmethod
     def windows(cls, block: Any) -> WindowSource | None:
-        """The source of the block's own windows, None where the block is unrouted."""
+        """Return the source of the block's own windows, None where the block is unrouted."""
         return None
 
     @classmethod
     def run(cls, block: Any, x: Tensor, c: Any, window: ChannelWindow | None, scope: str) -> Tensor:
-        """The block's output for input x and conditioning c, by the fused kernels."""
+        """Return the block's output for input x and conditioning c, by the fused kernels."""
         return advance(cls.layers(block), Stream(x), c, window, scope).sum()
 
     @classmethod
     def run_plain(cls, block: Any, x: Tensor, c: Any, mask: Tensor | None, scope: str) -> Tensor:
-        """The same in plain PyTorch; mask [B, C], 1 where active."""
+        """Return the same by the reference; mask [B, C], 1 where active."""
         return reference.dit_block(cls.layers(block), x, c, mask, scope)
 
     @classmethod
@@ -143,7 +170,7 @@ class Family:
 
     @classmethod
     def prepare_trial(cls, copy: Any, c: Any, random: RandomTensor) -> Tensor | None:
-        """Opens in a copy of a block whatever is closed before training, and would hide all differences behind it.
+        """Open in a copy of a block whatever is closed before training, and would hide all differences behind it.
 
         Returns:
             The mask [2, C] of the block's own routing for two samples, None where it has none.
@@ -167,6 +194,11 @@ class Family:
         return None
 
 
+def _names(block: nn.Module) -> dict[int, str]:
+    """Return the paths of modules within a block by their ids, for layers that stand under other names."""
+    return {id(module): name for name, module in block.named_modules()}
+
+
 def inputs_of(modulation: nn.Module) -> int | None:
     """Return how many features the first linear layer within a module reads; None if it has none."""
     layers = (module for module in modulation.modules() if isinstance(module, nn.Linear))
@@ -174,7 +206,7 @@ def inputs_of(modulation: nn.Module) -> int | None:
 
 
 def open_gates(copy: nn.Module, path: str, noise: Tensor) -> None:
-    """Puts noise [2, 6C] and its own input on top of what the module at ``path`` makes of two samples.
+    """Put noise [2, 6C] and its own input on top of what the module at ``path`` makes of two samples.
 
     That of a fresh DiT is zero, and would hide any difference.
     """

@@ -36,7 +36,7 @@ class PublicDTR(DiT):
 
 
 class _Reading(NamedTuple):
-    """What a mapping held when it was read: starts int32 [T], None if its rows are not windows of one width."""
+    """The contents of a mapping when it was read: starts int32 [T], None if its rows are not windows of one width."""
 
     mapping: Tensor
     version: int
@@ -51,7 +51,7 @@ class MappingWindows:
         self._reading = None if mapping.is_meta else _read(mapping)
 
     def window_of(self, block: Any) -> ChannelWindow | Tensor:
-        """The windows of the active tasks; their mask [B, C] where the mapping's rows are not windows of one width."""
+        """Return the windows of the active tasks; their mask [B, C] where the mapping has no windows of one width."""
         mapping, task = block.routing._unit_mapping, block.routing.active_task.long()
         if torch.compiler.is_compiling() and self._reading is not None:
             return _checked_window(mapping[task], self._reading)
@@ -67,7 +67,7 @@ class MappingWindows:
 
 
 def _checked_window(mask: Tensor, reading: _Reading) -> ChannelWindow | Tensor:
-    """The window of each row of mask [B, C], inside a graph, which cannot ask whether the mapping was changed since."""
+    """Return the window of each row of mask [B, C], inside a graph, which checks that the mapping still has it."""
     if reading.starts is None:
         return mask
     window = ChannelWindow(mask.argmax(dim=1).int(), reading.width, mask.shape[1])
@@ -77,7 +77,7 @@ def _checked_window(mask: Tensor, reading: _Reading) -> ChannelWindow | Tensor:
 
 
 def _version(mapping: Tensor) -> int:
-    """Counts the changes in place, of which inference tensors keep no count."""
+    """Count the changes in place, of which inference tensors keep no count."""
     return 0 if mapping.is_inference() else mapping._version
 
 
@@ -92,7 +92,7 @@ def _read(mapping: Tensor) -> _Reading:
 
 @functools.cache
 def _warn_no_window() -> None:
-    """Says it once in a process, not once for every block."""
+    """Say it once in a process, not once for every block."""
     warnings.warn(
         "routing._unit_mapping is not a window of channels for every timestep (random routing is not), so its blocks "
         "run the plain PyTorch path, where nothing is skipped",

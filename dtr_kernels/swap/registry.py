@@ -20,7 +20,7 @@ FAMILIES: list[type[Family]] = [PublicDTR, DiT, ADM, Diffusers]
 
 
 def register_family(family: NewFamily) -> NewFamily:
-    """Makes ``swap_blocks`` know another family of blocks; also a decorator. It is asked before those known already.
+    """Make ``swap_blocks`` know another family of blocks; also a decorator. It is asked before those known already.
 
     A family of the same name from the same module takes the place of the one before, so a module may be imported again.
 
@@ -73,5 +73,5 @@ def register_family(family: NewFamily) -> NewFamily:
 
 
 def family_of(module: nn.Module) -> type[Family] | None:
-    """The family whose block a module is meant to be, None if it is meant to be none."""
+    """Return the family whose block a module is meant to be, None if it is meant to be none."""
     return next((family for family in FAMILIES if family.matches(module)), None)

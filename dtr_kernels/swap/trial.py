@@ -18,7 +18,7 @@ def swap_problem(block: nn.Module, family: type[Family]) -> str | None:
 
 @torch.no_grad()
 def trial_problem(block: nn.Module, family: type[Family]) -> str | None:
-    """Compares the block's own forward with what its family computes, in plain PyTorch, on a small random input.
+    """Compare the block's own forward with what its family computes, by the reference, on a small random input.
 
     Nothing of the block changes and none of its hooks run: what is tried is a copy in eval mode that shares its
     parameters, in fp32 if they are in 16 bits, whose rounding could hide a difference.
@@ -78,7 +78,7 @@ def _difference(copy: Any, family: type[Family], inputs: tuple[Any, ...], mask: 
 
 
 def _widen(copy: nn.Module) -> None:
-    """Gives a bare copy fp32 parameters and buffers of its own."""
+    """Give a bare copy fp32 parameters and buffers of its own."""
     for module in copy.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -88,7 +88,7 @@ def _widen(copy: nn.Module) -> None:
 
 
 def _bare_copy(module: nn.Module) -> nn.Module:
-    """The module and its children without hooks, with buffers of their own, which a forward may write to.
+    """Return the module and its children without hooks, with buffers of their own, which a forward may write to.
 
     The parameters are shared, but replacing one leaves the original.
     """

@@ -12,15 +12,9 @@ from torch import Tensor, nn
 
 from dtr_kernels import reference
 from dtr_kernels.nn.res_block import RoutedResBlock, for_any_channels, run_res_block
-from dtr_kernels.reference.res_block import resampling
+from dtr_kernels.reference.unet import resampling
 from dtr_kernels.routing import ChannelWindow
-from dtr_kernels.swap.checks import (
-    argument_problems,
-    dropout_problems,
-    missing_problems,
-    parameter_problems,
-    patch_problems,
-)
+from dtr_kernels.swap import checks
 from dtr_kernels.swap.family import Family, RandomTensor, inputs_of
 
 _PARTS = ("in_layers", "emb_layers", "out_layers")
@@ -50,12 +44,12 @@ class ADM(Family):
     def problems(cls, block: Any) -> Iterator[str]:
         if isinstance(block, RoutedResBlock):
             yield "it runs the fused kernels as it is; give it its window when calling it"
-        yield from missing_problems(block, _NEEDED, cls.name)
-        yield from argument_problems(block, cls)
-        yield from patch_problems(block, cls)
+        yield from checks.missing_problems(block, _NEEDED, cls.name)
+        yield from checks.argument_problems(block, cls.arguments, cls.method(type(block)))
+        yield from checks.patch_problems(block, _CALLED, cls.method(type(block)))
         yield from _layer_problems(block)
-        yield from parameter_problems(block, _CALLED + _READ)
-        yield from dropout_problems(block, _CALLED)
+        yield from checks.parameter_problems(block, _CALLED + _READ)
+        yield from checks.dropout_problems(block, _CALLED)
         yield from _function_problems(block)
 
     @classmethod
@@ -151,7 +145,7 @@ def _function_problems(block: Any) -> Iterator[str]:
 
 @torch.no_grad()
 def _resamples(block: Any) -> bool:
-    """Whether h_upd is one of the three that are known, and is so for any number of channels as the fused block has it.
+    """Return whether h_upd is one of the three that are known, and is so for any number of channels.
 
     All three leave a constant image constant, which the skipping of channels rests on.
     """

@@ -1,4 +1,4 @@
-"""A DiT block by the names that the fused forward and the oracle read, whatever the block itself calls its parts."""
+"""A DiT block by the names that the fused forward and the reference read, whatever the block itself calls its parts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Layers(NamedTuple):
-    """What a DiT block computes with. The parts are the block's own, or stand for some of them.
+    """The parts of a DiT block. They are the block's own, or stand for some of them.
 
     Attributes:
         norm1: the norm before the attention, of which ``eps`` is read.
@@ -70,5 +70,5 @@ class StackedLinear(NamedTuple):
 
 
 def linear_layers(layer: Any) -> tuple[Any, ...]:
-    """The layers whose weights are read where ``layer`` is."""
+    """Return the layers whose weights are read where ``layer`` is."""
     return layer.layers if isinstance(layer, StackedLinear) else (layer,)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 import dtr_kernels as dtr
@@ -10,10 +12,18 @@ from dtr_kernels.routing import DenoisingTaskRouting
 TINY = "tiny"
 
 
-def check_model(name: str) -> None:
-    """Raises ValueError unless there is a model of that name."""
+def dit_channels(name: str) -> int:
+    """Return the channels of the model of that name; raise ValueError where there is none."""
     if name != TINY and name not in dtr.nn.DiT_models:
         raise ValueError(f"--model must be {TINY} or one of {', '.join(dtr.nn.DiT_models)}, got {name}")
+    return blueprint(name).hidden_size
+
+
+@lru_cache
+def blueprint(model: str) -> dtr.nn.DiT:
+    """A DiT without memory for its parameters."""
+    with torch.device("meta"):
+        return make_dit(model, torch.device("meta"), torch.float32)
 
 
 def make_dit(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from benchmarks.cases import DTYPES, Options
 from dtr_kernels import reference
-from dtr_kernels.ops.gradient_lists import why_plain
+from dtr_kernels.ops.gradient_lists import choose_surgery
 
-# Columns of the gradients that are widened to fp64 at a time.
-_CHUNK = 1 << 20
+# Columns of the gradients that are widened to fp64 at a time: so few that they stay in a CPU's cache.
+_CHUNK = 1 << 15
 
 # Errors relative to the norm. Ours may be a few roundings of the gradients' dtype.
 OURS = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
@@ -61,22 +58,10 @@ class Oracle:
         return (wrong / norm).sqrt().item()
 
 
-def check_precisions(options: Options) -> None:
-    """Raises ValueError unless gradients of one dtype are asked for."""
-    for precision in options.precisions:
-        if precision not in DTYPES:
-            raise ValueError(f"--dtype must be one of {', '.join(DTYPES)} for gradients, got {precision}")
-
-
 def what_runs(device: torch.device, dtype: torch.dtype) -> str:
     """Which implementation of the ops a measurement is of, in words."""
-    why = why_plain(device, dtype)
-    return f"the ops of gradient surgery ran as {'compiled kernels' if why is None else 'plain PyTorch: ' + why}"
-
-
-def relative_error(exact: Tensor) -> Callable[[Tensor], float]:
-    """A function that gives the error of a tensor relative to the norm of ``exact``."""
-    return lambda found: ((found.to(exact) - exact).norm() / exact.norm()).item()
+    path, why = choose_surgery(device, dtype)
+    return f"the ops of gradient surgery ran as {'plain PyTorch: ' + why if path == 'plain' else 'compiled kernels'}"
 
 
 def torchjd_order(clusters: int, seed: int) -> Tensor:

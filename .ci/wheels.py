@@ -29,6 +29,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
+PIP = (sys.executable, "-m", "pip")
 # The matrix. CUDA 12.x, whose compiler is not on PyPI, can be asked for where there is one.
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 CUDAS = ("none", "13.0", "13.2")
@@ -55,7 +56,7 @@ def interpreter(python: str) -> str:
 
 
 def compiler(cuda: str) -> str:
-    """The nvcc of a CUDA version like 13.0. Installs PyPI's below build/ where there is none."""
+    """Return the nvcc of a CUDA version like 13.0; install PyPI's below build/ where there is none."""
     if found := compilation.find_nvcc(cuda):
         return found
     if not cuda.startswith("13."):
@@ -64,33 +65,21 @@ def compiler(cuda: str) -> str:
             f"toolkit {cuda} and set CUDA_HOME to it"
         )
     folder = ROOT / "build" / f"cuda-{cuda}"
-    places = list(folder.glob("nvidia/cu*/bin/nvcc"))
-    if not places:
+    if not list(folder.glob("nvidia/cu*/bin/nvcc")):
         say(f"nvcc of CUDA {cuda}, from PyPI")
         folder.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
             wanted = [*(f"{name}=={cuda}.*" for name in COMPILER), HEADERS]
-            run(
-                sys.executable,
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--no-deps",
-                "--target",
-                f"{unfinished}/cuda",
-                *wanted,
-            )
+            run(*PIP, "install", "--quiet", "--no-deps", "--target", f"{unfinished}/cuda", *wanted)
             shutil.rmtree(folder, ignore_errors=True)
             Path(unfinished, "cuda").rename(folder)
-        places = list(folder.glob("nvidia/cu*/bin/nvcc"))
-    if not places:
-        raise Impossible(f"the packages {' '.join(COMPILER)} of CUDA {cuda} hold no nvcc")
-    return str(places[0])
+    for nvcc in folder.glob("nvidia/cu*/bin/nvcc"):
+        return str(nvcc)
+    raise Impossible(f"the packages {' '.join(COMPILER)} of CUDA {cuda} hold no nvcc")
 
 
 def cuda_here() -> str:
-    """The version, like 13.0, of the nvcc that is found."""
+    """Return the version, like 13.0, of the nvcc that is found."""
     nvcc = compilation.find_nvcc()
     if nvcc is None:
         sys.exit("nvcc was not found: put it on the PATH, set CUDA_HOME, or choose, as in CUDA=13.0 or CUDA=none")
@@ -107,7 +96,7 @@ def source_distribution() -> Path:
 
 
 def wheel(archive: Path, python: str, cuda: str) -> Path:
-    """Builds a wheel from a source distribution, in isolation, and gives it the tag of the systems that can load it."""
+    """Build a wheel from a source distribution, in isolation, with the tag of the systems that can load it."""
     program = interpreter(python)
     settings = {"DTR_CUDA": "0"}
     if cuda != "none":
@@ -115,8 +104,8 @@ def wheel(archive: Path, python: str, cuda: str) -> Path:
         settings = {"DTR_CUDA": cuda, "CUDA_HOME": str(home)}
     say(f"wheel for {program}, CUDA {cuda}")
     with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "--python", program, "wheel", "--verbose", "--no-deps"]
-        run(*pip, "--wheel-dir", folder, str(archive), **settings)
+        command = [*PIP, "--python", program, "wheel", "--verbose", "--no-deps", "--wheel-dir", folder]
+        run(*command, str(archive), **settings)
         (built,) = Path(folder).iterdir()
         with zipfile.ZipFile(built) as files:
             if not any(re.fullmatch(r"dtr_kernels/_C\..*\.so", name) for name in files.namelist()):
@@ -152,7 +141,6 @@ def main(command_line: Sequence[str]) -> int:
     except Impossible as reason:
         print(reason)
         return 1
-    failed = False
     report = [f"{archive.stat().st_size / 1e6:6.1f} MB  {archive.name}"]
     for python in arguments.python:
         for cuda in cudas:
@@ -160,13 +148,12 @@ def main(command_line: Sequence[str]) -> int:
             try:
                 built = wheel(archive, python, cuda)
             except Impossible as reason:
-                failed = True
                 report.append(f"   NOT BUILT  Python {python}, CUDA {cuda}: {reason}")
             else:
                 size, seconds = built.stat().st_size / 1e6, time.monotonic() - start
                 report.append(f"{size:6.1f} MB  {built.name}, in {seconds:.0f} s")
     print(f"\nIn {DIST}:", *report, sep="\n")
-    return int(failed)
+    return int(any("NOT BUILT" in line for line in report))
 
 
 if __name__ == "__main__":

@@ -45,11 +45,11 @@ def layer_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 def routed_norm(
     x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
     shift: Tensor,
     scale: Tensor,
-    mask: Tensor | None,
+    mask: Tensor | None = None,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
     keep_branch: bool = False,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
@@ -69,36 +69,36 @@ def routed_norm(
 
 def routed_linear(
     x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
     shift: Tensor,
     scale: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    mask: Tensor | None,
+    mask: Tensor | None = None,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """The new residual stream, and Linear(modulate(LN(mask * stream)))."""
-    stream, u = routed_norm(x, branch, gate, shift, scale, mask, eps=eps)
+    stream, u = routed_norm(x, shift, scale, mask, branch, gate, eps=eps)
     return stream, F.linear(u, weight, bias)
 
 
 def routed_mlp(
     x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
     shift: Tensor,
     scale: Tensor,
     fc1_weight: Tensor,
     fc1_bias: Tensor | None,
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
-    mask: Tensor | None,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    mask: Tensor | None = None,
     keep_branch: bool = False,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """The new residual stream, and fc2(GELU(fc1(modulate(LN(...))))) with the tanh form of GELU."""
-    stream, u = routed_norm(x, branch, gate, shift, scale, mask, keep_branch, eps)
+    stream, u = routed_norm(x, shift, scale, mask, branch, gate, keep_branch, eps)
     hidden = F.gelu(F.linear(u, fc1_weight, fc1_bias), approximate="tanh")
     return stream, F.linear(hidden, fc2_weight, fc2_bias)
 

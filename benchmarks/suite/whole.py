@@ -1,22 +1,20 @@
-"""What the benchmarks of whole pieces share: grids of cases, the oracle, and how a forward pass becomes a call."""
+"""Blocks and models as pieces that several sides compute: grids of cases, the oracle, gates, calls."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import AUTOCAST, DTYPES, Options, Side
+from benchmarks.cases import AUTOCAST, AXES, Case, Cell, Goal, Options, Side
 from benchmarks.counts import Work
-from benchmarks.suite._models import check_model, make_dit
-from dtr_kernels.nn import DiT
-from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting
+from dtr_kernels.routing import ChannelWindow
 
 # The sides that are the same everywhere.
 MASKED, UNROUTED, COMPILED, AUTOTUNED = "reference", "unrouted", ", compiled", ", max-autotune"
@@ -45,86 +43,25 @@ Forward = Callable[[], Tensor]
 Axes = Mapping[str, Sequence[Any]]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Where a case stands: a value on each axis that the command line knows."""
-
-    model: str
-    batch: int
-    precision: str
-    scope: str
-    window: str
-    beta: float
-    pass_: str
-
-    @property
-    def coordinates(self) -> dict[str, str | int | float]:
-        """The values by the names that a table has."""
-        return {name.rstrip("_"): value for name, value in asdict(self).items()}
-
-    @property
-    def routing(self) -> DenoisingTaskRouting:
-        """Of 1000 timesteps, as the paper's."""
-        return DenoisingTaskRouting(beta=self.beta)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of parameters and inputs."""
-        return DTYPES.get(self.precision, torch.float32)
-
-    @property
-    def matrix_dtype(self) -> torch.dtype:
-        """Of matrix products."""
-        return torch.bfloat16 if self.precision == AUTOCAST else self.dtype
-
-    def __str__(self) -> str:
-        return (
-            f"batch {self.batch}, {self.precision}, scope {self.scope}, window {self.window}, beta {self.beta:g}, "
-            f"{self.pass_}"
-        )
-
-
-def grid(options: Options, centre: Axes, star: Sequence[Axes]) -> list[Cell]:
-    """The cells of a benchmark, each once.
+def grid(options: Options, channels: Callable[[str], int], centre: Axes, star: Sequence[Axes] = ()) -> list[Cell]:
+    """Return the cells of a benchmark, each once.
 
     Args:
         options: with values for an axis, the cells are all combinations of the values given, and of the centre's for
             the other axes; the star is left out.
+        channels: gives the channels of a model, or raises ValueError where there is none of that name.
         centre: values for every axis, all of whose combinations are cells.
         star: values that replace those of the centre for some axes, one entry after the other.
 
     Raises:
         ValueError: if there is no such model, or its blocks cannot have such a window.
     """
-    asked = {
-        "model": options.models,
-        "batch": options.batches,
-        "precision": options.precisions,
-        "scope": options.scopes,
-        "window": options.windows,
-        "beta": options.betas,
-        "pass_": options.passes,
-    }
-    given = {axis: values for axis, values in asked.items() if values}
-    changes: Sequence[Axes] = [given] if given else [{}, *star]
-    axes = list(Cell.__dataclass_fields__)
-    chosen = (
-        Cell(*values)
-        for changed in changes
-        for values in itertools.product(*({**centre, **changed}[axis] for axis in axes))
-    )
-    cells = list(dict.fromkeys(chosen))
+    changes = [options.asked] if options.asked else [{}, *star]
+    combinations = (itertools.product(*({**centre, **changed}[axis] for axis in AXES)) for changed in changes)
+    cells = list(dict.fromkeys(Cell(*values) for values in itertools.chain.from_iterable(combinations)))
     for cell in cells:
-        check_model(cell.model)
-        cell.routing.window(SHARED_TIMESTEP, blueprint(cell.model).hidden_size)
+        cell.routing.window(SHARED_TIMESTEP, channels(cell.model))
     return cells
-
-
-@lru_cache
-def blueprint(model: str) -> DiT:
-    """A DiT without memory for its parameters."""
-    with torch.device("meta"):
-        return make_dit(model, torch.device("meta"), torch.float32)
 
 
 def draw(module: nn.Module) -> None:
@@ -149,13 +86,6 @@ def timesteps(cell: Cell, device: torch.device) -> Tensor | int:
 def mask_of(window: ChannelWindow, x: Tensor) -> Tensor:
     """The window as plain PyTorch takes it: [B, C] of ones and zeros in x's dtype."""
     return window.for_batch(x.shape[0], x.device).mask().to(x.dtype)
-
-
-def check_passes(options: Options, known: Sequence[str], what: str) -> None:
-    """Raises ValueError unless the passes asked for are known ones."""
-    for asked in options.passes:
-        if asked not in known:
-            raise ValueError(f"--pass must be one of {', '.join(known)} for {what}, got {asked}")
 
 
 def compiled(forward: Forward, mode: str | None = None) -> Forward:
@@ -253,33 +183,77 @@ class Gate:
 
     def error(self, found: Sequence[Tensor]) -> float:
         """The largest error of a tensor relative to its norm; NaN if one holds NaN."""
-        errors = [(f.double() - e).norm() / e.norm() for f, e in zip(found, self._exact, strict=True)]
+        tiny = torch.finfo(torch.float64).tiny  # where all is zero, anything else is wrong
+        errors = [(f.double() - e).norm() / e.norm().clamp(tiny) for f, e in zip(found, self._exact, strict=True)]
         return torch.stack(errors).max().item()
 
 
+Piece = TypeVar("Piece", bound="Whole")
+
+
+@dataclass(frozen=True)
 class Whole:
-    """What a block and a model have in common as pieces that sides compute; subclasses say the rest."""
+    """A module with a batch, which several sides compute; subclasses say how.
+
+    Attributes:
+        batch: inputs of ``plain`` after the module and before the mask.
+        cotangent: the gradient of the output.
+        mask: the window as plain PyTorch takes it.
+    """
 
     cell: Cell
-    x: Tensor
+    module: Any
+    batch: tuple[Tensor, ...]
+    cotangent: Tensor
+    window: ChannelWindow
+    mask: Tensor
+
+    def plain(self, module: Any, *batch: Any) -> Tensor:
+        """Compute the reference of ``batch`` and its mask [B, C], or None for the unrouted function."""
+        raise NotImplementedError
+
+    def fused(self) -> Tensor:
+        """The library's way."""
+        raise NotImplementedError
+
+    def work(self, active: int) -> Work:
+        """Count what the function of as many active channels needs."""
+        raise NotImplementedError
 
     @property
-    def module(self) -> nn.Module:
-        """Whose parameters are used."""
-        raise NotImplementedError
-
-    def call(self, forward: Forward) -> Callable[[], list[Tensor]]:
-        """A forward pass as the cell's pass: alone, with gradients, ..."""
-        raise NotImplementedError
+    def x(self) -> Tensor:
+        """The input."""
+        return self.batch[0]
 
     @property
     def trains(self) -> bool:
         """Whether there is a backward pass."""
         return self.cell.pass_ in ("training", "step")
 
+    def masked(self) -> Tensor:
+        return self.plain(self.module, *self.batch, self.mask)
+
+    def unrouted(self) -> Tensor:
+        return self.plain(self.module, *self.batch, None)
+
+    def exact(self, mask: Tensor | None) -> list[Tensor]:
+        """Compute in fp64 what a call returns."""
+        return exact(self.plain, self.module, (*self.batch, mask), self.cotangent if self.trains else None)
+
+    def call(self, forward: Forward) -> Callable[[], list[Tensor]]:
+        """Return a call that does the cell's pass: the output alone, or with gradients."""
+        if not self.trains:
+            return without_graph(forward)
+        leaves = [tensor for tensor in self.batch if tensor.requires_grad]
+        return with_gradients(forward, [*leaves, *trainable(self.module)], self.cotangent)
+
     def in_precision(self, forward: Forward) -> Forward:
         """``forward`` in the cell's precision."""
         return in_precision(forward, self.cell.precision, self.x.device)
+
+    def gate(self, exact: Sequence[Tensor], eager: Forward) -> Gate:
+        """Return the gate for results in this precision, of which ``eager`` makes one."""
+        return Gate(exact, self.call(self.in_precision(eager))(), self.cell.precision)
 
     def side(self, name: str, forward: Forward, gate: Gate, work: Work) -> Side:
         """A side whose bytes kept for the backward pass are counted, if there is one."""
@@ -292,4 +266,74 @@ class Whole:
             work=work,
             forward=forward if self.trains else None,
             parameters=list(self.module.parameters()),
+            compiles=name.endswith((COMPILED, AUTOTUNED)),
+        )
+
+    @cached_property
+    def _exact(self) -> list[Tensor]:
+        return self.exact(self.mask)
+
+    @cached_property
+    def _gate(self) -> Gate:
+        return self.gate(self._exact, self.masked)
+
+    def routed(self, name: str, forward: Forward) -> Side:
+        """A side of the routed function."""
+        return self.side(name, forward, self._gate, self.work(self.window.width))
+
+    @cached_property
+    def _unrouted_gate(self) -> Gate:
+        return self.gate(self.exact(None), self.unrouted)
+
+    def dense(self, name: str, forward: Forward) -> Side:
+        """A side of the unrouted function."""
+        return self.side(name, forward, self._unrouted_gate, self.work(self.window.channels))
+
+    def under_autocast(self: Piece) -> Piece:
+        """The same values, with parameters and stream in fp32."""
+
+        def widened(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            return tensor.detach().float().requires_grad_(tensor.requires_grad)
+
+        return replace(
+            self,
+            cell=replace(self.cell, precision=AUTOCAST),
+            module=copy.deepcopy(self.module).float(),
+            batch=tuple(map(widened, self.batch)),
+            cotangent=self.cotangent.float(),
+            mask=self.mask.float(),
+        )
+
+    def sides(self, ours: str) -> list[Side]:
+        """The reference, the unrouted function and ours, eager and compiled; on a GPU also what may be faster there."""
+        on_gpu = self.x.device.type == "cuda"
+        sides = [self.routed(MASKED, self.masked), self.routed(MASKED + COMPILED, compiled(self.masked))]
+        if on_gpu:
+            sides.append(self.routed(MASKED + AUTOTUNED, compiled(self.masked, MAX_AUTOTUNE)))
+        if on_gpu and self.cell.precision == "bf16":
+            wide = self.under_autocast()
+            gate = wide.gate(self._exact, wide.masked)
+            sides.append(wide.side(UNDER_AUTOCAST, wide.masked, gate, wide.work(self.window.width)))
+        return [
+            *sides,
+            self.dense(UNROUTED, self.unrouted),
+            self.dense(UNROUTED + COMPILED, compiled(self.unrouted)),
+            self.routed(ours, self.fused),
+            self.routed(ours + COMPILED, compiled(self.fused)),
+        ]
+
+    def case(self, name: str, sides: Sequence[Side], notes: Sequence[str], goals: Sequence[Goal] = ()) -> Case:
+        """The case of these sides."""
+        autotuned = [ABOUT_AUTOTUNED] if any(side.name.endswith(AUTOTUNED) for side in sides) else []
+        return Case(
+            name,
+            sides,
+            self.cell.coordinates,
+            speedup_over=MASKED,
+            goals=goals,
+            matrix_dtype=self.cell.matrix_dtype,
+            memory=self.trains,
+            notes=[*notes, *autotuned],
         )

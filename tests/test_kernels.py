@@ -1,0 +1,208 @@
+"""Every declared kernel, in each mode, size and precision, against plain PyTorch in fp64.
+
+Runs three times: with the compiled CPU kernels, with the Triton kernels in Triton's interpreter (TRITON_INTERPRET=1),
+and on a GPU. A few results are computed by hand here, so that a declaration cannot be wrong everywhere at once.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dtr_kernels import ops, verify
+from dtr_kernels.ops import extension, tiles
+from dtr_kernels.ops.declaration import SIZES, Draw, Gradient, Gradients, Kernel, Precision, Sizes, mode_name, results
+from dtr_kernels.ops.gated_norm import NormInputs, NormWindow, gated_norm_forward
+from dtr_kernels.ops.window_linear import ClosedForm, window_linear_forward
+
+INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
+FP64 = Precision(torch.float64, torch.float64)
+KERNELS = {kernel.name: kernel for kernel in ops.KERNELS}
+if INTERPRETED:  # it has Triton kernels alone, and takes its time
+    KERNELS = {name: replace(k, sizes=k.sizes[1::2]) for name, k in KERNELS.items() if k.sizes is SIZES}
+MODES = [
+    pytest.param(kernel, mode, id=f"{kernel.name}-{mode_name(mode) or 'only'}")
+    for kernel in KERNELS.values()
+    for mode in kernel.modes
+]
+
+
+def failures(kernel: Kernel, mode, precision: Precision, device: torch.device) -> list[str]:
+    calls = list(verify.calls(device, [replace(kernel, modes=[mode])]))
+    if not calls:
+        pytest.skip("NOT RUN: only Triton has it as a kernel of its own")
+    return [
+        f"{call}: {comparison}"
+        for call in calls
+        for comparison in verify.check(call, precision, device)
+        if not comparison.passed
+    ]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "autocast", "fp64"])
+@pytest.mark.parametrize("kernel, mode", MODES)
+def test_agrees_with_plain_pytorch(seed, kernel, mode, precision, device):
+    if precision == "fp64" and (device.type == "cuda" or INTERPRETED):
+        return  # fp64 has no Triton kernels
+    if precision in kernel.precisions or precision == "fp64":
+        assert failures(kernel, mode, kernel.precisions.get(precision, FP64), device) == []
+
+
+@pytest.mark.parametrize("kernel, mode", MODES)
+def test_what_is_slightly_wrong_is_found(seed, kernel, mode, device):
+    """A thousandth in one element of any result, and NaN."""
+    if INTERPRETED:
+        return  # it is about the check, whatever computes
+
+    def wrong_by(change):
+        def launch(**arguments):
+            found = results(kernel.launch(**arguments))
+            changed[0] = sum(t.numel() for t in found) > 0
+            victim = max(found, key=Tensor.numel)
+            victim = victim.clone()
+            if victim.numel():
+                i = int(victim.double().abs().argmax())
+                victim.view(-1)[i] = change(victim.view(-1)[i])
+            return [victim if t.shape == victim.shape and t is max(found, key=Tensor.numel) else t for t in found]
+
+        return launch
+
+    changed = [False]
+    for change in (lambda x: 1.001 * x, lambda x: x * math.nan):
+        wrong = replace(kernel, launch=wrong_by(change), sizes=kernel.sizes[:1])
+        assert failures(wrong, mode, kernel.precisions["fp32"], device) or not changed[0]
+
+
+# --- by hand ---------------------------------------------------------------------------------------------------------
+
+
+def by_hand(x, branch, gate, shift, scale, start, width, keep_branch, eps):
+    """The second norm of a block, token by token: (stream, u, mean, rstd) as nested lists."""
+    B, N, C = x.shape
+    stream, u, mean, rstd = (
+        torch.zeros(*shape, dtype=torch.float64) for shape in ((B, N, C), (B, N, C), (B, N), (B, N))
+    )
+    for b in range(B):
+        for n in range(N):
+            v = []
+            for c in range(C):
+                update = float(gate[b, c]) * float(branch[b, n, c])
+                stream[b, n, c] = float(x[b, n, c]) + update
+                active = start[b] <= c < start[b] + width
+                v.append((float(x[b, n, c]) * active + update) if keep_branch else float(stream[b, n, c]) * active)
+            mean[b, n] = sum(v) / C
+            rstd[b, n] = (sum((value - float(mean[b, n])) ** 2 for value in v) / C + eps) ** -0.5
+            for c in range(C):
+                z = (v[c] - float(mean[b, n])) * float(rstd[b, n])
+                u[b, n, c] = z * (1 + float(scale[b, c])) + float(shift[b, c])
+    return stream, u, mean, rstd
+
+
+@pytest.mark.parametrize("keep_branch", [False, True])
+def test_the_norm_by_hand(seed, keep_branch, device):
+    B, N, C, W = 2, 3, 8, 5
+    x, branch = (torch.randn(B, N, C, device=device) for _ in range(2))
+    gate, shift, scale = torch.randn(B, 3 * C, device=device).chunk(3, dim=1)
+    start = torch.tensor([0, 3], dtype=torch.int32, device=device)
+    inputs, window = NormInputs(x, shift, scale, branch, gate), NormWindow(start, W, False, keep_branch)
+    found = gated_norm_forward(inputs, window, 1e-6, torch.float32)
+    expected = by_hand(*(t.cpu() for t in (x, branch, gate, shift, scale)), start.tolist(), W, keep_branch, 1e-6)
+    declared = KERNELS["gated_norm_forward"].exact(inputs, window, 1e-6, torch.float32)
+    for a, b, c in zip(found, expected, declared, strict=True):
+        torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(c.cpu().double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_layer_over_a_window_by_hand(seed, device):
+    B, N, C, W, O = 2, 3, 8, 5, 4
+    u, mean_rstd = torch.randn(B, N, W, device=device), torch.randn(B, N, device=device)
+    shift, scale = torch.randn(2, B, C, device=device)
+    weight, bias = torch.randn(O, C, device=device), torch.randn(O, device=device)
+    start = torch.tensor([3, 1], dtype=torch.int32, device=device)
+    expected = torch.zeros(B, N, O, dtype=torch.float64)
+    for b in range(B):
+        for n in range(N):
+            for o in range(O):
+                total = float(bias[o])
+                for c in range(C):
+                    inside = c - int(start[b])
+                    known = -float(mean_rstd[b, n]) * (1 + float(scale[b, c])) + float(shift[b, c])
+                    total += float(weight[o, c]) * (float(u[b, n, inside]) if 0 <= inside < W else known)
+                expected[b, n, o] = total
+    closed = ClosedForm(mean_rstd, shift, scale, start)
+    for function in (window_linear_forward, KERNELS["window_linear_forward"].exact):
+        found = function(u, closed, weight, bias).cpu().double()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gelu_by_hand():
+    x = torch.linspace(-6, 6, 101, dtype=torch.float64)
+    tanh = [math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)) for v in x.tolist()]
+    expected = torch.tensor([v / 2 * (1 + t) for v, t in zip(x.tolist(), tanh, strict=True)], dtype=torch.float64)
+    torch.testing.assert_close(KERNELS["gelu_forward"].exact(x, None), expected)
+    for value in (-2.0, 0.3, 1.7):
+        pre, step = torch.tensor([value], dtype=torch.float64), 1e-6
+        slope = (F.gelu(pre + step, approximate="tanh") - F.gelu(pre - step, approximate="tanh")) / (2 * step)
+        torch.testing.assert_close(KERNELS["gelu_backward"].exact(torch.ones_like(pre), pre)[0], slope)
+
+
+def directional_derivative(function, leaves, directions, cotangents, step=1e-5):
+    """Of the projection of a function's outputs on their cotangents, by differences."""
+
+    def projected(step):
+        moved = [leaf + step * way for leaf, way in zip(leaves, directions, strict=True)]
+        outputs = zip(results(function(*moved)), cotangents, strict=True)
+        return sum((out * g).sum() for out, g in outputs if g is not None)
+
+    return (projected(step) - projected(-step)) / (2 * step)
+
+
+@pytest.mark.parametrize("kernel, mode", [each for each in MODES if isinstance(each.values[0].exact, Gradient)])
+def test_gradients_of_backward_kernels_are_differences(seed, kernel, mode):
+    arguments = kernel.inputs(Draw(Sizes(2, 3, 10), FP64, torch.device("cpu")), **mode)
+    function, leaves, cotangents = kernel.exact.of(**arguments)
+    directions = [torch.randn_like(leaf) for leaf in leaves]
+    slope = directional_derivative(function, leaves, directions, cotangents)
+    found = sum((g * way).sum() for g, way in zip(kernel.exact(**arguments), directions, strict=True))
+    torch.testing.assert_close(found, slope, rtol=1e-5, atol=1e-6)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(INTERPRETED or extension.kernels is None, reason="NOT RUN: the launchers have no kernels here")
+def test_verify_names_the_kernels_that_are_wrong(monkeypatch, capsys):
+    """``python -m dtr_kernels verify --kernels``."""
+    right = KERNELS["gated_residual_forward"]
+    small = [replace(right, sizes=[Sizes(2, 3, 20)]), replace(KERNELS["gram"], sizes=[Gradients(3, 50)])]
+    monkeypatch.setattr(verify.ops, "KERNELS", small)
+    cpu = torch.device("cpu")
+    assert verify.run(cpu, kernels=True)
+    assert "10 calls of 2 kernels, 0 wrong" in capsys.readouterr().out
+    small[0] = replace(small[0], launch=lambda **inputs: right.launch(**inputs) * 1.1)
+    assert not verify.run(cpu, kernels=True)
+    said = capsys.readouterr().out
+    assert said.count("FAILED") == 4 and "10 calls of 2 kernels, 4 wrong" in said and "gram" not in said
+    small[0] = replace(small[0], launch=lambda **inputs: torch.empty_like(right.launch(**inputs)))
+    assert not verify.run(cpu, kernels=True), "what is left unwritten is NaN"
+
+
+# --- what is declared ------------------------------------------------------------------------------------------------
+
+
+def test_declarations_are_complete():
+    assert len({kernel.name for kernel in ops.KERNELS}) == len(ops.KERNELS)
+    used = {
+        name for kernel in ops.KERNELS for mode in kernel.modes for name in (*kernel.tiles(**mode), kernel.crossover)
+    }
+    assert used - {None} == set(tiles.KINDS)
+    for kernel in ops.KERNELS:
+        assert any(kernel.timed(**mode) for mode in kernel.modes), kernel.name
+        if kernel.sizes is SIZES:
+            assert any(sizes.B * sizes.N == 0 for sizes in kernel.sizes)
