@@ -199,7 +199,7 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What everything else needs to know of a launcher, or of an op that is built from several.
+    """Declare a launcher, or an op that is built from several, to checks, tuning, benchmarks and reports.
 
     Attributes:
         name: unique.
