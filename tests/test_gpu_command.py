@@ -27,6 +27,16 @@ CASES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """Interrupts reach children, also where the tests are a background job of a shell; what main changes is undone."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("name, script, state, why", CASES)
 def test_what_becomes_of_a_step(name, script, state, why):
     step = next(step for step in gpu.checks() if step.name == name)
