@@ -241,8 +241,9 @@ _METHOD = """\
   beyond its bound a side's error is printed in place of figures.
 - All sides of a case run in one process, in rounds. After one that does not count, each round times every side once and
   begins with another side than the last. A busy machine slows all of them.
-- Benchmarks of single kernels call the launcher, also where the library's op would choose a dense product or plain PyTorch
-  at that size; `explain` and `info` say what it chooses. A backward kernel is compared with the backward pass alone.
+- Benchmarks of single kernels call the launcher, also where the library's op would choose a dense product or plain
+  PyTorch at that size; `explain` and `info` say what it chooses. A backward kernel is compared with the backward pass
+  alone.
 - On a GPU calls are recorded into a CUDA graph, which is replayed between two device events. What cannot be recorded is
   launched call by call: its `graph` is "no", or the table has no such column. Replayed and launched sides of one case
   are "not comparable": only launches contain the host's time. The graph of a single op calls it on as many sets of
