@@ -53,17 +53,17 @@ class Cell:
 
     @property
     def routing(self) -> DenoisingTaskRouting:
-        """Of 1000 timesteps, as the paper's."""
+        """The routing over 1000 timesteps, as in the paper."""
         return DenoisingTaskRouting(beta=self.beta)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of parameters and inputs."""
+        """The dtype of parameters and inputs."""
         return DTYPES.get(self.precision, torch.float32)
 
     @property
     def matrix_dtype(self) -> torch.dtype:
-        """Of matrix products."""
+        """The dtype of matrix products."""
         return torch.bfloat16 if self.precision == AUTOCAST else self.dtype
 
     def __str__(self) -> str:

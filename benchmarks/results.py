@@ -240,7 +240,7 @@ class Run:
 
     @cached_property
     def stale(self) -> bool:
-        """Whether the source that it depends on is another by now, or nothing is left that would measure it again."""
+        """True if the source that it depends on has changed since, or its benchmark is gone."""
         known = BENCHMARKS.get(self.benchmark)
         return known is None or self.sources != sources.fingerprint(known)
 

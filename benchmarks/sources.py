@@ -101,7 +101,7 @@ def _imports(path: Path, root: Path) -> set[str]:
 
 @functools.cache
 def _mentions(text: str) -> set[tuple[str, ...]]:
-    """What a file imports, and what it uses of that: modules, each followed by a name in it, a name in that, ..."""
+    """Yield what a file imports and uses of that: modules, each followed by a name in it, a name in that, ..."""
     tree = _parsed(text)
     names: dict[str, tuple[str, ...]] = {}
     for node in ast.walk(tree):

@@ -81,7 +81,7 @@ class Problem:
 
     @property
     def precision(self) -> Precision:
-        """Of all tensors."""
+        """The precision of all tensors."""
         return Precision(self.dtype, self.dtype)
 
     def default(self, arch: int) -> Tile:

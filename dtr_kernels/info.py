@@ -154,7 +154,7 @@ def _surgery_path(device: torch.device, dtype: torch.dtype) -> str:
     return f"PyTorch ops: {why}" if path == "plain" else why
 
 
-# What runs other ops follows from their kernels.
+# Other ops run as their kernels do.
 _PATHS: dict[str, Callable[[torch.device, torch.dtype], str]] = {
     "routed_linear": _linear_path,
     "routed_mlp": _linear_path,

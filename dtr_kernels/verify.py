@@ -219,7 +219,7 @@ def check(call: Call, precision: Precision, device: torch.device) -> list[Compar
 
 def _slack_of(sizes: Sizes | Gradients, found: Tensor, exact: Tensor, operand: torch.dtype) -> float:
     """The constant of the bound over the largest value."""
-    # What is fp64 of lesser operands was computed in fp32 at least.
+    # Kernels compute fp64 results of lesser operands in fp32 at least.
     unit = min(_unit(operand), _unit(torch.float32)) if found.dtype == torch.float64 != operand else _unit(operand)
     if isinstance(sizes, Gradients):  # sums of K terms, which are larger than the sums
         unit *= 1 + sizes.K / 16

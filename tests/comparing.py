@@ -61,7 +61,7 @@ def differ(actual, expected):
 
 
 def saved_and_loaded(thing, weights_only=False):
-    """What ``torch.load`` makes of what ``torch.save`` has written."""
+    """Save with ``torch.save`` and load with ``torch.load``."""
     file = io.BytesIO()
     torch.save(thing, file)
     file.seek(0)

@@ -6,7 +6,7 @@ import multiprocessing
 
 import torch.multiprocessing
 
-# What takes long to import: once, in a process of which the others are forks.
+# Slow imports happen once, in a process of which the others are forks.
 _IMPORTED = ["dtr_kernels", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
 
 

@@ -1,4 +1,4 @@
-"""What tests of swapped DiTs and U-Nets share: the oracle, which runs the reference in place of their blocks."""
+"""Shared by tests of swapped DiTs and U-Nets: the oracle, which runs the reference in place of their blocks."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ BENCHMARKS = {benchmark.name: benchmark for benchmark in kernels.BENCHMARKS}
 
 @pytest.fixture(autouse=True)
 def no_compiler(monkeypatch, one_thread):
-    """What is compiled is what is compiled nowhere else; here it is the function itself."""
+    """Leave functions uncompiled, since the compiler is tested elsewhere."""
     monkeypatch.setattr(whole, "compiled", lambda function, mode=None: function)
 
 

@@ -153,7 +153,7 @@ def test_gelu_by_hand():
 
 
 def directional_derivative(function, leaves, directions, cotangents, step=1e-5):
-    """Of the projection of a function's outputs on their cotangents, by differences."""
+    """Differentiate the projection of a function's outputs on their cotangents, by differences."""
 
     def projected(step):
         moved = [leaf + step * way for leaf, way in zip(leaves, directions, strict=True)]

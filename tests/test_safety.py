@@ -55,7 +55,7 @@ def _passed(kernels, argument):
 
 
 ROWS, SHAPE = extension.rows, extension.shape
-# Of functions of token rows the names of their arguments, as Python sees them.
+# Argument names of the functions of token rows, as Python sees them.
 DECLARED = {
     node.name: [argument.arg for argument in node.args.args]
     for node in ast.parse((ROOT / "dtr_kernels/_C.pyi").read_text()).body

@@ -113,7 +113,7 @@ def test_float_timesteps(kind):
 
 
 def assert_same_trajectory(step, of, model, noise, scheduler="ddim", **options):
-    """What ``step`` samples, as exact as ``of`` the model."""
+    """Return what ``step`` samples, as exact as ``of`` the model."""
     exact = copy.deepcopy(model).double()
     assert_as_exact(
         trajectory(step, noise, scheduler, **options),

@@ -113,7 +113,7 @@ def runs_on_cpu(x: Tensor) -> bool:
 
 
 def _is_transformed() -> bool:
-    """Whether a functorch transform or forward-mode differentiation is at work; torch.compile is neither."""
+    """Return whether a functorch transform or forward-mode differentiation is at work; torch.compile is neither."""
     return not torch.compiler.is_compiling() and (
         forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
     )

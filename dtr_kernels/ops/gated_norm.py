@@ -309,7 +309,7 @@ class _BackwardTiles(RowTiles):
         tile = super().default(dtype, rows, channels, arch)
         if dtype != torch.float32:  # a vector of 8 channels a thread, and few barriers
             return RowTile(1, tile.block, max(1, tile.block // 256))
-        # Of fp32 rows this long ptxas spills a register on sm_90, so that one more block fits a multiprocessor.
+        # With fp32 rows this long ptxas spills a register on sm_90, so that one more block fits a multiprocessor.
         return RowTile(1, tile.block, warps=32) if tile.block == 2048 else tile
 
 
@@ -451,10 +451,10 @@ def gated_norm_backward(
 
 # --- declarations ----------------------------------------------------------------------------------------------------
 
-_EPS = 1e-6
+EPS = 1e-6
 
 
-def _norm(
+def plain_norm(
     inputs: NormInputs, window: NormWindow, eps: float, dtype: torch.dtype, write_stream: bool = True
 ) -> NormOutput:
     """``gated_norm_forward`` in plain PyTorch."""
@@ -484,7 +484,7 @@ def _of_backward(
     inputs = _before_update(inputs) if x_is_stream else inputs
 
     def function(*inputs: Tensor) -> tuple[Tensor, ...]:
-        out = _norm(NormInputs(*inputs), window, _EPS, du.dtype)
+        out = plain_norm(NormInputs(*inputs), window, EPS, du.dtype)
         # Every deactivated channel leaves the norm as -mean * rstd.
         return inputs[0] if out.stream is None else out.stream, out.u, -out.mean * out.rstd
 
@@ -507,14 +507,14 @@ def _drawn(draw: Draw, routed: bool, update: bool, compact: bool, keep_branch: b
 
 def _forward_inputs(draw: Draw, without_stream: bool, **mode: bool) -> dict[str, Any]:
     inputs, window = _drawn(draw, **mode)
-    return dict(inputs=inputs, window=window, eps=_EPS, dtype=inputs.shift.dtype, write_stream=not without_stream)
+    return dict(inputs=inputs, window=window, eps=EPS, dtype=inputs.shift.dtype, write_stream=not without_stream)
 
 
 def _backward_inputs(draw: Draw, x_is_stream: bool, without_dstream: bool, **mode: bool) -> dict[str, Any]:
     B, N, C, _ = draw.sizes
     inputs, window = _drawn(draw, **mode)
     wide = widened(inputs)
-    _, _, mean, rstd = _norm(_before_update(wide) if x_is_stream else wide, window, _EPS, torch.float64)
+    _, _, mean, rstd = plain_norm(_before_update(wide) if x_is_stream else wide, window, EPS, torch.float64)
     return dict(
         du=draw.compact() if window.compact else draw(B, N, C),
         dstream=None if without_dstream else draw.stream(B, N, C),
@@ -585,7 +585,7 @@ KERNELS = [
     Kernel(
         "gated_norm_forward",
         gated_norm_forward,
-        _norm,
+        plain_norm,
         _forward_inputs,
         modes(
             lambda update, without_stream, **m: _valid(update=update, **m) and (update or not without_stream),

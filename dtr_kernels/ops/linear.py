@@ -16,7 +16,14 @@ from dtr_kernels import reference
 from dtr_kernels.ops.checks import check_linear, check_stream, check_window
 from dtr_kernels.ops.declaration import Draw, Gradient, Kernel, modes, widened
 from dtr_kernels.ops.dispatch import Choice, choose, compute_dtype, in_dtype_of
-from dtr_kernels.ops.gated_norm import NormInputs, NormWindow, gated_norm_backward, gated_norm_forward
+from dtr_kernels.ops.gated_norm import (
+    EPS,
+    NormInputs,
+    NormWindow,
+    gated_norm_backward,
+    gated_norm_forward,
+    plain_norm,
+)
 from dtr_kernels.ops.registration import op
 from dtr_kernels.ops.window_linear import ClosedForm, choose_gemm, window_linear_backward, window_linear_forward
 from dtr_kernels.routing import ChannelWindow
@@ -230,33 +237,28 @@ def routed_linear_by(
 
 # --- declarations ----------------------------------------------------------------------------------------------------
 
-_EPS = 1e-6
-
 
 def _drawn(draw: Draw, routed: bool, update: bool) -> dict[str, Any]:
     B, N, C, _ = draw.sizes
     shift, scale, gate = draw.vectors(3)
     routing = dict(start=draw.start, width=draw.sizes.W) if routed else dict(start=None, width=C)
     pending = dict(branch=draw(B, N, C), gate=gate) if update else dict(branch=None, gate=None)
-    stream = draw(B, N, C)
-    return dict(x=stream, shift=shift, scale=scale, weight=draw.weight(3 * C, C), **routing, **pending, eps=_EPS)
-
-
-def _mask(start: Tensor | None, width: int, channels: int) -> Tensor | None:
-    return None if start is None else ChannelWindow(start, width, channels).mask()
+    return dict(
+        x=draw.stream(B, N, C), shift=shift, scale=scale, weight=draw.weight(3 * C, C), **routing, **pending, eps=EPS
+    )
 
 
 def _plain(start: Tensor | None, width: int, **layer: Any) -> tuple[Tensor, ...]:
-    stream, out = reference.routed_linear(**layer, mask=_mask(start, width, layer["x"].shape[2]))
+    mask = None if start is None else ChannelWindow(start, width, layer["x"].shape[2]).mask()
+    stream, out = reference.routed_linear(**layer, mask=mask)
     return (out,) if layer["branch"] is None else (stream, out)
 
 
 def _backward_inputs(draw: Draw, **mode: bool) -> dict[str, Any]:
     layer = _drawn(draw, **mode)
     x = layer.pop("x")
-    seen = reference.masked(widened(x), _mask(layer["start"], layer["width"], x.shape[2]))
-    mean = seen.mean(2)
-    rstd = ((seen - mean[..., None]).square().mean(2) + _EPS).rsqrt()
+    inputs = widened(NormInputs(x, layer["shift"], layer["scale"]))
+    _, _, mean, rstd = plain_norm(inputs, NormWindow(layer["start"], layer["width"]), EPS, torch.float64)
     statistics = dict(mean=mean.to(compute_dtype(x)), rstd=rstd.to(compute_dtype(x)))
     dout = draw(*x.shape[:2], len(layer["weight"]))
     needs = dict(need_weight=True, need_bias=True)

@@ -42,7 +42,7 @@ from dtr_kernels.ops.tuned_tiles import (
     user_file,
 )
 
-# What kernels and Triton call a tile's sides.
+# The sides of a tile, as kernels and Triton call them.
 _OPTIONS = {
     **{"m": "BLOCK_M", "n": "BLOCK_N", "k": "BLOCK_K", "rows": "ROWS", "block": "BLOCK"},
     **{"warps": "num_warps", "stages": "num_stages"},
@@ -205,7 +205,7 @@ def forced(op: str, tile: Tile) -> Iterator[None]:
 
 
 class Configuration(NamedTuple):
-    """What is tuned for a GPU: entries of the user's file and of the package's; either may be empty."""
+    """Tuned entries for a GPU, of the user's file and of the package's; either may be empty."""
 
     user: tuple[Tuned, ...]
     packaged: tuple[Tuned, ...]
@@ -218,7 +218,7 @@ class Configuration(NamedTuple):
 
 @cache
 def configuration(gpu: str, arch: int) -> Configuration:
-    """What is tuned for a GPU, read from its files once.
+    """Read the tuned entries for a GPU from its files, once.
 
     Entries that were measured with another compute capability than ``arch`` are left out. A file that cannot be used
     is left out with a warning.

@@ -353,9 +353,9 @@ def _epilogue_pays(dtype: torch.dtype, arch: int) -> bool:
 
 
 _CROSSOVERS = {
-    # Of contracting over windows: one of 0.8 saves less than cuBLAS is ahead of our GEMMs by.
+    # Contracting over windows: one of 0.8 saves less than cuBLAS is ahead of our GEMMs by.
     **{op: Crossovers(op, lambda dtype, arch: False) for op in ("windows_forward", "windows_backward")},
-    # Of GELU in an epilogue.
+    # GELU in an epilogue.
     **{op: Crossovers(op, _epilogue_pays) for op in ("gelu_forward", "gelu_backward")},
 }
 
