@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -209,3 +210,11 @@ def test_is_json_and_a_page(capsys):
 def test_refusals(model, batch, error, says):
     with pytest.raises(error, match=says):
         dtr.explain(model, batch)
+
+
+def test_choices_of_another_thread_are_not_heard():
+    with dispatch.choices() as heard, ThreadPoolExecutor(1) as other:
+        other.submit(dispatch.choose, torch.ones(1)).result()
+        assert heard == []
+        choice = dispatch.choose(torch.ones(1))
+        assert heard == [choice]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -35,25 +36,30 @@ class Choice(NamedTuple):
     why: str
 
 
-_made: list[Choice] | None = None
+# Choices that somebody listens to, by thread: another thread may run another model.
+_made: dict[int, list[Choice]] = {}
 
 
 def made(choice: Choice) -> Choice:
-    """Tell ``choices`` of a choice, and return it."""
-    if _made is not None:
-        _made.append(choice)
+    """Tell ``choices`` of this thread of a choice, and return it."""
+    if _made and not torch.compiler.is_compiling() and (heard := _made.get(threading.get_ident())) is not None:
+        heard.append(choice)
     return choice
 
 
 @contextmanager
 def choices() -> Iterator[list[Choice]]:
-    """Inside, every choice is added to the list when it is made."""
-    global _made
-    before, _made = _made, []
+    """Inside, every choice of this thread is added to the list when it is made."""
+    thread = threading.get_ident()
+    before = _made.get(thread)
+    heard: list[Choice] = []
+    _made[thread] = heard
     try:
-        yield _made
+        yield heard
     finally:
-        _made = before
+        del _made[thread]
+        if before is not None:
+            _made[thread] = before
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype) -> Choice:
