@@ -154,7 +154,7 @@ _arch: int | None = None
 
 @contextmanager
 def recording(arch: int | None = None) -> Iterator[list[Launch]]:
-    """Inside, launchers do everything but launch: what they would launch is added to the list.
+    """Inside, launchers of all threads do everything but launch: what they would launch is added to the list.
 
     Args:
         arch: choose paths, tiles and crossovers as on a GPU of this compute capability (80, 90, 100, ...), also for
