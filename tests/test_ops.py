@@ -19,7 +19,7 @@ from dtr_kernels import DenoisingTaskRouting, ops, reference
 from dtr_kernels.ops import tiles
 from dtr_kernels.ops.gelu import gelu_backward
 from dtr_kernels.ops.tiles import Crossover
-from dtr_kernels.ops.window_linear import _parts, slice_gain
+from dtr_kernels.ops.window_linear import _splits, slice_gain
 from dtr_kernels.routing import ChannelWindow
 from dtr_kernels.verify import check_block, compare, random_block
 
@@ -138,7 +138,7 @@ def test_a_weight_gradient_in_parts(seed, device, monkeypatch):
         pytest.skip("a kernel for GPUs")
     asked = []
     monkeypatch.setattr(
-        "dtr_kernels.ops.window_linear._parts",
+        "dtr_kernels.ops.window_linear._splits",
         lambda tiles, steps, processors: asked.append(min(5, steps)) or asked[-1],
     )
     check_routed_linear(3, 130, 96, 200, windows(3, 96, 0.8, device), torch.bfloat16, device)
@@ -157,7 +157,7 @@ def test_a_weight_gradient_in_parts(seed, device, monkeypatch):
     ],
 )
 def test_parts_of_a_weight_gradient(tiles, steps, parts):
-    assert _parts(tiles, steps, 132) == parts
+    assert _splits(tiles, steps, 132) == parts
 
 
 @pytest.mark.parametrize(
