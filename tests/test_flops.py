@@ -71,7 +71,7 @@ def test_flops_of_an_unrouted_block_are_those_of_the_plain_one(frozen):
 
 
 @pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("scope", ["block", "branch"])
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
 def test_flops_of_a_routed_block_leave_out_what_is_skipped(scope, dense, request):
     """Also where a dense GEMM is faster: the mathematics is the same."""
     if dense:

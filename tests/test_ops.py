@@ -265,7 +265,7 @@ def test_any_shape_and_window(seed, device, data):
 @pytest.mark.parametrize("tokens", [7] if INTERPRETED else [7, 300])
 def test_block_with_a_window_per_sample(seed, device, scope, tokens):
     block = random_block(48, 4, scope, device, torch.float32)
-    assert_within_bound(check_block(block, windows(3, 48, 0.8, device), 3, tokens))
+    assert_within_bound(check_block(block, windows(3, block.routed_channels, 0.8, device), 3, tokens))
 
 
 @pytest.mark.parametrize("scope", reference.SCOPES)
@@ -273,7 +273,8 @@ def test_block_with_a_window_per_sample(seed, device, scope, tokens):
 @pytest.mark.parametrize("tokens", [7] if INTERPRETED else [7, 300])
 def test_block_with_one_window_for_the_batch(seed, device, scope, timestep, tokens):
     block = random_block(48, 4, scope, device, torch.float32)
-    assert_within_bound(check_block(block, DenoisingTaskRouting().window(timestep, 48), 3, tokens))
+    window = DenoisingTaskRouting().window(timestep, block.routed_channels)
+    assert_within_bound(check_block(block, window, 3, tokens))
 
 
 @pytest.mark.parametrize("scope", reference.SCOPES)
@@ -281,7 +282,7 @@ def test_block_with_one_window_for_the_batch(seed, device, scope, timestep, toke
 def test_block_under_autocast(seed, device, scope, autocast):
     """The residual stream stays fp32; the GEMMs run in the autocast dtype."""
     block = random_block(48, 4, scope, device, torch.float32)
-    window = windows(3, 48, 0.8, device)
+    window = windows(3, block.routed_channels, 0.8, device)
     assert_within_bound(check_block(block, window, 3, 21, autocast))
     x, c = torch.randn(3, 21, 48, device=device), torch.randn(3, 48, device=device)
     with torch.autocast(device.type, dtype=autocast):
@@ -314,7 +315,7 @@ def test_gradients_are_the_same_every_time(seed, device):
 @pytest.mark.parametrize("scope", reference.SCOPES)
 def test_nan_in_one_sample_never_reaches_another(seed, device, scope):
     block = random_block(48, 4, scope, device, torch.float32)
-    window = windows(3, 48, 0.8, device)
+    window = windows(3, block.routed_channels, 0.8, device)
     x, c = torch.randn(3, 20, 48, device=device), torch.randn(3, 48, device=device)
     x[1] = float("nan")
     x.requires_grad_()
@@ -330,7 +331,7 @@ def test_empty_batches_and_sequences(device, scope, batch, tokens):
     block = random_block(48, 4, scope, device, torch.float32)
     x = torch.randn(batch, tokens, 48, device=device, requires_grad=True)
     c = torch.randn(batch, 48, device=device, requires_grad=True)
-    out = block(x, c, windows(batch, 48, 0.8, device))
+    out = block(x, c, windows(batch, block.routed_channels, 0.8, device))
     assert out.shape == x.shape
     out.sum().backward()
     assert x.grad.shape == x.shape and c.grad.shape == c.shape

@@ -89,7 +89,7 @@ def test_keeps_the_models_own_function(make):
     assert_same(results(model), expected)
 
 
-@pytest.mark.parametrize("scope", ["block", "branch"])
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
 @pytest.mark.parametrize("make", [facebook_dit, public_dtr])
 @pytest.mark.parametrize(("routing", "mask_of"), [(ROUTING, paper_mask), (RANDOM, RANDOM.mask)], ids=["DTR", "random"])
 def test_a_given_routing_matches_the_reference(make, routing, mask_of, scope):

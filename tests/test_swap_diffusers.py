@@ -84,7 +84,7 @@ def test_without_routing_keeps_the_models_own_function(processor):
     assert_as_exact(seeded(model, inputs), plain, exact)
 
 
-@pytest.mark.parametrize("scope", ["block", "branch"])
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
 @pytest.mark.parametrize(
     ("routing", "mask_of"), [(ROUTING, paper_mask), (RANDOM, lambda t: RANDOM.mask(t, C))], ids=["DTR", "random"]
 )

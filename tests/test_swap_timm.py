@@ -86,7 +86,7 @@ def test_without_routing_keeps_the_models_own_function(make):
     torch.testing.assert_close(results(plain, inputs), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("scope", ["block", "branch"])
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_routing_matches_the_masked_blocks(make, scope):
     plain, inputs = make(), batch()

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from dtr_kernels import ops, reference
 from dtr_kernels.nn.parts import ReadParts, is_plain_linear
 from dtr_kernels.nn.torchscript import NoTorchScript
+from dtr_kernels.ops.band_linear import among_all
 from dtr_kernels.ops.checks import check_block, check_heads, check_shape, check_window
-from dtr_kernels.ops.declaration import spread
 from dtr_kernels.ops.dispatch import Choice, choose
 from dtr_kernels.ops.inner import inner_linear_by, inner_mlp_by, inner_projection_by
 from dtr_kernels.ops.linear import routed_linear_by
 from dtr_kernels.ops.mlp import routed_mlp_by
+from dtr_kernels.ops.window_linear import Band
 from dtr_kernels.routing import ChannelWindow, check_count, check_number
 
 __all__ = ["RoutedDiTBlock", "Stream", "advance", "check_hidden", "check_scope"]
@@ -120,9 +121,8 @@ def _advance_inner(block: Any, stream: Stream, c: Tensor, window: ChannelWindow 
     if is_plain_linear(attn.proj):
         branch = inner_projection_by(choice, z, attn.proj.weight, attn.proj.bias, window)
     else:  # an adapter, or a layer with hooks: it is called, and sees zeros where heads are inactive
-        unit = qkv.shape[-1] // (3 * window.width)
-        start = (window.start * unit).to(z.device, non_blocking=True)
-        branch = attn.proj(spread(z, start, z.new_zeros(*z.shape[:2], unit * attn.num_heads)))
+        d = z.shape[2] // window.width
+        branch = attn.proj(among_all(z, Band(window.start, z.shape[2], d), d * attn.num_heads))
     weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
     x, hidden = inner_mlp_by(choice, x, s2, k2, weights, branch, g1, window, block.norm2.eps)
     return Stream(x, hidden, g2)
@@ -206,6 +206,11 @@ class RoutedDiTBlock(NoTorchScript, nn.Module):
         self.mlp = Mlp(hidden_size, mlp_width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
+    @property
+    def routed_channels(self) -> int:
+        """What a routing of this block chooses from: its channels C, in scope "inner" its attention heads."""
+        return self.attn.num_heads if self.scope == "inner" else self.attn.qkv.in_features
+
     def forward(self, x: Tensor | Stream, c: Tensor, window: ChannelWindow | Tensor | None = None) -> Tensor | Stream:
         """Runs the block.
 
@@ -228,11 +233,9 @@ class RoutedDiTBlock(NoTorchScript, nn.Module):
         """
         self._read.refuse_changes(self)
         stream = x if isinstance(x, Stream) else Stream(x)
-        C = self.attn.qkv.in_features
-        check_block(stream.x, c, C)
+        check_block(stream.x, c, self.attn.qkv.in_features)
         if isinstance(window, Tensor):
-            channels = self.attn.num_heads if self.scope == "inner" else C
-            check_shape("window, a mask,", window, (len(c), channels), stream.x)
+            check_shape("window, a mask,", window, (len(c), self.routed_channels), stream.x)
             out = Stream(reference.dit_block(self, stream.sum(), c, window, self.scope))
         else:
             out = advance(self, stream, c, window, self.scope)

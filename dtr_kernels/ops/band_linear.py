@@ -184,10 +184,8 @@ def parameter_gradients(
         dbias = g.flatten(0, 1).sum(0)
     elif need_bias:
         # A sum for each sample, in its place among all rows, then their sum.
-        sums = g.sum(1, dtype=compute_dtype(g)).unflatten(1, (band.parts, -1))
-        every = sums.new_zeros(len(g), band.parts, len(weight) // band.parts)
-        start = (band.start * band.unit).to(g.device, non_blocking=True)
-        dbias = spread(sums, start, every).sum(0).flatten().to(weight.dtype)
+        sums = g.sum(1, keepdim=True, dtype=compute_dtype(g))
+        dbias = among_all(sums, band, len(weight)).sum((0, 1)).to(weight.dtype)
     if not need_weight:
         return None, dbias
     if choose_bands(g, band.start).path == "bands":
@@ -218,6 +216,14 @@ def _runs(band: Band, weight: Tensor) -> Iterator[tuple[slice, int]]:
         count = sum(1 for _ in same)
         yield slice(sample, sample + count), start * band.unit
         sample += count
+
+
+def among_all(compact: Tensor, band: Band, size: int) -> Tensor:
+    """What has a band alone, [B, N, parts * width] or of columns [B, N, width], among zeros [B, N, size]."""
+    (B, N, _), parts = compact.shape, max(band.parts, 1)
+    start = (band.start * band.unit).to(compact.device, non_blocking=True)
+    every = spread(compact.reshape(B, N * parts, band.width), start, compact.new_zeros(B, N * parts, size // parts))
+    return every.view(B, N, size)
 
 
 def _used(tensor: Tensor, band: Band, first: int) -> Tensor:
@@ -260,17 +266,11 @@ def _dense(out: Tensor, band: Band) -> Tensor:
     return in_window(parts, (band.start * band.unit).to(out.device), band.width).reshape(B, N, band.parts * band.width)
 
 
-def _spread(compact: Tensor, band: Band, size: int) -> Tensor:
-    """[B, N, width] among zeros [B, N, size]."""
-    start = (band.start * band.unit).to(compact.device)
-    return spread(compact, start, compact.new_zeros(*compact.shape[:2], size))
-
-
 def plain_band(u: Tensor, weight: Tensor, bias: Tensor | None, band: Band) -> Tensor:
     """``band_forward`` in plain PyTorch."""
     if band.parts:
         return _dense(F.linear(u, weight, bias), band)
-    return F.linear(_spread(u, band, weight.shape[1]), weight, bias)
+    return F.linear(among_all(u, band, weight.shape[1]), weight, bias)
 
 
 def _plain_gelu(
@@ -358,7 +358,7 @@ def _peers(all_of_it: bool) -> Callable[..., Callable[[], Any]]:
     """PyTorch's product with all heads, or with as many as are active, the same for all samples."""
 
     def peer(u: Tensor, weight: Tensor, bias: Tensor | None, band: Band) -> Callable[[], Any]:
-        x = _spread(u, band, weight.shape[1]) if all_of_it and not band.parts else u
+        x = among_all(u, band, weight.shape[1]) if all_of_it and not band.parts else u
         used = weight if all_of_it else _slice(weight, band, 0)
         return lambda: F.linear(x, used, bias if bias is None else bias[: len(used)])
 
