@@ -81,37 +81,35 @@ class BandGradients(NamedTuple):
 def choose_bands(x: Tensor, start: Tensor) -> Choice:
     """Choose "slices" of the weight, where the host knows the windows, or a GEMM over each sample's "bands"."""
     if runs_on_cpu(x):
-        return made(Choice("slices", "GEMMs on slices of the weight, one for each different window"))
+        return Choice("slices", "GEMMs on slices of the weight, one for each different window")
     if start.device != x.device:
-        return made(Choice("slices", "cuBLAS on slices of the weight, once for each different window"))
-    return made(
-        Choice(
-            "bands",
-            "the Triton GEMM over each sample's heads; with t on the CPU cuBLAS multiplies slices of the weight, which "
-            "is the faster way",
-        )
+        return Choice("slices", "cuBLAS on slices of the weight, once for each different window")
+    return Choice(
+        "bands",
+        "the Triton GEMM over each sample's heads; with t on the CPU cuBLAS multiplies slices of the weight, which is "
+        "the faster way",
     )
 
 
 def order_by_window(x: Tensor, start: Tensor) -> Tensor | None:
-    """Return the order of samples int64 [B], on x's device, in which those with the same window are neighbours; None
-    where they are, or the host does not know."""
-    if choose_bands(x, start).path == "bands":
+    """Return the order of samples, int64 [B] on the CPU, in which those with the same window are neighbours; None where
+    they are, or the host does not know. An op asks once, and so tells which way its layers are computed."""
+    if made(choose_bands(x, start)).path == "bands":
         return None
     first = start.tolist()
     if sum(1 for _ in itertools.groupby(first)) == len(set(first)):
         return None
-    return torch.tensor(sorted(range(len(first)), key=first.__getitem__), device=x.device)
+    return torch.tensor(sorted(range(len(first)), key=first.__getitem__), device="cpu")
 
 
 def in_order(x: Tensor, order: Tensor | None) -> Tensor:
     """The samples of x [B, ...] in that order."""
-    return x if order is None else x.index_select(0, order.to(x.device))
+    return x if order is None else x.index_select(0, order.to(x.device, non_blocking=True))
 
 
 def out_of_order(x: Tensor, order: Tensor | None) -> Tensor:
     """Undo ``in_order``."""
-    return x if order is None else torch.empty_like(x).index_copy_(0, order, x)
+    return x if order is None else torch.empty_like(x).index_copy_(0, order.to(x.device, non_blocking=True), x)
 
 
 def band_forward(u: Tensor, weight: Tensor, bias: Tensor | None, band: Band) -> Tensor:
@@ -179,29 +177,38 @@ def parameter_gradients(
     g: Tensor, u: Tensor, weight: Tensor, band: Band, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of weight and bias, None where not asked for; takes what ``band_backward`` takes."""
-    dbias = None
-    if need_bias and not band.parts:
-        dbias = g.flatten(0, 1).sum(0)
-    elif need_bias:
-        # A sum for each sample, in its place among all rows, then their sum.
-        sums = g.sum(1, keepdim=True, dtype=compute_dtype(g))
-        dbias = among_all(sums, band, len(weight)).sum((0, 1)).to(weight.dtype)
-    if not need_weight:
-        return None, dbias
     if choose_bands(g, band.start).path == "bands":
-        return weight_gradient(g, u, band, weight.shape[0 if band.parts else 1]).to(weight.dtype), dbias
-    runs = list(_runs(band, weight))
-    # What runs add up to is rounded once.
-    dweight = weight.new_zeros(weight.shape, dtype=weight.dtype if len(runs) < 2 else compute_dtype(weight))
-    for samples, first in runs:
-        rows, inputs, into = g[samples].flatten(0, 1), u[samples].flatten(0, 1), _used(dweight, band, first)
-        parts = zip(into, rows.chunk(band.parts, 1), strict=True) if band.parts else [(into, rows)]
-        for part, own in parts:
-            if part.dtype == own.dtype:
-                part.addmm_(own.t(), inputs)
-            else:
-                part.add_(own.t() @ inputs)
-    return dweight.to(weight.dtype), dbias
+        dweight = weight_gradient(g, u, band, weight.shape[0 if band.parts else 1]) if need_weight else None
+        if not need_bias:
+            dbias = None
+        elif band.parts:  # a sum for each sample, in its place among all rows, then their sum
+            dbias = among_all(g.sum(1, keepdim=True, dtype=compute_dtype(g)), band, len(weight)).sum((0, 1))
+        else:
+            dbias = g.flatten(0, 1).sum(0)
+    else:
+        runs = list(_runs(band, weight))
+        # What runs add up to is rounded once.
+        dtype = weight.dtype if len(runs) < 2 else compute_dtype(weight)
+        dweight = weight.new_zeros(weight.shape, dtype=dtype) if need_weight else None
+        dbias = weight.new_zeros(len(weight), dtype=compute_dtype(weight)) if need_bias else None
+        for samples, first in runs:
+            rows = g[samples].flatten(0, 1)
+            if dweight is not None:
+                _add_product(_used(dweight, band, first), rows, u[samples].flatten(0, 1), band.parts)
+            if dbias is not None:
+                own = _used(dbias, band, first) if band.parts else dbias
+                own += rows.sum(0, dtype=own.dtype).view_as(own)
+    return tuple(None if d is None else d.to(weight.dtype) for d in (dweight, dbias))  # type: ignore[return-value]
+
+
+def _add_product(into: Tensor, g: Tensor, u: Tensor, parts: int) -> None:
+    """Add g^T u to the used part of a weight's gradient."""
+    pieces = zip(into, g.chunk(parts, 1), strict=True) if parts else [(into, g)]
+    for piece, rows in pieces:
+        if piece.dtype == rows.dtype:
+            piece.addmm_(rows.t(), u)
+        else:
+            piece.add_(rows.t() @ u)
 
 
 def _runs(band: Band, weight: Tensor) -> Iterator[tuple[slice, int]]:
