@@ -9,8 +9,8 @@ operands once and writes its result once, and so does the kernel between. What t
 computed twice, but where the forward pass writes something for that purpose only, it counts.
 
 Kernels have their counts in their declarations. Sizes have the names that tensors have everywhere here: B samples, N
-tokens, C channels, W of them active (W = C is the unrouted function), O outputs of a linear layer, H hidden channels
-of the MLP.
+tokens, C channels, W of them active (W = C is the unrouted function; in scope "inner" the channels of active heads), O
+outputs of a linear layer, H hidden channels of the MLP.
 """
 
 from __future__ import annotations
@@ -63,10 +63,22 @@ def attention_backward(B: int, N: int, C: int, heads: int, items: Itemsizes) -> 
 # --- a block ---------------------------------------------------------------------------------------------------------
 
 
+class _Active(NamedTuple):
+    """Channels that are active: behind norms, in the attention, and hidden ones."""
+
+    seen: int
+    attended: int
+    hidden: int
+
+
+def _active(C: int, W: int, H: int, scope: str) -> _Active:
+    return _Active(C, W, H * W // C) if scope == "inner" else _Active(W, C, H)
+
+
 def block_forward(B: int, N: int, C: int, W: int, H: int, items: Itemsizes, scope: str) -> Work:
     """A routed block that stands alone, from its input to its output, both [B, N, C]."""
     return (
-        norm_forward(B, N, C, W, items, compact=True)
+        norm_forward(B, N, C, _active(C, W, H, scope).seen, items, compact=True)
         + _between_norms_forward(B, N, C, W, H, items, scope)
         + gated_residual_forward(B, N, C, items)
     )
@@ -76,42 +88,45 @@ def block_training(B: int, N: int, C: int, W: int, H: int, heads: int, items: It
     """Its forward pass, and gradients of its input, its conditioning and its parameters."""
     return (
         block_forward(B, N, C, W, H, items, scope)
-        + _kept_for_backward(B, N, H, heads, items)
+        + _kept_for_backward(B, N, C, W, H, heads, items, scope)
         + gated_residual_backward(B, N, C, items)
         + _between_norms_backward(B, N, C, W, H, heads, items, scope)
-        + norm_backward(B, N, C, W, items, compact=True)
+        + norm_backward(B, N, C, _active(C, W, H, scope).seen, items, compact=True)
     )
 
 
 def _between_norms_forward(B: int, N: int, C: int, W: int, H: int, items: Itemsizes, scope: str) -> Work:
     """All of a block but what joins it to its neighbours: its first norm and its last gated residual."""
+    W, A, H = _active(C, W, H, scope)
     fc1_width = W if scope == "branch" else C
     return (
         linear_forward(B, C, 6 * C, items)
-        + window_linear_forward(B, N, C, W, 3 * C, items)
-        + attention_forward(B, N, C, items)
-        + linear_forward(B * N, C, C, items)
+        + window_linear_forward(B, N, C, W, 3 * A, items)
+        + attention_forward(B, N, A, items)
+        + linear_forward(B * N, A, C, items)
         + norm_forward(B, N, C, W, items, branch=True, compact=scope == "branch")
         + gelu_linear_forward(B, N, C, fc1_width, H, items, write_pre=False)
         + linear_forward(B * N, H, C, items)
     )
 
 
-def _kept_for_backward(B: int, N: int, H: int, heads: int, items: Itemsizes) -> Work:
+def _kept_for_backward(B: int, N: int, C: int, W: int, H: int, heads: int, items: Itemsizes, scope: str) -> Work:
     """What a block's forward pass writes for the backward pass alone: before GELU, and the softmax's denominators."""
-    return Work(bytes=B * N * H * items.operand + B * heads * N * STATISTIC)
+    _, attended, hidden = _active(C, W, H, scope)
+    return Work(bytes=B * N * hidden * items.operand + B * (heads * attended // C) * N * STATISTIC)
 
 
 def _between_norms_backward(B: int, N: int, C: int, W: int, H: int, heads: int, items: Itemsizes, scope: str) -> Work:
+    W, A, H = _active(C, W, H, scope)
     fc1_width = W if scope == "branch" else C
     return (
         linear_weight_gradient(B * N, H, C, items)
         + gelu_linear_backward(B, N, H, C, items, write_act=False)
         + window_linear_gradients(B, N, C, fc1_width, H, items)
         + norm_backward(B, N, C, W, items, branch=True, compact=scope == "branch")
-        + linear_gradients(B * N, C, C, items)
-        + attention_backward(B, N, C, heads, items)
-        + window_linear_gradients(B, N, C, W, 3 * C, items)
+        + linear_gradients(B * N, A, C, items)
+        + attention_backward(B, N, A, heads * A // C, items)
+        + window_linear_gradients(B, N, C, W, 3 * A, items)
         + linear_gradients(B, C, 6 * C, items)
     )
 
@@ -142,10 +157,11 @@ def dit_forward(dit: Dit) -> Work:
     """A DiT from images, timesteps and labels to its prediction; its blocks are one chain, without a kernel to end
     one."""
     B, N, C, W, H, _, depth, patch_inputs, patch_outputs, items, scope = dit
+    seen = _active(C, W, H, scope).seen
     return (
         _embedding_forward(B, N, C, patch_inputs, items)
-        + norm_forward(B, N, C, W, items, compact=True)
-        + (depth - 1) * norm_forward(B, N, C, W, items, branch=True, compact=True)
+        + norm_forward(B, N, C, seen, items, compact=True)
+        + (depth - 1) * norm_forward(B, N, C, seen, items, branch=True, compact=True)
         + depth * _between_norms_forward(B, N, C, W, H, items, scope)
         + linear_forward(B, C, 2 * C, items)
         + norm_forward(B, N, C, C, items, branch=True)
@@ -162,15 +178,17 @@ def dit_training(dit: Dit) -> Work:
     """Its forward pass, and from the gradient of the prediction that of every parameter. The optimizer's step is
     ``adamw_step``."""
     B, N, C, W, H, heads, depth, patch_inputs, patch_outputs, items, scope = dit
-    block = _kept_for_backward(B, N, H, heads, items) + _between_norms_backward(B, N, C, W, H, heads, items, scope)
+    seen = _active(C, W, H, scope).seen
+    block = _kept_for_backward(B, N, C, W, H, heads, items, scope)
+    block += _between_norms_backward(B, N, C, W, H, heads, items, scope)
     return (
         dit_forward(dit)
         + linear_gradients(B * N, C, patch_outputs, items)
         + norm_backward(B, N, C, C, items, branch=True, dstream=False)
         + linear_gradients(B, C, 2 * C, items)
         + depth * block
-        + (depth - 1) * norm_backward(B, N, C, W, items, branch=True, compact=True)
-        + norm_backward(B, N, C, W, items, compact=True)
+        + (depth - 1) * norm_backward(B, N, C, seen, items, branch=True, compact=True)
+        + norm_backward(B, N, C, seen, items, compact=True)
         + _embedding_backward(B, N, C, patch_inputs, items)
     )
 

@@ -78,6 +78,20 @@ def test_linear_layers_and_attention_of_a_large_block():
     assert scope_branch == windowed + p_and_q + modulation + attention + fc1
 
 
+def test_a_large_block_with_half_of_its_heads():
+    """Half of the rows or columns of each weight but adaLN's, half of the attention; the norms see all channels."""
+    dense, modulation, attention = 2_087_354_105_856, 4_076_863_488, 77_309_411_328
+    forward = counts.block_forward(B, N, C, C // 2, H, BF16, "inner")
+    assert forward.flops == modulation + (dense + attention) // 2
+    training = counts.block_training(B, N, C, C // 2, H, HEADS, BF16, "inner")
+    assert training.flops == 3 * modulation + (3 * dense + 7 * attention // 2) // 2
+    # Read + written per token: first norm C + C, qkv C + 3C/2, attention 3C/2 + C/2, proj C/2 + C, second norm 4C, fc1
+    # C + 2C, fc2 2C + C, last residual 3C: 21C, of 29C of all heads; times 65536 tokens of 1152 channels.
+    # Weights: 18 C^2 less 6 C^2; biases 3C/2 + C + 2C + C + 6C. Vectors: 7C of adaLN, 2C, 2C, gates 2C.
+    elements = 21 * 75_497_472 + 12 * 1_327_104 + 13_248 + 256 * 14_976
+    assert forward.bytes == 2 * elements + 4 * 4 * 65_536  # mean and rstd of two norms
+
+
 def test_training_of_a_large_block():
     # Every linear layer once forward and twice backward. Attention: two products forward, five backward (q k^T again,
     # then gradients of v, p, q, k), each 2 B N^2 C = 38654705664.

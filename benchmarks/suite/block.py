@@ -79,7 +79,7 @@ class Piece(Whole):
         x = whole.tokens(cell.batch, tokens, channels).to(device, cell.dtype)
         shapes = [(cell.batch, channels), (cell.batch, tokens, channels)]
         c, cotangent = (torch.randn(shape).to(device, cell.dtype) for shape in shapes)
-        window = cell.routing.window(whole.timesteps(cell, device), channels)
+        window = cell.routing.window(whole.timesteps(cell, device), block.routed_channels)
         trains = cell.pass_ == "training"
         batch = (x.requires_grad_(trains), c.requires_grad_(trains))
         return cls(cell, block.to(device, cell.dtype), batch, cotangent, window, whole.mask_of(window, x))
@@ -98,6 +98,7 @@ class Piece(Whole):
 
     def work(self, active: int) -> Work:
         B, N, C = self.x.shape
+        active = active * C // self.window.channels  # of a head's channels too
         H, items, scope = self.module.mlp.fc1.out_features, ITEMSIZES[self.cell.precision], self.cell.scope
         if self.trains:
             return block_training(B, N, C, active, H, self.module.attn.num_heads, items, scope)

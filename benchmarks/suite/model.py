@@ -90,7 +90,7 @@ class Prediction(Whole):
         t = whole.timesteps(cell, device)
         x = torch.randn(cell.batch, model.in_channels, model.input_size, model.input_size).to(device, cell.dtype)
         y = torch.randint(model.y_embedder.num_classes, (cell.batch,)).to(device)
-        window = cell.routing.window(t, model.hidden_size)
+        window = cell.routing.window(t, model.routed_channels)
         cotangent = torch.randn(cell.batch, model.out_channels, *x.shape[2:]).to(device, cell.dtype)
         batch = (x, torch.as_tensor(t, device=device).expand(cell.batch), y)
         return cls(cell, model, batch, cotangent, window, whole.mask_of(window, x), t)
@@ -118,7 +118,7 @@ class Prediction(Whole):
             B=2 * len(self.x) if self.cell.pass_ == "sampling" else len(self.x),
             N=model.pos_embed.shape[1],
             C=model.hidden_size,
-            W=active,
+            W=active * model.hidden_size // self.window.channels,  # of a head's channels too
             H=block.mlp.fc1.out_features,
             heads=block.attn.num_heads,
             depth=len(model.blocks),

@@ -194,7 +194,8 @@ class DiT(NoTorchScript, nn.Module):
         self.hidden_size = hidden_size
         self.routing = routing
         self.scope = scope
-        self._routed_channels = num_heads if scope == "inner" else hidden_size
+        #: What a routing chooses from: channels, in scope "inner" attention heads.
+        self.routed_channels = num_heads if scope == "inner" else hidden_size
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -254,8 +255,8 @@ class DiT(NoTorchScript, nn.Module):
 
     def _active_channels(self, t: Tensor | int | float, times: Tensor) -> ChannelWindow | Tensor | None:
         if isinstance(self.routing, RandomRouting):
-            return self.routing.mask(times, self._routed_channels)
-        return None if self.routing is None else self.routing.window(t, self._routed_channels)
+            return self.routing.mask(times, self.routed_channels)
+        return None if self.routing is None else self.routing.window(t, self.routed_channels)
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor | int | float, y: Tensor, cfg_scale: float, guided_channels: int | None = None
