@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-import dtr_kernels
 from dtr_kernels import info
 from dtr_kernels.ops.tuned_tiles import slug
 
@@ -38,13 +37,9 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": _version("triton"),
+        **{name: facts[name] for name in ("python", "torch", "cuda", "triton")},
         "torchjd": _version("torchjd"),
-        "dtr_kernels": dtr_kernels.__version__,
-        "extension": facts["extension"],
+        **{name: facts[name] for name in ("dtr_kernels", "extension")},
         **({"tiles": facts["tiles"][_index(device)]} if on_gpu else {}),
         "commit": _output("git", "rev-parse", "HEAD"),
         "uncommitted changes": None if changes is None else changes != "",

@@ -7,11 +7,12 @@ import re
 import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.results import CaseResult, Run
-from benchmarks.tables import compared, comparison, coordinates, is_ours, label, marked, percent
+from benchmarks.tables import compared, comparison, coordinates, grouped, is_ours, label, marked, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,11 +103,8 @@ def panels(run: Run) -> list[Panel]:
     """What there is to draw: comparisons first, then shares of the floor."""
     found = []
     for shares in (False,) if run.benchmark in WITHOUT_SHARES else (False, True):
-        groups: dict[tuple[str, str | None], list[CaseResult]] = {}
-        for case in run.cases:
-            if drawn_sides(case, shares):
-                groups.setdefault(comparison(case), []).append(case)
-        for (kind, baseline), cases in groups.items():
+        for cases in grouped([case for case in run.cases if drawn_sides(case, shares)], comparison):
+            kind, baseline = comparison(cases[0])
             what = "share of the floor" if shares else f"{kind} over {baseline}"
             found += _panels_of(shares, what, cases, coordinates(run.cases)[0])
     beside = max((len(line) for panel in found for text in panel.labels for line in text.split("\n")), default=0)
@@ -132,13 +130,11 @@ def _panels_of(shares: bool, what: str, cases: Sequence[CaseResult], everywhere:
 def _parts_of(cases: Sequence[CaseResult]) -> list[Sequence[CaseResult]]:
     """Parts of not too many cases, each of one value of the coordinate that divides them best."""
     _, varying = coordinates(cases)
-    best: list[Sequence[CaseResult]] = [cases]
+    best = [list(cases)]
     for name in varying:
-        parts: dict[str, list[CaseResult]] = {}
-        for case in cases:
-            parts.setdefault(label(case, name), []).append(case)
-        if len(parts) * 2 <= len(cases) and max(map(len, parts.values())) < max(map(len, best)):
-            best = list(parts.values())
+        parts = grouped(cases, partial(label, coordinate=name))
+        if len(parts) * 2 <= len(cases) and max(map(len, parts)) < max(map(len, best)):
+            best = parts
     if len(cases) <= ROWS_OF_PANEL or len(best) == 1:
         return [cases]
     return [smaller for part in best for smaller in _parts_of(part)]

@@ -231,14 +231,9 @@ def readme_block(root: Path) -> str:
     for study in committed(root):
         lines = [f"- {sentence}" for sentence in sentences(study)]
         path = f"{DOCS}/{study['plan']['name']}"
-        head = f"{setup(study)} ([all figures]({path}.md), by `{command(study)}`):"
+        head = f"{setup(study)} ([all figures]({path}.md), by `{study['environment']['command']}`):"
         return "\n".join([head, "", *lines, "", f"![All of the study on one page]({path}.png)"])
     return "The study has not been run: `make study`."
-
-
-def command(study: Mapping[str, Any]) -> str:
-    """The command that made it."""
-    return str(study["environment"]["command"])
 
 
 def markdown(study: Mapping[str, Any]) -> str:
@@ -248,7 +243,7 @@ def markdown(study: Mapping[str, Any]) -> str:
         "\n\n".join(
             [
                 "# What the methods do on real digits",
-                f"{setup(study)}. Made by `{command(study)}`.",
+                f"{setup(study)}. Made by `{study['environment']['command']}`.",
                 f"![The study on one page]({study['plan']['name']}.png)",
                 "\n".join(f"- {sentence}" for sentence in sentences(study)),
                 "## Each method",
