@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -186,6 +186,7 @@ def figure(run: Run) -> Figure:
             axes = picture.add_subplot(rows[row, 0], sharex=first_of.get(panel.what))
             first_of.setdefault(panel.what, axes)
             (_draw_shares if panel.shares else _draw_comparison)(axes, panel)
+            _label_rows(axes, panel)
             axes.set_title(panel.title, fontsize=9, loc="left")
     for what, axes in first_of.items():
         alike = [panel for panel in drawn if panel.what == what]
@@ -220,18 +221,23 @@ def style(side: str) -> tuple[str, str]:
     return colour, next((marker for words, marker in MARKERS.items() if re.search(words, side)), "o")
 
 
-def _draw_comparison(axes: Axes, panel: Panel) -> None:
-    """Dots with whiskers from p20 to p80, and a line where the baseline is."""
+def _marks(panel: Panel) -> Iterator[tuple[CaseResult, str, float]]:
+    """Each case with each of its sides, and at which height the side stands: in rows, the first at 0."""
+    sides = panel.sides
+    step = (1 - BETWEEN_ROWS / panel.row_height) / len(sides)
     for row, case in enumerate(panel.cases):
-        for side in drawn_sides(case, shares=False):
-            spread = compared(case, side)
-            assert spread is not None
-            colour, marker = style(side)
-            height = row + _offset(panel, side)
-            axes.plot([spread.p20, spread.p80], [height, height], color=colour, linewidth=1)
-            axes.plot(spread.median, height, marker, color=colour, markersize=4.5)
-    axes.axvline(1, color="black", linewidth=0.8)
-    _label_rows(axes, panel)
+        for side in drawn_sides(case, panel.shares):
+            yield case, side, row + (sides.index(side) - (len(sides) - 1) / 2) * step
+
+
+def _draw_comparison(axes: Axes, panel: Panel) -> None:
+    """Dots with whiskers from p20 to p80."""
+    for case, side, height in _marks(panel):
+        spread = compared(case, side)
+        assert spread is not None
+        colour, marker = style(side)
+        axes.plot([spread.p20, spread.p80], [height, height], color=colour, linewidth=1)
+        axes.plot(spread.median, height, marker, color=colour, markersize=4.5)
 
 
 def _scale_comparison(axes: Axes, alike: Sequence[Panel]) -> None:
@@ -250,20 +256,14 @@ def _scale_comparison(axes: Axes, alike: Sequence[Panel]) -> None:
 
 
 def _draw_shares(axes: Axes, panel: Panel) -> None:
-    """Bars with the sides' names, and a line at the floor."""
+    """Bars with the sides' names."""
     behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.3}
-    for row, case in enumerate(panel.cases):
-        for side in drawn_sides(case, shares=True):
-            share = case.share_of_floor(side)
-            assert share is not None
-            height = row + _offset(panel, side)
-            axes.barh(height, share, height=0.11 / panel.row_height, color=style(side)[0], alpha=0.75)
-            said = f"{percent(share)} {side}"
-            axes.annotate(
-                said, (share, height), (3, 0), textcoords="offset points", va="center", fontsize=7, bbox=behind
-            )
-    axes.axvline(1, color="black", linewidth=0.8)
-    _label_rows(axes, panel)
+    for case, side, height in _marks(panel):
+        share = case.share_of_floor(side)
+        assert share is not None
+        axes.barh(height, share, height=0.11 / panel.row_height, color=style(side)[0], alpha=0.75)
+        said, end = f"{percent(share)} {side}", (share, height)
+        axes.annotate(said, end, (3, 0), textcoords="offset points", va="center", fontsize=7, bbox=behind)
 
 
 def _scale_shares(axes: Axes, alike: Sequence[Panel]) -> None:
@@ -276,14 +276,9 @@ def _scale_shares(axes: Axes, alike: Sequence[Panel]) -> None:
     axes.xaxis.set_major_formatter(lambda share, _: percent(share))
 
 
-def _offset(panel: Panel, side: str) -> float:
-    """Where a side stands in each row, in rows from its middle."""
-    sides = panel.sides
-    step = (1 - BETWEEN_ROWS / panel.row_height) / len(sides)
-    return (sides.index(side) - (len(sides) - 1) / 2) * step
-
-
 def _label_rows(axes: Axes, panel: Panel) -> None:
+    """The cases' names, and a line where the baseline or the floor is."""
+    axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(panel.cases)), panel.labels, fontsize=8)
     axes.set_ylim(len(panel.cases) - 0.5, -0.5)  # the first case on top
     for row in range(1, len(panel.cases), 2):

@@ -30,18 +30,15 @@ _USES_TILES, _TILES = "dtr_kernels.ops.tiles", "dtr_kernels/tuned/*.json"
 
 def fingerprint(benchmark: Benchmark, root: Path | None = None) -> str:
     """Hash the library code that a benchmark's figures depend on, and the tuned tiles that it finds."""
-    return _fingerprint((benchmark.cases.__module__, *benchmark.modules), root or ROOT, with_tiles=True)
+    return fingerprint_of(benchmark.cases.__module__, *benchmark.modules, root=root, with_tiles=True)
 
 
-def fingerprint_of(*modules: str, root: Path | None = None) -> str:
+def fingerprint_of(*modules: str, root: Path | None = None, with_tiles: bool = False) -> str:
     """Hash what modules of the library say, and all that they import of it; of a package, all that it exports.
 
     Comments, docstrings and layout do not count.
     """
-    return _fingerprint(modules, root or ROOT, with_tiles=False)
-
-
-def _fingerprint(modules: Sequence[str], root: Path, with_tiles: bool) -> str:
+    root = root or ROOT
     reached = _reached(modules, root)
     counted = [path for name, path in reached.items() if name.startswith("dtr_kernels") and path.suffix == ".py"]
     meanings = {path: _python(path.read_text()) for path in counted}

@@ -250,9 +250,7 @@ def comparison(case: CaseResult) -> tuple[str, str | None]:
 def compared(case: CaseResult, side: str) -> Spread | None:
     """The speed-up, or the time where that is what the case asks for, of a side over the baseline."""
     kind, baseline = comparison(case)
-    if baseline is None:
-        return None
-    return (case.speedup if kind == "speed-up" else case.time)(side, baseline)
+    return case.compared(kind, side, baseline)
 
 
 def coordinates(cases: Sequence[CaseResult]) -> tuple[dict[str, str], list[str]]:
