@@ -25,7 +25,6 @@ from benchmarks.counts import Work
 from benchmarks.measure import Rounds
 from benchmarks.results import CaseResult, Run, SideResult, load_all
 from benchmarks.suite import surgery, surgery_projection
-from benchmarks.suite.models import make_dit
 from benchmarks.timing import MatrixProduct, Spread, Stopwatch, copies, ratio
 from dtr_kernels import ops
 from dtr_kernels.ops.declaration import Gradients, Itemsizes
@@ -559,28 +558,3 @@ def test_oracle_is_the_loop_in_fp64(seed, monkeypatch, K):
     assert oracle.error_of_update(projected.sum(0) * 1.001) == pytest.approx(1e-3)
     if K == 5:
         assert oracle.conflicts == "6 of 10 pairs conflict"
-
-
-@pytest.mark.parametrize("update", ["mm_update", "bmm_update", "one_pass_update"])
-def test_plain_pytorch_is_right(seed, update):
-    grads = surgery_projection.conflicting_gradients(5, 20_001, torch.float32, CPU)
-    order = dtr.ops.random_order(5)
-    found = getattr(surgery_projection, update)(grads, order)
-    assert surgery.Oracle(grads, order).error_of_update(found) < 1e-6
-
-
-def test_torchjd_draws_the_order_that_the_oracle_is_given(seed):
-    pytest.importorskip("torchjd")
-    grads = surgery_projection.conflicting_gradients(5, 5000, torch.float32, CPU)
-    order = surgery.torchjd_order(5, seed)
-    torch.manual_seed(seed)
-    assert surgery.Oracle(grads, order).error_of_update(surgery_projection.torchjd_update(grads)) < 1e-5
-
-
-def test_reference_dit_is_the_model(seed):
-    model = make_dit("tiny", CPU, torch.float32)
-    inputs = torch.randn(3, 4, 16, 16), torch.randint(1000, (3,)), torch.randint(1000, (3,))
-    with torch.no_grad():
-        found, expected = model(*inputs), dtr.reference.dit(model, *inputs)
-    assert (found - expected).norm() < 1e-5 * expected.norm()
-    assert expected.norm() > 0
