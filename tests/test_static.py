@@ -133,7 +133,6 @@ def test_markdown_has_a_line_for_each_configuration():
     assert line["tile"] == "128 x 256 x 64, 8 warps, 3 stages"
     assert (line["registers"], line["occupancy"]) == ("100 to 130", "12.5% to 25%")
     assert (line["matrix"], line["copies"], line["buffers"]) == ("wgmma", "cp.async.bulk", "3")
-    assert report(*rows).markdown(all_widths=True).count("| window_forward") == 2
     assert "sm_90" in text and "sm_80" not in text
     assert "**window_forward (routed), bf16" in report(row(spilled=8)).markdown()
 
@@ -180,14 +179,11 @@ def test_command_line_stores_the_whole_report(monkeypatch, tmp_path, capsys):
 
 
 def test_command_line_prints_a_part(monkeypatch, tmp_path, capsys):
-    assert run(monkeypatch, tmp_path, "--arch", "90", "--all-widths") == 0
+    assert run(monkeypatch, tmp_path, "--arch", "90") == 0
     assert "sm_90" in capsys.readouterr().out and not (tmp_path / "committed").exists()
     assert run(monkeypatch, tmp_path, "--arch", "90", "--out", str(tmp_path / "there")) == 0
     assert {path.name for path in (tmp_path / "there").iterdir()} == {"static.json", "static.md"}
-    assert (
-        run(monkeypatch, tmp_path, "--arch", "90", "--json", str(tmp_path / "alone.json"), found=[row(spilled=8)]) == 1
-    )
-    assert len(static.Report.from_json((tmp_path / "alone.json").read_text()).rows) == 2
+    assert run(monkeypatch, tmp_path, "--arch", "90", found=[row(spilled=8)]) == 1
     assert not (tmp_path / "committed").exists()
 
 
