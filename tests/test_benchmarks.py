@@ -64,6 +64,13 @@ def good_side(name: str = "good", **more) -> Side:
     return Side(name, lambda: None, lambda _: 0.0, bound=1e-5, **more)
 
 
+def raising(error: Exception):
+    def call():
+        raise error
+
+    return call
+
+
 def test_the_package_runs_from_the_checkout():
     command = [sys.executable, "-m", "benchmarks", "list"]
     root = Path(__file__).parent.parent
@@ -121,19 +128,13 @@ def test_step(tmp_path, device):
 
 
 def test_wrong_results_have_an_error_and_no_time(tmp_path, monkeypatch, capsys):
-    def breaks():
-        raise RuntimeError("it | broke\nin many lines")
-
-    def missing():
-        raise ImportError("not installed")
-
     sides = [
         good_side(),
         Side("wrong", lambda: None, lambda _: 0.25, bound=1e-5),
         Side("nan", lambda: None, lambda _: math.nan, bound=1e-5),
         Side("infinite", lambda: None, lambda _: math.inf, bound=1e-5),
-        Side("broken", breaks, lambda _: 0.0, bound=1e-5),
-        Side("missing", missing, lambda _: 0.0, bound=1e-5),
+        Side("broken", raising(RuntimeError("it | broke\nin many lines")), lambda _: 0.0, bound=1e-5),
+        Side("missing", raising(ImportError("not installed")), lambda _: 0.0, bound=1e-5),
     ]
     goal = Goal("speed-up", "wrong", over="good", at_least=1)
     fake(monkeypatch, Case("case", sides, speedup_over="good", goals=[goal]))
@@ -157,9 +158,7 @@ def test_wrong_results_have_an_error_and_no_time(tmp_path, monkeypatch, capsys):
 
 
 def test_a_side_that_cannot_run_here_is_no_failure(tmp_path, monkeypatch):
-    def missing():
-        raise NotImplementedError("not here")
-
+    missing = raising(NotImplementedError("not here"))
     fake(monkeypatch, Case("case", [Side("missing", missing, lambda _: 0.0, bound=1e-5)]))
     status, results = run(tmp_path, "fake")
     assert status == 0 and results["cases"][0]["sides"][0]["message"] == "NotImplementedError: not here"
@@ -202,10 +201,7 @@ def test_ctrl_c_does_not_replace_what_was_measured_to_its_end(tmp_path, monkeypa
 
 
 def test_a_case_that_cannot_be_built_does_not_end_the_run(tmp_path, monkeypatch, capsys):
-    def breaks() -> Case:
-        raise RuntimeError("out of memory\nin many lines")
-
-    builders = [breaks, lambda: Case("good", [good_side()])]
+    builders = [raising(RuntimeError("out of memory\nin many lines")), lambda: Case("good", [good_side()])]
     benchmark = Benchmark("fake", "made up", lambda options: builders)
     monkeypatch.setitem(command_line.BENCHMARKS, "fake", benchmark)
     status, results = run(tmp_path, "fake")
@@ -241,12 +237,9 @@ def test_only_whole_benchmarks_replace_what_the_checkout_keeps(tmp_path, monkeyp
 
 
 def test_ctrl_c_before_any_figure_keeps_the_earlier_results(tmp_path, monkeypatch):
-    def interrupted():
-        raise KeyboardInterrupt
-
     fake(monkeypatch, Case("case", [good_side()]))
     run(tmp_path, "fake")
-    fake(monkeypatch, Case("case", [Side("at once", interrupted, lambda _: 0.0, bound=1e-5)]))
+    fake(monkeypatch, Case("case", [Side("at once", interrupted_at_call(1), lambda _: 0.0, bound=1e-5)]))
     status, results = run(tmp_path, "fake")
     assert status == 130 and not results["interrupted"]
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_report import rows_of
 
 from benchmarks import static
 from dtr_kernels.ops import extension
@@ -115,20 +116,12 @@ def test_report_is_stored_and_read():
     assert stored["occupancy"] == {"blocks": 2, "warps": 16, "limit": "registers", "share": 0.25}
 
 
-def cells(text, first):
-    """The cells of the line that begins with a cell, by their column's title."""
-    lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line[:1] == "|"]
-    head = next(line for line in lines if line[0] == "kernel")
-    [found] = [line for line in lines if line[0] == first]
-    return dict(zip(head, found, strict=True))
-
-
 def test_markdown_has_a_line_for_each_configuration():
     rows = [row(modes=["routed"]), row(modes=["unrouted"], registers=130, widths=[1152])]
     rows += [replace(each, dtype="fp16") for each in rows]
     text = report(*rows).markdown()
     assert "No kernel spills" in text and "13.0.88" in text and "0123456789abcdef" in text
-    line = cells(text, "window_forward")
+    (line,) = rows_of(text)
     assert line["dtype"] == "bf16, fp16" and line["widths"] == "384, 1152" and line["modes"] == "2"
     assert line["tile"] == "128 x 256 x 64, 8 warps, 3 stages"
     assert (line["registers"], line["occupancy"]) == ("100 to 130", "12.5% to 25%")
