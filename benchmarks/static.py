@@ -56,17 +56,18 @@ _REGISTER_UNIT, _SHARED_UNIT, _SHARED_RESERVED = 256, 128, 1024
 
 
 class Multiprocessor(NamedTuple):
-    """Bytes of shared memory, also the most that one block may have, and columns of tensor memory."""
+    """Whose it is; bytes of shared memory, also the most that one block may have; and columns of tensor memory."""
 
+    name: str
     shared: int
     shared_per_block: int
     tensor_columns: int = 0
 
 
 PROCESSORS = {
-    80: Multiprocessor(164 << 10, 163 << 10),
-    90: Multiprocessor(228 << 10, 227 << 10),
-    100: Multiprocessor(228 << 10, 227 << 10, tensor_columns=512),
+    80: Multiprocessor("Ampere: A100", 164 << 10, 163 << 10),
+    90: Multiprocessor("Hopper: H100, H200", 228 << 10, 227 << 10),
+    100: Multiprocessor("Blackwell: B200", 228 << 10, 227 << 10, tensor_columns=512),
 }
 
 
@@ -81,36 +82,6 @@ class Occupancy(NamedTuple):
     def share(self) -> float:
         """Of the most warps that a multiprocessor takes."""
         return self.warps / _WARPS
-
-
-def occupancy(arch: int, threads: int, registers: int, shared: int, tensor_columns: int = 0) -> Occupancy:
-    """How many blocks of a kernel run on a multiprocessor at a time.
-
-    Args:
-        arch: 80, 90 or 100.
-        threads: of a block.
-        registers: of a thread.
-        shared: bytes of a block, static and dynamic.
-        tensor_columns: of tensor memory that a block allocates.
-    """
-    processor = PROCESSORS[arch]
-    warps = -(-threads // 32)
-    registers_of_warp = _rounded_up(32 * registers, _REGISTER_UNIT)
-    # A warp's registers all belong to one of the schedulers.
-    warps_with_registers = _SCHEDULERS * (_REGISTERS // _SCHEDULERS // max(1, registers_of_warp))
-    blocks = {
-        "registers": warps_with_registers // warps,
-        "shared memory": processor.shared // (_rounded_up(shared, _SHARED_UNIT) + _SHARED_RESERVED),
-        "warps": _WARPS // warps,
-        "blocks": _BLOCKS,
-    }
-    if tensor_columns:
-        blocks["tensor memory"] = processor.tensor_columns // tensor_columns
-    if shared > processor.shared_per_block:
-        blocks["shared memory"] = 0
-    fewest = min(blocks.values())
-    limit = " and ".join(name for name, number in blocks.items() if number == fewest)
-    return Occupancy(fewest, fewest * warps, limit)
 
 
 def _rounded_up(n: int, unit: int) -> int:
@@ -153,7 +124,25 @@ class Usage:
     buffers: int
 
     def occupancy(self, arch: int) -> Occupancy:
-        return occupancy(arch, self.threads, self.registers, self.shared, self.tensor_columns)
+        """How many of its blocks run on a multiprocessor of this architecture at a time."""
+        processor = PROCESSORS[arch]
+        warps = -(-self.threads // 32)
+        registers_of_warp = _rounded_up(32 * self.registers, _REGISTER_UNIT)
+        # A warp's registers all belong to one of the schedulers.
+        warps_with_registers = _SCHEDULERS * (_REGISTERS // _SCHEDULERS // max(1, registers_of_warp))
+        blocks = {
+            "registers": warps_with_registers // warps,
+            "shared memory": processor.shared // (_rounded_up(self.shared, _SHARED_UNIT) + _SHARED_RESERVED),
+            "warps": _WARPS // warps,
+            "blocks": _BLOCKS,
+        }
+        if self.tensor_columns:
+            blocks["tensor memory"] = processor.tensor_columns // self.tensor_columns
+        if self.shared > processor.shared_per_block:
+            blocks["shared memory"] = 0
+        fewest = min(blocks.values())
+        limit = " and ".join(name for name, number in blocks.items() if number == fewest)
+        return Occupancy(fewest, fewest * warps, limit)
 
 
 class Function(NamedTuple):
@@ -524,11 +513,11 @@ class Report:
             _LEGEND,
             "\n".join(said or ["No kernel spills registers or lacks an instruction that it was written for."]),
         ]
-        for arch, name in NAMES.items():
+        for arch, processor in PROCESSORS.items():
             rows = [row for row in self.rows if row.arch == arch]
             if not rows:
                 continue
-            parts += [f"## sm_{arch} ({name})", _table_of_launchers(rows)]
+            parts += [f"## sm_{arch} ({processor.name})", _table_of_launchers(rows)]
             cuda = [row for row in rows if row.language == "CUDA"]
             if cuda:
                 parts += [f"CUDA kernels of gradient surgery on sm_{arch}:", _table_of_cuda(cuda)]
@@ -537,7 +526,6 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
 
-NAMES = {80: "Ampere: A100", 90: "Hopper: H100, H200", 100: "Blackwell: B200"}
 _LEGEND = """\
 A line is a kernel in one configuration. A Triton kernel is compiled once for each mode of its launcher (routed or not,
 with a residual update or without, ...), and a CUDA kernel for each dtype; cells give the smallest and largest figure.

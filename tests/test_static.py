@@ -47,7 +47,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     ],
 )
 def test_occupancy(arch, threads, registers, shared, tensor_columns, expected):
-    found = static.occupancy(arch, threads, registers, shared, tensor_columns)
+    usage = static.Usage(threads, registers, 0, shared, tensor_columns, {}, {}, 0)
+    found = usage.occupancy(arch)
     assert found == expected
     assert found.share == expected[1] / 64
 
