@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from refusals import refused
+from test_whole_benchmarks import CPU, assert_every_tensor_counts, assert_right, quick, sides_of
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
@@ -579,39 +580,26 @@ def fresh(seed, monkeypatch):
     monkeypatch.setattr(whole, "compiled", lambda forward, mode=None: forward)
 
 
-def cases_of(**options):
-    return [build() for build in suite.cases(Options(torch.device("cpu"), quick=True, **options))]
-
-
-def sides_of(case):
-    return {side.name: side for side in case.sides}
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16", AUTOCAST])
 @pytest.mark.usefixtures("skipping")
 def test_every_side_of_the_benchmark_is_right(fresh, precision):
     """And each would be wrong if one of its tensors were, or if it computed another function."""
-    cases = cases_of(precisions=[precision])
+    cases = quick(suite, CPU, precisions=[precision])
     assert [(case.cell["window"], case.cell["pass"]) for case in cases] == [
         (window, pass_) for window in ("per sample", "shared") for pass_ in ("forward", "training")
     ]
     for case in cases:
+        assert_right(case)
         sides = sides_of(case)
         for side in case.sides:
-            found = side.call()
-            assert side.error(found) <= side.bound < 0.1, (case.name, side.name)
-            assert side.work.flops > 0 and side.work.bytes > 0
-            for i, tensor in enumerate(found):
-                for wrong in (1.15 * tensor, tensor * float("nan")):
-                    error = side.error([*found[:i], wrong, *found[i + 1 :]])
-                    assert not error <= side.bound, (case.name, side.name, i)
+            assert_every_tensor_counts(side, 1.15)
         routed, unrouted = sides["RoutedResBlock"], sides["unrouted"]
         assert routed.error(unrouted.call()) > routed.bound and unrouted.error(routed.call()) > unrouted.bound
         assert unrouted.work.flops > routed.work.flops == sides["reference"].work.flops
 
 
 def test_a_benchmark_without_deactivated_channels_fails(fresh, skipping, monkeypatch):
-    (case,) = cases_of(precisions=["bf16"], windows=["shared"], passes=["forward"])
+    (case,) = quick(suite, CPU, precisions=["bf16"], windows=["shared"], passes=["forward"])
     side = sides_of(case)["RoutedResBlock"]
     monkeypatch.setattr(OP, "_stretched", lambda image, dim, size: torch.zeros(()))
     assert side.error(side.call()) > 1.5 * side.bound

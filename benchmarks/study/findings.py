@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.study.plan import METHODS, PLANS, SOLVING, VANILLA, Plan, unit
-from benchmarks.tables import table
+from benchmarks.tables import table, times
 from benchmarks.timing import Spread, ratio
 
 DOCS = Path("docs/study")
@@ -154,8 +154,7 @@ def _over_seeds(values: Sequence[float], form: str) -> str:
 def _step(study: Mapping[str, Any], method: str) -> str:
     if method == VANILLA:
         return f"{step_seconds(study, method) * 1e3:.3g} ms"
-    spread = step_time(study, method)
-    return f"{spread.median:.2f}x ({spread.p20:.2f} to {spread.p80:.2f})"
+    return times(step_time(study, method))
 
 
 def sentences(study: Mapping[str, Any]) -> list[str]:
