@@ -306,29 +306,20 @@ def test_results_are_merged_with_what_the_file_holds(path):
     assert (found[1152].seconds, found[1152].default_seconds) == (8e-6, 10e-6)
 
 
-def test_an_interrupt_keeps_what_was_tuned(path):
+def test_every_result_is_saved_at_once_and_stays_after_an_interrupt(path):
+    """A machine that is taken away asks nobody."""
+    saved = []
+
     def interrupted_at_the_third(problem):
+        saved.append(len(found_in(path)) if path.exists() else 0)
         if problem.channels == WIDTHS[2]:
             raise KeyboardInterrupt
         return choices(problem)
 
     tuning = tune.Tuning(path, MEASUREMENT)
     tuning.run(problems(*WIDTHS), interrupted_at_the_third)
-    assert tuning.interrupted and not tuning.failures
+    assert saved == [0, 1, 2] and tuning.interrupted and not tuning.failures
     assert set(found_in(path)) == set(WIDTHS[:2])
-
-
-def test_every_result_is_saved_at_once(path):
-    """A machine that is taken away asks nobody."""
-    tuning = tune.Tuning(path, MEASUREMENT)
-    saved = []
-
-    def watch(problem):
-        saved.append(len(found_in(path)) if path.exists() else 0)
-        return choices(problem)
-
-    tuning.run(problems(*WIDTHS), watch)
-    assert saved == [0, 1, 2]
 
 
 def test_a_time_limit_starts_nothing_more(path, monkeypatch):
