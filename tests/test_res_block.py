@@ -15,6 +15,7 @@ from test_whole_benchmarks import CPU, assert_every_tensor_counts, assert_right,
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
+from unets import Downsample, Upsample
 
 import dtr_kernels as dtr
 from benchmarks.cases import AUTOCAST, Options
@@ -410,27 +411,13 @@ def test_state_dict_is_guided_diffusions(options, skip):
     assert dtr.nn.RoutedResBlock is RoutedResBlock
 
 
-class Insists(torch.nn.Module):
-    """Resampling as guided-diffusion has it, which refuses a part of the block's channels."""
-
-    def __init__(self, channels, op):
-        super().__init__()
-        self.channels = channels
-        if op is not None:
-            self.op = op
-
-    def forward(self, x):
-        assert x.shape[1] == self.channels
-        return F.interpolate(x, scale_factor=2, mode="nearest") if not hasattr(self, "op") else self.op(x)
-
-
 @pytest.mark.parametrize("name", ["up", "down"])
 def test_resampling_modules_of_guided_diffusion(seed, name):
+    """Which refuse a part of the block's channels."""
     form = FORMS[name]
     block, (x, emb) = random_block(form), random_inputs(form)
     foreign = copy.deepcopy(block)
-    for upd in ("h_upd", "x_upd"):
-        setattr(foreign, upd, Insists(12, torch.nn.AvgPool2d(2) if name == "down" else None))
+    foreign.h_upd = foreign.x_upd = Upsample(12) if name == "up" else Downsample(12)
     assert torch.equal(run_res_block(foreign, x, emb, shared(3, 4)), run_res_block(block, x, emb, shared(3, 4)))
 
 
