@@ -20,6 +20,7 @@ from models import (
     DiT,
     DiTBlock,
     DropPath,
+    LowRankLinear,
     become,
     change,
     facebook_dit,
@@ -455,11 +456,6 @@ class TwiceActivated(DiTBlock):
         return self.branches(x, torch.sigmoid(c))
 
 
-class LowRankLinear(nn.Linear):
-    def forward(self, x):
-        return super().forward(x) + x.mean()
-
-
 class Local(Attention):
     """Attention to neighbours alone."""
 
@@ -490,7 +486,7 @@ REFUSED_BLOCKS = {
     "MLP input": (change("mlp.fc1", nn.Linear(OTHER_DIM, 4 * DIM)), "mlp.fc1 maps 64 features"),
     "MLP output": (change("mlp.fc2", nn.Linear(4 * DIM, OTHER_DIM)), "mlp.fc2 maps 128 features to 64"),
     "projection": (change("attn.proj", nn.Linear(DIM, OTHER_DIM)), "attn.proj maps 32 features to 64"),
-    "wrapped linear": (change("attn.qkv", LowRankLinear(DIM, 3 * DIM)), "attn.qkv is test_swap.LowRankLinear"),
+    "wrapped linear": (change("attn.qkv", LowRankLinear(DIM, 3 * DIM)), "attn.qkv is models.LowRankLinear"),
     "missing layer": (lambda block: delattr(block.mlp, "fc2"), "it has no mlp.fc2"),
     "layer scale": (change("attn.gamma", nn.Parameter(torch.ones(DIM))), "has a parameter attn.gamma"),
     "inner hook": (lambda block: block.attn.qkv.register_forward_hook(print), "attn.qkv has hooks"),
