@@ -497,7 +497,6 @@ REFUSED_BLOCKS = {
     "failing forward": (change("attn.q_norm", nn.LayerNorm(5)), "could not be compared with a DiT block"),
     "attention scale": (change("attn.scale", 3.0), "computes something else than a DiT block"),
     "local attention": (change("attn", Local(DIM, HEADS)), "computes something else than a DiT block"),
-    "compiled": (lambda block: block.compile(), "it is compiled"),
 }
 
 
@@ -549,6 +548,13 @@ def test_refuses_a_model_and_changes_nothing(make, arguments, error, message):
     with pytest.raises(error, match=message):
         swap_blocks(model, **arguments)
     assert snapshot(model) == before
+
+
+def test_compiled_blocks_are_refused():
+    model = facebook_dit()
+    model.blocks[1].compile()
+    with pytest.raises(ValueError, match=r"'blocks.1' \(DiTBlock\): it is compiled"):
+        swap_blocks(model)
 
 
 def test_restore_refusals():
