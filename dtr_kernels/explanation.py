@@ -216,19 +216,21 @@ def _describe(report: BlockReport, block: Any, arguments: tuple[Any, ...], keywo
         window = named.get("window") if _is_ours(block) else None
     x = x.x if isinstance(x, Stream) else x
     report.input = f"{list(x.shape)} in {str(x.dtype).removeprefix('torch.')} on {x.device}"
-    report.routing = _in_words(window) if _is_ours(block) or is_block(block) else "as the model has it"
+    scope = block._dtr.model.scope if is_block(block) else getattr(block, "scope", "")
+    what = "heads" if scope == "inner" else "channels"
+    report.routing = _in_words(window, what) if _is_ours(block) or is_block(block) else "as the model has it"
     report.ops = {}
     report.why_plain = _known_before(block, x, window)
 
 
-def _in_words(window: ChannelWindow | Tensor | None) -> str:
+def _in_words(window: ChannelWindow | Tensor | None, what: str) -> str:
     if window is None:
         return "unrouted"
     if isinstance(window, Tensor):
-        return f"a mask that is no window, of {window.shape[1]} channels"
+        return f"a mask that is no window, of {window.shape[1]} {what}"
     if window.shared_start is not None:
-        return f"channels {window.shared_start} to {window.shared_start + window.width - 1} of {window.channels}"
-    return f"{window.width} of {window.channels} channels, a window per sample"
+        return f"{what} {window.shared_start} to {window.shared_start + window.width - 1} of {window.channels}"
+    return f"{window.width} of {window.channels} {what}, a window per sample"
 
 
 def _known_before(block: Any, x: Tensor, window: ChannelWindow | Tensor | None) -> str | None:

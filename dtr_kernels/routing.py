@@ -26,7 +26,7 @@ class ChannelWindow:
         start: int32 [B], the first active channel of each sample, on the device of the batch; in 0..channels - width,
             which is checked where it is used on a CPU and not on a GPU.
         width: number of active channels W, the same for every sample; 1 <= W <= channels.
-        channels: number of channels C of the residual stream.
+        channels: number of channels C of the residual stream. In scope "inner" these are attention heads.
         shared_start: the common start where the host knows it (sampling, t given as a Python number), else None.
             It selects a faster path and never changes the result.
 
@@ -128,11 +128,16 @@ def _check_ratio(beta: float) -> float:
     return beta
 
 
-def window_width(beta: float, channels: int) -> int:
+def window_width(beta: float, channels: int, name: str = "channels") -> int:
+    """Return W = int(beta * C); ``name`` says in messages what there are C of.
+
+    Raises:
+        ValueError: if none is active.
+    """
     width = int(beta * channels)
     if width < 1:
         raise ValueError(
-            f"beta {beta} of {channels} channels leaves none active; it must be at least 1/{channels} = "
+            f"beta {beta} of {channels} {name} leaves none active; it must be at least 1/{channels} = "
             f"{1 / channels:.4g}"
         )
     return width
@@ -230,7 +235,7 @@ class DenoisingTaskRouting:
                 shared by the whole batch (sampling). Floating-point numbers may be rounded past either end. Inside a
                 function given to torch.compile a Python float compiles anew for each value; an int or a tensor does
                 not.
-            channels: number of channels C of the residual stream.
+            channels: number of channels C of the residual stream; in scope "inner" of attention heads.
 
         Returns:
             ``ChannelWindow`` with start int32 [B] ([1] for a number).
@@ -287,7 +292,7 @@ class RandomRouting:
 
         Args:
             t: integer tensor [B] of timesteps 0..T-1.
-            channels: number of channels C.
+            channels: number of channels C; in scope "inner" of attention heads.
 
         Raises:
             TypeError: if t is not a tensor, or channels not an integer.

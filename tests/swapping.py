@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -38,12 +39,28 @@ def oracle(model, mask_of, scope="block"):
                 mask = mask_of(t, block.channels)
                 block._forward = functools.partial(dtr.reference.res_block, block, mask=mask)
             else:
-                mask = mask_of(t, block.attn.qkv.in_features)
+                mask = mask_of(t, block.attn.num_heads if scope == "inner" else block.attn.qkv.in_features)
                 block.forward = functools.partial(dtr.reference.dit_block, block, mask=mask, scope=scope)
         return forward(x, t, y)
 
     model.forward = routed
     return model
+
+
+@contextmanager
+def with_heads(mask, *layers):
+    """Inside, the linear layers read zeros where the heads of mask [B, H] are inactive."""
+
+    def hide(layer, inputs):
+        (x,) = inputs
+        return x * mask.repeat_interleave(x.shape[2] // mask.shape[1], 1)[:, None].to(x.dtype)
+
+    hooks = [layer.register_forward_pre_hook(hide) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def masked(model, mask_of):

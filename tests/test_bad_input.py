@@ -264,8 +264,9 @@ def test_the_inputs_that_the_cases_change_are_good(op):
         ({"hidden_size": 0}, ["hidden_size", "at least 1", "0"]),
         ({"mlp_ratio": 0.0}, ["mlp_ratio", "at least 1 / hidden_size = 1/32", "0.0"]),
         ({"mlp_ratio": -1}, ["mlp_ratio", "at least 1 / hidden_size", "-1"]),
-        ({"scope": "both"}, ["scope", "'block'", "'branch'", "'both'"]),
+        ({"scope": "both"}, ["scope", "'block'", "'branch'", "'inner'", "'both'"]),
         ({"scope": None}, ["scope", "'block'", "'branch'", "None"]),
+        ({"scope": "inner", "mlp_ratio": 4.1}, ["inner", "mlp_ratio 4.1 of 32", "131", "4 heads", "multiple of 4"]),
     ],
     ids=str,
 )
@@ -309,13 +310,13 @@ BLOCK_CASES = [
 ]
 
 
-@pytest.mark.parametrize("scope", ["block", "branch"])
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
 @pytest.mark.parametrize(
     "inputs, error, fragments", [pytest.param(*row, id=f"{'-'.join(row[0])}-{row[2][-1]}") for row in BLOCK_CASES]
 )
 def test_block_inputs(inputs, error, fragments, scope):
     """And a refused call leaves parameters, inputs and the random state as they were."""
-    block = dtr.nn.RoutedDiTBlock(C, 4, scope=scope)
+    block = dtr.nn.RoutedDiTBlock(C, C if scope == "inner" else 4, scope=scope)  # as many heads as channels
     inputs = {"x": torch.ones(B, N, C), "c": torch.ones(B, C), "window": WINDOW, **inputs}
     tensors = [tensor for tensor in (*inputs.values(), *block.parameters()) if isinstance(tensor, torch.Tensor)]
     before, random_state = [tensor.clone() for tensor in tensors], torch.get_rng_state()

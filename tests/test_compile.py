@@ -140,8 +140,8 @@ class RoutedBlock(torch.nn.Module):
 
     def forward(self, x, c, t):
         if isinstance(self.routing, dtr.RandomRouting):
-            return self.block(x, c, self.routing.mask(t, C))
-        return self.block(x, c, self.routing.window(t, C))
+            return self.block(x, c, self.routing.mask(t, self.block.routed_channels))
+        return self.block(x, c, self.routing.window(t, self.block.routed_channels))
 
 
 def make_batch(device, batch=B, dtype=torch.float32):
@@ -157,17 +157,17 @@ def results(module, function, x, c, *rest):
     return out, torch.autograd.grad((out * weights).sum(), [x, c, *module.parameters()])
 
 
-@pytest.mark.parametrize("scope", ["block", "branch"])
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
 @pytest.mark.parametrize("routed", [False, True], ids=["unrouted", "windowed"])
 def test_compiled_block_equals_the_eager_one(seed, device, routed, scope):
     block = dtr.nn.RoutedDiTBlock(C, HEADS, scope=scope).to(device)
     x, c, t = make_batch(device)
-    window = ROUTING.window(t, C) if routed else None
+    window = ROUTING.window(t, block.routed_channels) if routed else None
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(results(block, compiled, x, c, window), results(block, block, x, c, window))
 
 
-@pytest.mark.parametrize("scope", ["block", "branch"])
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
 @pytest.mark.parametrize("routing", [ROUTING, dtr.RandomRouting(T)], ids=["window", "random"])
 def test_routing_compiles_with_the_block(seed, device, routing, scope):
     module = RoutedBlock(scope, routing).to(device)
@@ -196,7 +196,7 @@ def test_default_compiler(seed, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("scope", ["block", "branch"])
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
 def test_autocast_inside_a_compiled_region(seed, device, scope, dtype):
     """The stream stays fp32, and GEMMs run in the autocast dtype: as in eager mode to its last bit, or nearly."""
     module = RoutedBlock(scope).to(device)
@@ -243,21 +243,21 @@ def compilations(module, calls, backend="eager"):
     return counts
 
 
-@pytest.mark.parametrize("scope", ["block", "branch"])
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
 def test_new_timesteps_do_not_compile_again(seed, device, scope):
     calls = [(*make_batch(device)[:2], torch.tensor(t, device=device)) for t in ([0, 19], [5, 5], [19, 0], [18, 1])]
     assert compilations(RoutedBlock(scope).to(device), calls) == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("scope", ["block", "branch"])
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
 def test_new_windows_do_not_compile_again(seed, device, scope):
     """The same where the window is made outside of the compiled block."""
     block = dtr.nn.RoutedDiTBlock(C, HEADS, scope=scope).to(device)
-    calls = [(x, c, ROUTING.window(t, C)) for x, c, t in (make_batch(device) for _ in range(4))]
+    calls = [(x, c, ROUTING.window(t, block.routed_channels)) for x, c, t in (make_batch(device) for _ in range(4))]
     assert compilations(block, calls) == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("scope", ["block", "branch"])
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
 def test_new_batch_sizes_compile_once_more(seed, device, scope):
     """The second size makes the batch dynamic, and every other size then runs the same graph, at other timesteps
     too."""
@@ -302,7 +302,7 @@ def test_a_compiled_model_samples_without_compiling_at_every_step(seed, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("scope", ["block", "branch"])
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
 def test_a_captured_block_follows_its_timesteps(seed, scope, backward, dtype):
     """A replay reads the timesteps that the static tensor holds then, not those it was captured with."""
     module = RoutedBlock(scope).to("cuda", dtype)
@@ -330,7 +330,7 @@ def test_a_captured_block_follows_its_timesteps(seed, scope, backward, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
-@pytest.mark.parametrize("scope", ["block", "branch"])
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
 def test_a_training_step_never_waits_for_the_gpu(seed, scope, autocast):
     module = RoutedBlock(scope).cuda()
     before = copy.deepcopy(module.state_dict())

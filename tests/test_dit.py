@@ -113,14 +113,14 @@ def test_position_embedding_is_column_then_row():
     np.testing.assert_array_equal(make_model().pos_embed[0].numpy(), expected.astype(np.float32))
 
 
-@pytest.mark.parametrize("scope", ["block", "branch"])
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
 @pytest.mark.parametrize("routing", [ROUTING, dtr.RandomRouting(T), None], ids=["window", "random", "none"])
 def test_agrees_with_the_oracle(routing, scope):
     model, (x, t, y) = make_model(routing, scope=scope), make_batch()
     if isinstance(routing, dtr.RandomRouting):
-        mask = routing.mask(t, C)
+        mask = routing.mask(t, model.blocks[0].routed_channels)
     else:
-        mask = dtr.reference.routing_mask(t, C, T) if routing else None
+        mask = dtr.reference.routing_mask(t, model.blocks[0].routed_channels, T) if routing else None
     expected = oracle(model, x, t, y, mask)
     gradients = torch.autograd.grad(expected.square().sum(), list(model.blocks.parameters()))
     out = model(x, t, y)
@@ -248,7 +248,7 @@ def test_published_sizes():
         ({"num_heads": 5}, ValueError, "hidden_size must be divisible by num_heads, got 32 and 5"),
         ({"hidden_size": 30}, ValueError, "hidden_size must be divisible by 4 .*got 30"),
         ({"class_dropout_prob": 1.5}, ValueError, "class_dropout_prob must be between 0 and 1, got 1.5"),
-        ({"scope": "all"}, ValueError, "scope must be one of 'block', 'branch', got 'all'"),
+        ({"scope": "all"}, ValueError, "scope must be one of 'block', 'branch', 'inner', got 'all'"),
         ({"routing": 0.8}, TypeError, "routing must be .* got 0.8"),
         ({"depth": 0}, ValueError, "depth must be at least 1, got 0"),
         ({"depth": 2.0}, TypeError, "depth must be an integer of at least 1, got 2.0"),

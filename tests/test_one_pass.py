@@ -227,7 +227,7 @@ def test_layers_and_parameters_in_other_places(seed, sizes):
 
 
 @by_sizes
-@pytest.mark.parametrize("scope", [None, "block", "branch"])
+@pytest.mark.parametrize("scope", [None, *dtr.reference.SCOPES])
 def test_dit(seed, sizes, scope):
     routing = {} if scope is None else {"routing": dtr.DenoisingTaskRouting(num_timesteps=50), "scope": scope}
     check_equal_to_per_cluster(dit(**routing), dit_batch(sum(sizes)), sizes)

@@ -62,7 +62,7 @@ def assert_as_exact(fused, single, exact):
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
-@pytest.mark.parametrize("scope", ["block", "branch"])
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
 def test_samples_are_those_of_the_plain_model(scheduler, scope):
     """Fifty steps with guidance."""
     model, noise = make_model(scope=scope), torch.randn(3, 2, SIZE, SIZE)
@@ -71,7 +71,7 @@ def test_samples_are_those_of_the_plain_model(scheduler, scope):
     def plain(model):
         def predict(x, t):
             times = t.expand(2 * len(x))
-            mask = ROUTING.window(times, C).mask()
+            mask = ROUTING.window(times, model.blocks[0].routed_channels).mask()
             wanted, other = dtr.reference.dit(model, torch.cat([x, x]), times, LABELS, mask)[:, :2].chunk(2)
             return other + 2.0 * (wanted - other)
 

@@ -329,10 +329,10 @@ class Called:
         return self.call(*args)
 
 
-@pytest.mark.parametrize("scope", ["block", "branch"])
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
 def test_reentrant_checkpointing_of_a_block(scope, seed):
     block, (x, c) = dtr.nn.RoutedDiTBlock(DIM, HEADS, scope=scope), block_inputs()
-    window = ROUTING.window(torch.tensor([3, 40]), DIM)
+    window = ROUTING.window(torch.tensor([3, 40]), block.routed_channels)
     x.requires_grad_()
     run = functools.partial(checkpoint, block, use_reentrant=True)
     expected = results(block, (x, c, window))

@@ -90,7 +90,7 @@ def test_keeps_the_models_own_function(make):
     assert_same(results(model), expected)
 
 
-@pytest.mark.parametrize("scope", ["block", "branch"])
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
 @pytest.mark.parametrize("make", [facebook_dit, public_dtr])
 @pytest.mark.parametrize(("routing", "mask_of"), [(ROUTING, paper_mask), (RANDOM, RANDOM.mask)], ids=["DTR", "random"])
 def test_a_given_routing_matches_the_reference(make, routing, mask_of, scope):
@@ -366,11 +366,14 @@ def test_dtypes_and_modes():
         assert_same([model.double()(x.double(), t, y)], [plain.double()(x.double(), t, y)], rtol=1e-10)
 
 
-@pytest.mark.parametrize(("make", "routing"), [(facebook_dit, ROUTING), (public_dtr, None)])
-def test_compiles_whole_and_once(make, routing):
+@pytest.mark.parametrize(
+    ("make", "routing", "scope"),
+    [(facebook_dit, ROUTING, "block"), (public_dtr, None, "block"), (facebook_dit, ROUTING, "inner")],
+)
+def test_compiles_whole_and_once(make, routing, scope):
     from torch._dynamo.testing import CompileCounterWithBackend  # slow to import
 
-    model = swap_blocks(make(), routing)
+    model = swap_blocks(make(), routing, scope)
     expected = results(model, *TWO_BATCHES)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -522,6 +525,13 @@ def patched():
     return model
 
 
+def odd_mlp():
+    model = facebook_dit()
+    for block in model.blocks:
+        block.mlp.fc1, block.mlp.fc2 = nn.Linear(DIM, 66), nn.Linear(66, DIM)
+    return model
+
+
 def two_models():
     return nn.ModuleList([facebook_dit(), facebook_dit()])
 
@@ -531,7 +541,20 @@ def two_models():
     [
         (lambda: nn.Sequential(nn.Linear(2, 2)), {}, ValueError, "this Sequential: it has no DiT block"),
         (lambda: swap_blocks(facebook_dit()), {}, ValueError, "'blocks.0' .*swapped already; call restore_blocks"),
-        (facebook_dit, {"scope": "all"}, ValueError, "scope must be one of 'block', 'branch', got 'all'"),
+        (facebook_dit, {"scope": "all"}, ValueError, "scope must be one of 'block', 'branch', 'inner', got 'all'"),
+        (public_dtr, {"scope": "inner"}, ValueError, "'blocks.0' .*its own masks are of channels"),
+        (
+            facebook_dit,
+            {"scope": "inner", "routing": dtr.DenoisingTaskRouting(beta=0.2)},
+            ValueError,
+            "'blocks.0' .*beta 0.2 of 4 channels leaves none active",
+        ),
+        (
+            odd_mlp,
+            {"scope": "inner", "routing": ROUTING},
+            ValueError,
+            "'blocks.0' .*66 of them for 4 heads",
+        ),
         (facebook_dit, {"routing": 0.8}, TypeError, "routing must be DenoisingTaskRouting, RandomRouting or None"),
         (lambda: torch.compile(facebook_dit()), {}, ValueError, "it is compiled; swap first, then compile"),
         (lambda: dtr.nn.RoutedDiTBlock(DIM, 4), {}, ValueError, "runs the fused kernels as it is"),

@@ -14,6 +14,7 @@ import torch
 from comparing import assert_as_exact, differ, output_of, results, snapshot, widened
 from models import LowRankLinear, change
 from refusals import refused
+from swapping import with_heads
 from torch import nn
 
 import dtr_kernels as dtr
@@ -24,7 +25,7 @@ from diffusers.models.activations import GEGLU, SwiGLU
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 
-C, T, CLASSES = 64, 1000, 1000  # DiTPipeline takes class 1000 for no class
+C, HEADS, T, CLASSES = 64, 4, 1000, 1000  # DiTPipeline takes class 1000 for no class
 ROUTING = dtr.DenoisingTaskRouting(num_timesteps=T)
 RANDOM = dtr.RandomRouting(num_timesteps=T)
 
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "seed")
 
 def dit(**options):
     """A small model with diffusers' own initialisation, in which no gate is closed; in training mode, as it is made."""
-    sizes = {"num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 2, "sample_size": 8, "patch_size": 2}
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": 16, "num_layers": 2, "sample_size": 8, "patch_size": 2}
     return diffusers.DiTTransformer2DModel(**sizes, in_channels=4, num_embeds_ada_norm=CLASSES, **options).train()
 
 
@@ -48,12 +49,16 @@ def seeded(model, *batches):
     return results(model, *batches)
 
 
-def paper_mask(t):
-    return dtr.reference.routing_mask(t, C, T)
+def paper_mask(t, channels=C):
+    return dtr.reference.routing_mask(t, channels, T)
 
 
 def masked_block(block, mask, scope, hidden_states, *args, timestep, class_labels, **kwargs):
     """A block of diffusers under a mask, by its own modules."""
+    if scope == "inner":
+        own = functools.partial(type(block).forward, block)
+        with with_heads(mask, block.attn1.to_out[0], block.ff.net[2]):
+            return own(hidden_states, *args, timestep=timestep, class_labels=class_labels, **kwargs)
     x, m = hidden_states, mask[:, None].to(hidden_states.dtype)
     norm, gate1, shift2, scale2, gate2 = block.norm1(m * x, timestep, class_labels, hidden_dtype=x.dtype)
     update = gate1[:, None] * block.attn1(norm)
@@ -67,7 +72,7 @@ def oracle(model, mask_of, scope="block"):
     model = copy.deepcopy(model)
     for block in model.transformer_blocks:
         block.forward = lambda *args, _block=block, timestep, **kwargs: masked_block(
-            _block, mask_of(timestep), scope, *args, timestep=timestep, **kwargs
+            _block, mask_of(timestep, HEADS if scope == "inner" else C), scope, *args, timestep=timestep, **kwargs
         )
     return model
 
@@ -85,10 +90,8 @@ def test_without_routing_keeps_the_models_own_function(processor):
     assert_as_exact(seeded(model, inputs), plain, exact)
 
 
-@pytest.mark.parametrize("scope", ["block", "branch"])
-@pytest.mark.parametrize(
-    ("routing", "mask_of"), [(ROUTING, paper_mask), (RANDOM, lambda t: RANDOM.mask(t, C))], ids=["DTR", "random"]
-)
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
+@pytest.mark.parametrize(("routing", "mask_of"), [(ROUTING, paper_mask), (RANDOM, RANDOM.mask)], ids=["DTR", "random"])
 def test_a_given_routing_matches_the_masked_blocks(routing, mask_of, scope):
     model, inputs = dit(), batch()
     plain = seeded(oracle(model, mask_of, scope), inputs)
@@ -156,7 +159,7 @@ def test_floating_point_timestep_numbers():
     """Such as EulerDiscreteScheduler's, which lie between the numbers of training."""
     model, (x, _, y) = dit().eval(), batch()
     t = torch.tensor([3.5, 500.25, 901.0, 999.0])
-    expected = oracle(model, lambda t: ROUTING.window(t / (T - 1), C).mask())(x, t, y).sample
+    expected = oracle(model, lambda t, C: ROUTING.window(t / (T - 1), C).mask())(x, t, y).sample
     with pytest.raises(ValueError, match="timestep numbers need an integer dtype"):
         dtr.swap_blocks(model, ROUTING)(x, t, y)
     dtr.swap_blocks(dtr.restore_blocks(model), ROUTING, noise_level=sigma_of)
@@ -284,7 +287,7 @@ def test_blocks_that_were_changed_after_the_swap_are_refused(spoil, message):
 def test_the_pipeline_draws_the_same_at_the_float_timesteps_of_euler():
     routing, pipe = dtr.DenoisingTaskRouting(float_timesteps=True), pipeline(diffusers.EulerDiscreteScheduler())
     model = pipe.transformer
-    pipe.transformer = oracle(model, lambda t: routing.window(t, C).mask())
+    pipe.transformer = oracle(model, lambda t, C: routing.window(t, C).mask())
     expected = images(pipe)
     pipe.transformer = dtr.swap_blocks(model, routing)
     torch.testing.assert_close(images(pipe), expected, rtol=0, atol=1e-4)

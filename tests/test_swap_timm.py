@@ -8,6 +8,7 @@ import torch
 from comparing import assert_as_exact, differ, results, snapshot, widened
 from models import DiTBlock, SiT
 from refusals import refused
+from swapping import with_heads
 from torch import nn
 
 import dtr_kernels as dtr
@@ -45,6 +46,10 @@ def paper_masked(model, scope="block"):
     forward = model.forward
 
     def masked_block(block, mask, x, c):
+        if scope == "inner":
+            with with_heads(mask, block.attn.proj, block.mlp.fc2):
+                return block.branches(x, c)
+        mask = mask[:, None].to(x.dtype)
         if scope == "block":
             return block.branches(x * mask, c) + x * (1 - mask)
         shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c)[:, None].chunk(6, dim=2)
@@ -52,7 +57,7 @@ def paper_masked(model, scope="block"):
         return x + gate2 * block.mlp(block.norm2(x * mask) * (1 + scale2) + shift2)
 
     def masked(x, t, y):
-        mask = dtr.reference.routing_mask(t, C, T)[:, None].to(x.dtype)
+        mask = dtr.reference.routing_mask(t, HEADS if scope == "inner" else C, T)
         for block in model.blocks:
             block.forward = functools.partial(masked_block, block, mask)
         return forward(x, t, y)
@@ -86,7 +91,7 @@ def test_without_routing_keeps_the_models_own_function(make):
     torch.testing.assert_close(results(plain, inputs), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("scope", ["block", "branch"])
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_routing_matches_the_masked_blocks(make, scope):
     plain, inputs = make(), batch()

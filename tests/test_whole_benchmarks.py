@@ -133,7 +133,7 @@ def test_the_same_values_under_autocast(fresh, form, pass_):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", AUTOCAST])
-@pytest.mark.parametrize("scope", ["block", "branch"])
+@pytest.mark.parametrize("scope", reference.SCOPES)
 def test_a_block_without_its_deactivated_channels_is_found(fresh, monkeypatch, scope, precision):
     """By slices of the weight in fp32, by a dense GEMM in the others, where it is hardest: what they add to each token
     is small, and so is the precision."""

@@ -8,15 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtr_kernels import ops, reference
-from dtr_kernels.nn.parts import ReadParts
+from dtr_kernels.nn.parts import ReadParts, is_plain_linear
 from dtr_kernels.nn.torchscript import NoTorchScript
-from dtr_kernels.ops.checks import check_block, check_window
-from dtr_kernels.ops.dispatch import choose
+from dtr_kernels.ops.band_linear import among_all
+from dtr_kernels.ops.checks import check_block, check_heads, check_shape, check_window
+from dtr_kernels.ops.dispatch import Choice, choose
+from dtr_kernels.ops.inner import inner_linear_by, inner_mlp_by, inner_projection_by
 from dtr_kernels.ops.linear import routed_linear_by
 from dtr_kernels.ops.mlp import routed_mlp_by
+from dtr_kernels.ops.window_linear import Band
 from dtr_kernels.routing import ChannelWindow, check_count, check_number
 
-__all__ = ["RoutedDiTBlock", "Stream", "advance", "check_scope"]
+__all__ = ["RoutedDiTBlock", "Stream", "advance", "check_hidden", "check_scope"]
 
 
 class Stream(NamedTuple):
@@ -38,21 +41,19 @@ class Stream(NamedTuple):
 
 
 def check_scope(scope: str) -> None:
-    """Raises ValueError unless scope is "block" or "branch"."""
+    """Raises ValueError unless scope is "block", "branch" or "inner"."""
     if scope not in reference.SCOPES:
         raise ValueError(f"scope must be one of {', '.join(map(repr, reference.SCOPES))}, got {scope!r}")
 
 
-def _attend(attn: Any, qkv: Tensor) -> Tensor:
-    """Self-attention and its output projection on views of qkv [B, N, 3C], without a copy."""
+def _attend(attn: Any, qkv: Tensor, heads: int) -> Tensor:
+    """Self-attention [B, N, heads * d] on views of qkv [B, N, 3 * heads * d], without a copy."""
     B, N, width = qkv.shape
-    C = width // 3
     # Unbound before heads and tokens change places: then the backward pass stacks the gradients in qkv's own layout.
-    q, k, v = (x.transpose(1, 2) for x in qkv.view(B, N, 3, attn.num_heads, C // attn.num_heads).unbind(2))
+    q, k, v = (x.transpose(1, 2) for x in qkv.view(B, N, 3, heads, width // 3 // heads).unbind(2))
     if hasattr(attn, "q_norm"):  # timm's optional query and key norms; Identity unless asked for
         q, k = attn.q_norm(q), attn.k_norm(k)
-    out = F.scaled_dot_product_attention(q, k, v)
-    return attn.proj(out.transpose(1, 2).reshape(B, N, C))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, width // 3)
 
 
 def weights_of(block: Any) -> list[Tensor]:
@@ -69,24 +70,71 @@ def advance(block: Any, stream: Stream, c: Tensor, window: ChannelWindow | None,
             attn.num_heads, norm2, mlp.fc1, mlp.fc2, adaLN_modulation.
         stream: the residual stream, its tensors [B, N, C].
         c: conditioning [B, C].
-        window: active channels of each sample; None runs the unrouted block.
-        scope: "block" or "branch".
+        window: active channels of each sample, in scope "inner" active heads; None runs the unrouted block.
+        scope: "block", "branch" or "inner".
     """
+    if scope == "inner":
+        return _advance_inner(block, stream, c, window)
     choice = choose(stream.x, *weights_of(block))
     # Then the whole block is plain, with fewer passes than its ops have one by one.
     if choice.path == "plain":
         window = check_window(stream.x, window)
         mask = None if window is None else window.mask()
         return Stream(reference.dit_block(block, stream.sum(), c, mask, scope))
+    return _advance(choice, block, stream, c, window, scope == "block")
+
+
+def _advance(
+    choice: Choice, block: Any, stream: Stream, c: Tensor, window: ChannelWindow | None, keep_branch: bool
+) -> Stream:
+    """The fused block that masks what its branches read.
+
+    Scope "block" masks the stream that entered the block: what attention added is seen on every channel.
+    """
     s1, k1, g1, s2, k2, g2 = block.adaLN_modulation(c).chunk(6, dim=1)
     attn, fc1, fc2 = block.attn, block.mlp.fc1, block.mlp.fc2
     x, branch, gate = stream
     x, qkv = routed_linear_by(choice, x, s1, k1, attn.qkv.weight, attn.qkv.bias, window, branch, gate, block.norm1.eps)
     weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-    # Scope "block" masks the stream that entered the block; what attention added is seen on every channel.
-    keep_branch = scope == "block"
-    x, hidden = routed_mlp_by(choice, x, s2, k2, weights, _attend(attn, qkv), g1, window, keep_branch, block.norm2.eps)
+    branch = attn.proj(_attend(attn, qkv, attn.num_heads))
+    x, hidden = routed_mlp_by(choice, x, s2, k2, weights, branch, g1, window, keep_branch, block.norm2.eps)
     return Stream(x, hidden, g2)
+
+
+def _advance_inner(block: Any, stream: Stream, c: Tensor, window: ChannelWindow | None) -> Stream:
+    """The block of which each sample runs its active heads and the hidden channels that go with them."""
+    choice = choose(stream.x, *weights_of(block))
+    attn, fc1, fc2 = block.attn, block.mlp.fc1, block.mlp.fc2
+    if window is not None:
+        window = check_heads(stream.x, window, attn.num_heads)
+        window = None if window.width == window.channels else window
+    if choice.path == "plain":
+        mask = None if window is None else window.mask().to(stream.x.device)
+        return Stream(reference.dit_block(block, stream.sum(), c, mask, "inner"))
+    if window is None:
+        return _advance(choice, block, stream, c, None, False)
+    s1, k1, g1, s2, k2, g2 = block.adaLN_modulation(c).chunk(6, dim=1)
+    x, branch, gate = stream
+    qkv = attn.qkv
+    x, qkv = inner_linear_by(choice, x, s1, k1, qkv.weight, qkv.bias, window, branch, gate, 3, block.norm1.eps)
+    z = _attend(attn, qkv, window.width)
+    if is_plain_linear(attn.proj):
+        branch = inner_projection_by(choice, z, attn.proj.weight, attn.proj.bias, window)
+    else:  # an adapter, or a layer with hooks: it is called, and sees zeros where heads are inactive
+        d = z.shape[2] // window.width
+        branch = attn.proj(among_all(z, Band(window.start, z.shape[2], d), d * attn.num_heads))
+    weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    x, hidden = inner_mlp_by(choice, x, s2, k2, weights, branch, g1, window, block.norm2.eps)
+    return Stream(x, hidden, g2)
+
+
+def check_hidden(hidden: int, heads: int, which: str) -> None:
+    """Raises ValueError unless as many hidden channels of an MLP go with each head."""
+    if hidden % heads:
+        raise ValueError(
+            f'in scope "inner" as many hidden channels go with each head, but {which} are {hidden} of them for {heads} '
+            f"heads; use a multiple of {heads}"
+        )
 
 
 class Attention(nn.Module):
@@ -120,12 +168,14 @@ class RoutedDiTBlock(NoTorchScript, nn.Module):
         num_heads: attention heads; must divide C.
         mlp_ratio: hidden width of the MLP over C.
         scope: "block" (the DTR paper): the whole residual block is routed; the attention skips deactivated channels,
-            and the MLP sees what attention wrote on every channel. "branch": attention and MLP both skip.
+            and the MLP sees what attention wrote on every channel. "branch": attention and MLP both skip. "inner", of
+            this library and not of the paper: a window over heads says which heads and which hidden channels of the MLP
+            are computed at all, so that everything in the block shrinks with their share.
 
     Raises:
         TypeError: if an argument is not a number of its kind.
-        ValueError: if scope is unknown, a size is less than 1, num_heads does not divide hidden_size, or mlp_ratio
-            leaves the MLP no channel.
+        ValueError: if scope is unknown, a size is less than 1, num_heads does not divide hidden_size, in scope "inner"
+            not the MLP's hidden channels either, or mlp_ratio leaves the MLP no channel.
     """
 
     _read = ReadParts(
@@ -147,12 +197,19 @@ class RoutedDiTBlock(NoTorchScript, nn.Module):
         mlp_width = int(hidden_size * check_number("mlp_ratio", mlp_ratio))
         if mlp_width < 1:
             raise ValueError(f"mlp_ratio must be at least 1 / hidden_size = 1/{hidden_size}, got {mlp_ratio}")
+        if scope == "inner":
+            check_hidden(mlp_width, num_heads, f"mlp_ratio {mlp_ratio} of {hidden_size} channels")
         self.scope = scope
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size, mlp_width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    @property
+    def routed_channels(self) -> int:
+        """What a routing of this block chooses from: its channels C, in scope "inner" its attention heads."""
+        return self.attn.num_heads if self.scope == "inner" else self.attn.qkv.in_features
 
     def forward(self, x: Tensor | Stream, c: Tensor, window: ChannelWindow | Tensor | None = None) -> Tensor | Stream:
         """Runs the block.
@@ -162,8 +219,9 @@ class RoutedDiTBlock(NoTorchScript, nn.Module):
                 the ``Stream`` that the block before returned, whose pending update is then added in the kernel of this
                 block's first norm.
             c: conditioning [B, C].
-            window: ``DenoisingTaskRouting.window(t, C)``; or a bool mask [B, C], which runs the plain PyTorch path
-                (random routing); or None, the unrouted block.
+            window: ``DenoisingTaskRouting.window(t, C)``, in scope "inner" ``window(t, num_heads)``, for which t may be
+                on the CPU when x is on a GPU; or a bool mask [B, C] or [B, num_heads], which runs the plain PyTorch
+                path (random routing); or None, the unrouted block.
 
         Returns:
             [B, N, C] in x's dtype; a ``Stream`` for a ``Stream``.
@@ -175,8 +233,9 @@ class RoutedDiTBlock(NoTorchScript, nn.Module):
         """
         self._read.refuse_changes(self)
         stream = x if isinstance(x, Stream) else Stream(x)
-        check_block(stream.x, c, window if isinstance(window, Tensor) else None, self.attn.qkv.in_features)
+        check_block(stream.x, c, self.attn.qkv.in_features)
         if isinstance(window, Tensor):
+            check_shape("window, a mask,", window, (len(c), self.routed_channels), stream.x)
             out = Stream(reference.dit_block(self, stream.sum(), c, window, self.scope))
         else:
             out = advance(self, stream, c, window, self.scope)

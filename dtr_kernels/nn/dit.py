@@ -31,6 +31,7 @@ from dtr_kernels.routing import (
     check_number,
     check_range,
     check_timesteps,
+    window_width,
 )
 
 __all__ = ["DiT", "DiT_models"]
@@ -151,7 +152,8 @@ class DiT(NoTorchScript, nn.Module):
         scope: what the routing masks, see ``RoutedDiTBlock``.
 
     Raises:
-        ValueError: if a size is less than 1, an argument does not fit the others, as said above, or scope is unknown.
+        ValueError: if a size is less than 1, an argument does not fit the others, as said above, scope is unknown, or
+            in scope "inner" the routing leaves no head active.
         TypeError: if a size is not an integer, a ratio not a number, or routing not one of the above.
     """
 
@@ -191,6 +193,8 @@ class DiT(NoTorchScript, nn.Module):
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.hidden_size = hidden_size
         self.routing = routing
+        self.scope = scope
+        self._routed_channels = num_heads if scope == "inner" else hidden_size
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -198,6 +202,8 @@ class DiT(NoTorchScript, nn.Module):
         self.pos_embed = nn.Parameter(_position_embedding(hidden_size, input_size // patch_size), requires_grad=False)
         self.blocks = nn.ModuleList(RoutedDiTBlock(hidden_size, num_heads, mlp_ratio, scope) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        if routing is not None and scope == "inner":
+            window_width(routing.beta, num_heads, "attention heads")
         self._initialize()
         self.register_load_state_dict_pre_hook(_take_masks)
 
@@ -225,7 +231,8 @@ class DiT(NoTorchScript, nn.Module):
             x: noisy input [B, in_channels, input_size, input_size], floating point.
             t: timesteps [B]: integers, or floating point for continuous time in [0, 1], or for timestep numbers if the
                 routing has ``float_timesteps``. One Python or NumPy number stands for the whole batch, as in sampling:
-                its window is then known without asking the device.
+                its window is then known without asking the device. In scope "inner" a tensor may be on the CPU when x
+                is on a GPU: then windows are known too, and that is the faster way.
             y: class labels [B], integer; num_classes is the null class.
 
         Returns:
@@ -237,7 +244,7 @@ class DiT(NoTorchScript, nn.Module):
                 values are checked by device-side assertions.
         """
         self._check_batch(x, t, y)
-        times = t if isinstance(t, Tensor) else torch.full((x.shape[0],), t, device=x.device)
+        times = t.to(x.device) if isinstance(t, Tensor) else torch.full((x.shape[0],), t, device=x.device)
         c = self.t_embedder(times) + self.y_embedder(y)
         stream = Stream(self.x_embedder(x) + self.pos_embed)
         active = self._active_channels(t, times)
@@ -247,8 +254,8 @@ class DiT(NoTorchScript, nn.Module):
 
     def _active_channels(self, t: Tensor | int | float, times: Tensor) -> ChannelWindow | Tensor | None:
         if isinstance(self.routing, RandomRouting):
-            return self.routing.mask(times, self.hidden_size)
-        return None if self.routing is None else self.routing.window(t, self.hidden_size)
+            return self.routing.mask(times, self._routed_channels)
+        return None if self.routing is None else self.routing.window(t, self._routed_channels)
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor | int | float, y: Tensor, cfg_scale: float, guided_channels: int | None = None
@@ -300,6 +307,8 @@ class DiT(NoTorchScript, nn.Module):
             raise ValueError(f"y must have shape [{B}], one label per sample of x, got {list(y.shape)}")
         for name, tensor in (("t", t), ("y", y)):
             if isinstance(tensor, Tensor) and tensor.device != x.device:
+                if name == "t" and self.scope == "inner" and tensor.device.type == "cpu":
+                    continue
                 raise ValueError(f"{name} must be on {x.device}, as x is, got it on {tensor.device}; move it there")
 
 
@@ -332,6 +341,9 @@ def _take_masks(model: DiT, state_dict: dict[str, Any], prefix: str, *rest: Any)
     *_, error_msgs = rest
     names = [f"{prefix}blocks.{i}.routing._unit_mapping" for i in range(len(model.blocks))]
     saved = {name: state_dict.pop(name).bool() for name in names if name in state_dict}
+    if saved and model.scope == "inner":
+        error_msgs.append(f'{names[0]} is a mask of channels, which scope "inner" has not: it routes heads')
+        return
     for name, masks in saved.items():
         if not torch.equal(masks, _own_masks(model, masks)):
             error_msgs.append(

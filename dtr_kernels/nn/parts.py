@@ -7,6 +7,19 @@ from typing import Any
 
 from torch import nn
 
+from dtr_kernels.ops.dispatch import is_wrapper
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Return whether a module computes what its weight and bias say and no more, so that it need not be called."""
+    return (
+        type(module).forward is nn.Linear.forward
+        and "forward" not in module.__dict__
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not is_wrapper(module.weight)  # type: ignore[arg-type]
+    )
+
 
 class ReadParts:
     """Parts of a module whose parameters the kernels read.

@@ -10,8 +10,8 @@ from dtr_kernels.routing import ChannelWindow
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_block(x: Tensor, c: Tensor, mask: Tensor | None, channels: int) -> None:
-    """x [B, N, channels] and c [B, channels] floating point; mask [B, channels] or None; all on x's device.
+def check_block(x: Tensor, c: Tensor, channels: int) -> None:
+    """x [B, N, channels] and c [B, channels] floating point, on x's device.
 
     Raises:
         TypeError: if x or c is not floating point.
@@ -21,8 +21,6 @@ def check_block(x: Tensor, c: Tensor, mask: Tensor | None, channels: int) -> Non
     if x.dim() != 3 or x.shape[-1] != channels:
         raise ValueError(f"x must have shape [B, N, {channels}], got {list(x.shape)}")
     check_tensor("c", c, (x.shape[0], channels), x)
-    if mask is not None:
-        check_shape("window, a mask,", mask, (x.shape[0], channels), x)
 
 
 def check_stream(x: Tensor, branch: Tensor | None, gate: Tensor | None, **modulation: Tensor) -> None:
@@ -91,6 +89,24 @@ def check_window(x: Tensor, window: ChannelWindow | None) -> ChannelWindow | Non
         raise ValueError(f"window is for {window.channels} channels, but x has {x.shape[-1]}")
     window = window.for_batch(x.shape[0], x.device)
     return None if window.width == window.channels else window
+
+
+def check_heads(x: Tensor, window: ChannelWindow, heads: int | None = None) -> ChannelWindow:
+    """window over attention heads for x's batch, on the CPU where the host knows it, else on x's device.
+
+    Raises:
+        TypeError: if window is not a ChannelWindow.
+        ValueError: if it was made for another batch, device or, where these are given, number of heads.
+    """
+    if not isinstance(window, ChannelWindow):
+        raise TypeError(f"window must be a ChannelWindow, got {type(window).__name__}")
+    if heads is not None and window.channels != heads:
+        raise ValueError(
+            f'window is for {window.channels} channels, but in scope "inner" it is one over {heads} heads; make it by '
+            f"routing.window(t, channels={heads})"
+        )
+    on_host = window.shared_start is not None or window.start.device.type == "cpu"
+    return window.for_batch(x.shape[0], torch.device("cpu") if on_host else x.device)
 
 
 def check_floating(name: str, tensor: Tensor, hint: str = "") -> None:

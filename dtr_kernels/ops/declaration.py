@@ -127,8 +127,12 @@ class Draw:
     @property
     def start(self) -> Tensor:
         """int32 [B], the first active channel of each sample; drawn anew each time."""
-        B, _, C, _ = self.sizes
-        drawn = torch.randint(C - self.sizes.W + 1, (B,), device=self._source, dtype=torch.int32)
+        return self.starts(self.sizes.C - self.sizes.W + 1)
+
+    def starts(self, positions: int) -> Tensor:
+        """int32 [B], where windows start that have so many places to be."""
+        B = self.sizes.B
+        drawn = torch.randint(positions, (B,), device=self._source, dtype=torch.int32)
         return (drawn[:1].repeat(B) if self.shared else drawn).to(self.device)
 
     @property

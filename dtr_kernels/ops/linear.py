@@ -104,15 +104,15 @@ def _backward_op(
         norm.x,
         dshift.to(shift.dtype),
         dscale.to(scale.dtype),
-        _or_empty(linear.weight, weight),
-        _or_empty(linear.bias, weight),
-        _or_empty(norm.branch, stream),
-        _or_empty(None if norm.gate is None or gate is None else norm.gate.to(gate.dtype), stream),
+        or_empty(linear.weight, weight),
+        or_empty(linear.bias, weight),
+        or_empty(norm.branch, stream),
+        or_empty(None if norm.gate is None or gate is None else norm.gate.to(gate.dtype), stream),
     )
 
 
-def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
-    """x, or an empty tensor where an op's fixed number of outputs has no use for one."""
+def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
+    """Return x, or an empty tensor where an op's fixed number of outputs has no use for one."""
     return like.new_empty(0) if x is None else x
 
 

@@ -112,6 +112,8 @@ def _finish_forward(
     b,
     row,
     column,
+    to_weight,
+    to_out,
     mean_rstd_ptr,
     p_ptr,
     q_ptr,
@@ -119,23 +121,27 @@ def _finish_forward(
     act_ptr,
     N,
     O,
-    WINDOWED: tl.constexpr,
+    CLOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GELU: tl.constexpr,
     WRITE_OUT: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """Adds what deactivated channels (or the bias) contribute, applies GELU and stores."""
+    """Adds what deactivated channels (or the bias) contribute, applies GELU and stores; ``to_weight`` and ``to_out``
+    are added to a column for its row of the weight and its place in out."""
     n = row + tl.arange(0, acc.shape[0])
     o = column + tl.arange(0, acc.shape[1])
     token = b.to(tl.int64) * N + n
-    if WINDOWED:
+    if CLOSED:
         mean_rstd = tl.load(mean_rstd_ptr + token, mask=n < N, other=0.0)
         p = tl.load(p_ptr + b.to(tl.int64) * O + o, mask=o < O, other=0.0)
         q = tl.load(q_ptr + b.to(tl.int64) * O + o, mask=o < O, other=0.0)
         acc += q[None, :] - mean_rstd[:, None] * p[None, :]
     elif HAS_BIAS:
-        acc += tl.load(q_ptr + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
-    offsets = token[:, None] * O + o[None, :]
+        acc += tl.load(q_ptr + to_weight + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
+    if PARTS:
+        token *= PARTS
+    offsets = token[:, None] * O + to_out + o[None, :]
     inside = (n < N)[:, None] & (o < O)[None, :]
     out = acc.to(out_ptr.dtype.element_ty)
     if WRITE_OUT:
@@ -175,28 +181,41 @@ def window_forward_kernel(
     N,
     O,
     K,
+    part_rows,
     WINDOWED: tl.constexpr,
+    CLOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GELU: tl.constexpr,
     WRITE_OUT: tl.constexpr,
+    PARTS: tl.constexpr,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     tiles_per_sample = tl.cdiv(N, BLOCK_M)
-    m, n_tile = _tile_of(tl.program_id(0), B * tiles_per_sample, tl.cdiv(O, BLOCK_N), 8)
+    tiles_n = tl.cdiv(O, BLOCK_N)
+    if PARTS:
+        tiles_n *= PARTS
+    m, n_tile = _tile_of(tl.program_id(0), B * tiles_per_sample, tiles_n, 8)
     b = m // tiles_per_sample
     row = (m % tiles_per_sample) * BLOCK_M
     column = n_tile * BLOCK_N
     first = 0
     if WINDOWED:
-        first = tl.load(start_ptr + b)
+        first = tl.load(start_ptr + b) * UNIT
+    to_weight, to_out = 0, 0
+    if PARTS:
+        part = n_tile // tl.cdiv(O, BLOCK_N)
+        column = (n_tile % tl.cdiv(O, BLOCK_N)) * BLOCK_N
+        to_weight = part * part_rows + tl.load(start_ptr + b) * UNIT
+        to_out = part * O
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
         # Past the window's end u reads as zero, whatever the weight holds there.
         u = u_desc.load([b, row, k]).reshape(BLOCK_M, BLOCK_K)
-        w = weight_desc.load([column, first + k])
+        w = weight_desc.load([to_weight + column, first + k])
         acc = tl.dot(u, w.T, acc, input_precision=PRECISION)
     pieces = _pieces(acc)
     for i in tl.static_range(len(pieces)):
@@ -205,6 +224,8 @@ def window_forward_kernel(
             b,
             row,
             column + i * pieces[i].shape[1],
+            to_weight,
+            to_out,
             mean_rstd_ptr,
             p_ptr,
             q_ptr,
@@ -212,10 +233,11 @@ def window_forward_kernel(
             act_ptr,
             N,
             O,
-            WINDOWED,
+            CLOSED,
             HAS_BIAS,
             GELU,
             WRITE_OUT,
+            PARTS,
         )
 
 
@@ -232,8 +254,11 @@ def window_input_gradient_kernel(
     O,
     K,
     du_stride,
+    part_rows,
     WINDOWED: tl.constexpr,
     GELU: tl.constexpr,
+    PARTS: tl.constexpr,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -246,12 +271,23 @@ def window_input_gradient_kernel(
     column = n_tile * BLOCK_N
     first = 0
     if WINDOWED:
-        first = tl.load(start_ptr + b)
+        first = tl.load(start_ptr + b) * UNIT
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for o in range(0, O, BLOCK_K):
-        g = g_desc.load([b, row, o]).reshape(BLOCK_M, BLOCK_K)
-        w = weight_desc.load([o, first + column])
-        acc = tl.dot(g, w, acc, input_precision=PRECISION)
+    if PARTS:
+        first_row = tl.load(start_ptr + b) * UNIT
+        steps = tl.cdiv(O, BLOCK_K)
+        for step in range(0, PARTS * steps):
+            part = step // steps
+            o = (step % steps) * BLOCK_K
+            # Past the band's end g reads as zero, whatever the weight holds there.
+            g = g_desc.load([b, row, part, o]).reshape(BLOCK_M, BLOCK_K)
+            w = weight_desc.load([part * part_rows + first_row + o, column])
+            acc = tl.dot(g, w, acc, input_precision=PRECISION)
+    else:
+        for o in range(0, O, BLOCK_K):
+            g = g_desc.load([b, row, o]).reshape(BLOCK_M, BLOCK_K)
+            w = weight_desc.load([o, first + column])
+            acc = tl.dot(g, w, acc, input_precision=PRECISION)
     pieces = _pieces(acc)
     for i in tl.static_range(len(pieces)):
         first_column = column + i * pieces[i].shape[1]
@@ -268,28 +304,39 @@ def window_weight_gradient_kernel(
     N,
     O,
     C,
-    parts,
+    splits,
+    PARTS: tl.constexpr,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     tiles_m, tiles_n = tl.cdiv(O, BLOCK_M), tl.cdiv(C, BLOCK_N)
-    part = tl.program_id(0) // (tiles_m * tiles_n)
+    if PARTS:
+        tiles_m *= PARTS
+    split = tl.program_id(0) // (tiles_m * tiles_n)
     m, n_tile = _tile_of(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, 8)
     row = m * BLOCK_M
     column = n_tile * BLOCK_N
+    if PARTS:
+        part = m // tl.cdiv(O, BLOCK_M)
+        row = (m % tl.cdiv(O, BLOCK_M)) * BLOCK_M
     steps = tl.cdiv(N, BLOCK_K)
-    each = tl.cdiv(B * steps, parts)
+    each = tl.cdiv(B * steps, splits)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # One loop over the tokens of all samples, in order: the compiler pipelines it across samples.
-    for step in range(part * each, min((part + 1) * each, B * steps)):
+    for step in range(split * each, min((split + 1) * each, B * steps)):
         b = step // steps
         n = (step % steps) * BLOCK_K
-        first = tl.load(start_ptr + b)
-        g = g_desc.load([b, n, row]).reshape(BLOCK_K, BLOCK_M)
-        # Columns outside the sample's window, negative ones too, read as zero.
-        u = u_desc.load([b, n, column - first]).reshape(BLOCK_K, BLOCK_N)
+        first = tl.load(start_ptr + b) * UNIT
+        # Rows and columns outside the sample's window, negative ones too, read as zero.
+        if PARTS:
+            g = g_desc.load([b, n, part, row - first]).reshape(BLOCK_K, BLOCK_M)
+            u = u_desc.load([b, n, column]).reshape(BLOCK_K, BLOCK_N)
+        else:
+            g = g_desc.load([b, n, row]).reshape(BLOCK_K, BLOCK_M)
+            u = u_desc.load([b, n, column - first]).reshape(BLOCK_K, BLOCK_N)
         # In fp32 a sum for each step, then their sum: one long sum would round as often as there are tokens.
         if g.dtype == tl.float32:
             acc += tl.dot(g.T, u, input_precision=PRECISION)
@@ -297,7 +344,10 @@ def window_weight_gradient_kernel(
             acc = tl.dot(g.T, u, acc, input_precision=PRECISION)
     o = row + tl.arange(0, BLOCK_M)
     c = column + tl.arange(0, BLOCK_N)
-    offsets = (part.to(tl.int64) * O + o)[:, None] * C + c[None, :]
+    above = split.to(tl.int64) * O
+    if PARTS:
+        above = (split.to(tl.int64) * PARTS + part) * O
+    offsets = (above + o)[:, None] * C + c[None, :]
     tl.store(parts_ptr + offsets, acc, mask=(o < O)[:, None] & (c < C)[None, :])
 
 
@@ -337,8 +387,8 @@ def token_sums_kernel(
 
 WindowsOp = Literal["windows_forward", "windows_backward"]
 GeluOp = Literal["gelu_forward", "gelu_backward"]
-# Parts that a weight gradient's sum over tokens is split into at most, and steps of the contraction in each at least.
-_MOST_PARTS, _LEAST_STEPS = 8, 32
+# Into how many a weight gradient's sum over tokens is split at most, and steps of the contraction in each at least.
+_MOST_SPLITS, _LEAST_STEPS = 8, 32
 
 _FORWARD, _FORWARD_GELU = GemmTiles("forward"), GemmTiles("forward_gelu")
 _INPUT_GRADIENT, _GELU_INPUT_GRADIENT = GemmTiles("input_gradient"), GemmTiles("gelu_input_gradient")
@@ -367,6 +417,22 @@ class ClosedForm(NamedTuple):
     shift: Tensor
     scale: Tensor
     start: Tensor
+
+
+class Band(NamedTuple):
+    """Neighbouring columns, or rows, of a weight that each sample uses.
+
+    Attributes:
+        start: int32 [B], in ``unit`` columns or rows each.
+        width: how many columns, or rows of each part.
+        unit: 1 for channels; the columns or rows of an attention head.
+        parts: into how many equal parts the weight's rows fall, three for queries, keys and values; 0 for columns.
+    """
+
+    start: Tensor
+    width: int
+    unit: int = 1
+    parts: int = 0
 
 
 class LinearGradients(NamedTuple):
@@ -480,7 +546,7 @@ def window_linear_forward(u: Tensor, closed: ClosedForm | None, weight: Tensor, 
         for samples, channels in _slices(closed.start, u.shape[-1]):
             out[samples].view(-1, len(weight)).addmm_(u[samples].flatten(0, 1), weight[:, channels].t())
         return out
-    return product(u, weight, q, closed.start, closed.mean_rstd, p, gelu=False, write_out=True)[0]
+    return product(u, weight, q, Band(closed.start, u.shape[-1]), closed.mean_rstd, p, gelu=False, write_out=True)[0]
 
 
 def linear_gelu_forward(
@@ -495,38 +561,41 @@ def linear_gelu_forward(
     if closed is None:
         return product(u, weight, bias, None, None, None, gelu=True, write_out=write_pre)
     p, q = _contributions(_inactive_channels(closed, u.shape[-1]), weight, bias)
-    return product(u, weight, q, closed.start, closed.mean_rstd, p, gelu=True, write_out=write_pre)
+    return product(u, weight, q, Band(closed.start, u.shape[-1]), closed.mean_rstd, p, gelu=True, write_out=write_pre)
 
 
 def product(
     u: Tensor,
     weight: Tensor,
     q: Tensor | None,
-    start: Tensor | None,
+    band: Band | None,
     mean_rstd: Tensor | None,
     p: Tensor | None,
     gelu: bool,
     write_out: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Launch u @ weight[:, window]^T - mean_rstd * p + q, and with ``gelu`` GELU of it; return both, empty where not
-    asked for.
+    """Launch u @ weight[:, band]^T - mean_rstd * p + q, or u @ weight[band]^T + q of a band of rows, and with ``gelu``
+    GELU of it; return both, empty where not asked for.
 
     Args:
-        u: [B, N, W], or [B, N, C] for a dense layer. weight: [O, C].
-        q: [B, O]; of a dense layer the bias [O] or None.
-        start: int32 [B], mean_rstd: [B, N], p: [B, O]; None for a dense layer.
+        u: [B, N, K], of which a band of columns has its own alone. weight: [O, C].
+        q: [B, O] in the closed form, else the bias [O] or None.
+        band: of each sample; None for a dense layer.
+        mean_rstd: [B, N], p: [B, O]; None outside of the closed form.
     """
     B, N, K = u.shape
-    O = weight.shape[0]
-    out = torch.empty(B, N, O, device=u.device, dtype=u.dtype) if write_out else u.new_empty(0)
-    act = torch.empty(B, N, O, device=u.device, dtype=u.dtype) if gelu else None
-    if start is None:  # all tokens share the weight: one long sample
+    start, unit, parts = (None, 1, 0) if band is None else (band.start, band.unit, band.parts)
+    O = band.width if band and parts else weight.shape[0]
+    outputs = O * max(parts, 1)
+    out = torch.empty(B, N, outputs, device=u.device, dtype=u.dtype) if write_out else u.new_empty(0)
+    act = torch.empty(B, N, outputs, device=u.device, dtype=u.dtype) if gelu else None
+    if band is None:  # all tokens share the weight: one long sample
         B, N, u = 1, B * N, u.reshape(1, B * N, K)
     tile = (_FORWARD_GELU if gelu else _FORWARD).tile(u, N, weight.shape[1])
     if B * N > 0:
         launch(
             window_forward_kernel,
-            B * triton.cdiv(N, tile.m) * triton.cdiv(O, tile.n),
+            B * triton.cdiv(N, tile.m) * triton.cdiv(O, tile.n) * max(parts, 1),
             descriptor(u, [1, tile.m, tile.k]),
             descriptor(weight, [tile.n, tile.k]),
             start,
@@ -539,10 +608,14 @@ def product(
             N,
             O,
             K,
-            WINDOWED=start is not None,
+            len(weight) // max(parts, 1),
+            WINDOWED=band is not None and not parts,
+            CLOSED=p is not None,
             HAS_BIAS=q is not None,
             GELU=gelu,
             WRITE_OUT=write_out,
+            PARTS=parts,
+            UNIT=unit,
             PRECISION=dot_precision(u.dtype),
             **options(tile),
         )
@@ -578,8 +651,9 @@ def window_linear_backward(
         du, dweight = _backward_on_slices(g, u, weight, start, need_weight)
     else:
         summed, dp, dq = token_sums(g, mean_rstd, p)
-        du, _ = input_gradient(g, weight, start, empty_rows(*u.shape, like=u, dtype=u.dtype), None)
-        dweight = weight_gradient(g, u, start, C) if need_weight else None
+        band = Band(start, u.shape[-1])
+        du, _ = input_gradient(g, weight, band, empty_rows(*u.shape, like=u, dtype=u.dtype), None)
+        dweight = weight_gradient(g, u, band, C) if need_weight else None
     return _with_inactive(du, summed, dp, dq, dweight, inactive, weight, need_bias)
 
 
@@ -621,16 +695,19 @@ def gelu_linear_backward(g: Tensor, pre: Tensor, weight: Tensor) -> tuple[Tensor
 
 
 def input_gradient(
-    g: Tensor, weight: Tensor, start: Tensor | None, du: Tensor, pre: Tensor | None
+    g: Tensor, weight: Tensor, band: Band | None, du: Tensor, pre: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Launch du = g @ weight[:, window], and where ``pre`` is given times GELU's derivative there; return du and
-    GELU(pre).
+    """Launch du = g @ weight[:, band], or g @ weight[band] of rows, and where ``pre`` is given times GELU's derivative
+    there; return du and GELU(pre).
 
     Args:
-        g: [B, N, O]. weight: [O, C]. start: int32 [B], or None for all channels.
-        du: [B, N, W] or [B, N, C], is written. pre: like du, with all channels; or None, then du is returned twice.
+        g: [B, N, O], of which a band of rows has its own alone. weight: [O, C]. band: None for all of it.
+        du: [B, N, K], is written. pre: like du, contiguous; or None, then du is returned twice.
     """
-    B, N, O = g.shape
+    start, unit, parts = (None, 1, 0) if band is None else (band.start, band.unit, band.parts)
+    if parts:
+        g = g.unflatten(2, (parts, -1))
+    B, N, O = g.shape[0], g.shape[1], g.shape[-1]
     act = torch.empty_like(du) if pre is not None else du
     if pre is None:
         tile = _INPUT_GRADIENT.tile(g, N, weight.shape[1])
@@ -640,7 +717,7 @@ def input_gradient(
         launch(
             window_input_gradient_kernel,
             B * triton.cdiv(N, tile.m) * triton.cdiv(du.shape[-1], tile.n),
-            descriptor(g, [1, tile.m, tile.k]),
+            descriptor(g, [1, tile.m, 1, tile.k] if parts else [1, tile.m, tile.k]),
             descriptor(weight, [tile.k, tile.n]),
             start,
             pre,
@@ -651,27 +728,38 @@ def input_gradient(
             O,
             du.shape[-1],
             row_stride(du),
-            WINDOWED=start is not None,
+            len(weight) // max(parts, 1),
+            WINDOWED=band is not None and not parts,
             GELU=pre is not None,
+            PARTS=parts,
+            UNIT=unit,
             PRECISION=dot_precision(g.dtype),
             **options(tile),
         )
     return du, act
 
 
-def weight_gradient(g: Tensor, u: Tensor, start: Tensor, channels: int) -> Tensor:
-    """Launch the sum over samples of g^T u at each one's window; return it as fp32 [O, C], C being ``channels``."""
+def weight_gradient(g: Tensor, u: Tensor, band: Band, size: int) -> Tensor:
+    """Launch the sum over samples of g^T u, at each one's band; return it as fp32 [O, C].
+
+    Args:
+        g: [B, N, O]. u: [B, N, C]. Of the two, that with the band's rows or columns has these alone.
+        size: of the weight, C for a band of columns, O for one of rows.
+    """
     B, N, O = g.shape
+    start, _, unit, parts = band
+    rows, channels = (size, u.shape[2]) if parts else (O, size)
     if B * N == 0:
-        return torch.zeros(O, channels, device=g.device, dtype=torch.float32)
+        return torch.zeros(rows, channels, device=g.device, dtype=torch.float32)
     tile = _WEIGHT_GRADIENT.tile(g, N, channels)
-    tiles = triton.cdiv(O, tile.m) * triton.cdiv(channels, tile.n)
-    parts = _parts(tiles, B * triton.cdiv(N, tile.k), multiprocessors(g))
-    sums = torch.empty(parts, O, channels, device=g.device, dtype=torch.float32)
+    O = rows // max(parts, 1)
+    tiles = triton.cdiv(O, tile.m) * triton.cdiv(channels, tile.n) * max(parts, 1)
+    splits = _splits(tiles, B * triton.cdiv(N, tile.k), multiprocessors(g))
+    sums = torch.empty(splits, rows, channels, device=g.device, dtype=torch.float32)
     launch(
         window_weight_gradient_kernel,
-        tiles * parts,
-        descriptor(g, [1, tile.k, tile.m]),
+        tiles * splits,
+        descriptor(g.unflatten(2, (parts, -1)) if parts else g, [1, tile.k, *[1] * (parts > 0), tile.m]),
         descriptor(u, [1, tile.k, tile.n]),
         start,
         sums,
@@ -679,28 +767,30 @@ def weight_gradient(g: Tensor, u: Tensor, start: Tensor, channels: int) -> Tenso
         N,
         O,
         channels,
-        parts,
+        splits,
+        PARTS=parts,
+        UNIT=unit,
         PRECISION=dot_precision(g.dtype),
         **options(tile),
     )
-    return sums[0] if parts == 1 else sums.sum(0)
+    return sums[0] if splits == 1 else sums.sum(0)
 
 
-def _parts(tiles: int, steps: int, processors: int) -> int:
-    """In how many parts the tokens of a weight gradient are summed.
+def _splits(tiles: int, steps: int, processors: int) -> int:
+    """In how many splits the tokens of a weight gradient are summed.
 
     A weight has few tiles, each a long sum: 135 of them on 132 multiprocessors would take as long as 264. The fewest
-    parts that keep the multiprocessors nearly as busy as any number up to ``_MOST_PARTS`` does, each of
+    that keep the multiprocessors nearly as busy as any number up to ``_MOST_SPLITS`` does, each of
     ``_LEAST_STEPS`` steps or more.
     """
 
-    def busy(parts: int) -> float:
-        rounds = triton.cdiv(tiles * parts, processors)
-        return tiles * parts / (rounds * processors)
+    def busy(splits: int) -> float:
+        rounds = triton.cdiv(tiles * splits, processors)
+        return tiles * splits / (rounds * processors)
 
-    choices = range(1, max(1, min(_MOST_PARTS, steps // _LEAST_STEPS)) + 1)
+    choices = range(1, max(1, min(_MOST_SPLITS, steps // _LEAST_STEPS)) + 1)
     enough = 0.95 * max(map(busy, choices))
-    return next(parts for parts in choices if busy(parts) >= enough)
+    return next(splits for splits in choices if busy(splits) >= enough)
 
 
 def token_sums(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -820,7 +910,12 @@ def _plain_token_sums(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor, 
 
 
 def _input_gradient(g: Tensor, weight: Tensor, start: Tensor, width: int) -> Tensor:
-    return input_gradient(g, weight, start, empty_rows(*g.shape[:2], width, like=g, dtype=g.dtype), None)[0]
+    du = empty_rows(*g.shape[:2], width, like=g, dtype=g.dtype)
+    return input_gradient(g, weight, Band(start, width), du, None)[0]
+
+
+def _weight_gradient(g: Tensor, u: Tensor, start: Tensor, channels: int) -> Tensor:
+    return weight_gradient(g, u, Band(start, u.shape[2]), channels)
 
 
 def _layer(draw: Draw, outputs: int, routed: bool) -> dict[str, Any]:
@@ -967,7 +1062,7 @@ KERNELS = [
     ),
     Kernel(
         "weight_gradient",
-        weight_gradient,
+        _weight_gradient,
         _plain_weight_gradient,
         lambda draw: dict(
             g=draw(*draw.sizes[:2], 3 * draw.sizes.C), u=draw.compact(), start=draw.start, channels=draw.sizes.C

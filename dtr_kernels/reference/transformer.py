@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SCOPES = ("block", "branch")
+SCOPES = ("block", "branch", "inner")
 
 
 def routing_mask(t: Tensor, channels: int, num_timesteps: int = 1000, alpha: float = 4.0, beta: float = 0.8) -> Tensor:
@@ -108,18 +108,30 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     return x + gate[:, None] * branch
 
 
-def attention(u: Tensor, attn: Any) -> Tensor:
-    """Multi-head self-attention of tokens u [B, N, C], with timm's query and key norms where attn has them."""
+def attention(u: Tensor, attn: Any, mask: Tensor | None = None) -> Tensor:
+    """Multi-head self-attention of tokens u [B, N, C], with timm's query and key norms where attn has them.
+
+    mask [B, H], 1 where active, multiplies what each head gives to the output projection.
+    """
     B, N, C = u.shape
     q, k, v = attn.qkv(u).reshape(B, N, 3, attn.num_heads, C // attn.num_heads).permute(2, 0, 3, 1, 4)
     if hasattr(attn, "q_norm"):
         q, k = attn.q_norm(q), attn.k_norm(k)
-    return attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C))
+    out = F.scaled_dot_product_attention(q, k, v)
+    if mask is not None:
+        out = out * mask[:, :, None, None].to(out.dtype)
+    return attn.proj(out.transpose(1, 2).reshape(B, N, C))
 
 
-def mlp(u: Tensor, fc1: torch.nn.Linear, fc2: torch.nn.Linear) -> Tensor:
-    """fc2(GELU(fc1(u))), GELU in its tanh form."""
-    return fc2(F.gelu(fc1(u), approximate="tanh"))
+def mlp(u: Tensor, fc1: torch.nn.Linear, fc2: torch.nn.Linear, mask: Tensor | None = None) -> Tensor:
+    """fc2(GELU(fc1(u))), GELU in its tanh form.
+
+    mask [B, H], 1 where active, multiplies the hidden channels, as many neighbours for each of its columns.
+    """
+    hidden = F.gelu(fc1(u), approximate="tanh")
+    if mask is not None:
+        hidden = masked(hidden, mask.repeat_interleave(hidden.shape[2] // mask.shape[1], dim=1))
+    return fc2(hidden)
 
 
 def dit_block(block: Any, x: Tensor, c: Tensor, mask: Tensor | None = None, scope: str = "block") -> Tensor:
@@ -130,9 +142,9 @@ def dit_block(block: Any, x: Tensor, c: Tensor, mask: Tensor | None = None, scop
             ``attn.num_heads``, ``mlp.fc1``, ``mlp.fc2``, ``adaLN_modulation``, and ``norm1.eps``, ``norm2.eps``.
         x: [B, N, C].
         c: [B, C].
-        mask: [B, C], 1 where active; None is the unrouted block.
+        mask: [B, C], in scope "inner" [B, H] of H heads, 1 where active; None is the unrouted block.
         scope: "block" routes the whole residual block, as the paper does; "branch" masks what attention and MLP each
-            see.
+            see; "inner" masks what they are made of, attention heads and hidden channels.
 
     Returns:
         [B, N, C].
@@ -140,12 +152,15 @@ def dit_block(block: Any, x: Tensor, c: Tensor, mask: Tensor | None = None, scop
     s1, k1, g1, s2, k2, g2 = (m for m in block.adaLN_modulation(c).chunk(6, dim=1))
     eps1, eps2 = block.norm1.eps, block.norm2.eps
 
-    def attend(z: Tensor) -> Tensor:
-        return attention(modulate(layer_norm(z, eps1), s1, k1), block.attn)
+    def attend(z: Tensor, heads: Tensor | None = None) -> Tensor:
+        return attention(modulate(layer_norm(z, eps1), s1, k1), block.attn, heads)
 
-    def transform(z: Tensor) -> Tensor:
-        return mlp(modulate(layer_norm(z, eps2), s2, k2), block.mlp.fc1, block.mlp.fc2)
+    def transform(z: Tensor, heads: Tensor | None = None) -> Tensor:
+        return mlp(modulate(layer_norm(z, eps2), s2, k2), block.mlp.fc1, block.mlp.fc2, heads)
 
+    if scope == "inner":
+        x = x + g1[:, None] * attend(x, mask)
+        return x + g2[:, None] * transform(x, mask)
     if scope == "branch":
         x = x + g1[:, None] * attend(masked(x, mask))
         return x + g2[:, None] * transform(masked(x, mask))
@@ -161,7 +176,7 @@ def dit(model: Any, x: Tensor, t: Tensor, y: Tensor, mask: Tensor | None = None)
     Args:
         model: an ``nn.DiT``, whose parameters and embeddings are used; a block's ``scope`` says what the mask routes.
         x: noisy input [B, in_channels, H, W]. t: timesteps [B]. y: labels [B].
-        mask: [B, C], 1 where active; None is the unrouted model.
+        mask: [B, C], in scope "inner" [B, H], 1 where active; None is the unrouted model.
 
     Returns:
         [B, out_channels, H, W].

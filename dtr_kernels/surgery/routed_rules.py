@@ -1,9 +1,9 @@
-"""The rules of our own fused ops, ``routed_linear`` and ``routed_mlp``.
+"""The rules of our own fused ops, ``routed_linear``, ``routed_mlp`` and those of scope "inner".
 
 Forward they are the ops themselves, backward the ops' own kernels but for the weights' gradients. These want the
 layer's input on all channels, modulate(LN(m * stream)): then they are those of an ordinary linear layer, and one
 batched GEMM gives them for all clusters. That is 1 / beta times the multiplications of a window, in far fewer launches
-than one for each cluster.
+than one for each cluster. In scope "inner" gradients of inactive rows, and inputs of inactive columns, are zeros.
 """
 
 from __future__ import annotations
@@ -15,6 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dtr_kernels.ops.band_linear import (
+    Heads,
+    among_all,
+    band_input_gradient,
+    gelu_band_backward,
+    in_order,
+    order_by_window,
+    out_of_order,
+)
 from dtr_kernels.ops.gated_norm import NormInputs, NormWindow, gated_norm_backward, gated_norm_forward
 from dtr_kernels.ops.window_linear import gelu_linear_backward
 from dtr_kernels.surgery.interception import Interception, Refusal, Rule, in_autocast_dtype, take_linear
@@ -112,7 +121,123 @@ class _RoutedMlp(torch.autograd.Function):
         return None, None, *before, *fc1, *fc2, *after, None, None, None, None, None
 
 
+def _inner_linear(run: Interception, op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+    _check(run, [*args[:3], args[5], *args[9:11]], list(args[3:5]))
+    return _InnerLinear.apply(run, op, *args)
+
+
+def _inner_projection(run: Interception, op: Callable[..., Any], *args: Any) -> Tensor:
+    _check(run, [args[0], args[3]], list(args[1:3]))
+    return _InnerProjection.apply(run, op, *args)
+
+
+def _inner_mlp(run: Interception, op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+    _check(run, [*args[:3], *args[7:10]], list(args[3:7]))
+    return _InnerMlp.apply(run, op, *args)
+
+
+class _InnerLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Interception, op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+        x, shift, scale, *weights = args[:5]
+        start, *ctx.heads, branch, gate, ctx.eps = args[5:]
+        ctx.run, ctx.weights = run, weights
+        weight, bias = _cast(weights, x)
+        stream, out, mean, rstd = op(x, shift, scale, weight, bias, *args[5:])
+        ctx.set_materialize_grads(False)
+        seen = x if branch is None else stream
+        ctx.save_for_backward(seen, shift, scale, weight, start, branch, gate, mean, rstd)
+        ctx.mark_non_differentiable(mean, rstd)
+        return stream, out, mean, rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        stream, shift, scale, weight, start, branch, gate, mean, rstd = ctx.saved_tensors
+        active, total, parts = ctx.heads
+        band = Heads(start, active, total).rows(weight, parts)
+        with torch._C.DisableTorchFunction():
+            if dout is None:
+                dout = stream.new_zeros(*stream.shape[:2], parts * band.width, dtype=weight.dtype)
+            window = NormWindow(None, stream.shape[2])
+            u = gated_norm_forward(NormInputs(stream, shift, scale), window, ctx.eps, weight.dtype).u
+            taken = ctx.run.collect(ctx.weights, take_linear, among_all(dout, band, len(weight)), u)
+            del u
+            inputs = (stream, shift, scale, weight, start, *ctx.heads, branch, gate, ctx.eps, mean, rstd)
+            dx, dshift, dscale, _, _, dbranch, dgate = torch.ops.dtr_kernels.inner_linear_backward(
+                None if branch is None else dstream, dout, *inputs, need_weight=False, need_bias=False
+            )
+        if branch is None:
+            dbranch = dgate = None
+        return None, None, dx, dshift, dscale, *taken, None, None, None, None, dbranch, dgate, None
+
+
+class _InnerProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Interception, op: Callable[..., Any], z: Tensor, *args: Any) -> Tensor:
+        *weights, start, active, total = args
+        ctx.run, ctx.weights, ctx.heads, ctx.dtype = run, weights, (active, total), z.dtype
+        cast, weight, bias = _cast([z, *weights], z)
+        ctx.save_for_backward(cast, weight, start)
+        return op(cast, weight, bias, start, active, total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        z, weight, start = ctx.saved_tensors
+        with torch._C.DisableTorchFunction():
+            every = among_all(z, Heads(start, *ctx.heads).columns(weight), weight.shape[1])
+            taken = ctx.run.collect(ctx.weights, take_linear, dout, every)
+            dz, *_ = torch.ops.dtr_kernels.inner_projection_backward(
+                dout, z, weight, start, *ctx.heads, need_weight=False, need_bias=False
+            )
+        return None, None, dz.to(ctx.dtype), *taken, None, None, None
+
+
+class _InnerMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Interception, op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+        x, shift, scale, *weights, branch, gate, start = args[:10]
+        ctx.run, ctx.weights = run, weights
+        *ctx.heads, ctx.eps, _ = args[10:]
+        cast = _cast(weights, x)
+        stream, out, pre, mean, rstd = op(x, shift, scale, *cast, *args[7:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, shift, scale, branch, gate, cast[0], cast[2], start, pre, mean, rstd)
+        ctx.mark_non_differentiable(pre, mean, rstd)
+        return stream, out, pre, mean, rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        *tensors, fc1_weight, fc2_weight, start, pre, mean, rstd = ctx.saved_tensors
+        inputs, window = NormInputs(*tensors), NormWindow(None, tensors[0].shape[2])
+        x, shift, scale, _branch, gate = tensors
+        with torch._C.DisableTorchFunction():
+            if dout is None:
+                dout = x.new_zeros(*x.shape[:2], len(fc2_weight), dtype=fc2_weight.dtype)
+            order = order_by_window(dout, start)  # in which the samples of pre are
+            heads = Heads(in_order(start, order), *ctx.heads)
+            rows, columns = heads.rows(fc1_weight), heads.columns(fc2_weight)
+            dpre, act = gelu_band_backward(in_order(dout.contiguous(), order), pre, fc2_weight, columns)
+            every = out_of_order(among_all(act, columns, fc2_weight.shape[1]), order)
+            fc2 = ctx.run.collect(ctx.weights[2:], take_linear, dout, every)
+            del act, every
+            u = gated_norm_forward(inputs, window, ctx.eps, dpre.dtype, write_stream=False).u
+            every = out_of_order(among_all(dpre, rows, len(fc1_weight)), order)
+            fc1 = ctx.run.collect(ctx.weights[:2], take_linear, every, u)
+            du = out_of_order(band_input_gradient(dpre, fc1_weight, rows), order)
+            norm = gated_norm_backward(du, dstream, None, inputs, mean, rstd, window)
+            assert norm.gate is not None
+            before = norm.x, norm.shift.to(shift.dtype), norm.scale.to(scale.dtype)
+            after = norm.branch, norm.gate.to(gate.dtype)
+        return None, None, *before, *fc1, *fc2, *after, None, None, None, None, None
+
+
 ROUTED_RULES: dict[Any, Rule] = {
     torch.ops.dtr_kernels.routed_linear.default: _routed_linear,
     torch.ops.dtr_kernels.routed_mlp.default: _routed_mlp,
+    torch.ops.dtr_kernels.inner_linear.default: _inner_linear,
+    torch.ops.dtr_kernels.inner_projection.default: _inner_projection,
+    torch.ops.dtr_kernels.inner_mlp.default: _inner_mlp,
 }

@@ -89,14 +89,23 @@ class ModelState:
             time = t if self.noise_level is None else time.item()
         return {C: active_channels(self.routing, time, C) for C in self.channels}
 
+    def channels_of(self, block: Any) -> int:
+        """Return what a routing of the block chooses from: how many channels it has, in scope "inner" heads."""
+        return choices_of(block, block._dtr.family, self.scope)
+
     def window_of(self, block: Any) -> ChannelWindow | Tensor:
         assert self.call.windows is not None
-        return self.call.windows[block._dtr.family.channels(block)]
+        return self.call.windows[self.channels_of(block)]
 
     def width_of(self, block: Any) -> int | None:
         if not isinstance(self.routing, DenoisingTaskRouting):
             return None
-        return window_width(self.routing.beta, block._dtr.family.channels(block))
+        return window_width(self.routing.beta, self.channels_of(block))
+
+
+def choices_of(block: Any, family: type[Family], scope: str) -> int:
+    """Return how many channels a routing chooses from in this scope; in scope "inner" attention heads."""
+    return family.layers(block).attn.num_heads if scope == "inner" else family.channels(block)
 
 
 def active_channels(routing: Routing, t: Any, channels: int) -> ChannelWindow | Tensor:
@@ -176,7 +185,7 @@ class BlockState:
     def _window_of_compiled(self, block: Any, marker: Tensor) -> ChannelWindow | Tensor:
         """Return the same for a block that is compiled by itself: its graph asks at each run, a checkpoint's too."""
         assert self.source is not None
-        width, channels = self.source.width_of(block), self.family.channels(block)
+        width, channels = self.source.width_of(block), choices_of(block, self.family, self.model.scope)
         found = torch.ops.dtr_kernels.window_of_block(marker, self._number, width or 0, channels)
         return found if width is None else ChannelWindow(found, width, channels)
 

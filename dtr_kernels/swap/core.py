@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dtr_kernels.nn.block import check_scope
+from dtr_kernels.nn.block import check_hidden, check_scope
 from dtr_kernels.routing import DenoisingTaskRouting, RandomRouting
 from dtr_kernels.swap.classes import (
     TIMESTEP_NAMES,
@@ -24,12 +24,14 @@ from dtr_kernels.swap.classes import (
     Swapped,
     active_channels,
     block_class,
+    choices_of,
     model_class,
     timestep_argument,
 )
 from dtr_kernels.swap.family import Family
 from dtr_kernels.swap.registry import FAMILIES, family_of
 from dtr_kernels.swap.trial import swap_problem
+from dtr_kernels.swap.views import Layers
 
 Model = TypeVar("Model", bound=nn.Module)
 Blocks = dict[str, tuple[Any, type[Family]]]
@@ -55,8 +57,9 @@ def swap_blocks(
             some blocks than in others. None keeps the model's own routing (the masks of the public DTR code) and leaves
             a model that has none unrouted. A routed model must take its timesteps as the argument t, timestep or
             timesteps of its forward: of the innermost one that runs all blocks.
-        scope: what the routing masks: "block", the whole residual block as in the paper, or "branch", what attention
-            and MLP of a DiT block each see.
+        scope: what the routing masks: "block", the whole residual block as in the paper; "branch", what attention and
+            MLP of a DiT block each see; or "inner", of this library, attention heads and the hidden channels of the MLP
+            that go with them, so that what is not active is not computed anywhere.
         noise_level: where the model's timesteps are not what the routing takes (integers 0..T-1, or floating-point
             noise levels in [0, 1], where 1 is noise; with ``float_timesteps`` of the routing, floating-point timesteps
             0..T-1), a function that makes that of them, [B] to [B]. SiT counts the other way round, from noise at 0 to
@@ -80,7 +83,7 @@ def swap_blocks(
     _check_untouched(model)
     blocks = _find_blocks(model)
     _check_settings(blocks, routing, scope)
-    channels = tuple(sorted({family.channels(block) for block, family in blocks.values()}))
+    channels = tuple(sorted({choices_of(block, family, scope) for block, family in blocks.values()}))
     state = ModelState(routing, scope, channels, noise_level)
 
     swaps: list[tuple[Any, type, ModelState | BlockState]] = []
@@ -236,12 +239,20 @@ def _check_settings(blocks: Blocks, routing: DenoisingTaskRouting | RandomRoutin
                 f"cannot swap block {_label(name, block)}: a {family.name} has no scope {scope!r}; use "
                 f"{' or '.join(map(repr, family.scopes))}"
             )
-        if routing is None:
-            continue
         try:
-            active_channels(routing, torch.zeros(1, dtype=torch.long, device="cpu"), family.channels(block))
+            if scope == "inner":
+                _check_inner(family.layers(block), routing is None and family.windows(block) is not None)
+            if routing is not None:
+                t = torch.zeros(1, dtype=torch.long, device="cpu")
+                active_channels(routing, t, choices_of(block, family, scope))
         except ValueError as error:
             raise ValueError(f"cannot swap block {_label(name, block)}: {error}") from None
+
+
+def _check_inner(layers: Layers, has_masks: bool) -> None:
+    check_hidden(layers.mlp.fc1.out_features, layers.attn.num_heads, "mlp.fc1's outputs")
+    if has_masks:
+        raise ValueError("its own masks are of channels, but scope 'inner' routes heads; give swap_blocks a routing")
 
 
 def _find_owner(model: nn.Module, blocks: set[nn.Module]) -> Any:

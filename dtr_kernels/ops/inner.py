@@ -1,0 +1,575 @@
+"""The steps of a block in scope "inner": norm and rows, columns, and the MLP of both, over each sample's active heads.
+
+The norms see every channel; see ``band_linear`` for the rest. As in the other scopes the norms' outputs, and what is
+between fc1 and fc2 but for fc1's output, are recomputed in the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dtr_kernels import reference
+from dtr_kernels.ops.band_linear import (
+    Heads,
+    band_backward,
+    band_forward,
+    band_gelu_forward,
+    gelu_band_backward,
+    in_order,
+    order_by_window,
+    out_of_order,
+    parameter_gradients,
+    plain_band,
+)
+from dtr_kernels.ops.checks import check_heads, check_linear, check_stream
+from dtr_kernels.ops.dispatch import Choice, choose, in_dtype_of
+from dtr_kernels.ops.gated_norm import NormInputs, NormWindow, gated_norm_backward, gated_norm_forward
+from dtr_kernels.ops.linear import or_empty
+from dtr_kernels.ops.registration import op
+from dtr_kernels.routing import ChannelWindow
+
+# --- norm, then rows -------------------------------------------------------------------------------------------------
+
+
+@op("inner_linear")
+def _linear(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    start: Tensor,
+    width: int,
+    heads: int,
+    parts: int,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(stream, out, mean, rstd); stream is empty without a branch, where it would be x itself."""
+    inputs = NormInputs(x, shift, scale, branch, gate)
+    stream, u, mean, rstd = gated_norm_forward(inputs, NormWindow(None, x.shape[-1]), eps, weight.dtype)
+    order = order_by_window(u, start)
+    band = Heads(in_order(start, order), width, heads).rows(weight, parts)
+    out = out_of_order(band_forward(in_order(u, order), weight, bias, band), order)
+    return x.new_empty(0) if stream is None else stream, out, mean, rstd
+
+
+@_linear.register_fake
+def _(
+    x: Tensor, shift: Any, scale: Any, weight: Tensor, bias: Any, start: Any, width: Any, heads: Any, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _parts, branch, *_ = rest
+    stream = x.new_empty(0) if branch is None else x.new_empty(x.shape)
+    statistics = _statistics(x)
+    out = x.new_empty(*x.shape[:2], weight.shape[0] // heads * width, dtype=weight.dtype)
+    return stream, out, statistics, torch.empty_like(statistics)
+
+
+def _statistics(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+@_linear.register_flops
+def _(x: Any, shift: Any, scale: Any, weight: Any, bias: Any, start: Any, width: int, heads: int, *_: Any) -> int:
+    B, N, C = x
+    return 2 * B * N * C * (weight[0] // heads * width)
+
+
+@op("inner_linear_backward")
+def _linear_backward(
+    dstream: Tensor | None,
+    dout: Tensor,
+    stream: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    start: Tensor,
+    width: int,
+    heads: int,
+    parts: int,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+    mean: Tensor,
+    rstd: Tensor,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (x, shift, scale, weight, bias, branch, gate), empty where there is no such input or no need."""
+    window = NormWindow(None, stream.shape[-1])
+    u = gated_norm_forward(NormInputs(stream, shift, scale), window, eps, weight.dtype).u
+    order = order_by_window(u, start)
+    band = Heads(in_order(start, order), width, heads).rows(weight, parts)
+    dout, u = in_order(dout.contiguous(), order), in_order(u, order)
+    linear = band_backward(dout, u, weight, band, need_weight, need_bias)
+    inputs = NormInputs(stream, shift, scale, branch, gate)
+    norm = gated_norm_backward(
+        out_of_order(linear.u, order), dstream, None, inputs, mean, rstd, window, x_is_stream=True
+    )
+    return (
+        norm.x,
+        norm.shift.to(shift.dtype),
+        norm.scale.to(scale.dtype),
+        or_empty(linear.weight, weight),
+        or_empty(linear.bias, weight),
+        or_empty(norm.branch, stream),
+        or_empty(None if norm.gate is None or gate is None else norm.gate.to(gate.dtype), stream),
+    )
+
+
+@_linear_backward.register_fake
+def _(
+    dstream: Any, dout: Any, stream: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _start, _width, _heads, _parts, branch, gate, *_, need_weight, need_bias = rest
+    return (
+        stream.new_empty(stream.shape),
+        shift.new_empty(shift.shape),
+        scale.new_empty(scale.shape),
+        weight.new_empty(weight.shape if need_weight else 0),
+        weight.new_empty(weight.shape[0] if need_bias else 0),
+        stream.new_empty(0 if branch is None else branch.shape),
+        stream.new_empty(0) if gate is None else gate.new_empty(gate.shape),
+    )
+
+
+@_linear_backward.register_flops
+def _(dstream: Any, dout: Any, stream: Any, shift: Any, scale: Any, weight: Any, *rest: Any) -> int:
+    need_weight = rest[-2]
+    B, N, outputs = dout
+    return 2 * B * N * weight[1] * outputs * (1 + need_weight)
+
+
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, shift, scale, weight, _, start, ctx.width, ctx.heads, ctx.parts, branch, gate, ctx.eps = inputs
+    stream, _, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x if branch is None else stream, shift, scale, weight, start, branch, gate, mean, rstd)
+
+
+def _of_linear(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    stream, shift, scale, weight, start, branch, gate, mean, rstd = ctx.saved_tensors
+    if dout is None:
+        outputs = len(weight) // ctx.heads * ctx.width
+        dout = stream.new_zeros(*stream.shape[:2], outputs, dtype=weight.dtype)
+    needs = ctx.needs_input_grad
+    inputs = (stream, shift, scale, weight, start, ctx.width, ctx.heads, ctx.parts, branch, gate, ctx.eps)
+    gradients = _linear_backward(dstream if branch is not None else None, dout, *inputs, mean, rstd, *needs[3:5])
+    wanted = [g if need else None for g, need in zip(gradients, needs[:5] + needs[9:11], strict=True)]
+    return *wanted[:5], None, None, None, None, *wanted[5:], None
+
+
+_linear.register_autograd(_of_linear, setup_context=_setup_linear)
+_linear_backward.refuse_autograd()
+_linear.register_autocast(casts=(3, 4))
+
+
+# --- columns ---------------------------------------------------------------------------------------------------------
+
+
+@op("inner_projection")
+def _projection(z: Tensor, weight: Tensor, bias: Tensor | None, start: Tensor, width: int, heads: int) -> Tensor:
+    order = order_by_window(z, start)
+    band = Heads(in_order(start, order), width, heads).columns(weight)
+    return out_of_order(band_forward(in_order(z, order), weight, bias, band), order)
+
+
+@_projection.register_fake
+def _(z: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return z.new_empty(*z.shape[:2], weight.shape[0])
+
+
+@_projection.register_flops
+def _(z: Any, weight: Any, *_: Any) -> int:
+    B, N, active = z
+    return 2 * B * N * active * weight[0]
+
+
+@op("inner_projection_backward")
+def _projection_backward(
+    dout: Tensor, z: Tensor, weight: Tensor, start: Tensor, width: int, heads: int, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of (z, weight, bias), empty where there is no need."""
+    order = order_by_window(z, start)
+    band = Heads(in_order(start, order), width, heads).columns(weight)
+    dout, z = in_order(dout.contiguous(), order), in_order(z, order)
+    found = band_backward(dout, z, weight, band, need_weight, need_bias)
+    return out_of_order(found.u, order), or_empty(found.weight, weight), or_empty(found.bias, weight)
+
+
+@_projection_backward.register_fake
+def _(dout: Any, z: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_weight, need_bias = rest[-2:]
+    return (
+        z.new_empty(z.shape),
+        weight.new_empty(weight.shape if need_weight else 0),
+        weight.new_empty(weight.shape[0] if need_bias else 0),
+    )
+
+
+@_projection_backward.register_flops
+def _(dout: Any, z: Any, weight: Any, start: Any, width: Any, heads: Any, need_weight: bool, need_bias: Any) -> int:
+    B, N, active = z
+    return 2 * B * N * active * weight[0] * (1 + need_weight)
+
+
+def _setup_projection(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    z, weight, _, start, ctx.width, ctx.heads = inputs
+    ctx.save_for_backward(z, weight, start)
+
+
+def _of_projection(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    z, weight, start = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    gradients = _projection_backward(dout, z, weight, start, ctx.width, ctx.heads, *needs[1:])
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None
+
+
+_projection.register_autograd(_of_projection, setup_context=_setup_projection)
+_projection_backward.refuse_autograd()
+_projection.register_autocast(casts=(0, 1, 2))
+
+
+# --- norm, fc1, GELU, fc2 --------------------------------------------------------------------------------------------
+
+
+@op("inner_mlp")
+def _mlp(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    branch: Tensor,
+    gate: Tensor,
+    start: Tensor,
+    width: int,
+    heads: int,
+    eps: float,
+    write_pre: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(stream, out, pre, mean, rstd); pre, fc1's output in the order of windows, is empty unless ``write_pre``."""
+    inputs = NormInputs(x, shift, scale, branch, gate)
+    stream, u, mean, rstd = gated_norm_forward(inputs, NormWindow(None, x.shape[-1]), eps, fc1_weight.dtype)
+    order = order_by_window(u, start)
+    active = Heads(in_order(start, order), width, heads)
+    pre, act = band_gelu_forward(in_order(u, order), fc1_weight, fc1_bias, active.rows(fc1_weight), write_pre)
+    out = out_of_order(band_forward(act, fc2_weight, fc2_bias, active.columns(fc2_weight)), order)
+    assert stream is not None
+    return stream, out, pre, mean, rstd
+
+
+@_mlp.register_fake
+def _(
+    x: Tensor, shift: Any, scale: Any, fc1_weight: Tensor, fc1_bias: Any, fc2_weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    width, heads, _eps, write_pre = rest[-4:]
+    statistics = _statistics(x)
+    hidden = (*x.shape[:2], fc1_weight.shape[0] // heads * width)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(*x.shape[:2], fc2_weight.shape[0], dtype=fc2_weight.dtype),
+        fc1_weight.new_empty(hidden if write_pre else 0),
+        statistics,
+        torch.empty_like(statistics),
+    )
+
+
+@_mlp.register_flops
+def _(x: Any, shift: Any, scale: Any, fc1_weight: Any, fc1_bias: Any, fc2_weight: Any, *rest: Any) -> int:
+    width, heads, *_ = rest[-4:]
+    B, N, C = x
+    O, hidden = fc2_weight
+    return 2 * B * N * (hidden // heads * width) * (C + O)
+
+
+@op("inner_mlp_backward")
+def _mlp_backward(
+    dstream: Tensor | None,
+    dout: Tensor,
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    start: Tensor,
+    width: int,
+    heads: int,
+    eps: float,
+    pre: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (x, shift, scale, fc1's and fc2's weight and bias, branch, gate); parameters only where
+    ``needs``."""
+    order = order_by_window(dout, start)
+    active, dout = Heads(in_order(start, order), width, heads), in_order(dout.contiguous(), order)
+    columns = active.columns(fc2_weight)
+    dpre, act = gelu_band_backward(dout, pre, fc2_weight, columns)
+    dfc2_weight, dfc2_bias = parameter_gradients(dout, act, fc2_weight, columns, *needs[2:])
+    del act
+    inputs, window = NormInputs(x, shift, scale, branch, gate), NormWindow(None, x.shape[-1])
+    u = gated_norm_forward(inputs, window, eps, fc1_weight.dtype, write_stream=False).u
+    fc1 = band_backward(dpre, in_order(u, order), fc1_weight, active.rows(fc1_weight), *needs[:2])
+    norm = gated_norm_backward(out_of_order(fc1.u, order), dstream, None, inputs, mean, rstd, window)
+    assert norm.branch is not None and norm.gate is not None
+    return (
+        norm.x,
+        norm.shift.to(shift.dtype),
+        norm.scale.to(scale.dtype),
+        or_empty(fc1.weight, fc1_weight),
+        or_empty(fc1.bias, fc1_weight),
+        or_empty(dfc2_weight, fc2_weight),
+        or_empty(dfc2_bias, fc2_weight),
+        norm.branch,
+        norm.gate.to(gate.dtype),
+    )
+
+
+@_mlp_backward.register_fake
+def _(
+    dstream: Any,
+    dout: Any,
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    needs = rest[-1]
+    return (
+        x.new_empty(x.shape),
+        shift.new_empty(shift.shape),
+        scale.new_empty(scale.shape),
+        fc1_weight.new_empty(fc1_weight.shape if needs[0] else 0),
+        fc1_weight.new_empty(fc1_weight.shape[0] if needs[1] else 0),
+        fc2_weight.new_empty(fc2_weight.shape if needs[2] else 0),
+        fc2_weight.new_empty(fc2_weight.shape[0] if needs[3] else 0),
+        branch.new_empty(branch.shape),
+        gate.new_empty(gate.shape),
+    )
+
+
+@_mlp_backward.register_flops
+def _(dstream: Any, dout: Any, x: Any, shift: Any, scale: Any, fc1_weight: Any, fc2_weight: Any, *rest: Any) -> int:
+    _branch, _gate, _start, width, heads, *_, needs = rest
+    B, N, C = x
+    O, hidden = fc2_weight
+    return 2 * B * N * (hidden // heads * width) * (C * (1 + needs[0]) + O * (1 + needs[2]))
+
+
+def _setup_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, shift, scale, fc1_weight, _, fc2_weight, _, branch, gate, start = inputs[:10]
+    ctx.width, ctx.heads, ctx.eps, _ = inputs[10:]
+    _, _, pre, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, shift, scale, fc1_weight, fc2_weight, branch, gate, start, pre, mean, rstd)
+
+
+def _of_mlp(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    *inputs, pre, mean, rstd = ctx.saved_tensors
+    x, fc2_weight = inputs[0], inputs[4]
+    if dout is None:
+        dout = x.new_zeros(*x.shape[:2], fc2_weight.shape[0], dtype=fc2_weight.dtype)
+    needs = list(ctx.needs_input_grad)
+    settings = (ctx.width, ctx.heads, ctx.eps)
+    gradients = _mlp_backward(dstream, dout, *inputs, *settings, pre, mean, rstd, needs[3:7])
+    return *(g if need else None for g, need in zip(gradients, needs, strict=False)), None, None, None, None, None
+
+
+_mlp.register_autograd(_of_mlp, setup_context=_setup_mlp)
+_mlp_backward.refuse_autograd()
+_mlp.register_autocast(casts=(3, 4, 5, 6))
+
+
+# --- public functions ------------------------------------------------------------------------------------------------
+
+
+def inner_linear(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: ChannelWindow,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+    parts: int = 1,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """stream = x + gate * branch, and the outputs of active heads of Linear(modulate(LN(stream), shift, scale)).
+
+    Args:
+        x: residual stream [B, N, C], fp32, bf16, fp16 or fp64.
+        shift, scale: adaLN modulation [B, C], any floating dtype; rows may be strided views of one [B, 6C].
+        weight, bias: of the linear layer, [O, C] and [O] (or None), in x's dtype; autocast casts them and leaves x
+            alone.
+        window: ``routing.window(t, channels=H)`` over H heads. Where t is a number or on the CPU the host knows it,
+            which is the faster way on a GPU too.
+        branch, gate: a pending update of the stream, [B, N, C] and [B, C], or None.
+        parts: into how many equal parts the outputs fall, each of which has outputs of every head: 3 for queries, keys
+            and values in one layer.
+        eps: added to the variance.
+
+    Returns:
+        stream [B, N, C] in x's dtype (x itself without a branch), and [B, N, O * A / H] in weight's dtype, of A active
+        heads.
+
+    Raises:
+        TypeError: if a tensor is not floating point, or window not a window.
+        ValueError: if shapes, dtypes, devices or the window do not fit x, or O is not divisible by parts * H.
+    """
+    choice = choose(x, weight)
+    return inner_linear_by(choice, x, shift, scale, weight, bias, window, branch, gate, parts, eps)
+
+
+def inner_linear_by(
+    choice: Choice,
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: ChannelWindow,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    parts: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """``inner_linear`` by a choice that was made for it or for its block."""
+    check_stream(x, branch, gate, shift=shift, scale=scale)
+    check_linear(x, "", weight, bias, x.shape[-1])
+    heads = _heads(x, window)
+    _check_divisible("weight", len(weight), parts * heads.total)
+    if choice.path == "plain":
+        branch, gate, shift, scale = in_dtype_of(x, branch, gate, shift, scale)
+        stream, u = reference.routed_norm(x, shift, scale, None, branch, gate, eps=eps)
+        return stream, plain_band(u, weight, bias, heads.rows(weight, parts))
+    stream, out, _, _ = _linear(x, shift, scale, weight, bias, *heads, parts, branch, gate, eps)
+    return x if branch is None else stream, out
+
+
+def inner_projection(z: Tensor, weight: Tensor, bias: Tensor | None, window: ChannelWindow) -> Tensor:
+    """Linear(z), where z has the inputs of active heads alone and those of others count as zero.
+
+    Args:
+        z: [B, N, I * A / H] of A active heads out of H, fp32, bf16, fp16 or fp64.
+        weight, bias: of the linear layer, [O, I] and [O] (or None), in z's dtype; autocast casts all three.
+        window: as in ``inner_linear``.
+
+    Returns:
+        [B, N, O] in weight's dtype.
+
+    Raises:
+        TypeError: if a tensor is not floating point, or window not a window.
+        ValueError: if shapes, dtypes, devices or the window do not fit z, or I is not divisible by H.
+    """
+    return inner_projection_by(choose(z, weight), z, weight, bias, window)
+
+
+def inner_projection_by(
+    choice: Choice, z: Tensor, weight: Tensor, bias: Tensor | None, window: ChannelWindow
+) -> Tensor:
+    """``inner_projection`` by a choice that was made for it or for its block."""
+    check_stream(z, None, None)
+    heads = _heads(z, window)
+    check_linear(z, "", weight, bias, weight.shape[-1])
+    _check_divisible("weight's inputs", weight.shape[1], heads.total)
+    band = heads.columns(weight)
+    if z.shape[2] != band.width:
+        raise ValueError(f"z must have shape [B, N, {band.width}] for {heads.active} heads, got {list(z.shape)}")
+    if choice.path == "plain":
+        return plain_band(z, weight, bias, band)
+    return _projection(z, weight, bias, *heads)
+
+
+def inner_mlp(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    branch: Tensor,
+    gate: Tensor,
+    window: ChannelWindow,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """stream = x + gate * branch, and fc2(m * GELU(fc1(modulate(LN(stream), shift, scale)))), GELU in its tanh form.
+
+    m is 1 for the hidden channels that go with active heads, F / H for each of H heads, and 0 for others.
+
+    Args:
+        x: residual stream [B, N, C], fp32, bf16, fp16 or fp64.
+        shift, scale: adaLN modulation [B, C], any floating dtype; rows may be strided views of one [B, 6C].
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias: [F, C], [F], [O, F], [O], biases may be None; in x's dtype,
+            autocast casts them and leaves x alone.
+        branch, gate: the update of the stream, [B, N, C] and [B, C].
+        window: as in ``inner_linear``.
+        eps: added to the variance.
+
+    Returns:
+        stream [B, N, C] in x's dtype and the MLP's output [B, N, O] in the weights' dtype.
+
+    Raises:
+        TypeError: if a tensor is not floating point, or window not a window.
+        ValueError: if shapes, dtypes, devices or the window do not fit x, or F is not divisible by H.
+    """
+    if branch is None or gate is None:
+        raise ValueError("branch and gate must both be given, got None")
+    choice = choose(x, fc1_weight, fc2_weight)
+    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return inner_mlp_by(choice, x, shift, scale, weights, branch, gate, window, eps)
+
+
+def inner_mlp_by(
+    choice: Choice,
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weights: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    branch: Tensor,
+    gate: Tensor,
+    window: ChannelWindow,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """``inner_mlp`` by a choice that was made for it or for its block; weights and biases of fc1 and fc2 together."""
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
+    check_stream(x, branch, gate, shift=shift, scale=scale)
+    check_linear(x, "fc1_", fc1_weight, fc1_bias, x.shape[-1])
+    check_linear(x, "fc2_", fc2_weight, fc2_bias, fc1_weight.shape[0])
+    heads = _heads(x, window)
+    _check_divisible("fc1_weight", len(fc1_weight), heads.total)
+    if choice.path == "plain":
+        branch, gate, shift, scale = in_dtype_of(x, branch, gate, shift, scale)
+        stream, u = reference.routed_norm(x, shift, scale, None, branch, gate, eps=eps)
+        hidden = F.gelu(plain_band(u, fc1_weight, fc1_bias, heads.rows(fc1_weight)), approximate="tanh")
+        return stream, plain_band(hidden, fc2_weight, fc2_bias, heads.columns(fc2_weight))
+    inputs = (x, shift, scale, *weights, branch, gate)
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    stream, out, *_ = _mlp(*inputs, *heads, eps, training)
+    return stream, out
+
+
+def _heads(x: Tensor, window: ChannelWindow) -> Heads:
+    window = check_heads(x, window)
+    return Heads(window.start, window.width, window.channels)
+
+
+def _check_divisible(name: str, size: int, heads: int) -> None:
+    if size % heads:
+        raise ValueError(f"{name} has {size} features, which {heads} do not divide: as many belong to every head")
