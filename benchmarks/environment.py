@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-import dtr_kernels
 from dtr_kernels import info
 from dtr_kernels.ops.tuned_tiles import slug
 
@@ -30,7 +29,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     # Without optional locks git reads alone; results that are written meanwhile do not make the code another.
     changes = _output("git", "--no-optional-locks", "status", "--porcelain", "--", ".", ":!benchmarks/results")
     facts = info.collect()
-    on_gpu = device.type == "cuda"
+    on_gpu, index = device.type == "cuda", device.index
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else _cpu(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
@@ -38,14 +37,10 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": _version("triton"),
+        **{name: facts[name] for name in ("python", "torch", "cuda", "triton")},
         "torchjd": _version("torchjd"),
-        "dtr_kernels": dtr_kernels.__version__,
-        "extension": facts["extension"],
-        **({"tiles": facts["tiles"][_index(device)]} if on_gpu else {}),
+        **{name: facts[name] for name in ("dtr_kernels", "extension")},
+        **({"tiles": facts["tiles"][torch.cuda.current_device() if index is None else index]} if on_gpu else {}),
         "commit": _output("git", "rev-parse", "HEAD"),
         "uncommitted changes": None if changes is None else changes != "",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -56,10 +51,6 @@ def describe(device: torch.device) -> dict[str, Any]:
 def folder_name(device: torch.device) -> str:
     """ "cpu", or the name of the GPU as a folder's."""
     return "cpu" if device.type == "cpu" else slug(torch.cuda.get_device_name(device))
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _cpu() -> str:

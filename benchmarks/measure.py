@@ -7,7 +7,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,12 +69,16 @@ class Bench:
         for side in progress:
             progress.set_postfix_str(side.name)
             result.sides[side.name] = checked = SideResult(side.bound, side.work)
-            with _kept_in(checked):
+            try:
                 self._check(side, checked, case.memory)
                 if checked.status == "right":
                     # A graph would replay on what the call left, so a side that prepares its inputs is called.
                     timer = stopwatch.timer((side.call, *side.rotation), graph=side.before is do_nothing)
                     timers[side.name], checked.graph = timer, timer.graph
+            except (ImportError, NotImplementedError) as error:
+                checked.status, checked.message = "unavailable", one_line(error)
+            except Exception as error:
+                checked.status, checked.message = "failed", one_line(error)
         if not timers:
             return
         product = self._product(case.matrix_dtype)
@@ -125,17 +128,6 @@ class Bench:
                 side.before()
                 highest = memory.peak(side.call, self._device)
             checked.peak_bytes = None if level is None or highest is None else highest - level
-
-
-@contextmanager
-def _kept_in(checked: SideResult) -> Iterator[None]:
-    """What goes wrong inside becomes part of the side's result."""
-    try:
-        yield
-    except (ImportError, NotImplementedError) as error:
-        checked.status, checked.message = "unavailable", one_line(error)
-    except Exception as error:
-        checked.status, checked.message = "failed", one_line(error)
 
 
 def one_line(error: Exception) -> str:

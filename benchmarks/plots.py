@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.results import CaseResult, Run
-from benchmarks.tables import compared, comparison, coordinates, is_ours, label, marked, percent
+from benchmarks.tables import compared, comparison, coordinates, grouped, is_ours, label, marked, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,11 +103,8 @@ def panels(run: Run) -> list[Panel]:
     """What there is to draw: comparisons first, then shares of the floor."""
     found = []
     for shares in (False,) if run.benchmark in WITHOUT_SHARES else (False, True):
-        groups: dict[tuple[str, str | None], list[CaseResult]] = {}
-        for case in run.cases:
-            if drawn_sides(case, shares):
-                groups.setdefault(comparison(case), []).append(case)
-        for (kind, baseline), cases in groups.items():
+        for cases in grouped([case for case in run.cases if drawn_sides(case, shares)], comparison):
+            kind, baseline = comparison(cases[0])
             what = "share of the floor" if shares else f"{kind} over {baseline}"
             found += _panels_of(shares, what, cases, coordinates(run.cases)[0])
     beside = max((len(line) for panel in found for text in panel.labels for line in text.split("\n")), default=0)
@@ -132,13 +130,11 @@ def _panels_of(shares: bool, what: str, cases: Sequence[CaseResult], everywhere:
 def _parts_of(cases: Sequence[CaseResult]) -> list[Sequence[CaseResult]]:
     """Parts of not too many cases, each of one value of the coordinate that divides them best."""
     _, varying = coordinates(cases)
-    best: list[Sequence[CaseResult]] = [cases]
+    best = [list(cases)]
     for name in varying:
-        parts: dict[str, list[CaseResult]] = {}
-        for case in cases:
-            parts.setdefault(label(case, name), []).append(case)
-        if len(parts) * 2 <= len(cases) and max(map(len, parts.values())) < max(map(len, best)):
-            best = list(parts.values())
+        parts = grouped(cases, partial(label, coordinate=name))
+        if len(parts) * 2 <= len(cases) and max(map(len, parts)) < max(map(len, best)):
+            best = parts
     if len(cases) <= ROWS_OF_PANEL or len(best) == 1:
         return [cases]
     return [smaller for part in best for smaller in _parts_of(part)]
@@ -190,6 +186,7 @@ def figure(run: Run) -> Figure:
             axes = picture.add_subplot(rows[row, 0], sharex=first_of.get(panel.what))
             first_of.setdefault(panel.what, axes)
             (_draw_shares if panel.shares else _draw_comparison)(axes, panel)
+            _label_rows(axes, panel)
             axes.set_title(panel.title, fontsize=9, loc="left")
     for what, axes in first_of.items():
         alike = [panel for panel in drawn if panel.what == what]
@@ -224,18 +221,23 @@ def style(side: str) -> tuple[str, str]:
     return colour, next((marker for words, marker in MARKERS.items() if re.search(words, side)), "o")
 
 
-def _draw_comparison(axes: Axes, panel: Panel) -> None:
-    """Dots with whiskers from p20 to p80, and a line where the baseline is."""
+def _marks(panel: Panel) -> Iterator[tuple[CaseResult, str, float]]:
+    """Each case with each of its sides, and at which height the side stands: in rows, the first at 0."""
+    sides = panel.sides
+    step = (1 - BETWEEN_ROWS / panel.row_height) / len(sides)
     for row, case in enumerate(panel.cases):
-        for side in drawn_sides(case, shares=False):
-            spread = compared(case, side)
-            assert spread is not None
-            colour, marker = style(side)
-            height = row + _offset(panel, side)
-            axes.plot([spread.p20, spread.p80], [height, height], color=colour, linewidth=1)
-            axes.plot(spread.median, height, marker, color=colour, markersize=4.5)
-    axes.axvline(1, color="black", linewidth=0.8)
-    _label_rows(axes, panel)
+        for side in drawn_sides(case, panel.shares):
+            yield case, side, row + (sides.index(side) - (len(sides) - 1) / 2) * step
+
+
+def _draw_comparison(axes: Axes, panel: Panel) -> None:
+    """Dots with whiskers from p20 to p80."""
+    for case, side, height in _marks(panel):
+        spread = compared(case, side)
+        assert spread is not None
+        colour, marker = style(side)
+        axes.plot([spread.p20, spread.p80], [height, height], color=colour, linewidth=1)
+        axes.plot(spread.median, height, marker, color=colour, markersize=4.5)
 
 
 def _scale_comparison(axes: Axes, alike: Sequence[Panel]) -> None:
@@ -254,20 +256,14 @@ def _scale_comparison(axes: Axes, alike: Sequence[Panel]) -> None:
 
 
 def _draw_shares(axes: Axes, panel: Panel) -> None:
-    """Bars with the sides' names, and a line at the floor."""
+    """Bars with the sides' names."""
     behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.3}
-    for row, case in enumerate(panel.cases):
-        for side in drawn_sides(case, shares=True):
-            share = case.share_of_floor(side)
-            assert share is not None
-            height = row + _offset(panel, side)
-            axes.barh(height, share, height=0.11 / panel.row_height, color=style(side)[0], alpha=0.75)
-            said = f"{percent(share)} {side}"
-            axes.annotate(
-                said, (share, height), (3, 0), textcoords="offset points", va="center", fontsize=7, bbox=behind
-            )
-    axes.axvline(1, color="black", linewidth=0.8)
-    _label_rows(axes, panel)
+    for case, side, height in _marks(panel):
+        share = case.share_of_floor(side)
+        assert share is not None
+        axes.barh(height, share, height=0.11 / panel.row_height, color=style(side)[0], alpha=0.75)
+        said, end = f"{percent(share)} {side}", (share, height)
+        axes.annotate(said, end, (3, 0), textcoords="offset points", va="center", fontsize=7, bbox=behind)
 
 
 def _scale_shares(axes: Axes, alike: Sequence[Panel]) -> None:
@@ -280,14 +276,9 @@ def _scale_shares(axes: Axes, alike: Sequence[Panel]) -> None:
     axes.xaxis.set_major_formatter(lambda share, _: percent(share))
 
 
-def _offset(panel: Panel, side: str) -> float:
-    """Where a side stands in each row, in rows from its middle."""
-    sides = panel.sides
-    step = (1 - BETWEEN_ROWS / panel.row_height) / len(sides)
-    return (sides.index(side) - (len(sides) - 1) / 2) * step
-
-
 def _label_rows(axes: Axes, panel: Panel) -> None:
+    """The cases' names, and a line where the baseline or the floor is."""
+    axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(panel.cases)), panel.labels, fontsize=8)
     axes.set_ylim(len(panel.cases) - 0.5, -0.5)  # the first case on top
     for row in range(1, len(panel.cases), 2):

@@ -111,6 +111,11 @@ class CaseResult:
         """How many times as long ``side`` takes as ``over``."""
         return self.speedup(over, side)
 
+    def compared(self, kind: str, side: str, over: str | None) -> Spread | None:
+        """Its speed-up, or its time, over another side; None for quantities that are not measured round by round."""
+        measure = {"speed-up": self.speedup, "time": self.time}.get(kind)
+        return None if over is None or measure is None else measure(side, over)
+
     def bandwidth(self, side: str) -> float | None:
         """Bytes per second that the side's function needs; None where they were not counted."""
         return self._per_second(side, self.sides[side].work.bytes) if side in self.sides else None
@@ -156,9 +161,7 @@ class CaseResult:
 
     def spread(self, goal: Goal) -> Spread | None:
         """The spread of what a goal is about, where that was measured round by round."""
-        if goal.over is None or goal.quantity not in ("speed-up", "time"):
-            return None
-        return (self.speedup if goal.quantity == "speed-up" else self.time)(goal.side, goal.over)
+        return self.compared(goal.quantity, goal.side, goal.over)
 
     def as_json(self) -> dict[str, Any]:
         """Everything, in bytes, seconds and FLOPs; what follows from it stands beside it, for readers of the file."""
@@ -199,11 +202,8 @@ class CaseResult:
                 "share_of_copy": self.share_of_copy(name),
                 "share_of_floor": self.share_of_floor(name),
             }
-            for kind, over, measure in (
-                ("speed-up", self.speedup_over, self.speedup),
-                ("time", self.time_over, self.time),
-            ):
-                if over is not None and (spread := measure(name, over)):
+            for kind, over in (("speed-up", self.speedup_over), ("time", self.time_over)):
+                if spread := self.compared(kind, name, over):
                     follows[f"{kind} over {over}"] = asdict(spread)
         return {"name": name, **asdict(side), **follows}
 

@@ -30,18 +30,15 @@ _USES_TILES, _TILES = "dtr_kernels.ops.tiles", "dtr_kernels/tuned/*.json"
 
 def fingerprint(benchmark: Benchmark, root: Path | None = None) -> str:
     """Hash the library code that a benchmark's figures depend on, and the tuned tiles that it finds."""
-    return _fingerprint((benchmark.cases.__module__, *benchmark.modules), root or ROOT, with_tiles=True)
+    return fingerprint_of(benchmark.cases.__module__, *benchmark.modules, root=root, with_tiles=True)
 
 
-def fingerprint_of(*modules: str, root: Path | None = None) -> str:
+def fingerprint_of(*modules: str, root: Path | None = None, with_tiles: bool = False) -> str:
     """Hash what modules of the library say, and all that they import of it; of a package, all that it exports.
 
     Comments, docstrings and layout do not count.
     """
-    return _fingerprint(modules, root or ROOT, with_tiles=False)
-
-
-def _fingerprint(modules: Sequence[str], root: Path, with_tiles: bool) -> str:
+    root = root or ROOT
     reached = _reached(modules, root)
     counted = [path for name, path in reached.items() if name.startswith("dtr_kernels") and path.suffix == ".py"]
     meanings = {path: _python(path.read_text()) for path in counted}
@@ -68,7 +65,7 @@ def _reached(modules: Iterable[str], root: Path) -> dict[str, Path]:
         path = _path(name, root)
         if name in found or path is None or name in _BUILDING:
             continue
-        if _is_package(path) and name not in modules:
+        if path.stem == "__init__" and name not in modules:
             continue  # what is used of it is imported from where it stands
         found[name] = path
         if path.suffix == ".py":
@@ -83,10 +80,6 @@ def _path(module: str, root: Path) -> Path | None:
     whole = root / module.replace(".", "/")
     candidates = (whole.with_suffix(".py"), whole / "__init__.py", whole.with_suffix(".pyi"))
     return next((path for path in candidates if path.is_file()), None)
-
-
-def _is_package(path: Path) -> bool:
-    return path.name == "__init__.py"
 
 
 def _imports(path: Path, root: Path) -> set[str]:
@@ -122,7 +115,7 @@ def _mentions(text: str) -> set[tuple[str, ...]]:
 def _home(module: str, name: str, root: Path) -> str:
     """The module that defines what ``from module import name`` gives; itself, if that is a module."""
     path = _path(module, root)
-    if path is None or not _is_package(path):
+    if path is None or path.stem != "__init__":
         return module
     for node in _parsed(path.read_text()).body:
         if isinstance(node, ast.ImportFrom) and node.module not in (None, module):

@@ -16,7 +16,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -33,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from benchmarks import sources
 from benchmarks.cases import DTYPES, dtype_name
 from benchmarks.measure import BAR
-from benchmarks.tables import table
+from benchmarks.tables import grouped, table
 from dtr_kernels import ops, verify
 from dtr_kernels.ops import extension
 from dtr_kernels.ops.declaration import SIZES, Draw, Precision, Sizes, mode_name
@@ -57,17 +56,18 @@ _REGISTER_UNIT, _SHARED_UNIT, _SHARED_RESERVED = 256, 128, 1024
 
 
 class Multiprocessor(NamedTuple):
-    """Bytes of shared memory, also the most that one block may have, and columns of tensor memory."""
+    """Whose it is; bytes of shared memory, also the most that one block may have; and columns of tensor memory."""
 
+    name: str
     shared: int
     shared_per_block: int
     tensor_columns: int = 0
 
 
 PROCESSORS = {
-    80: Multiprocessor(164 << 10, 163 << 10),
-    90: Multiprocessor(228 << 10, 227 << 10),
-    100: Multiprocessor(228 << 10, 227 << 10, tensor_columns=512),
+    80: Multiprocessor("Ampere: A100", 164 << 10, 163 << 10),
+    90: Multiprocessor("Hopper: H100, H200", 228 << 10, 227 << 10),
+    100: Multiprocessor("Blackwell: B200", 228 << 10, 227 << 10, tensor_columns=512),
 }
 
 
@@ -84,51 +84,21 @@ class Occupancy(NamedTuple):
         return self.warps / _WARPS
 
 
-def occupancy(arch: int, threads: int, registers: int, shared: int, tensor_columns: int = 0) -> Occupancy:
-    """How many blocks of a kernel run on a multiprocessor at a time.
-
-    Args:
-        arch: 80, 90 or 100.
-        threads: of a block.
-        registers: of a thread.
-        shared: bytes of a block, static and dynamic.
-        tensor_columns: of tensor memory that a block allocates.
-    """
-    processor = PROCESSORS[arch]
-    warps = -(-threads // 32)
-    registers_of_warp = _rounded_up(32 * registers, _REGISTER_UNIT)
-    # A warp's registers all belong to one of the schedulers.
-    warps_with_registers = _SCHEDULERS * (_REGISTERS // _SCHEDULERS // max(1, registers_of_warp))
-    blocks = {
-        "registers": warps_with_registers // warps,
-        "shared memory": processor.shared // (_rounded_up(shared, _SHARED_UNIT) + _SHARED_RESERVED),
-        "warps": _WARPS // warps,
-        "blocks": _BLOCKS,
-    }
-    if tensor_columns:
-        blocks["tensor memory"] = processor.tensor_columns // tensor_columns
-    if shared > processor.shared_per_block:
-        blocks["shared memory"] = 0
-    fewest = min(blocks.values())
-    limit = " and ".join(name for name, number in blocks.items() if number == fewest)
-    return Occupancy(fewest, fewest * warps, limit)
-
-
 def _rounded_up(n: int, unit: int) -> int:
     return -(-n // unit) * unit
 
 
 # --- binaries --------------------------------------------------------------------------------------------------------
 
-# Names of instructions in PTX, what finds them there, and what finds their opcodes in machine code.
+# Names of instructions in PTX, what finds them there, and what finds their opcodes in machine code, one a line.
 MATRIX = {
-    "mma.sync": (r"\bmma\.sync\b", r"[HI]MMA\b"),
-    "wgmma": (r"\bwgmma\.mma_async\b", r"[HIQ]GMMA\b"),
-    "tcgen05": (r"\btcgen05\.mma\b", r"UTC[HIQO]MMA\b"),
+    "mma.sync": (r"\bmma\.sync\b", r"^[HI]MMA\b"),
+    "wgmma": (r"\bwgmma\.mma_async\b", r"^[HIQ]GMMA\b"),
+    "tcgen05": (r"\btcgen05\.mma\b", r"^UTC[HIQO]MMA\b"),
 }
 COPIES = {
-    "cp.async.bulk": (r"\bcp\.async\.bulk\.tensor\b", r"UTMALDG\b|UBLKCP\b"),
-    "cp.async": (r"\bcp\.async\.c[ag]\b", r"LDGSTS\b"),
+    "cp.async.bulk": (r"\bcp\.async\.bulk\.tensor\b", r"^(?:UTMALDG|UBLKCP)\b"),
+    "cp.async": (r"\bcp\.async\.c[ag]\b", r"^LDGSTS\b"),
 }
 
 
@@ -154,25 +124,36 @@ class Usage:
     buffers: int
 
     def occupancy(self, arch: int) -> Occupancy:
-        return occupancy(arch, self.threads, self.registers, self.shared, self.tensor_columns)
+        """How many of its blocks run on a multiprocessor of this architecture at a time."""
+        processor = PROCESSORS[arch]
+        warps = -(-self.threads // 32)
+        registers_of_warp = _rounded_up(32 * self.registers, _REGISTER_UNIT)
+        # A warp's registers all belong to one of the schedulers.
+        warps_with_registers = _SCHEDULERS * (_REGISTERS // _SCHEDULERS // max(1, registers_of_warp))
+        blocks = {
+            "registers": warps_with_registers // warps,
+            "shared memory": processor.shared // (_rounded_up(self.shared, _SHARED_UNIT) + _SHARED_RESERVED),
+            "warps": _WARPS // warps,
+            "blocks": _BLOCKS,
+        }
+        if self.tensor_columns:
+            blocks["tensor memory"] = processor.tensor_columns // self.tensor_columns
+        if self.shared > processor.shared_per_block:
+            blocks["shared memory"] = 0
+        fewest = min(blocks.values())
+        limit = " and ".join(name for name, number in blocks.items() if number == fewest)
+        return Occupancy(fewest, fewest * warps, limit)
 
 
-@dataclass(frozen=True)
-class Function:
-    """A kernel in a binary: threads of a block, registers of a thread, bytes of stack and local memory, bytes of
-    static shared memory, how often each instruction occurs, and how many groups of asynchronous copies it leaves under
-    way."""
+class Function(NamedTuple):
+    """A CUDA kernel in a binary: what it takes, and its opcodes, one a line."""
 
-    threads: int
-    registers: int
-    spilled: int
-    shared: int
-    instructions: Mapping[str, int]
-    groups_under_way: int
+    usage: Usage
+    opcodes: str
 
     def count(self, opcode: str) -> int:
-        """Instructions whose names begin with what the regular expression matches."""
-        return sum(number for name, number in self.instructions.items() if re.match(opcode, name))
+        """Instructions whose opcodes begin with what the regular expression matches."""
+        return len(re.findall(f"^(?:{opcode})", self.opcodes, re.MULTILINE))
 
 
 def functions(path: Path, arch: int) -> dict[str, Function]:
@@ -194,14 +175,16 @@ def functions(path: Path, arch: int) -> dict[str, Function]:
     found = {}
     for name, *numbers in _resource_usage(_cuobjdump("--dump-resource-usage", for_arch, path)):
         registers, stack, shared, local = map(int, numbers)
-        groups = re.findall(r"\bDEPBAR\.LE SB0, (0x[0-9a-f]+)", code[name])
         if arch >= 90 and shared:  # here the figure includes the system's part
             shared -= _SHARED_RESERVED
-        instructions = Counter(
-            re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z][\w.]*)", code[name], re.MULTILINE)
-        )
-        under_way = max((int(group, 16) for group in groups), default=0)
-        found[name] = Function(threads[name], registers, stack + local, shared, instructions, under_way)
+        instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z][\w.]*)", code[name], re.MULTILINE)
+        opcodes = "\n".join(instructions)
+        matrix, copies = (_found(known, opcodes, in_code=True) for known in (MATRIX, COPIES))
+        # It waits until so many groups are left, which come after the tile that it goes on to use; one more is next.
+        groups = [int(group, 16) for group in re.findall(r"\bDEPBAR\.LE SB0, (0x[0-9a-f]+)", code[name])]
+        buffers = max(groups, default=0) + 2 if copies else 0
+        usage = Usage(threads[name], registers, stack + local, shared, 0, matrix, copies, buffers)
+        found[name] = Function(usage, opcodes)
     return found
 
 
@@ -209,39 +192,24 @@ def usage_of_binary(binary: Binary) -> Usage:
     """Of a Triton kernel, from its binary and from what it was compiled from."""
     compiled = binary.compiled
     registers, spilled = _registers(compiled.asm["cubin"])
-    ptx, metadata = compiled.asm["ptx"], compiled.metadata
+    matrix, copies = (_found(known, compiled.asm["ptx"], in_code=False) for known in (MATRIX, COPIES))
     # The pipeliner gives a tile one more dimension, the first, of as many buffers as there are.
     buffers = re.findall(r"local_alloc : \(\) -> .*<(\d+)x\d+x(?:\d+x)+b?f\d+,.*\bmutable\b", compiled.asm["ttgir"])
     return Usage(
-        threads=32 * metadata.num_warps,
+        threads=32 * compiled.metadata.num_warps,
         registers=registers,
         spilled=spilled,
-        shared=metadata.shared,
-        tensor_columns=getattr(metadata, "tmem_size", 0),
-        matrix=_found(MATRIX, lambda in_ptx, in_code: len(re.findall(in_ptx, ptx))),
-        copies=_found(COPIES, lambda in_ptx, in_code: len(re.findall(in_ptx, ptx))),
+        shared=compiled.metadata.shared,
+        tensor_columns=getattr(compiled.metadata, "tmem_size", 0),
+        matrix=matrix,
+        copies=copies,
         buffers=max(map(int, buffers), default=0),
     )
 
 
-def usage_of_function(function: Function) -> Usage:
-    """Of a CUDA kernel."""
-    copies = _found(COPIES, lambda in_ptx, in_code: function.count(in_code))
-    return Usage(
-        threads=function.threads,
-        registers=function.registers,
-        spilled=function.spilled,
-        shared=function.shared,
-        tensor_columns=0,
-        matrix=_found(MATRIX, lambda in_ptx, in_code: function.count(in_code)),
-        copies=copies,
-        # It waits until so many groups are left, which come after the tile that it goes on to use; one more is next.
-        buffers=function.groups_under_way + 2 if copies else 0,
-    )
-
-
-def _found(known: Mapping[str, tuple[str, str]], count: Callable[[str, str], int]) -> dict[str, int]:
-    counts = {name: count(*patterns) for name, patterns in known.items()}
+def _found(known: Mapping[str, tuple[str, str]], text: str, in_code: bool) -> dict[str, int]:
+    """How often each of these instructions that is there occurs in machine code, or in PTX."""
+    counts = {name: len(re.findall(patterns[in_code], text, re.MULTILINE)) for name, patterns in known.items()}
     return {name: number for name, number in counts.items() if number}
 
 
@@ -448,8 +416,7 @@ def rows_of_extension(path: Path, arch: int) -> list[Row]:
             raise ValueError(f"{path} holds a kernel with an unknown kind of name, {mangled}")
         name, dtype, number = match.groups("")
         tile = {"K": int(number)} if number else {}
-        usage = usage_of_function(function)
-        rows.append(Row(arch, "CUDA", name, _CUDA_DTYPES[dtype], tile, "", [], [], [], usage))
+        rows.append(Row(arch, "CUDA", name, _CUDA_DTYPES[dtype], tile, "", [], [], [], function.usage))
     return sorted(rows, key=lambda row: (row.kernel, row.dtype, *row.tile.values()))
 
 
@@ -471,16 +438,15 @@ def jobs_for(architectures: Sequence[int]) -> list[Callable[[], list[Row]]]:
 def joined(rows: Iterable[Row]) -> list[Row]:
     """Rows that differ in widths alone become one; then those that differ in tokens alone, then in modes."""
     merged = list(rows)
-    changes: Any
     for name in ("widths", "tokens", "modes"):
-        alike: dict[str, Row] = {}
-        for row in merged:
-            changes = {name: []}
-            key = json.dumps(asdict(replace(row, **changes)), sort_keys=True)
-            changes = {name: sorted({*getattr(row, name), *getattr(alike.get(key, row), name)})}
-            alike[key] = replace(row, **changes)
-        merged = list(alike.values())
+        groups = grouped(merged, partial(_all_but, name))
+        changes: list[Any] = [{name: sorted({x for row in alike for x in getattr(row, name)})} for alike in groups]
+        merged = [replace(alike[0], **change) for alike, change in zip(groups, changes, strict=True)]
     return merged
+
+
+def _all_but(name: str, row: Row) -> str:
+    return json.dumps(asdict(row) | {name: []}, sort_keys=True)
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
@@ -537,8 +503,8 @@ class Report:
         stored = json.loads(text)
         return cls(**stored | {"rows": [Row.from_json(row) for row in stored["rows"]]})
 
-    def markdown(self, all_widths: bool = False) -> str:
-        """The tables; with ``all_widths`` a line for each width, also where they are alike."""
+    def markdown(self) -> str:
+        """The tables."""
         said = [f"- **{complaint}**" for complaint in self.complaints]
         parts = [
             "# What compilers say of every kernel",
@@ -547,11 +513,11 @@ class Report:
             _LEGEND,
             "\n".join(said or ["No kernel spills registers or lacks an instruction that it was written for."]),
         ]
-        for arch, name in NAMES.items():
+        for arch, processor in PROCESSORS.items():
             rows = [row for row in self.rows if row.arch == arch]
             if not rows:
                 continue
-            parts += [f"## sm_{arch} ({name})", _table_of_launchers(rows, all_widths)]
+            parts += [f"## sm_{arch} ({processor.name})", _table_of_launchers(rows)]
             cuda = [row for row in rows if row.language == "CUDA"]
             if cuda:
                 parts += [f"CUDA kernels of gradient surgery on sm_{arch}:", _table_of_cuda(cuda)]
@@ -560,7 +526,6 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
 
-NAMES = {80: "Ampere: A100", 90: "Hopper: H100, H200", 100: "Blackwell: B200"}
 _LEGEND = """\
 A line is a kernel in one configuration. A Triton kernel is compiled once for each mode of its launcher (routed or not,
 with a residual update or without, ...), and a CUDA kernel for each dtype; cells give the smallest and largest figure.
@@ -572,32 +537,27 @@ with a residual update or without, ...), and a CUDA kernel for each dtype; cells
 - matrix, copies: instructions found, by their names in PTX"""
 
 
-def _table_of_launchers(rows: Sequence[Row], all_widths: bool) -> str:
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        if row.language != "Triton":
-            continue
-        for width in row.widths if all_widths else [0]:
-            groups.setdefault((row.kernel, row.dtype, tuple(row.tile.items()), row.chosen, width), []).append(row)
+def _table_of_launchers(rows: Sequence[Row]) -> str:
+    triton_rows = [row for row in rows if row.language == "Triton"]
     lines = []
-    for (kernel, dtype, tile, chosen, width), members in groups.items():
-        widths = [width] if all_widths else sorted({width for row in members for width in row.widths})
-        tokens = sorted({tokens for row in members for tokens in row.tokens})
-        sides = " x ".join(str(value) for name, value in tile if name not in ("warps", "stages"))
-        shape = ", ".join([sides, *(f"{value} {name}" for name, value in tile if name in ("warps", "stages"))])
-        modes = str(len({mode for row in members for mode in row.modes}))
-        lines.append([kernel, dtype, _listed(widths), _listed(tokens), shape, chosen, modes, *_figures(members)])
+    for members in grouped(triton_rows, lambda row: (row.kernel, row.dtype, tuple(row.tile.items()), row.chosen)):
+        one, *_ = members
+        widths, tokens, modes = (
+            sorted({size for row in members for size in getattr(row, name)}) for name in ("widths", "tokens", "modes")
+        )
+        sides = {name: value for name, value in one.tile.items() if name not in ("warps", "stages")}
+        others = [f"{value} {name}" for name, value in one.tile.items() if name not in sides]
+        tile = ", ".join([" x ".join(map(str, sides.values())), *others])
+        facts = [one.kernel, one.dtype, _listed(widths), _listed(tokens), tile, one.chosen, str(len(modes))]
+        lines.append([*facts, *_figures(members)])
     head = ["kernel", "dtype", "widths", "tokens", "tile", "chosen", "modes", *_FIGURES]
     return table([head, *_with_dtypes_joined(sorted(lines, key=lambda line: line[0]))])
 
 
 def _table_of_cuda(rows: Sequence[Row]) -> str:
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.kernel, " ".join(map(str, row.tile.values()))), []).append(row)
     lines = [
-        [kernel, number, str(members[0].usage.threads), *_figures(members)]
-        for (kernel, number), members in groups.items()
+        [one.kernel, " ".join(map(str, one.tile.values())), str(one.usage.threads), *_figures([one, *others])]
+        for one, *others in grouped(rows, lambda row: (row.kernel, *row.tile.values()))
     ]
     return table([["kernel", "K", "threads", *_FIGURES], *lines])
 
@@ -636,10 +596,8 @@ def _listed(numbers: Iterable[int]) -> str:
 
 def _with_dtypes_joined(lines: Iterable[list[str]]) -> list[list[str]]:
     """Lines that differ in the dtype alone become one."""
-    dtypes: dict[tuple[str, ...], list[str]] = {}
-    for kernel, dtype, *rest in lines:
-        dtypes.setdefault((kernel, *rest), []).append(dtype)
-    return [[kernel, ", ".join(names), *rest] for (kernel, *rest), names in dtypes.items()]
+    groups = grouped(lines, lambda line: (line[0], *line[2:]))
+    return [[one[0], ", ".join(line[1] for line in (one, *others)), *one[2:]] for one, *others in groups]
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
@@ -650,24 +608,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arch", nargs="+", type=int, choices=PROCESSORS, default=(), help="default: all; a part is only printed"
     )
-    parser.add_argument("--all-widths", action="store_true", help="print a line for each width, also of equal ones")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--out", type=Path, metavar="DIR", help=f"for {REPORT.name}.json and .md; default: {_RELATIVE}")
-    where.add_argument("--json", type=Path, metavar="FILE", help="the JSON alone, there")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"for {REPORT.name}.json and .md; default: {_RELATIVE}")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Prints and stores the report; returns 1 if a kernel spills or lacks instructions."""
     report = Report.collect(arguments.arch or tuple(PROCESSORS))
-    print(report.markdown(arguments.all_widths))
-    texts: dict[Path, str] = {}
-    if arguments.json:
-        texts[arguments.json] = report.as_json()
-    elif folder := arguments.out or (None if arguments.arch else REPORT):
-        texts = {folder / "static.json": report.as_json(), folder / "static.md": report.markdown()}
-    for path, text in texts.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    print(report.markdown())
+    if folder := arguments.out or (None if arguments.arch else REPORT):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "static.json").write_text(report.as_json())
+        (folder / "static.md").write_text(report.markdown())
     for complaint in report.complaints:
         print(complaint, file=sys.stderr)
     return int(bool(report.complaints))

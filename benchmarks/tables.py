@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.cases import Goal
 from benchmarks.results import CaseResult, Run, quotient
 from benchmarks.timing import Spread
 
+Item = TypeVar("Item")
 MET, WITHIN, NOT_MET = "met", "within the spread", "NOT met"
 NOT_COMPARABLE, NOT_MEASURED = "not comparable", "not measured"
 VERDICTS = (MET, WITHIN, NOT_MET, NOT_COMPARABLE, NOT_MEASURED)
@@ -22,6 +23,14 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)) + " |" for row in rows]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> list[list[Item]]:
+    """The items with equal keys together, in the order of the first of each."""
+    groups: dict[Any, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())
 
 
 def run_markdown(run: Run) -> str:
@@ -151,14 +160,11 @@ def goals_table(runs: Iterable[Run]) -> str:
     """One row for each goal of a benchmark, over all of its cases, with the worst of them."""
     rows = [["benchmark", "goal", "cases", *VERDICTS, "worst"]]
     for run in runs:
-        alike: dict[str, list[tuple[CaseResult, Goal]]] = {}
-        for case in run.cases:
-            for goal in case.goals:
-                alike.setdefault(goal.text, []).append((case, goal))
-        for text, pairs in alike.items():
+        of_run = [(case, goal) for case in run.cases for goal in case.goals]
+        for pairs in grouped(of_run, lambda pair: pair[1].text):
             verdicts = [verdict(case, goal) for case, goal in pairs]
             counts = [str(verdicts.count(kind) or "") for kind in VERDICTS]
-            rows.append([marked(run), text, str(len(pairs)), *counts, _worst(pairs)])
+            rows.append([marked(run), pairs[0][1].text, str(len(pairs)), *counts, _worst(pairs)])
     return table(_without_empty_columns(rows)) if len(rows) > 1 else "No goals are set for these benchmarks."
 
 
@@ -192,11 +198,9 @@ def overview(run: Run) -> str:
     Sides that goals are about, or else ours, stand with their spread. Cases of another baseline have a table of their
     own; one alone has a row for each side. Cases that could not be built are listed with the reason.
     """
-    groups: dict[tuple[str | None, str | None], list[CaseResult]] = {}
-    for case in run.cases:
-        if case.problem is None:
-            groups.setdefault((case.speedup_over, case.time_over), []).append(case)
-    parts = [_overview_of(cases) if len(cases) > 1 else _overview_of_one(*cases) for cases in groups.values()]
+    built = [case for case in run.cases if case.problem is None]
+    groups = grouped(built, lambda case: (case.speedup_over, case.time_over))
+    parts = [_overview_of(cases) if len(cases) > 1 else _overview_of_one(*cases) for cases in groups]
     reasons = "\n".join(f"- {case.name}: {case.problem}" for case in run.cases if case.problem)
     return "\n\n".join([*parts, reasons] if reasons else parts)
 
@@ -246,9 +250,7 @@ def comparison(case: CaseResult) -> tuple[str, str | None]:
 def compared(case: CaseResult, side: str) -> Spread | None:
     """The speed-up, or the time where that is what the case asks for, of a side over the baseline."""
     kind, baseline = comparison(case)
-    if baseline is None:
-        return None
-    return (case.speedup if kind == "speed-up" else case.time)(side, baseline)
+    return case.compared(kind, side, baseline)
 
 
 def coordinates(cases: Sequence[CaseResult]) -> tuple[dict[str, str], list[str]]:

@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -78,11 +78,6 @@ class Problem:
         rows = self.tokens * (self.batch if self.op == "gelu_input_gradient" else 1)
         channels = self.channels * (3 if self.op == "token_sums" else 1)
         return self.op, str(self.dtype).removeprefix("torch."), channels, tuned_tiles.rows_class(rows)
-
-    @property
-    def precision(self) -> Precision:
-        """The precision of all tensors."""
-        return Precision(self.dtype, self.dtype)
 
     def default(self, arch: int) -> Tile:
         """The tile that runs without tuning."""
@@ -265,20 +260,7 @@ def table(found: Sequence[Tuned]) -> str:
 # --- choosing --------------------------------------------------------------------------------------------------------
 
 
-class Trial(Protocol):
-    """What ``choose`` asks of a device about the tiles of one problem."""
-
-    def unusable(self, tiles: Sequence[Tile]) -> dict[Tile, str]:
-        """Why some of the tiles cannot be used: they do not compile, do not fit, or spill registers."""
-
-    def error(self, tile: Tile) -> float:
-        """How far an element is off at most."""
-
-    def timer(self, tile: Tile) -> Callable[[], float]:
-        """A function that runs the tile and gives the seconds of a call."""
-
-
-def choose(default: Tile, tiles: Sequence[Tile], bound: float, trial: Trial) -> Choice:
+def choose(default: Tile, tiles: Sequence[Tile], bound: float, trial: TrialOnGpu) -> Choice:
     """The fastest of the usable and right tiles if it beats the default clearly, else the default.
 
     Raises:
@@ -300,7 +282,7 @@ def choose(default: Tile, tiles: Sequence[Tile], bound: float, trial: Trial) -> 
 
 
 def choose_crossover(
-    problem: Problem, default: Crossover, bound: float, trial_of: Callable[[Problem], Trial]
+    problem: Problem, default: Crossover, bound: float, trial_of: Callable[[Problem], TrialOnGpu]
 ) -> Choice:
     """The fewest tokens from which on our GEMM is clearly faster, among those of the problem's batch, half of it, a
     quarter, ... until it is not; never if it is not for the whole batch. Seconds are those of the whole batch.
@@ -328,7 +310,7 @@ def choose_crossover(
     return Choice(found, taken, by_default)
 
 
-def _require(what: str, tile: Tile, unusable: dict[Tile, str], bound: float, trial: Trial) -> None:
+def _require(what: str, tile: Tile, unusable: dict[Tile, str], bound: float, trial: TrialOnGpu) -> None:
     """Spilled registers make a kernel slow, not wrong."""
     if unusable.get(tile, SPILLS) != SPILLS:
         raise NotTuned(f"{what} does not run: {unusable[tile]}")
@@ -450,7 +432,10 @@ class TrialOnGpu:
             self._rotation = self._rotation + calls_of(problem, device)
 
     def unusable(self, tiles: Sequence[Tile]) -> dict[Tile, str]:
-        """As ``Trial`` says. Compiles as many at a time as there are cores."""
+        """Why some of the tiles cannot be used: they do not compile, do not fit, or spill registers.
+
+        Compiles as many at a time as there are cores.
+        """
         cores = os.cpu_count() or 1
         reasons: dict[Tile, str] = {}
         pool = ThreadPoolExecutor(cores)
@@ -469,12 +454,12 @@ class TrialOnGpu:
         return reasons
 
     def error(self, tile: Tile) -> float:
-        """As ``Trial`` says, for ``BOUNDS``."""
+        """How far an element is off at most, for ``BOUNDS``."""
         found = [results(self._run(call, tile)) for call in self._calls]
         return largest_error(list(itertools.chain(*found)), list(itertools.chain(*self._exact)))
 
     def timer(self, tile: Tile) -> Callable[[], float]:
-        """As ``Trial`` says."""
+        """A function that runs the tile and gives the seconds of a call."""
         return self._stopwatch.timer([partial(self._run, call, tile) for call in self._rotation])
 
     def _run(self, call: Callable[[], Any], tile: Tile) -> Any:
@@ -524,7 +509,7 @@ def kernels_of(op: str) -> Iterator[tuple[Kernel, Mode]]:
 
 def calls_of(problem: Problem, device: torch.device) -> list[partial[Any]]:
     """Calls of these kernels, on arguments of their own."""
-    draw = Draw(Sizes(problem.batch, problem.tokens, problem.channels), problem.precision, device)
+    draw = Draw(Sizes(problem.batch, problem.tokens, problem.channels), Precision(problem.dtype, problem.dtype), device)
     return [partial(kernel.launch, **kernel.inputs(draw, **mode)) for kernel, mode in kernels_of(problem.op)]
 
 

@@ -113,6 +113,12 @@ def true_gradients(model, whole, losses_of=losses_of):
     return torch.stack(rows)
 
 
+def sequential():
+    """A model of x alone, and the loss of each sample."""
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    return model, lambda model, t, x, target: (model(x) - target).square().mean(1)
+
+
 def flat_update(model):
     """What is in p.grad, whole; zero where there is nothing."""
     parts = []
@@ -120,6 +126,11 @@ def flat_update(model):
         grad = torch.zeros_like(p) if p.grad is None else p.grad
         parts.append((grad.full_tensor() if isinstance(grad, DTensor) else grad).detach().double().flatten())
     return torch.cat(parts)
+
+
+def own_part(p):
+    """What this rank holds of a parameter."""
+    return (p.to_local() if isinstance(p, DTensor) else p).detach()
 
 
 def assert_close(actual, expected, tolerance=1e-9):
@@ -307,11 +318,7 @@ def accumulation(rank, world_size):
 @check(2)
 def engines(rank, world_size):
     """With "auto" each rank chooses for itself, and may."""
-
-    def losses_of(model, t, x, target):
-        return (model(x) - target).square().mean(1)
-
-    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    model, losses_of = sequential()
     for engine, steps in ("one_pass", 1), ("auto", 9):
         surgery = replicated(model, engine=engine)
         for _ in range(steps):
@@ -359,27 +366,25 @@ def dtypes(rank, world_size):
 
 @check(2)
 def overflow_on_one_rank(rank, world_size):
-    model = Net().double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    surgery = replicated(model, "sum")
-    before = deepcopy(model.state_dict())
-    parts, whole = batches(world_size)
-    backward(surgery, model, parts[rank], scaler=scaler)
-    grads = true_gradients(model, whole)
-    assert_close(surgery.last_gram, grads @ grads.T)
-    assert_close(flat_update(model), 2.0**10 * grads.sum(0))
+    for model, copy, surgery, _ in setups(rank, world_size):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        parts, whole = batches(world_size)
+        backward(surgery, model, parts[rank], scaler=scaler)
+        grads = true_gradients(copy, whole)
+        assert_close(surgery.last_gram, grads @ grads.T)
+        assert_close(flat_update(model), 2.0**10 * surgery.last_weights @ grads)
 
-    model.zero_grad()
-    if rank == 1:
-        parts[rank][1][0, 0] = torch.inf
-    backward(surgery, model, parts[rank], scaler=scaler)
-    assert not flat_update(model).isfinite().all()
-    scaler.step(optimizer)
-    scaler.update()
-    assert scaler.get_scale() == 2.0**9
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name])
+        model.zero_grad()
+        before = [own_part(p).clone() for p in model.parameters()]
+        if rank == 1:
+            parts[rank][1][0, 0] = torch.inf
+        backward(surgery, model, parts[rank], scaler=scaler)
+        assert not flat_update(model).isfinite().all()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 2.0**9
+        assert all(torch.equal(own_part(p), value) for p, value in zip(model.parameters(), before, strict=True))
 
 
 @check(4)
@@ -475,41 +480,44 @@ def mismatches(rank, world_size):
 @check(2, 4)
 def an_error_on_one_rank(rank, world_size):
     odd = world_size - 1
-    model = Net().double()
-    surgery = replicated(model)
     parts, whole = batches(world_size)
 
     def loss(*tensors):
         raise KeyError("of the caller")
 
-    def bad_step(**options):
+    def bad_step(surgery, model, **options):
         if rank == odd:
             return surgery.backward_batch(loss, parts[rank][0], *parts[rank], **options)
         return backward(surgery, model, parts[rank], **options)
 
-    def bad_argument():
+    def bad_argument(surgery, model):
         return backward(surgery, model, (parts[rank][0] + K * (rank == odd), *parts[rank][1:]))
 
-    def bad_micro_batch():
-        bad_step(last=False)
+    def bad_micro_batch(surgery, model):
+        bad_step(surgery, model, last=False)
         backward(surgery, model, parts[rank])
 
-    def bad_argument_after_a_micro_batch():
+    def bad_argument_after_a_micro_batch(surgery, model):
         backward(surgery, model, parts[rank], last=False)
-        bad_argument()
+        bad_argument(surgery, model)
 
-    for step, kind, announced in (
-        (bad_step, KeyError, "KeyError: 'of the caller'"),
-        (bad_argument, ValueError, "ValueError: clusters must be from 0"),
-        (bad_micro_batch, KeyError, "KeyError: 'of the caller'"),
-        (bad_argument_after_a_micro_batch, ValueError, "ValueError: clusters must be from 0"),
-    ):
-        message = raised(kind if rank == odd else RuntimeError, step)
-        if rank != odd:
-            assert f"rank {odd} failed in this step of gradient surgery: {announced}" in message
-        assert flat_update(model).abs().sum() == 0
-    backward(surgery, model, parts[rank])
-    assert_update_of(true_gradients(model, whole), surgery, model)
+    for model, copy, surgery, _ in setups(rank, world_size):
+        of_arguments = (bad_argument, bad_argument_after_a_micro_batch)
+        # A rank that fails in its forward pass leaves the others of a sharded model waiting there.
+        for step in (*of_arguments, bad_step, bad_micro_batch) if model is copy else of_arguments:
+            kind, announced = KeyError, "KeyError: 'of the caller'"
+            if step in of_arguments:
+                kind, announced = ValueError, "ValueError: clusters must be from 0"
+            message = raised(kind if rank == odd else RuntimeError, partial(step, surgery, model))
+            if rank != odd:
+                assert f"rank {odd} failed in this step of gradient surgery: {announced}" in message
+            assert flat_update(model).abs().sum() == 0
+        if model is not copy:
+            other = dtr.GradientSurgery(model.named_parameters(), K, "sum" if rank == odd else "pcgrad")
+            message = raised(ValueError, partial(backward, other, model, parts[rank]))
+            assert f"rank 0 has weighting = 'pcgrad', and rank {odd} has weighting = 'sum'" in message
+        backward(surgery, model, parts[rank])
+        assert_update_of(true_gradients(copy, whole), surgery, model)
 
 
 @check(2)
@@ -599,10 +607,7 @@ def ddp_wrappers_that_are_quiet(rank, world_size):
 def a_compiled_model_is_compiled_once(rank, world_size):
     from torch._dynamo.testing import CompileCounter  # which takes long
 
-    def losses_of(model, t, x, target):
-        return (model(x) - target).square().mean(1)
-
-    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    model, losses_of = sequential()
     torch._dynamo.reset()
     graphs = CompileCounter()
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
@@ -663,28 +668,18 @@ def meshes(world_size):
 
 
 @check(2, 4)
-def shards_with_functions(rank, world_size):
+def shards_with_losses_of_one_graph(rank, world_size):
     model, copy = sharded(next(meshes(world_size)))
     surgery = dtr.GradientSurgery(model.named_parameters(), K)
     parts, whole = batches(world_size)
     clusters = parts[rank][0]
-
-    def cluster(k):
-        at = clusters == k if k in clusters else slice(1)  # any sample does
-        return lambda: losses_of(model, *(tensor[at] for tensor in parts[rank])).mean()
-
-    losses = [*map(cluster, range(K - 1)), None]
     counts = clusters.bincount(minlength=K).tolist()
-    surgery.backward(losses, counts=counts)
-    assert_update_of(true_gradients(copy, whole), surgery, model)
-
-    # Losses of one graph.
-    model.zero_grad()
     each = losses_of(model, *parts[rank])
-    surgery.backward([each[clusters == k].sum() / max(counts[k], 1) for k in range(K)], counts=counts)
+    losses = [each[clusters == k].sum() / max(counts[k], 1) for k in range(K - 1)]
+    surgery.backward([*losses, None], counts=counts)
     assert_update_of(true_gradients(copy, whole), surgery, model)
 
-    missing = [None if rank == 1 and k == 0 else loss for k, loss in enumerate(losses)]
+    missing = [None if rank == 1 and k == 0 else loss for k, loss in enumerate([*losses, None])]
     message = raised(ValueError, lambda: surgery.backward(missing))
     assert f"losses[0] is None on 1 of {world_size} ranks" in message
 
@@ -702,22 +697,6 @@ def shards_of_mixed_precision(rank, world_size):
     model.zero_grad()
     losses_of(model, *parts[rank]).mean().backward()
     assert_close(ours, flat_update(model), 0.02)
-
-
-@check(2)
-def shards_overflow_on_one_rank(rank, world_size):
-    model, _ = sharded(next(meshes(world_size)))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    surgery = dtr.GradientSurgery(model.named_parameters(), K)
-    parts, _ = batches(world_size)
-    if rank == 1:
-        parts[rank][1][0, 0] = torch.inf
-    backward(surgery, model, parts[rank], scaler=scaler)
-    scaler.step(optimizer)
-    scaler.update()
-    assert scaler.get_scale() == 2.0**9
-    assert all(p.to_local().isfinite().all() for p in model.parameters())
 
 
 class Transformerish(nn.Module):
@@ -791,22 +770,3 @@ def what_shards_refuse(rank, world_size):
     half = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))
     whole = nn.Parameter(distribute_tensor(torch.randn(4), half, [Shard(0), Replicate()]))
     dtr.GradientSurgery([("part", whole), ("w", model.idle)], K)  # meshes of the same ranks may differ
-
-
-@check(2, 4)
-def shards_with_an_error_on_one_rank(rank, world_size):
-    odd = world_size - 1
-    model, copy = sharded(next(meshes(world_size)))
-    parts, whole = batches(world_size)
-    surgery = dtr.GradientSurgery(model.named_parameters(), K)
-
-    def bad_argument():
-        return backward(surgery, model, (parts[rank][0] + K * (rank == odd), *parts[rank][1:]))
-
-    message = raised(ValueError if rank == odd else RuntimeError, bad_argument)
-    assert rank == odd or f"rank {odd} failed in this step of gradient surgery: ValueError: clusters" in message
-    other = dtr.GradientSurgery(model.named_parameters(), K, "sum" if rank == odd else "pcgrad")
-    message = raised(ValueError, lambda: backward(other, model, parts[rank]))
-    assert f"rank 0 has weighting = 'pcgrad', and rank {odd} has weighting = 'sum'" in message
-    backward(surgery, model, parts[rank])
-    assert_update_of(true_gradients(copy, whole), surgery, model)

@@ -333,22 +333,9 @@ def norm_forward(draw: Draw) -> Call:
         out = {"u": batch.compact(z) if compact else z, "mean": mu, "rstd": r}
         return out | {"stream": x_ + added} if stream else out
 
-    arguments = {
-        "shape": batch.shape(),
-        "eps": eps,
-        "compact": compact,
-        "keep_branch": keep,
-        "stream_type": Enum(TYPES[stream_type]),
-        "x": x,
-        "branch": branch,
-        "stream": stream,
-        "u": u,
-        "gate": gate,
-        "shift": shift,
-        "scale": scale,
-        "mean": mean,
-        "rstd": rstd,
-    }
+    stored = Enum(TYPES[stream_type])
+    arguments = dict(shape=batch.shape(), eps=eps, compact=compact, keep_branch=keep, stream_type=stored, x=x)
+    arguments |= dict(branch=branch, stream=stream, u=u, gate=gate, shift=shift, scale=scale, mean=mean, rstd=rstd)
     optional, through = frozenset({"branch", "stream"}), stream_type if update and not keep else None
     return Call("norm_forward", arguments, expected, optional, keeps=_kept(batch.start), through=through)
 
@@ -387,25 +374,9 @@ def norm_backward(draw: Draw) -> Call:
         planes = [d, d * z] + ([(onto + dv) * b] if update else [])
         return out | {"sums": batch.summed(*planes)}
 
-    arguments = {
-        "shape": batch.shape(),
-        "compact": compact,
-        "keep_branch": keep,
-        "x_is_stream": x_is_stream,
-        "du": du,
-        "dstream": dstream,
-        "x": x,
-    }
-    arguments |= {
-        "branch": branch,
-        "dx": dx,
-        "dbranch": dbranch,
-        "gate": gate,
-        "scale": scale,
-        "mean": mean,
-        "rstd": rstd,
-    }
-    arguments |= {"inactive": inactive, "sums": sums}
+    arguments = dict(shape=batch.shape(), compact=compact, keep_branch=keep, x_is_stream=x_is_stream)
+    arguments |= dict(du=du, dstream=dstream, x=x, branch=branch, dx=dx, dbranch=dbranch, gate=gate, scale=scale)
+    arguments |= dict(mean=mean, rstd=rstd, inactive=inactive, sums=sums)
     return Call("norm_backward", arguments, expected, frozenset({"dstream"}), keeps=_kept(batch.start))
 
 
@@ -557,25 +528,17 @@ def _kept(*operands: Operand | None) -> list[Operand]:
     return [x for x in operands if x is not None]
 
 
-def _on_gpu(make: Callable[[Draw], Call]) -> Callable[[Draw], Call]:
+def _on_gpu(make: Callable[[Draw], Call], kernels: Any) -> Callable[[Draw], Call]:
     """The same call of the submodule, on its default stream."""
 
     def made(draw: Draw) -> Call:
         draw.slow = True
         call = make(draw)
-        return replace(call, function=f"cuda.{call.function}", arguments=call.arguments | {"stream": 0})
-
-    return made
-
-
-def _gpu_gram(kernels: Any) -> Callable[[Draw], Call]:
-    def made(draw: Draw) -> Call:
-        draw.slow = True
-        call = gram(draw)
-        size = issue(kernels, "cuda.gram_workspace", [call.arguments["gradients"]])
-        workspace = Operand((1, size), "f64", "whole")
-        arguments = call.arguments | {"workspace": workspace, "stream": 0}
-        return replace(call, function="cuda.gram", arguments=arguments)
+        arguments = call.arguments
+        if make is gram:
+            size = issue(kernels, "cuda.gram_workspace", [arguments["gradients"]])
+            arguments = arguments | {"workspace": Operand((1, size), "f64", "whole")}
+        return replace(call, function=f"cuda.{call.function}", arguments=arguments | {"stream": 0})
 
     return made
 
@@ -588,12 +551,12 @@ def _gpu_workspace(draw: Draw) -> Call:
 def calls(kernels: Any) -> dict[str, Callable[[Draw], Call]]:
     """What makes a random call of each function; those of the submodule only where the extension has it."""
     ours = [norm_forward, norm_backward, residual_forward, residual_backward, gelu]
-    surgery = [combine, weighted_sum, pcgrad_coefficients]
-    makers = {make.__name__: make for make in [*ours, gram, *surgery]}
+    surgery = [gram, combine, weighted_sum, pcgrad_coefficients]
+    makers = {make.__name__: make for make in [*ours, *surgery]}
     makers["build_config"] = lambda draw: Call("build_config", {})
     if hasattr(kernels, "cuda"):
-        makers |= {f"cuda.{make.__name__}": _on_gpu(make) for make in surgery}
-        makers |= {"cuda.gram": _gpu_gram(kernels), "cuda.gram_workspace": _gpu_workspace}
+        makers |= {f"cuda.{make.__name__}": _on_gpu(make, kernels) for make in surgery}
+        makers["cuda.gram_workspace"] = _gpu_workspace
         makers["cuda.unsupported"] = lambda draw: Call("cuda.unsupported", {})
     return makers
 

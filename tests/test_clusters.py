@@ -116,12 +116,6 @@ def test_equal_intervals_are_best_for_timesteps(T):
         assert np.diff(dtr.interval_clusters(T, K).bounds).tolist() == lengths, K
 
 
-@pytest.mark.parametrize("K", range(1, 9))
-def test_equal_intervals_of_a_thousand_timesteps(K):
-    lengths = np.diff(dtr.interval_clusters(1000, K).bounds).tolist()
-    assert lengths == [math.ceil(1000 / K)] * (1000 % K) + [1000 // K] * (K - 1000 % K)
-
-
 def bounds_from_all_costs(distances, K):
     """The recursion over [T, T] costs as it is written down, in fp64, with sums in the order of growing intervals."""
     T = len(distances)
@@ -196,21 +190,6 @@ NEARLY_TIED[1, 0], NEARLY_TIED[3, 2] = 0.5, 0.5 + 1e-12
 )
 def test_known_clusters(cost, values, bounds):
     assert dtr.interval_clusters(bounds[-1], len(bounds) - 1, cost, values).bounds == bounds
-
-
-@pytest.mark.parametrize("cost", COSTS)
-@pytest.mark.parametrize("T", [1, 2, 50])
-def test_one_cluster_and_one_for_each_timestep(seed, cost, T):
-    values = random_values(cost, T)
-    assert dtr.interval_clusters(T, 1, cost, values).bounds == (0, T)
-    assert dtr.interval_clusters(T, T, cost, values).bounds == tuple(range(T + 1))
-
-
-def test_log_snr_is_the_cost_of_its_logarithm(seed):
-    log_snr = torch.rand(40, dtype=torch.float64) * 10  # not negative, so that the cost snr takes it
-    assert dtr.interval_clusters(40, 6, "log_snr", log_snr.exp()) == dtr.IntervalClusters(
-        dtr.interval_clusters(40, 6, "snr", log_snr.exp().log()).bounds, "log_snr"
-    )
 
 
 @pytest.mark.parametrize("cost", COSTS[1:])

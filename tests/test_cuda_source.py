@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks import static
 from dtr_kernels import reference
+from dtr_kernels.ops import random_order
 
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "csrc" / "cuda" / "surgery.cu"
@@ -280,10 +281,6 @@ def test_rounds_to_nearest_even(cuda, seed, K, dtype):
     w[:2] = 0.5
     assert_same(cuda.weighted_sum(segments, w)[0], expected)
     assert_same(cuda.combine(segments, w.repeat(K, 1))[0][K - 1], expected)
-
-
-def random_order(K: int) -> Tensor:
-    return torch.rand(K, K).fill_diagonal_(2).argsort(1)[:, :-1].contiguous()
 
 
 @pytest.mark.parametrize("K", [*CLUSTERS, 32, 63])

@@ -98,6 +98,8 @@ def test_small_batches(monkeypatch):
     report = dtr.explain(make_model(), BATCH)
     assert only(report)["why_plain"].startswith("x has 1,024 elements") and not only(report)["ops"]
     assert str(report).startswith("0 of 2 blocks run fused ops")
+    monkeypatch.setattr("dtr_kernels.ops.dispatch.LEAST_ELEMENTS_ON_CPU", 1024)
+    assert only(dtr.explain(make_model(), BATCH))["ops"]
 
 
 def test_masks_and_missing_kernels(monkeypatch):

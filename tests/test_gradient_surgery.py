@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from dtr_kernels.surgery.buffer import GradientBuffer
 from dtr_kernels.surgery.engines import EngineChoice
 
 K = 3
+NASH = pytest.param("nash", marks=pytest.mark.skipif(find_spec("torchjd") is None, reason="NOT RUN: needs TorchJD"))
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -66,6 +68,12 @@ class Batches:
     def mean(self, model):
         return torch.stack(self.tensors(model)).mean()
 
+    def double(self):
+        """The same in fp64."""
+        wide = copy.copy(self)
+        wide.x, wide.y = self.x.double(), self.y.double()
+        return wide
+
 
 def flat(tensors):
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
@@ -92,9 +100,7 @@ def seeded(seed):
 def expected_pcgrad(model, batches, seed):
     """PCGrad's update by the reference loop in fp64, in the order that a generator seeded alike draws."""
     wide = copy.deepcopy(model).double()
-    data = copy.copy(batches)
-    data.x, data.y = batches.x.double(), batches.y.double()
-    grads = cluster_gradients(wide, data.tensors(wide))
+    grads = cluster_gradients(wide, batches.double().tensors(wide))
     return dtr.reference.pcgrad(grads, ops.random_order(len(grads), seeded(seed), grads.device)).sum(0)
 
 
@@ -154,40 +160,37 @@ def test_sum_is_an_ordinary_step(model, batches, device):
     torch.testing.assert_close(update(model), expected)
 
 
-@pytest.mark.parametrize("form", ["disjoint graphs", "one graph", "one tensor", "functions", "mixed"])
-def test_forms_of_losses(model, batches, form, seed):
-    expected = expected_pcgrad(model, batches, seed).float()
-    if form == "disjoint graphs":
-        losses = batches.tensors(model)
-    elif form in ("one graph", "one tensor"):
-        out = model(batches.x)
-        losses = (out - batches.y).square().mean(dim=(1, 2))
-        losses = losses if form == "one tensor" else list(losses)
-    elif form == "functions":
-        losses = batches.functions(model)
-    else:
-        losses = [batches.loss(model, 0), lambda: batches.loss(model, 1), batches.loss(model, 2)]
-    dtr.GradientSurgery(model.parameters(), K, generator=seeded(seed)).backward(losses)
-    torch.testing.assert_close(update(model), expected)
+def of_one_graph(model, batches):
+    return (model(batches.x) - batches.y).square().mean((1, 2))
+
+
+FORMS = {
+    "disjoint graphs": lambda model, batches: batches.tensors(model),
+    "one graph": lambda model, batches: list(of_one_graph(model, batches)),
+    "one tensor": of_one_graph,
+    "two of one graph": lambda model, batches: [
+        batches.loss(model, 0),
+        *(model(batches.x[1:]) - batches.y[1:]).square().mean((1, 2)),
+    ],
+    "functions": lambda model, batches: batches.functions(model),
+    "mixed": lambda model, batches: [batches.loss(model, 0), batches.functions(model)[1], batches.loss(model, 2)],
+}
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("form", ["disjoint graphs", "one graph", "two and one"])
-def test_graphs_of_tensors_are_freed(model, batches, form, autocast):
-    """Although the caller keeps the losses: or else the graphs of one step would live on in the next."""
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_losses(model, batches, form, autocast, seed):
+    """Graphs are freed, although the caller keeps the losses: or else those of one step would live on in the next."""
+    expected = expected_pcgrad(model, batches, seed).float()
     alive = []
     model.norm.register_forward_hook(lambda module, args, out: alive.append(weakref.ref(out.untyped_storage())))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        if form == "disjoint graphs":
-            losses = batches.tensors(model)
-        elif form == "one graph":
-            losses = list((model(batches.x) - batches.y).square().mean((1, 2)))
-        else:
-            losses = [*(model(batches.x[:2]) - batches.y[:2]).square().mean((1, 2)), batches.loss(model, 2)]
-            losses.insert(1, losses.pop())
+        losses = FORMS[form](model, batches)
     assert all(storage() is not None for storage in alive)
-    dtr.GradientSurgery(model.parameters(), K).backward(losses)
-    assert all(storage() is None for storage in alive)
+    dtr.GradientSurgery(model.parameters(), K, generator=seeded(seed)).backward(losses)
+    assert alive and all(storage() is None for storage in alive)
+    if not autocast:
+        torch.testing.assert_close(update(model), expected)
 
 
 def test_graphs_of_functions_live_one_at_a_time(model, batches):
@@ -227,10 +230,8 @@ def test_zero_gradient(model, batches, weighting):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("weighting", ["pcgrad", "nash", "sum", "external"])
+@pytest.mark.parametrize("weighting", ["pcgrad", NASH, "sum", "external"])
 def test_nan_and_inf_reach_the_update(model, batches, bad, weighting):
-    if weighting == "nash":
-        pytest.importorskip("torchjd")
     chosen = (lambda gram: gram.new_tensor([1.0, 0.0, 2.0])) if weighting == "external" else weighting
     functions = batches.functions(model)
     functions[1] = lambda: batches.loss(model, 1) * bad
@@ -239,11 +240,9 @@ def test_nan_and_inf_reach_the_update(model, batches, bad, weighting):
         assert not p.grad.isfinite().any(), name
 
 
-@pytest.mark.parametrize("weighting", ["pcgrad", "nash", "external"])
+@pytest.mark.parametrize("weighting", ["pcgrad", NASH, "external"])
 def test_an_overflow_of_the_gram_matrix_reaches_the_update(model, batches, weighting, seed):
     """Finite gradients with products that are not: the step is NaN, and the next one as if it had not been."""
-    if weighting == "nash":
-        pytest.importorskip("torchjd")
     means = batches.functions(model)
 
     def updates(overflow):
@@ -280,10 +279,7 @@ def test_autocast(around, device, seed):
     """Under autocast the update is as near to fp64 as an ordinary step is."""
     model, batches = Net(64).to(device), Batches(device=device, samples=16)
     cast = torch.autocast(device.type, torch.bfloat16)
-    wide = copy.deepcopy(model).double()
-    data = copy.copy(batches)
-    data.x, data.y = batches.x.double(), batches.y.double()
-    expected = ordinary_step(wide, data)
+    expected = ordinary_step(copy.deepcopy(model).double(), batches.double())
     with cast:
         loss = batches.mean(model)
     loss.backward()
@@ -305,11 +301,9 @@ def test_autocast(around, device, seed):
     assert (update(model) - expected).norm() <= 2 * allowed + 1e-4 * expected.norm()
 
 
-@pytest.mark.parametrize("weighting", ["pcgrad", "nash"])
+@pytest.mark.parametrize("weighting", ["pcgrad", NASH])
 def test_scaler(model, batches, weighting, device, seed):
     """Scaling changes neither the parameters after the step nor what the weighting sees."""
-    if weighting == "nash":
-        pytest.importorskip("torchjd")
     start = copy.deepcopy(model)
     ends, grams = [], []
     for scaled in (False, True):
@@ -397,25 +391,6 @@ def test_gradient_checkpointing(model, batches, reentrant, seed):
     torch.testing.assert_close(update(model), expected)
 
 
-@pytest.mark.parametrize("weighting", ["pcgrad", "sum"])
-def test_accumulation_equals_the_full_batch(weighting, device, seed):
-    model, batches = Net().to(device), Batches(device=device, samples=6)
-    dtr.GradientSurgery(model.parameters(), K, weighting, generator=seeded(seed)).backward(batches.functions(model))
-    expected = update(model)
-    model.zero_grad()
-    surgery = dtr.GradientSurgery(model.parameters(), K, weighting, generator=seeded(seed))
-    for step in range(2):  # the second must not see what the first left behind
-        surgery._weighting = dtr.GradientSurgery(model.parameters(), K, weighting, generator=seeded(seed))._weighting
-        for part in range(3):
-            micro = copy.copy(batches)
-            micro.x = batches.x[:, 2 * part : 2 * part + 2]
-            surgery.backward(micro.functions(model), last=part == 2)
-            if part < 2:
-                assert all(p.grad is None for p in model.parameters())
-        torch.testing.assert_close(update(model), expected, msg=lambda text, step=step: f"step {step}: {text}")
-        model.zero_grad()
-
-
 def micro_batches_of_random_counts(device="cpu"):
     """Return some whose cluster counts change, vanish or come late, and the batch that holds all their samples."""
     counts = [[3, 2, 0], [1, 2, 0], [0, 2, 3], *torch.randint(5, (3, K)).tolist(), [1, 0, 0]]
@@ -454,6 +429,7 @@ def test_accumulation_of_unequal_micro_batches_equals_the_full_batch(how, weight
         expected = update(model)
         model.zero_grad()
         for i, part in enumerate(parts):
+            assert all(p.grad is None for p in model.parameters())
             losses = backward_of_mixed(surgery, model, part, method, last=i == len(parts) - 1)
             torch.testing.assert_close(losses, part.cluster_means(model).detach(), equal_nan=True)
         torch.testing.assert_close(update(model), expected)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from test_tiles import GPU, files  # noqa: F401  # a fixture
 
 import dtr_kernels
 from benchmarks import environment
@@ -108,20 +109,8 @@ def test_says_why_pytorch_runs(monkeypatch, capsys):
     assert "plain PyTorch (the reference): the extension was lost" in shown
 
 
-@pytest.fixture
-def gpu(monkeypatch, tmp_path):
-    """A GPU that there seems to be; its files are in a folder for the test."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(tuned_tiles, "PACKAGED", tmp_path / "packaged")
-    monkeypatch.setenv("DTR_KERNELS_CACHE", str(tmp_path / "cache"))
-    tiles.configuration.cache_clear()
-    yield "NVIDIA H200"
-    tiles.configuration.cache_clear()
-
-
 def tuned(capability=90, commit="0123456789abcdef", date="2026-11-01"):
-    measurement = Measurement("NVIDIA H200", capability, "2.13.0", "3.7.1", commit, date, "tune", "0")
+    measurement = Measurement(GPU, capability, "2.13.0", "3.7.1", commit, date, "tune", "0")
     return Tuned("forward", "bfloat16", 1152, 128, GemmTile(64, 64, 32, 4, 3), 1e-5, 2e-5, measurement)
 
 
@@ -143,12 +132,13 @@ ONE = "1 entry, forward in bfloat16 of 1152 channels"
         ),
     ],
 )
-def test_says_where_a_gpus_tiles_are_from(gpu, packaged, user, says):
-    for path, entries in ((tuned_tiles.packaged_file(gpu), packaged), (tuned_tiles.user_file(gpu), user)):
+@pytest.mark.usefixtures("files")
+def test_says_where_a_gpus_tiles_are_from(packaged, user, says):
+    for path, entries in ((tuned_tiles.packaged_file(GPU), packaged), (tuned_tiles.user_file(GPU), user)):
         if entries:
             tuned_tiles.write(path, entries)
     said = info._tiles(0).removesuffix(" from a checkout")
-    assert said == says.format(user=tuned_tiles.user_file(gpu))
+    assert said == says.format(user=tuned_tiles.user_file(GPU))
 
 
 def test_says_what_is_tuned():
@@ -163,19 +153,20 @@ def test_says_what_is_tuned():
     )
 
 
-def test_says_from_how_many_tokens_on_our_gemms_run_and_which_are_tuned_where(gpu):
+@pytest.mark.usefixtures("files")
+def test_says_from_how_many_tokens_on_our_gemms_run_and_which_are_tuned_where():
     assert info._crossovers(0) == [
         "windows_forward and windows_backward in bfloat16, float16 and float32: never (default)",
         "gelu_forward and gelu_backward in bfloat16 and float16: always (default)",
         "gelu_forward and gelu_backward in float32: never (default)",
     ]
-    tiles.configuration.cache_clear()
+    tiles.forget()
     forward = replace(tuned(), op="windows_forward", tile=Crossover(2048))
     packaged = [forward, replace(forward, channels=384, tile=Crossover(16384))]
     user = [replace(forward, tile=Crossover(1024)), replace(forward, op="gelu_forward", tile=Crossover(NEVER))]
     other_samples = replace(forward, op="gelu_backward", rows=64, tile=Crossover(64))
-    tuned_tiles.write(tuned_tiles.packaged_file(gpu), packaged)
-    tuned_tiles.write(tuned_tiles.user_file(gpu), [*user, other_samples])
+    tuned_tiles.write(tuned_tiles.packaged_file(GPU), packaged)
+    tuned_tiles.write(tuned_tiles.user_file(GPU), [*user, other_samples])
     said = info._crossovers(0)
     assert (
         "windows_forward in bfloat16: from 16,384 tokens on (packaged file) with 384 channels, "
@@ -185,9 +176,10 @@ def test_says_from_how_many_tokens_on_our_gemms_run_and_which_are_tuned_where(gp
     assert "gelu_backward in bfloat16 and float16: always (default)" in said
 
 
-def test_a_broken_file_makes_a_warning_and_is_not_called_tuned(gpu):
-    tuned_tiles.write(tuned_tiles.user_file(gpu), [tuned()])
-    tuned_tiles.user_file(gpu).write_text("{}")
+@pytest.mark.usefixtures("files")
+def test_a_broken_file_makes_a_warning_and_is_not_called_tuned():
+    tuned_tiles.write(tuned_tiles.user_file(GPU), [tuned()])
+    tuned_tiles.user_file(GPU).write_text("{}")
     with pytest.warns(RuntimeWarning, match="nvidia-h200.json"):
         assert info._tiles(0).startswith("defaults: ")
 
@@ -209,7 +201,8 @@ def test_shows_tiles_and_crossovers_of_each_gpu_and_nothing_without_one(monkeypa
     assert "tiles" not in shown and "crossovers " not in shown
 
 
-def test_results_say_which_tiles_they_ran_with(gpu, monkeypatch):
+@pytest.mark.usefixtures("files")
+def test_results_say_which_tiles_they_ran_with(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     facts = info.collect()
     monkeypatch.setattr(info, "collect", lambda: facts | {"tiles": [info._tiles(0), "of another"]})

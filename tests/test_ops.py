@@ -6,7 +6,6 @@ The file runs three times: with the compiled CPU kernels, with the Triton kernel
 
 from __future__ import annotations
 
-import importlib
 import os
 
 import pytest
@@ -177,16 +176,6 @@ def test_when_slices_of_the_weight_pay_on_a_cpu(channels, width, tokens, forward
     """As cpu_limits measured it."""
     assert (slice_gain("windows_forward", tokens, channels, width) >= 100) == forward
     assert (slice_gain("windows_backward", tokens, channels, width) >= 100) == backward
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gated_residual(seed, device, dtype):
-    inputs = stream_inputs(3, 37, 96, dtype, device, branch=True)
-    inputs = {name: inputs[name] for name in ("x", "branch", "gate")}
-    comparisons = compare(
-        lambda **i: (ops.gated_residual(**i),), lambda **i: (reference.gated_residual(**i),), inputs, dtype
-    )
-    assert_within_bound(comparisons)
 
 
 def test_the_largest_tiles(seed, device):
@@ -456,21 +445,6 @@ def test_gradcheck_of_the_cpu_path(scope, tokens):
 
     inputs = (small, c, *(p.detach().requires_grad_() for p in block.parameters()))
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True, atol=1e-6)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter stands in for a GPU, which has no lower limit")
-def test_small_tensors_take_the_faster_plain_path_on_a_cpu(monkeypatch):
-    block = random_block(48, 4, "block", torch.device("cpu"), torch.float32)
-    x, c, window = torch.randn(2, 9, 48), torch.randn(2, 48), windows(2, 48, 0.8, "cpu")
-    called = []
-    routed_linear = importlib.import_module("dtr_kernels.ops.linear")  # ``ops`` has a function of the same name
-    monkeypatch.setattr(routed_linear, "gated_norm_forward", lambda *args: called.append(args) or 1 / 0)
-    monkeypatch.setattr("dtr_kernels.ops.dispatch.LEAST_ELEMENTS_ON_CPU", x.numel() + 1)
-    torch.testing.assert_close(block(x, c, window), reference.dit_block(block, x, c, window.mask(), "block"))
-    assert not called
-    monkeypatch.setattr("dtr_kernels.ops.dispatch.LEAST_ELEMENTS_ON_CPU", x.numel())
-    with pytest.raises(ZeroDivisionError):
-        block(x, c, window)
 
 
 @pytest.mark.parametrize(

@@ -12,21 +12,14 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from models import DiTBlock
-from test_support import native, swapped
+from test_support import apply_checkpointing, is_block, native, swapped
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    CheckpointImpl,
-    apply_activation_checkpointing,
-    checkpoint_wrapper,
-)
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-
-import dtr_kernels as dtr
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "seed"),
@@ -45,19 +38,6 @@ def _one_process(tmp_path_factory):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-def checkpointed(kind, **options):
-    def apply(model):
-        wrap = functools.partial(checkpoint_wrapper, checkpoint_impl=kind, **options)
-        apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrap, check_fn=is_block)
-        return model
-
-    return apply
-
-
-def is_block(module):
-    return isinstance(module, DiTBlock | dtr.nn.RoutedDiTBlock)
 
 
 def keeping_linear_layers():
@@ -115,9 +95,9 @@ FEATURES = {
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
     "state_dict": with_loaded_state,
     "AveragedModel": AveragedModel,
-    "checkpointing": checkpointed(CheckpointImpl.NO_REENTRANT),
-    "reentrant checkpointing": checkpointed(CheckpointImpl.REENTRANT),
-    "selective checkpointing": checkpointed(CheckpointImpl.NO_REENTRANT, context_fn=keeping_linear_layers),
+    "checkpointing": apply_checkpointing,
+    "reentrant checkpointing": functools.partial(apply_checkpointing, kind=CheckpointImpl.REENTRANT),
+    "selective checkpointing": functools.partial(apply_checkpointing, context_fn=keeping_linear_layers),
     "compiled blocks": with_compiled_blocks,
     "FSDP2": sharded,
     "DistributedDataParallel": DistributedDataParallel,

@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from refusals import refused
+from test_whole_benchmarks import CPU, assert_every_tensor_counts, assert_right, quick, sides_of
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
+from unets import Downsample, Upsample
 
 import dtr_kernels as dtr
 from benchmarks.cases import AUTOCAST, Options
@@ -409,27 +411,13 @@ def test_state_dict_is_guided_diffusions(options, skip):
     assert dtr.nn.RoutedResBlock is RoutedResBlock
 
 
-class Insists(torch.nn.Module):
-    """Resampling as guided-diffusion has it, which refuses a part of the block's channels."""
-
-    def __init__(self, channels, op):
-        super().__init__()
-        self.channels = channels
-        if op is not None:
-            self.op = op
-
-    def forward(self, x):
-        assert x.shape[1] == self.channels
-        return F.interpolate(x, scale_factor=2, mode="nearest") if not hasattr(self, "op") else self.op(x)
-
-
 @pytest.mark.parametrize("name", ["up", "down"])
 def test_resampling_modules_of_guided_diffusion(seed, name):
+    """Which refuse a part of the block's channels."""
     form = FORMS[name]
     block, (x, emb) = random_block(form), random_inputs(form)
     foreign = copy.deepcopy(block)
-    for upd in ("h_upd", "x_upd"):
-        setattr(foreign, upd, Insists(12, torch.nn.AvgPool2d(2) if name == "down" else None))
+    foreign.h_upd = foreign.x_upd = Upsample(12) if name == "up" else Downsample(12)
     assert torch.equal(run_res_block(foreign, x, emb, shared(3, 4)), run_res_block(block, x, emb, shared(3, 4)))
 
 
@@ -579,39 +567,26 @@ def fresh(seed, monkeypatch):
     monkeypatch.setattr(whole, "compiled", lambda forward, mode=None: forward)
 
 
-def cases_of(**options):
-    return [build() for build in suite.cases(Options(torch.device("cpu"), quick=True, **options))]
-
-
-def sides_of(case):
-    return {side.name: side for side in case.sides}
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16", AUTOCAST])
 @pytest.mark.usefixtures("skipping")
 def test_every_side_of_the_benchmark_is_right(fresh, precision):
     """And each would be wrong if one of its tensors were, or if it computed another function."""
-    cases = cases_of(precisions=[precision])
+    cases = quick(suite, CPU, precisions=[precision])
     assert [(case.cell["window"], case.cell["pass"]) for case in cases] == [
         (window, pass_) for window in ("per sample", "shared") for pass_ in ("forward", "training")
     ]
     for case in cases:
+        assert_right(case)
         sides = sides_of(case)
         for side in case.sides:
-            found = side.call()
-            assert side.error(found) <= side.bound < 0.1, (case.name, side.name)
-            assert side.work.flops > 0 and side.work.bytes > 0
-            for i, tensor in enumerate(found):
-                for wrong in (1.15 * tensor, tensor * float("nan")):
-                    error = side.error([*found[:i], wrong, *found[i + 1 :]])
-                    assert not error <= side.bound, (case.name, side.name, i)
+            assert_every_tensor_counts(side, 1.15)
         routed, unrouted = sides["RoutedResBlock"], sides["unrouted"]
         assert routed.error(unrouted.call()) > routed.bound and unrouted.error(routed.call()) > unrouted.bound
         assert unrouted.work.flops > routed.work.flops == sides["reference"].work.flops
 
 
 def test_a_benchmark_without_deactivated_channels_fails(fresh, skipping, monkeypatch):
-    (case,) = cases_of(precisions=["bf16"], windows=["shared"], passes=["forward"])
+    (case,) = quick(suite, CPU, precisions=["bf16"], windows=["shared"], passes=["forward"])
     side = sides_of(case)["RoutedResBlock"]
     monkeypatch.setattr(OP, "_stretched", lambda image, dim, size: torch.zeros(()))
     assert side.error(side.call()) > 1.5 * side.bound

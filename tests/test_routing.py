@@ -87,12 +87,6 @@ def test_the_reference_mask_is_the_window(device, channels, T):
         torch.testing.assert_close(mask, dtr.reference.routing_mask(t, channels, T, alpha, beta).bool(), rtol=0, atol=0)
 
 
-def test_ratio_one_activates_every_channel_and_one_timestep_has_its_window_at_the_start():
-    window = dtr.DenoisingTaskRouting(beta=1.0).window(torch.arange(1000), 96)
-    assert window.width == 96 and window.mask().all() and not window.start.any()
-    assert dtr.DenoisingTaskRouting(1).window(torch.zeros(3, dtype=torch.long), 40).start.tolist() == [0, 0, 0]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_continuous_time_is_used_as_it_is(device, dtype):
     t = torch.linspace(0, 1, 257, device=device).to(dtype)
@@ -176,13 +170,6 @@ def test_numpy_numbers_are_numbers():
     assert routing.window(np.int64(7), np.int32(64)).shared_start == plain.window(7, 64).shared_start
     random, t = dtr.RandomRouting(np.int16(20), np.float64(0.5), np.uint8(3)), torch.arange(20)
     assert torch.equal(random.mask(t, np.int64(64)), dtr.RandomRouting(20, 0.5, 3).mask(t, 64))
-
-
-@pytest.mark.parametrize("steps", [10, 50, 250])
-def test_respaced_timesteps_get_the_windows_of_their_original_numbers(steps):
-    routing = dtr.DenoisingTaskRouting()
-    t = torch.linspace(0, 999, steps).round().long().flip(0)
-    torch.testing.assert_close(routing.window(t, 768).start, routing.window(torch.arange(1000), 768).start[t])
 
 
 @pytest.mark.parametrize("t", [0, 1, 500, 999, 0.0, 0.5, 1.0, np.int64(500), np.float64(0.5)], ids=repr)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_report import rows_of
 
 from benchmarks import static
 from dtr_kernels.ops import extension
@@ -46,7 +47,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     ],
 )
 def test_occupancy(arch, threads, registers, shared, tensor_columns, expected):
-    found = static.occupancy(arch, threads, registers, shared, tensor_columns)
+    usage = static.Usage(threads, registers, 0, shared, tensor_columns, {}, {}, 0)
+    found = usage.occupancy(arch)
     assert found == expected
     assert found.share == expected[1] / 64
 
@@ -115,25 +117,16 @@ def test_report_is_stored_and_read():
     assert stored["occupancy"] == {"blocks": 2, "warps": 16, "limit": "registers", "share": 0.25}
 
 
-def cells(text, first):
-    """The cells of the line that begins with a cell, by their column's title."""
-    lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line[:1] == "|"]
-    head = next(line for line in lines if line[0] == "kernel")
-    [found] = [line for line in lines if line[0] == first]
-    return dict(zip(head, found, strict=True))
-
-
 def test_markdown_has_a_line_for_each_configuration():
     rows = [row(modes=["routed"]), row(modes=["unrouted"], registers=130, widths=[1152])]
     rows += [replace(each, dtype="fp16") for each in rows]
     text = report(*rows).markdown()
     assert "No kernel spills" in text and "13.0.88" in text and "0123456789abcdef" in text
-    line = cells(text, "window_forward")
+    (line,) = rows_of(text)
     assert line["dtype"] == "bf16, fp16" and line["widths"] == "384, 1152" and line["modes"] == "2"
     assert line["tile"] == "128 x 256 x 64, 8 warps, 3 stages"
     assert (line["registers"], line["occupancy"]) == ("100 to 130", "12.5% to 25%")
     assert (line["matrix"], line["copies"], line["buffers"]) == ("wgmma", "cp.async.bulk", "3")
-    assert report(*rows).markdown(all_widths=True).count("| window_forward") == 2
     assert "sm_90" in text and "sm_80" not in text
     assert "**window_forward (routed), bf16" in report(row(spilled=8)).markdown()
 
@@ -180,14 +173,11 @@ def test_command_line_stores_the_whole_report(monkeypatch, tmp_path, capsys):
 
 
 def test_command_line_prints_a_part(monkeypatch, tmp_path, capsys):
-    assert run(monkeypatch, tmp_path, "--arch", "90", "--all-widths") == 0
+    assert run(monkeypatch, tmp_path, "--arch", "90") == 0
     assert "sm_90" in capsys.readouterr().out and not (tmp_path / "committed").exists()
     assert run(monkeypatch, tmp_path, "--arch", "90", "--out", str(tmp_path / "there")) == 0
     assert {path.name for path in (tmp_path / "there").iterdir()} == {"static.json", "static.md"}
-    assert (
-        run(monkeypatch, tmp_path, "--arch", "90", "--json", str(tmp_path / "alone.json"), found=[row(spilled=8)]) == 1
-    )
-    assert len(static.Report.from_json((tmp_path / "alone.json").read_text()).rows) == 2
+    assert run(monkeypatch, tmp_path, "--arch", "90", found=[row(spilled=8)]) == 1
     assert not (tmp_path / "committed").exists()
 
 

@@ -296,11 +296,14 @@ def test_ddp_and_fsdp2_in_two_processes(tmp_path, seed):
 # --- memory and copies -----------------------------------------------------------------------------------------------
 
 
-def apply_checkpointing(model, kind=CheckpointImpl.NO_REENTRANT):
+def is_block(module):
+    return isinstance(module, DiTBlock | dtr.nn.RoutedDiTBlock)
+
+
+def apply_checkpointing(model, kind=CheckpointImpl.NO_REENTRANT, **options):
     """Of each block, as libraries do it."""
-    blocks = set(model.blocks)
-    wrapper = functools.partial(checkpoint_wrapper, checkpoint_impl=kind)
-    apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrapper, check_fn=lambda module: module in blocks)
+    wrapper = functools.partial(checkpoint_wrapper, checkpoint_impl=kind, **options)
+    apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrapper, check_fn=is_block)
     return model
 
 

@@ -152,7 +152,7 @@ def flattened(gradient):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("K, P", SIZES)
-def test_gram_and_pcgrad(seed, path, device, K, P, dtype):
+def test_every_op_at_every_size(seed, path, device, K, P, dtype):
     grads, order = gradients(K, P, dtype, device), ops.random_order(K)
     expected, projected = Expected(grads, order), grads.clone()
     update = expected.check(projected, order)
@@ -161,11 +161,7 @@ def test_gram_and_pcgrad(seed, path, device, K, P, dtype):
     assert_not_worse(projected, expected.projected, plain, grads)
     assert_not_worse(update, expected.projected.sum(0), plain.sum(0), expected.terms_of_sum)
 
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("K, P", SIZES)
-def test_linear_combinations(seed, path, device, K, P, dtype):
-    grads, coefficients = gradients(K, P, dtype, device), torch.randn(K + 1, K, device=device)
+    coefficients = torch.randn(K + 1, K, device=device)
     exact = coefficients.double() @ grads.double()
     scale = (coefficients.abs() @ grads.abs().float()).amax(1, keepdim=True)
     plain = coefficients.to(dtype) @ grads
@@ -205,14 +201,6 @@ def test_special_gradients(seed, path, device, kind, K, P, dtype):
     Expected(grads, order).check(grads, order)
 
 
-def test_gradients_of_sums_that_cancel(path, device):
-    """Products of +1 and -1 that add up to little: the sign that decides over a conflict is right."""
-    grads = torch.ones(2, 70_000, device=device)
-    grads[1, ::2] = -1
-    grads[1, 0] = -2  # the product is -1
-    assert torch.equal(ops.gram(grads).cpu(), torch.tensor([[70_000.0, -1], [-1, 70_003]], dtype=torch.float64))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_without_conflict_stay_the_same_bits(seed, path, device, dtype):
     grads = torch.rand(5, 1003, device=device).to(dtype)
@@ -250,6 +238,7 @@ def test_a_norm_that_underflowed_to_zero_is_not_divided_by(path, device):
     gram = torch.tensor([[1.0, -1e-25, 0.5], [-1e-25, 0, -1e-25], [0.5, -1e-25, 1]], device=device)
     coefficients = ops.pcgrad_coefficients(gram, ORDER).cpu()
     torch.testing.assert_close(coefficients, torch.eye(3).double(), rtol=0, atol=1e-20)
+    assert torch.equal(ops.pcgrad_coefficients(torch.zeros_like(gram), ORDER).cpu(), torch.eye(3).double())
 
 
 def test_coefficients_of_a_gram_matrix_in_fp32_and_of_a_strided_one(seed, path, device):
@@ -523,14 +512,6 @@ def test_an_empty_cluster_changes_nothing(seed, path, device, zero, dtype):
     Expected(grads[others], without).check_projected(projected[others], dtype)
 
 
-def test_all_clusters_empty(path, device):
-    grads = torch.zeros(4, 70, device=device)
-    ops.pcgrad_(grads)
-    assert (grads == 0).all() and (ops.pcgrad_sum(grads) == 0).all()
-    coefficients = ops.pcgrad_coefficients(ops.gram(grads), ops.random_order(4))
-    assert torch.equal(coefficients, torch.eye(4, dtype=torch.float64, device=device))
-
-
 # --- orders ----------------------------------------------------------------------------------------------------------
 
 
@@ -554,18 +535,6 @@ def test_random_orders_are_uniform_and_independent():
     for a, b in itertools.combinations(names.unbind(1), 2):
         counts = (6 * a + b).bincount(minlength=36).double()
         assert ((counts - 100).square() / 100).sum() < 35 + 8 * math.sqrt(2 * 35)
-
-
-def test_seeds_make_orders_reproducible(seed):
-    first, again = (ops.random_order(8, torch.Generator().manual_seed(seed)) for _ in range(2))
-    assert torch.equal(first, again)
-    other = ops.random_order(8, torch.Generator().manual_seed(seed + 1))
-    assert not torch.equal(first, other)
-    torch.manual_seed(seed)
-    first = ops.random_order(8)
-    assert not torch.equal(first, ops.random_order(8)), "every call draws anew"
-    torch.manual_seed(seed)
-    assert torch.equal(first, ops.random_order(8))
 
 
 @pytest.mark.gpu
@@ -808,11 +777,12 @@ def test_bad_orders(order, error, fragments):
 
 def test_bad_orders_that_the_host_cannot_see(seed, path, device):
     """On a GPU, values are seen by the kernel alone: a row that is no permutation must not read anything else."""
-    order = ops.random_order(4, device=device)
-    order[1, 0], order[2, 1], order[3, 0] = 99, 2, order[3, 1]
-    grads = gradients(4, 70, torch.float64, device)
-    out = torch.ops.dtr_kernels.pcgrad_coefficients(grads @ grads.T, order)
+    order = ops.random_order(5, device=device)
+    order[1, 0], order[2, 1], order[3, 0], order[4, 2] = 99, 2, order[3, 1], -1
+    grads = gradients(5, 70, torch.float64, device)
+    out = OPS.pcgrad_coefficients(grads @ grads.T, order)
     assert out[0].isfinite().all() and out[1:].isnan().all()
+    assert device.type == "cpu" or ops.pcgrad_sum(grads.float(), order).isnan().all()
 
 
 BAD_GRAMS = {
@@ -1003,26 +973,3 @@ def test_a_cuda_graph_draws_an_order_at_every_replay(seed):
         updates.append(update.clone())
         assert update.isfinite().all()
     assert not torch.equal(updates[0], updates[1]) or not torch.equal(updates[1], updates[2])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("row", [[1, 1], [0, 2], [1, 3], [1, -1]])
-def test_a_bad_order_on_a_gpu_gives_nan(seed, row):
-    """Where a check would make the host wait."""
-    grads, order = gradients(3, 70, torch.float32, "cuda"), ORDER.clone()
-    order[0] = torch.tensor(row)
-    coefficients = ops.pcgrad_coefficients(ops.gram(grads), order.cuda())
-    assert coefficients[0].isnan().all() and coefficients[1:].isfinite().all()
-    assert ops.pcgrad_sum(grads, order.cuda()).isnan().all()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", COMPILED_DTYPES, ids=str)
-def test_cpu_and_gpu_give_the_same_update(seed, dtype):
-    grads = gradients(8, 1003, dtype, "cpu")
-    updates = [
-        ops.pcgrad_sum(grads.to(device), generator=torch.Generator().manual_seed(seed)).cpu()
-        for device in ("cpu", "cuda")
-    ]
-    unit = torch.finfo(dtype).eps
-    torch.testing.assert_close(*updates, rtol=2 * unit, atol=2 * unit)

@@ -12,6 +12,7 @@ import any_torchvision  # noqa: F401  # before diffusers
 import pytest
 import torch
 from comparing import assert_as_exact, differ, output_of, results, snapshot, widened
+from models import LowRankLinear, change
 from refusals import refused
 from swapping import with_heads
 from torch import nn
@@ -318,32 +319,23 @@ class Recording(AttnProcessor2_0):
     """A user's processor that computes the same, and would no longer be called."""
 
 
-def change(path, name, value):
-    return lambda block: setattr(block.get_submodule(path) if path else block, name, value)
-
-
-class LowRankLinear(nn.Linear):
-    def forward(self, x):
-        return super().forward(x) + x.mean()
-
-
 REFUSED_BLOCKS = {
     "processor": (lambda block: block.attn1.set_processor(Recording()), "attn1.processor is Recording"),
     "fused projections": (lambda block: block.attn1.fuse_projections(), "a parameter attn1.to_qkv.weight"),
-    "attention dropout": (change("attn1.to_out.1", "p", 0.1), "attn1.to_out.1 drops with probability 0.1"),
-    "MLP dropout": (change("ff.net.1", "p", 0.1), "ff.net.1 drops with probability 0.1"),
-    "exact GELU": (change("ff.net.0", "approximate", "none"), "fused MLP computes nn.GELU"),
-    "gated GELU": (change("ff.net", "0", GEGLU(C, 4 * C)), "ff.net.0 is GEGLU, but the fused MLP is"),
-    "SwiGLU": (change("ff.net", "0", SwiGLU(C, 4 * C)), "ff.net.0 is SwiGLU"),
-    "affine norm": (change("", "norm3", nn.LayerNorm(C)), "norm3 has affine parameters"),
+    "attention dropout": (change("attn1.to_out.1.p", 0.1), "attn1.to_out.1 drops with probability 0.1"),
+    "MLP dropout": (change("ff.net.1.p", 0.1), "ff.net.1 drops with probability 0.1"),
+    "exact GELU": (change("ff.net.0.approximate", "none"), "fused MLP computes nn.GELU"),
+    "gated GELU": (change("ff.net.0", GEGLU(C, 4 * C)), "ff.net.0 is GEGLU, but the fused MLP is"),
+    "SwiGLU": (change("ff.net.0", SwiGLU(C, 4 * C)), "ff.net.0 is SwiGLU"),
+    "affine norm": (change("norm3", nn.LayerNorm(C)), "norm3 has affine parameters"),
     "chunks": (lambda block: block.set_chunk_feed_forward(2), "its MLP is computed in chunks"),
-    "wrapped linear": (change("attn1", "to_k", LowRankLinear(C, C)), "attn1.to_k is test_swap_diffusers.LowRankLinear"),
-    "narrow values": (change("attn1", "to_v", nn.Linear(C, C // 2)), "attn1.to_v maps 64 features to 32"),
-    "one bias": (change("attn1", "to_q", nn.Linear(C, C, bias=False)), "have a bias and some not"),
-    "heads": (change("attn1", "heads", 5), "attn.num_heads is 5"),
-    "rescaled": (change("attn1", "rescale_output_factor", 2.0), "computes something else than a DiT block"),
-    "other kind": (change("", "norm_type", "ada_norm_continuous"), "could not be compared with a DiT block"),
-    "positions": (change("", "pos_embed", SinusoidalPositionalEmbedding(C, 64)), "computes something else than a DiT"),
+    "wrapped linear": (change("attn1.to_k", LowRankLinear(C, C)), "attn1.to_k is models.LowRankLinear"),
+    "narrow values": (change("attn1.to_v", nn.Linear(C, C // 2)), "attn1.to_v maps 64 features to 32"),
+    "one bias": (change("attn1.to_q", nn.Linear(C, C, bias=False)), "have a bias and some not"),
+    "heads": (change("attn1.heads", 5), "attn.num_heads is 5"),
+    "rescaled": (change("attn1.rescale_output_factor", 2.0), "computes something else than a DiT block"),
+    "other kind": (change("norm_type", "ada_norm_continuous"), "could not be compared with a DiT block"),
+    "positions": (change("pos_embed", SinusoidalPositionalEmbedding(C, 64)), "computes something else than a DiT"),
     "hook": (lambda block: block.ff.register_forward_hook(print), "ff has hooks"),
 }
 

@@ -44,12 +44,6 @@ def masked(model, direction):
     return swapping.masked(model, lambda t: mask_at(t if direction is None else 1 - t))
 
 
-def test_without_routing_keeps_the_models_own_function():
-    model, inputs = sit(), batch()
-    expected, exact = results(model, inputs), results(*widened(model, inputs))
-    assert_as_exact(results(dtr.swap_blocks(model), inputs), expected, exact)
-
-
 @pytest.mark.parametrize("direction", DIRECTIONS.values(), ids=DIRECTIONS)
 def test_routing_matches_the_masked_blocks(direction):
     model, inputs = sit(), batch()

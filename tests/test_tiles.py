@@ -162,21 +162,8 @@ def test_a_tuned_crossover_goes_before_the_default(files):
 
 
 def test_a_crossover_in_words():
-    assert [str(Crossover(tokens)) for tokens in (1, 2, 8192, NEVER // 2, NEVER)] == [
-        "always",
-        "from 2 tokens on",
-        "from 8,192 tokens on",
-        "from 536,870,912 tokens on",
-        "never",
-    ]
-
-
-def test_forgetting_reads_files_again(files):
-    assert ask() != SPECIAL
-    tuned_tiles.write(files.user, [entry()])
-    assert ask() != SPECIAL
-    tiles.forget()
-    assert ask() == SPECIAL
+    words = {1: "always", 2: "from 2 tokens on", NEVER // 2: "from 536,870,912 tokens on", NEVER: "never"}
+    assert {tokens: str(Crossover(tokens)) for tokens in words} == words
 
 
 def test_what_was_measured_with_another_capability_is_ignored(files):
@@ -383,20 +370,6 @@ def test_forcing_ends_with_its_block_whatever_happens_there(files):
     assert ask() == default
 
 
-@pytest.mark.parametrize(
-    "tile, tokens, reason",
-    [
-        (GemmTile(64, 64, 64, 4, 3), 20, "k of its tile, 64, is more than its 32 rows"),
-        (GemmTile(64, 48, 16, 4, 3), 20, "n of its tile must be a power of two"),
-        (RowTile(1, 64, 4), 20, "must be a GemmTile"),
-    ],
-)
-def test_a_tile_that_no_kernel_can_run_with_is_refused(launched, tile, tokens, reason):
-    with forced("weight_gradient", tile), pytest.raises(ValueError, match=reason):
-        weight_gradient(tokens=tokens)
-    assert not launched
-
-
 def contracts_windows(tokens, op="windows_forward"):
     """Whether a launcher does, for so many tokens of two samples."""
     x, weight = torch.zeros(2, tokens // 2, 64, dtype=bf16), torch.zeros(192, 64, dtype=bf16)
@@ -413,22 +386,21 @@ def test_a_forced_crossover_decides_which_gemm_runs(launched, files):
 
 
 @pytest.mark.parametrize(
-    "tile, reason",
+    "op, tile, reason",
     [
-        (Crossover(0), "tokens of its tile must be a power of two between 1 and 1073741824, got 0"),
-        (Crossover(100), "power of two .* got 100"),
-        (SPECIAL, r"its tile must be a Crossover, got GemmTile\(m=64"),
+        ("weight_gradient", GemmTile(64, 64, 64, 4, 3), "k of its tile, 64, is more than its 32 rows"),
+        ("weight_gradient", GemmTile(64, 48, 16, 4, 3), "n of its tile must be a power of two"),
+        ("weight_gradient", RowTile(1, 64, 4), r"weight_gradient of 20 rows .* its tile must be a GemmTile"),
+        ("weight_gradient", Crossover(64), r"its tile must be a GemmTile, got Crossover\(tokens=64\)"),
+        ("windows_forward", Crossover(0), "tokens of its tile must be a power of two between 1 and 1073741824, got 0"),
+        ("windows_forward", Crossover(100), "power of two .* got 100"),
+        ("windows_forward", SPECIAL, r"its tile must be a Crossover, got GemmTile\(m=64"),
     ],
 )
-def test_no_other_crossover_can_be_forced(launched, tile, reason):
-    with forced("windows_forward", tile), pytest.raises(ValueError, match=reason):
-        contracts_windows(1024)
-
-
-def test_a_crossover_is_no_tile(launched):
-    reason = r"weight_gradient of 256 rows .* its tile must be a GemmTile, got Crossover\(tokens=64\)"
-    with forced("weight_gradient", Crossover(64)), pytest.raises(ValueError, match=reason):
-        weight_gradient()
+def test_what_no_kernel_can_run_with_is_refused(launched, op, tile, reason):
+    with forced(op, tile), pytest.raises(ValueError, match=reason):
+        weight_gradient(tokens=20) if op == "weight_gradient" else contracts_windows(1024)
+    assert not launched
 
 
 def test_only_what_has_a_tile_can_be_forced():

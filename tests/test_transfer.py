@@ -106,14 +106,6 @@ def dit():
     return model.eval()
 
 
-def test_a_mixed_dit_is_each_dit_on_its_samples(seed):
-    shared, specialist = dit(), dit()
-    mixed = IntervalSpecialist(shared, specialist, 2, 7)
-    x, t, y = torch.randn(9, 1, 4, 4), torch.arange(9), torch.randint(3, (9,))
-    expected = torch.where(((t >= 2) & (t < 7))[:, None, None, None], specialist(x, t, y), shared(x, t, y))
-    torch.testing.assert_close(mixed(x, t, y), expected, rtol=0, atol=1e-5)
-
-
 def test_outputs_of_two_dtypes_are_promoted(seed):
     mixed = IntervalSpecialist(Named(1, torch.float32), Named(2, torch.bfloat16), 3, 6)
     out = mixed(torch.ones(2, 4), torch.tensor([4, 0]), torch.zeros(2), 0.0)

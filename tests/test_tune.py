@@ -20,17 +20,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_tiles import MEASUREMENT, ask, entry, files  # noqa: F401  # a fixture
 
 from benchmarks import tune
 from dtr_kernels.ops import dispatch, tiles, tuned_tiles
 from dtr_kernels.ops.tiles import KINDS, NEVER, Crossover, GemmTile, RowTile, Tiles, crossovers, forced
-from dtr_kernels.ops.tuned_tiles import Measurement
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 CROSSOVERS = crossovers()
 TILED = [op for op in KINDS if op not in CROSSOVERS]
 OURS, CUBLAS = tune.OURS, tune.CUBLAS
-MEASUREMENT = Measurement("NVIDIA H200", 90, "2.13.0", "3.7.1", None, "2026-11-01", "python -m benchmarks tune", "0")
 DEFAULT, SLOW, FAST, FASTEST = (RowTile(rows, 2048, 16) for rows in (1, 2, 4, 8))
 PROBLEM = tune.Problem("norm_forward", torch.bfloat16, 1152, 256, 32)
 SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -307,29 +306,20 @@ def test_results_are_merged_with_what_the_file_holds(path):
     assert (found[1152].seconds, found[1152].default_seconds) == (8e-6, 10e-6)
 
 
-def test_an_interrupt_keeps_what_was_tuned(path):
+def test_every_result_is_saved_at_once_and_stays_after_an_interrupt(path):
+    """A machine that is taken away asks nobody."""
+    saved = []
+
     def interrupted_at_the_third(problem):
+        saved.append(len(found_in(path)) if path.exists() else 0)
         if problem.channels == WIDTHS[2]:
             raise KeyboardInterrupt
         return choices(problem)
 
     tuning = tune.Tuning(path, MEASUREMENT)
     tuning.run(problems(*WIDTHS), interrupted_at_the_third)
-    assert tuning.interrupted and not tuning.failures
+    assert saved == [0, 1, 2] and tuning.interrupted and not tuning.failures
     assert set(found_in(path)) == set(WIDTHS[:2])
-
-
-def test_every_result_is_saved_at_once(path):
-    """A machine that is taken away asks nobody."""
-    tuning = tune.Tuning(path, MEASUREMENT)
-    saved = []
-
-    def watch(problem):
-        saved.append(len(found_in(path)) if path.exists() else 0)
-        return choices(problem)
-
-    tuning.run(problems(*WIDTHS), watch)
-    assert saved == [0, 1, 2]
 
 
 def test_a_time_limit_starts_nothing_more(path, monkeypatch):
@@ -385,47 +375,29 @@ def test_without_a_home_a_file_must_be_given(monkeypatch):
 
 
 def test_the_table():
-    tuned_entry = tuned_tiles.Tuned("norm_forward", "bfloat16", 1152, 128, FAST, 8e-6, 10e-6, MEASUREMENT)
+    tuned_entry = replace(entry("norm_forward", tile=FAST), seconds=8e-6)
     header, line = tune.table([tuned_entry]).splitlines()
-    assert line.split() == (
-        "norm_forward bfloat16 1152 128 10.0 µs 8.0 µs 25.0% rows 4 block 2048 warps 16".split()  # noqa: SIM905
-    )
+    said = "norm_forward bfloat16 1152 128 20.0 µs 8.0 µs 150.0% rows 4 block 2048 warps 16"
+    assert line.split() == said.split()
     assert header.split() == ["op", "dtype", "width", "rows", "default", "best", "gain", "tile"]
     for way, words in ((Crossover(4096), "from 4,096 tokens on"), (CUBLAS, "never"), (OURS, "always")):
-        entry = replace(tuned_entry, op="gelu_forward", tile=way)
-        assert tune.table([entry]).splitlines()[1].endswith(f"25.0%  {words}")
+        assert tune.table([entry("gelu_forward", tile=way)]).splitlines()[1].endswith(f"100.0%  {words}")
 
 
-def test_what_was_just_tuned_is_used_for_what_comes_after(path, monkeypatch):
+@pytest.mark.usefixtures("files")
+def test_what_was_just_tuned_is_used_for_what_comes_after(path):
     """Though the file is not the user's, and the user's says something else. It does not count afterwards."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(tuned_tiles, "PACKAGED", path.parent / "packaged")
-    monkeypatch.setenv("DTR_KERNELS_CACHE", str(path.parent))
-    tuned_tiles.write(
-        tuned_tiles.user_file("NVIDIA H200"),
-        [tuned_tiles.Tuned("norm_forward", "bfloat16", 1152, 128, SLOW, 1e-6, 2e-6, MEASUREMENT)],
-    )
-    x = SimpleNamespace(device=torch.device("cuda"), get_device=lambda: 0, dtype=torch.bfloat16)
-
-    def seen():
-        return KINDS["norm_forward"].tile(x, 256, 1152)
+    tuned_tiles.write(tuned_tiles.user_file("NVIDIA H200"), [entry("norm_forward", tile=SLOW)])
 
     def choose_and_look(problem):
-        found.append(seen())
+        found.append(ask("norm_forward"))
         return tune.Choice(FASTEST, 1e-6, 2e-6) if problem == PROBLEM else tune.Choice(OURS, 1e-6, 2e-6)
 
     found = []
-    for function in (tiles.forget, dispatch.capability_of.cache_clear):
-        function()
-    try:
-        assert seen() == SLOW
-        tune.Tuning(path, MEASUREMENT).run([PROBLEM, replace(PROBLEM, op="gelu_forward")], choose_and_look)
-        assert found == [PROBLEM.default(90), FASTEST]
-        assert seen() == SLOW
-    finally:
-        for function in (tiles.forget, dispatch.capability_of.cache_clear):
-            function()
+    assert ask("norm_forward") == SLOW
+    tune.Tuning(path, MEASUREMENT).run([PROBLEM, replace(PROBLEM, op="gelu_forward")], choose_and_look)
+    assert found == [PROBLEM.default(90), FASTEST]
+    assert ask("norm_forward") == SLOW
 
 
 # --- command line ----------------------------------------------------------------------------------------------------

@@ -46,9 +46,7 @@ def wheel(tmp_path_factory):
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, checkout)
     shutil.copytree(ROOT / "csrc", checkout / "csrc")
-    shutil.copytree(
-        ROOT / "dtr_kernels", checkout / "dtr_kernels", ignore=shutil.ignore_patterns("_C*.so", "__pycache__")
-    )
+    copy_of_the_package(checkout)
     command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(made)]
     subprocess.run(command, cwd=checkout, check=True, capture_output=True, env=os.environ | {"DTR_CUDA": "13.0"})
     (archive,) = made.iterdir()

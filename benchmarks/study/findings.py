@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.study.plan import METHODS, PLANS, SOLVING, VANILLA, Plan, unit
-from benchmarks.tables import table
+from benchmarks.tables import table, times
 from benchmarks.timing import Spread, ratio
 
 DOCS = Path("docs/study")
@@ -154,8 +154,7 @@ def _over_seeds(values: Sequence[float], form: str) -> str:
 def _step(study: Mapping[str, Any], method: str) -> str:
     if method == VANILLA:
         return f"{step_seconds(study, method) * 1e3:.3g} ms"
-    spread = step_time(study, method)
-    return f"{spread.median:.2f}x ({spread.p20:.2f} to {spread.p80:.2f})"
+    return times(step_time(study, method))
 
 
 def sentences(study: Mapping[str, Any]) -> list[str]:
@@ -231,14 +230,9 @@ def readme_block(root: Path) -> str:
     for study in committed(root):
         lines = [f"- {sentence}" for sentence in sentences(study)]
         path = f"{DOCS}/{study['plan']['name']}"
-        head = f"{setup(study)} ([all figures]({path}.md), by `{command(study)}`):"
+        head = f"{setup(study)} ([all figures]({path}.md), by `{study['environment']['command']}`):"
         return "\n".join([head, "", *lines, "", f"![All of the study on one page]({path}.png)"])
     return "The study has not been run: `make study`."
-
-
-def command(study: Mapping[str, Any]) -> str:
-    """The command that made it."""
-    return str(study["environment"]["command"])
 
 
 def markdown(study: Mapping[str, Any]) -> str:
@@ -248,7 +242,7 @@ def markdown(study: Mapping[str, Any]) -> str:
         "\n\n".join(
             [
                 "# What the methods do on real digits",
-                f"{setup(study)}. Made by `{command(study)}`.",
+                f"{setup(study)}. Made by `{study['environment']['command']}`.",
                 f"![The study on one page]({study['plan']['name']}.png)",
                 "\n".join(f"- {sentence}" for sentence in sentences(study)),
                 "## Each method",

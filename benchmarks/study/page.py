@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.study.findings import loss_gaps, losses_of, setup, step_seconds, step_time
+from benchmarks.study.findings import changes, loss_gaps, setup, step_seconds, step_time
 from benchmarks.study.plan import METHODS, VANILLA
 from examples import digits
 
@@ -37,10 +37,9 @@ def draw(study: Mapping[str, Any], samples: Mapping[str, Tensor], path: Path) ->
     places = figure.add_gridspec(3, 6)
     _losses(figure.add_subplot(places[0, :3]), study)
     _samples(figure.add_subplot(places[0, 3:]), samples)
-    vanilla = torch.tensor(losses_of(study, VANILLA))
-    changes = {method: (100 * (torch.tensor(losses_of(study, method)) / vanilla - 1)).tolist() for method in METHODS}
+    above = {method: [100 * change for change in changes(study, method)[0].each] for method in METHODS}
     losses = figure.add_subplot(places[1, :2])
-    _per_method(losses, "Denoising loss", "above vanilla with the same seed, %", changes)
+    _per_method(losses, "Denoising loss", "above vanilla with the same seed, %", above)
     losses.axvline(0, color="black", linewidth=0.8)
     distances = {method: study["methods"][method]["distance"] for method in METHODS}
     axes = figure.add_subplot(places[1, 2:4])

@@ -14,23 +14,16 @@ from types import ModuleType
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
 
 from benchmarks.cases import DTYPES, Benchmark, Case, Cell, Goal, Options, Side
-from benchmarks.counts import (
-    ITEMSIZES,
-    norm_backward,
-    norm_forward,
-    window_linear_forward,
-    window_linear_gradients,
-)
-from benchmarks.suite import block, whole
+from benchmarks.counts import ITEMSIZES, norm_backward, norm_forward, window_linear_forward, window_linear_gradients
+from benchmarks.suite import block
 from benchmarks.suite.models import TINY
 from benchmarks.suite.whole import SEED, Gate
-from dtr_kernels import ops, reference
+from dtr_kernels import ops
 from dtr_kernels.ops import dispatch, window_linear
+from dtr_kernels.ops.declaration import PRECISIONS, Draw, Sizes, results, widened
 from dtr_kernels.ops.window_linear import slice_gain
-from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting
 
 DISPATCHED = "as dispatched"
 # Near a limit both ways take as long, and noise decides which is ahead.
@@ -48,6 +41,7 @@ CHANNELS, TOKENS, ALL_TOKENS = (384, 1152), {0.8: (64, 128, 256, 1024), 0.65: (6
 QUICK_BLOCKS, QUICK_CHANNELS, QUICK_TOKENS, QUICK_ALL_TOKENS = ((TINY, 4),), (384,), {0.8: (64, 1024)}, 1024
 
 _FP32 = ITEMSIZES["fp32"]
+_KERNELS = {kernel.name: kernel for kernel in ops.KERNELS}
 Result = TypeVar("Result")
 
 
@@ -96,7 +90,7 @@ def cases(options: Options) -> list[Callable[[], Case]]:
     ]
     total = QUICK_ALL_TOKENS if options.quick else ALL_TOKENS
     layers = [
-        partial(slices, "forward" if pass_ == "forward" else "backward", total // N, N, C, beta)
+        partial(slices, "forward" if pass_ == "forward" else "backward", Sizes(total // N, N, C, beta))
         for pass_ in (passes if "fp32" in precisions else ())  # a weight of 16 bits is never cut
         for beta, tokens in (QUICK_TOKENS if options.quick else TOKENS).items()
         for C in (QUICK_CHANNELS if options.quick else CHANNELS)
@@ -112,66 +106,26 @@ def elements(cell: Cell) -> Case:
     return _case(_ELEMENTS, piece.x.numel(), side, tuple(piece.x.shape), cell.precision, cell.pass_)
 
 
-def slices(pass_: str, B: int, N: int, C: int, beta: float) -> Case:
+def slices(pass_: str, sizes: Sizes) -> Case:
     """A norm and its linear layer by GEMMs on each sample's slice of the weight, and by one dense GEMM for all: the
     forward pass, or the gradients without it."""
-    trains = pass_ == "backward"
-    layer = _Layer.of(B, N, C, beta, trains)
-    cotangent = torch.randn(B, N, 3 * C) if trains else None
-    sizes = B, N, C, layer.window.width
-
-    def backward(out: Tensor) -> Sequence[Tensor]:
-        return torch.autograd.grad(out, layer.inputs, cotangent, retain_graph=True)
-
-    call: Callable[[], Sequence[Tensor]]
-    if trains:
-        gate, call = Gate(layer.exact(cotangent)[1:], backward(layer.plain()), "fp32"), partial(backward, layer.fused())
-        work = window_linear_gradients(*sizes, 3 * C, _FP32) + norm_backward(*sizes, _FP32, compact=True, dstream=False)
+    B, N, C, beta = sizes
+    mode = {"routed": True, "update": False}
+    if pass_ == "backward":
+        kernel = _KERNELS["routed_linear_backward"]
+        work = norm_backward(B, N, C, sizes.W, _FP32, compact=True, dstream=False)
+        work += window_linear_gradients(B, N, C, sizes.W, 3 * C, _FP32)
     else:
-        gate, call = Gate(layer.exact(), [layer.plain().detach()], "fp32"), whole.without_graph(layer.fused)
-        work = norm_forward(*sizes, _FP32, compact=True) + window_linear_forward(*sizes, 3 * C, _FP32)
-    side = Side(DISPATCHED, call, gate.error, gate.bound, work=work)
-    gain = slice_gain("windows_backward" if trains else "windows_forward", N, C, layer.window.width)
+        kernel, mode = _KERNELS["routed_linear"], {**mode, "bias": True}
+        work = norm_forward(B, N, C, sizes.W, _FP32, compact=True)
+        work += window_linear_forward(B, N, C, sizes.W, 3 * C, _FP32)
+    torch.manual_seed(SEED)
+    arguments = kernel.inputs(Draw(sizes, PRECISIONS["fp32"], torch.device("cpu")), **mode)
+    exact, plain = (results(kernel.exact(**given)) for given in (widened(arguments), arguments))
+    gate = Gate(exact, plain, "fp32")
+    side = Side(DISPATCHED, partial(kernel.launch, **arguments), gate.error, gate.bound, work=work)
+    gain = slice_gain("windows_backward" if pass_ == "backward" else "windows_forward", N, C, sizes.W)
     return _case(_SLICES, gain, side, (B, N, C), "fp32", pass_, beta)
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """The norm and the linear layer before the attention of a block, from C to 3 C channels, and its inputs."""
-
-    linear: nn.Linear
-    x: Tensor
-    shift: Tensor
-    scale: Tensor
-    window: ChannelWindow
-
-    @classmethod
-    def of(cls, B: int, N: int, C: int, beta: float, trains: bool) -> _Layer:
-        torch.manual_seed(SEED)
-        x, shift, scale = (torch.randn(shape).requires_grad_(trains) for shape in ((B, N, C), (B, C), (B, C)))
-        # Late enough for windows of their own: samples that share one share a slice.
-        window = DenoisingTaskRouting(beta=beta).window(torch.linspace(500, 999, B).long(), C)
-        return cls(nn.Linear(C, 3 * C), x, shift, scale, window)
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        """What has a gradient."""
-        return [self.x, self.shift, self.scale, *self.linear.parameters()]
-
-    def fused(self) -> Tensor:
-        weight, bias = self.linear.parameters()
-        return ops.routed_linear(self.x, self.shift, self.scale, weight, bias, self.window)[1]
-
-    def plain(self) -> Tensor:
-        return _plain_layer(self.linear, self.x, self.shift, self.scale, self.window.mask())
-
-    def exact(self, cotangent: Tensor | None = None) -> list[Tensor]:
-        batch = self.x, self.shift, self.scale, self.window.mask()
-        return whole.exact(_plain_layer, self.linear, batch, cotangent)
-
-
-def _plain_layer(linear: nn.Linear, x: Tensor, shift: Tensor, scale: Tensor, mask: Tensor) -> Tensor:
-    return reference.routed_linear(x, shift, scale, linear.weight, linear.bias, mask)[1]
 
 
 def _case(
