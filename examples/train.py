@@ -36,10 +36,10 @@ from tqdm import tqdm
 import dtr_kernels as dtr
 from examples import digits
 
-ROUTINGS: dict[str, Callable[[int], Any]] = {
-    "none": lambda seed: None,
-    "random": lambda seed: dtr.RandomRouting(digits.TIMESTEPS, seed=seed),
-    "dtr": lambda seed: dtr.DenoisingTaskRouting(digits.TIMESTEPS),
+ROUTINGS: dict[str, Callable[[Recipe], Any]] = {
+    "none": lambda recipe: None,
+    "random": lambda recipe: dtr.RandomRouting(digits.TIMESTEPS, recipe.beta, recipe.seed),
+    "dtr": lambda recipe: dtr.DenoisingTaskRouting(digits.TIMESTEPS, recipe.alpha, recipe.beta),
 }
 WEIGHTINGS = ("none", "uw", "pcgrad", "nash")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,6 +52,7 @@ class Recipe:
     Attributes:
         routing: "none", "random" (the DTR paper's R-TR) or "dtr".
         scope: what the routing masks, see ``dtr.nn.RoutedDiTBlock``.
+        alpha, beta: of the routing, see ``dtr.DenoisingTaskRouting``.
         weighting: of the clusters' losses: "none" (the mean loss), "uw" (uncertainty weighting), or gradient surgery by
             "pcgrad" or "nash".
         clusters: K. Every batch is spread evenly over K intervals of timesteps, whatever the weighting.
@@ -65,6 +66,8 @@ class Recipe:
 
     routing: str = "dtr"
     scope: str = "block"
+    alpha: float = 4.0
+    beta: float = 0.8
     weighting: str = "none"
     clusters: int = 5
     cluster: int | None = None
@@ -156,7 +159,7 @@ class Training:
 
         torch.manual_seed(recipe.seed)
         self.model = digits.make_model(
-            ROUTINGS[recipe.routing](recipe.seed),
+            ROUTINGS[recipe.routing](recipe),
             recipe.scope,
             size=recipe.size,
             hidden_size=recipe.hidden_size,

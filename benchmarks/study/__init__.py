@@ -3,6 +3,7 @@
 plan        what is compared, and at which size
 judge       how good a model is
 units       the pieces of work, each done once
+inner       the study of scope "inner"
 findings    from numbers to sentences, tables and the README
 page        everything in one picture
 """
@@ -12,22 +13,22 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks import sources
 from benchmarks.study import findings
+from benchmarks.study.inner import INNER_PLANS
 from benchmarks.study.plan import PLANS
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line of ``study`` takes."""
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     parser.add_argument("--quick", action="store_true", help="tiny models, to see that everything works")
+    parser.add_argument(
+        "--inner", action="store_true", help='scope "inner" against narrower models, at equal steps and at equal time'
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -51,15 +52,16 @@ def main(arguments: argparse.Namespace) -> int:
     # Here, because the other commands must work without these.
     from tqdm import tqdm
 
-    from benchmarks.study.units import Interrupted, Study
+    from benchmarks.study.units import InnerStudy, Interrupted, Study
 
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("argument --device: PyTorch finds no CUDA device here; use --device cpu")
-    plan = PLANS["quick" if arguments.quick else device.type]
+    kind, plans = (InnerStudy, INNER_PLANS) if arguments.inner else (Study, PLANS)
+    plan = plans["quick" if arguments.quick else device.type]
     folder = arguments.out or Path("out/study") / plan.name
     try:
-        study = Study(plan, folder, device)
+        study = kind(plan, folder, device)
         units = dict(study.units())
         with tqdm(units.items(), "study", unit="unit") as bar:
             for name, function in bar:
@@ -69,21 +71,14 @@ def main(arguments: argparse.Namespace) -> int:
     except (KeyboardInterrupt, Interrupted):
         print(f"interrupted; the same command goes on from here, with what is in {folder}")
         return 130
-    found = findings.collect(plan, study.findings(), study.clusters.bounds)
+    found = study.collected()
     for target in [folder] if arguments.quick or arguments.out else [folder, sources.ROOT / findings.DOCS]:
-        _write(found, study.samples(), target)
+        target.mkdir(parents=True, exist_ok=True)
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()]
+        (target / f"{plan.name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        (target / f"{plan.name}.md").write_text(study.markdown(found))
+        study.draw(found, target / f"{plan.name}.png")
         print(f"results are in {target}")
     print(f"\n{findings.as_table(found)}\n")
-    print("\n".join(findings.sentences(found)))
+    print("\n".join(study.sentences(found)))
     return 0
-
-
-def _write(study: dict[str, Any], samples: dict[str, Tensor], folder: Path) -> None:
-    from benchmarks.study import page
-
-    folder.mkdir(parents=True, exist_ok=True)
-    name = study["plan"]["name"]
-    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in study.items()]
-    (folder / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    (folder / f"{name}.md").write_text(findings.markdown(study))
-    page.draw(study, samples, folder / f"{name}.png")

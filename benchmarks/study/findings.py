@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,24 +52,14 @@ def collect(plan: Plan, found: Mapping[str, Mapping[str, Any]], bounds: Sequence
         bounds: of the clusters.
     """
     seeds = range(plan.seeds)
-    runs = {method: [found[unit(method, seed)] for seed in seeds] for method in METHODS}
     specialists = [[found[unit(f"specialist {k}", seed)]["losses"] for k in range(plan.clusters)] for seed in seeds]
     return {
         "plan": asdict(plan),
         "environment": found["seconds"]["environment"],  # of what depends on the machine most
-        "commits": sorted({_commit(of_unit["environment"]) for of_unit in found.values()}),
+        "commits": commits_of(found),
         "bounds": list(bounds),
         "real": {name: value for name, value in found["real"].items() if name != "environment"},
-        "methods": {
-            method: {
-                "losses": [_rounded(run["losses"]) for run in of_seeds],
-                "distance": [run["distance"] for run in of_seeds],
-                "distance of as many": [run["distance of as many"] for run in of_seeds],
-                "recognised": [run["recognised"] for run in of_seeds],
-                "seconds": _rounded(found["seconds"]["seconds"][method]),
-            }
-            for method, of_seeds in runs.items()
-        },
+        "methods": of_methods(plan, found, METHODS),
         "specialists": [[_rounded(losses) for losses in of_seed] for of_seed in specialists],
         "transfer": [_rounded(found[unit("transfer", seed)]["distance"]) for seed in seeds],
         "affinity": {
@@ -77,6 +67,26 @@ def collect(plan: Plan, found: Mapping[str, Mapping[str, Any]], bounds: Sequence
             "matrix": [_rounded(row) for row in found["affinity"]["matrix"]],
         },
     }
+
+
+def of_methods(plan: Plan, found: Mapping[str, Mapping[str, Any]], methods: Iterable[str]) -> dict[str, Any]:
+    """What the runs of each method found, seed by seed, and the time of its steps."""
+    runs = {method: [found[unit(method, seed)] for seed in range(plan.seeds)] for method in methods}
+    return {
+        method: {
+            "losses": [_rounded(run["losses"]) for run in of_seeds],
+            "distance": [run["distance"] for run in of_seeds],
+            "distance of as many": [run["distance of as many"] for run in of_seeds],
+            "recognised": [run["recognised"] for run in of_seeds],
+            "seconds": _rounded(found["seconds"]["seconds"][method]),
+        }
+        for method, of_seeds in runs.items()
+    }
+
+
+def commits_of(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The commits that the units ran on."""
+    return sorted({_commit(of_unit["environment"]) for of_unit in found.values()})
 
 
 def _commit(environment: Mapping[str, Any]) -> str:
@@ -91,7 +101,12 @@ def _rounded(values: Sequence[float]) -> list[float]:
 
 def losses_of(study: Mapping[str, Any], method: str) -> list[float]:
     """The mean denoising loss over the timesteps, of each seed."""
-    return [sum(losses) / len(losses) for losses in study["methods"][method]["losses"]]
+    return mean_losses(study["methods"][method]["losses"])
+
+
+def mean_losses(of_seeds: Sequence[Sequence[float]]) -> list[float]:
+    """The means of each seed's losses."""
+    return [sum(losses) / len(losses) for losses in of_seeds]
 
 
 def changes(study: Mapping[str, Any], method: str) -> tuple[Change, Change]:
@@ -140,13 +155,14 @@ def as_table(study: Mapping[str, Any]) -> str:
     rows = [["", "denoising loss", "against vanilla", "Frechet distance", "against vanilla", "recognised", "a step"]]
     for method, found in study["methods"].items():
         loss, distance = ("", "") if method == VANILLA else map(str, changes(study, method))
-        losses, distances = _over_seeds(losses_of(study, method), "{:.4f}"), _over_seeds(found["distance"], "{:.2f}")
-        recognised = _over_seeds(found["recognised"], "{:.1%}")
+        losses, distances = over_seeds(losses_of(study, method), "{:.4f}"), over_seeds(found["distance"], "{:.2f}")
+        recognised = over_seeds(found["recognised"], "{:.1%}")
         rows.append([method, losses, loss, distances, distance, recognised, _step(study, method)])
     return table(rows)
 
 
-def _over_seeds(values: Sequence[float], form: str) -> str:
+def over_seeds(values: Sequence[float], form: str) -> str:
+    """The mean over seeds, and the least and the most."""
     mean, least, most = (form.format(value) for value in (sum(values) / len(values), min(values), max(values)))
     return f"{mean} ({least} to {most})"
 
@@ -163,7 +179,7 @@ def sentences(study: Mapping[str, Any]) -> list[str]:
     near, far = affinity_falls(study)
     gaps = loss_gaps(study)
     by_distance = torch.tensor(study["transfer"], dtype=torch.float64)
-    vanilla = _over_seeds(study["methods"][VANILLA]["distance of as many"], "{:.1f}")
+    vanilla = over_seeds(study["methods"][VANILLA]["distance of as many"], "{:.1f}")
     return [
         f"**Routing.** {_compared(study, ['+DTR (block)', '+DTR (branch)', '+R-TR'])}",
         f"**Weighting.** {_compared(study, ['+UW', '+PCGrad', '+Nash'])}",
@@ -212,7 +228,7 @@ def setup(study: Mapping[str, Any]) -> str:
     model = f"a DiT of {plan['hidden_size']} channels and {plan['depth']} blocks"
     images = f"{plan['batch_size']} images of {plan['size']} x {plan['size']}"
     return (
-        f"{len(METHODS)} ways to train {model}, {plan['steps']} steps of {images}, {plan['seeds']} seeds, "
+        f"{len(study['methods'])} ways to train {model}, {plan['steps']} steps of {images}, {plan['seeds']} seeds, "
         f"K {plan['clusters']}; {real['training images']} real digits to train on and {real['held-out images']} held "
         f"out; {where['device']}, torch {where['torch']}, commit {', '.join(study['commits'])}, "
         f"{str(where['date'])[:10]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,10 @@ from torch import Tensor
 
 import dtr_kernels as dtr
 from benchmarks import environment
+from benchmarks.study import findings, inner, page
 from benchmarks.study.judge import Judge, split, trained_classifier
 from benchmarks.study.plan import METHODS, TIMED_STEPS, VANILLA, WARM_UP, Plan, unit
-from benchmarks.timing import Stopwatch
+from benchmarks.timing import Spread, Stopwatch
 from dtr_kernels.files import replacing
 from examples import digits
 from examples.train import Recipe, Training, run, write_atomically
@@ -36,13 +37,16 @@ class Study:
         plan: the size.
         folder: of the findings; is made.
         device: where to train.
+        methods: what is compared, and what each changes in the recipe.
 
     Raises:
         ValueError: if the folder holds a study of another plan.
     """
 
-    def __init__(self, plan: Plan, folder: Path, device: torch.device) -> None:
-        self.plan, self.folder, self.device = plan, folder, device
+    def __init__(
+        self, plan: Plan, folder: Path, device: torch.device, methods: Mapping[str, Mapping[str, Any]] = METHODS
+    ) -> None:
+        self.plan, self.folder, self.device, self.methods = plan, folder, device, methods
         folder.mkdir(parents=True, exist_ok=True)
         self._check_plan()
         self.clusters = dtr.interval_clusters(digits.TIMESTEPS, plan.clusters)
@@ -58,7 +62,7 @@ class Study:
         )
 
     def _check_plan(self) -> None:
-        path, here = self.folder / "plan.json", asdict(self.plan) | {"methods": METHODS}
+        path, here = self.folder / "plan.json", asdict(self.plan) | {"methods": self.methods}
         if not path.exists():
             _write(here, path)
         there = json.loads(path.read_text())
@@ -73,22 +77,42 @@ class Study:
         """Names and functions, in an order in which each finds what it needs, seed by seed."""
         yield "real", self.real
         for seed in range(self.plan.seeds):
-            for method in METHODS:
-                yield unit(method, seed), partial(self.train, method, seed)
+            for method in self.methods:
+                yield self._training(method, seed)
             for k in range(self.plan.clusters):
                 yield unit(f"specialist {k}", seed), partial(self.specialist, k, seed)
             yield unit("transfer", seed), partial(self.transfer, seed)
         yield "affinity", self.affinity
         yield "seconds", self.seconds
 
+    def _training(self, method: str, seed: int) -> tuple[str, Callable[[], dict[str, Any]]]:
+        name = unit(method, seed)
+        return name, partial(self.train, name, self._recipe(seed, **self.methods[method]))
+
     def findings(self) -> dict[str, dict[str, Any]]:
         """What the units found that are done, by their names."""
         names = (name for name, _ in self.units())
         return {name: json.loads(self._path(name).read_text()) for name in names if self._path(name).exists()}
 
+    def collected(self) -> dict[str, Any]:
+        """Everything that the pages are made from."""
+        return findings.collect(self.plan, self.findings(), self.clusters.bounds)
+
+    def markdown(self, found: dict[str, Any]) -> str:
+        """The page in words."""
+        return findings.markdown(found)
+
+    def sentences(self, found: dict[str, Any]) -> list[str]:
+        """What was found."""
+        return findings.sentences(found)
+
+    def draw(self, found: dict[str, Any], path: Path) -> None:
+        """Saves the page of pictures."""
+        page.draw(found, self.samples(), path)
+
     def samples(self) -> dict[str, Tensor]:
         """Two images of each class from a model of each method, [20, 1, size, size]."""
-        paths = {method: self.folder / f"{unit(method, 0)} images.pt" for method in METHODS}
+        paths = {method: self.folder / f"{unit(method, 0)} images.pt" for method in self.methods}
         return {method: torch.load(path, weights_only=True) for method, path in paths.items()}
 
     def do(self, name: str, function: Callable[[], dict[str, Any]]) -> None:
@@ -111,12 +135,13 @@ class Study:
             "as many": self._few,
         }
 
-    def train(self, method: str, seed: int) -> dict[str, Any]:
-        """Trains a model of a method and judges it."""
-        model = self._trained(unit(method, seed), self._recipe(seed, **METHODS[method]))
+    def train(self, name: str, recipe: Recipe) -> dict[str, Any]:
+        """Trains a model of a unit and judges it."""
+        model = self._trained(name, recipe)
         images = self.judge.draw(model)
-        write_atomically(images[: 2 * digits.CLASSES].cpu().clone(), self.folder / f"{unit(method, seed)} images.pt")
+        write_atomically(images[: 2 * digits.CLASSES].cpu().clone(), self.folder / f"{name} images.pt")
         return {
+            "steps": recipe.steps,
             "losses": self.judge.losses(model).tolist(),
             "distance": self.judge.distance_of_images(images),
             "distance of as many": self.judge.distance_of_images(images[: self._few]),
@@ -179,13 +204,13 @@ class Study:
     def seconds(self) -> dict[str, Any]:
         """Seconds of some training steps of every method, in rounds in which all take turns."""
         trainings = {
-            method: Training(self._recipe(0, **changes | {"steps": 2 * TIMED_STEPS}), *self.training)
-            for method, changes in METHODS.items()
+            method: Training(self._recipe(0, **{**changes, "steps": 2 * TIMED_STEPS}), *self.training)
+            for method, changes in self.methods.items()
         }
         stopwatch = Stopwatch(self.device)
         timers = {method: stopwatch.timer([training.step], graph=False) for method, training in trainings.items()}
         rounds = [{method: timer() for method, timer in timers.items()} for _ in range(WARM_UP + TIMED_STEPS)]
-        return {"seconds": {method: [taken[method] for taken in rounds[WARM_UP:]] for method in METHODS}}
+        return {"seconds": {method: [taken[method] for taken in rounds[WARM_UP:]] for method in self.methods}}
 
     @property
     def _few(self) -> int:
@@ -214,6 +239,42 @@ class Study:
         model = Training(recipe, *self.training).averaged
         model.load_state_dict(torch.load(self.folder / f"{name}.pt", map_location=self.device, weights_only=True))
         return model
+
+
+class InnerStudy(Study):
+    """The pieces of the study of scope "inner"; at equal time a model takes as many steps as fit, by the time of a step
+    here."""
+
+    def __init__(self, plan: Plan, folder: Path, device: torch.device) -> None:
+        super().__init__(plan, folder, device, inner.methods(plan))
+
+    def units(self) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+        yield "real", self.real
+        yield "seconds", self.seconds
+        for seed in range(self.plan.seeds):
+            for method in self.methods:
+                yield self._training(method, seed)
+            for method in inner.at_equal_time(self.plan):
+                yield inner.as_long(method, seed), partial(self.train_as_long, method, seed)
+
+    def train_as_long(self, method: str, seed: int) -> dict[str, Any]:
+        """Trains a model of a method for as long as vanilla's takes, and judges it."""
+        seconds = json.loads(self._path("seconds").read_text())["seconds"]
+        share = Spread.of(seconds[VANILLA]).median / Spread.of(seconds[method]).median
+        steps = round(self.plan.steps * share)
+        return self.train(inner.as_long(method, seed), self._recipe(seed, **{**self.methods[method], "steps": steps}))
+
+    def collected(self) -> dict[str, Any]:
+        return inner.collect(self.plan, self.findings())
+
+    def markdown(self, found: dict[str, Any]) -> str:
+        return inner.markdown(found)
+
+    def sentences(self, found: dict[str, Any]) -> list[str]:
+        return [inner.sentence(found)]
+
+    def draw(self, found: dict[str, Any], path: Path) -> None:
+        inner.draw(found, path)
 
 
 def _write(found: object, path: Path) -> None:
