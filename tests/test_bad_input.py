@@ -152,14 +152,23 @@ def inputs_of(op):
     modulation = {"shift": torch.randn(B, C), "scale": torch.randn(B, C), "window": ROUTING.window(starts(1, 19), C)}
     if op is ops.gated_residual:
         return stream
-    if op is ops.routed_linear:
+    if op in INNER:
+        modulation["window"] = ROUTING.window(starts(1, 19), HEADS)
+    if op is ops.inner_projection:
+        return {"z": torch.randn(B, N, 24), "weight": torch.randn(H, C), "window": modulation["window"]} | {
+            "bias": None
+        }
+    if op in (ops.routed_linear, ops.inner_linear):
         return {**stream, **modulation, "weight": torch.randn(H, C), "bias": torch.randn(H)}
     fc1 = {"fc1_weight": torch.randn(H, C), "fc1_bias": torch.randn(H)}
     return {**stream, **modulation, **fc1, "fc2_weight": torch.randn(C, H), "fc2_bias": torch.randn(C)}
 
 
-ALL = [ops.routed_linear, ops.routed_mlp, ops.gated_residual]
-ROUTED = ALL[:2]
+HEADS = 4
+INNER = [ops.inner_linear, ops.inner_mlp, ops.inner_projection]
+WINDOWED = [ops.routed_linear, ops.routed_mlp]
+ROUTED = WINDOWED + INNER[:2]
+ALL = [*ROUTED, ops.gated_residual]
 
 STREAM_CASES = [
     (ALL, "x", lambda x: x.long(), TypeError, ["x must", "floating point", "torch.int64", "x.float()"]),
@@ -183,7 +192,7 @@ STREAM_CASES = [
     (ROUTED, "scale", lambda x: x.to("meta"), ValueError, ["scale", "meta", "cpu"]),
     (ROUTED, "window", lambda w: "first half", TypeError, ["window", "ChannelWindow", "str"]),
     (ROUTED, "window", lambda w: w.mask(), TypeError, ["window", "ChannelWindow", "Tensor"]),
-    (ROUTED, "window", lambda w: ROUTING.window(starts(1, 2), 16), ValueError, ["window", "16 channels", "32"]),
+    (WINDOWED, "window", lambda w: ROUTING.window(starts(1, 2), 16), ValueError, ["window", "16 channels", "32"]),
     (ROUTED, "window", lambda w: ROUTING.window(starts(1, 2, 3), C), ValueError, ["window", "3 samples", "2"]),
     (ROUTED, "window", lambda w: window_on("meta"), ValueError, ["window", "meta", "cpu"]),
     (ALL, "x", lambda x: x.to(torch.float8_e4m3fn), TypeError, ["x must", "torch.float8_e4m3fn"]),
@@ -202,7 +211,7 @@ def table(cases):
     ]
 
 
-LINEAR, MLP = [ops.routed_linear], [ops.routed_mlp]
+LINEAR, MLP = [ops.routed_linear, ops.inner_linear], [ops.routed_mlp, ops.inner_mlp]
 WEIGHT_CASES = [
     (LINEAR, "weight", lambda w: w[:, :5], ValueError, ["weight", "[O, 32]", "[48, 5]"]),
     (LINEAR, "weight", lambda w: w[0], ValueError, ["weight", "[O, 32]", "[32]"]),
@@ -219,6 +228,12 @@ WEIGHT_CASES = [
     (MLP, "fc2_weight", lambda w: w.to("meta"), ValueError, ["fc2_weight", "cpu", "meta"]),
     (MLP, "fc2_bias", lambda b: b[:1], ValueError, ["fc2_bias", "[32]", "[1]"]),
     (MLP, "fc2_bias", lambda b: b.double(), ValueError, ["fc2_bias", "torch.float32", "torch.float64"]),
+    (ROUTED[2:], "window", lambda w: ROUTING.window(starts(1, 2), 5), ValueError, ["weight", "48", "5 do not divide"]),
+    (INNER[2:], "z", lambda z: z.long(), TypeError, ["x must", "torch.int64"]),
+    (INNER[2:], "z", lambda z: z[..., :8], ValueError, ["z must", "24", "3 heads", "[2, 3, 8]"]),
+    (INNER[2:], "weight", lambda w: w[:, :-2], ValueError, ["weight's inputs", "30", "4 do not divide"]),
+    (INNER[2:], "window", lambda w: ROUTING.window(starts(1, 2, 3), HEADS), ValueError, ["window", "3 samples", "2"]),
+    (INNER[2:], "window", lambda w: None, TypeError, ["window", "ChannelWindow", "NoneType"]),
 ]
 
 
@@ -235,18 +250,19 @@ def test_branch_is_required(op):
     refused(lambda: op(**inputs), ValueError, ["branch", "gate"])
 
 
-@pytest.mark.parametrize("op", ROUTED)
+@pytest.mark.parametrize("op", ROUTED + INNER[2:])
 @pytest.mark.parametrize("start", [-1, 28])
 def test_windows_that_leave_the_channels(op, start):
     """A compiled kernel would write outside of its tensors; a GPU's kernels stay inside by their masks."""
     inputs = inputs_of(op)
-    if not runs_on_cpu(inputs["x"]):
+    if not runs_on_cpu(inputs["weight" if "weight" in inputs else "fc1_weight"]):
         pytest.skip("NOT RUN: needs the compiled CPU kernels")
-    inputs["window"] = dtr.ChannelWindow(starts(3, start), 5, C)
-    refused(lambda: op(**inputs), ValueError, ["start", "0..27", str(start)])
+    width, last = (3, 1) if op in INNER else (5, 27)
+    inputs["window"] = dtr.ChannelWindow(starts(1, start), width, HEADS if op in INNER else C)
+    refused(lambda: op(**inputs), ValueError, ["start", f"0..{last}", str(start)])
 
 
-@pytest.mark.parametrize("op", ALL)
+@pytest.mark.parametrize("op", [*ALL, *INNER[2:]])
 def test_the_inputs_that_the_cases_change_are_good(op):
     inputs = inputs_of(op)
     assert all(torch.isfinite(out).all() for out in torch.utils._pytree.tree_leaves(op(**inputs)))

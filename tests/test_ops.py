@@ -250,6 +250,81 @@ def test_any_shape_and_window(seed, device, data):
     check_routed_mlp(batch, tokens, channels, outputs, window, keep_branch, dtype, device, conditioning=4)
 
 
+def of_heads(x, window, parts=1):
+    """What x [B, N, parts * H * d] has for active heads, sample by sample."""
+    samples = zip(x.unflatten(2, (parts, window.channels, -1)), window.start.tolist(), strict=True)
+    return torch.stack([sample[:, :, s : s + window.width].flatten(1) for sample, s in samples])
+
+
+def check_inner_linear(batch, tokens, channels, outputs, parts, window, dtype, device, branch=True, bias=True):
+    def fused(bias=None, **inputs):
+        stream, out = ops.inner_linear(**inputs, bias=bias, window=window, parts=parts)
+        return (stream, out) if branch else (out,)
+
+    def oracle(branch=None, gate=None, bias=None, **inputs):
+        stream, out = reference.routed_linear(**inputs, bias=bias, branch=branch, gate=gate)
+        out = of_heads(out, window, parts)
+        return (stream, out) if branch is not None else (out,)
+
+    inputs = stream_inputs(batch, tokens, channels, dtype, device, branch)
+    inputs |= linear_inputs("", outputs, channels, dtype, device, bias)
+    assert_within_bound(compare(fused, oracle, inputs, dtype, conditioning=4))
+
+
+def check_inner_projection(batch, tokens, size, outputs, window, dtype, device, bias=True):
+    """Against a layer that reads zeros of inactive heads."""
+    mask = window.mask()[:, None].repeat_interleave(size, 2)
+
+    def fused(z, bias=None, **layer):
+        return (ops.inner_projection(of_heads(z, window), bias=bias, window=window, **layer),)
+
+    def oracle(z, weight, bias=None):
+        return (torch.nn.functional.linear(z * mask, weight, bias),)
+
+    inputs = {"z": random(batch, tokens, window.channels * size, dtype=dtype, device=device)}
+    inputs |= linear_inputs("", outputs, window.channels * size, dtype, device, bias)
+    assert_within_bound(compare(fused, oracle, inputs, dtype, conditioning=4))
+
+
+def check_inner_mlp(batch, tokens, channels, hidden, window, dtype, device, bias=True):
+    mask = window.mask()[:, None].repeat_interleave(hidden // window.channels, 2)
+
+    def fused(fc1_bias=None, fc2_bias=None, **inputs):
+        return ops.inner_mlp(**inputs, fc1_bias=fc1_bias, fc2_bias=fc2_bias, window=window)
+
+    def oracle(x, shift, scale, branch, gate, fc1_weight, fc2_weight, fc1_bias=None, fc2_bias=None):
+        stream, u = reference.routed_norm(x, shift, scale, None, branch, gate)
+        act = torch.nn.functional.gelu(torch.nn.functional.linear(u, fc1_weight, fc1_bias), approximate="tanh")
+        return stream, torch.nn.functional.linear(act * mask, fc2_weight, fc2_bias)
+
+    inputs = stream_inputs(batch, tokens, channels, dtype, device, branch=True)
+    inputs |= linear_inputs("fc1_", hidden, channels, dtype, device, bias)
+    inputs |= linear_inputs("fc2_", channels, hidden, dtype, device, bias)
+    assert_within_bound(compare(fused, oracle, inputs, dtype, conditioning=4))
+
+
+@settings(
+    max_examples=4 if INTERPRETED else 12 if torch.cuda.is_available() else 40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(data=st.data())
+def test_any_shape_and_window_over_heads(seed, device, data):
+    """Scope "inner" by its ops; in any order of samples, some with the same window."""
+    batch, tokens = data.draw(st.integers(1, 6), "batch"), data.draw(st.integers(1, 70), "tokens")
+    heads, size = data.draw(st.integers(1, 7), "heads"), data.draw(st.integers(1, 20), "size of a head")
+    channels = data.draw(st.integers(3, 80), "channels")
+    width = data.draw(st.integers(1, heads), "width")
+    starts = data.draw(st.lists(st.integers(0, heads - width), min_size=batch, max_size=batch), "starts")
+    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
+    window = ChannelWindow(torch.tensor(starts, dtype=torch.int32, device=device), width, heads)
+    branch, bias = data.draw(st.booleans(), "branch"), data.draw(st.booleans(), "bias")
+    parts = data.draw(st.sampled_from([1, 3]), "parts")
+    check_inner_linear(batch, tokens, channels, parts * heads * size, parts, window, dtype, device, branch, bias)
+    check_inner_projection(batch, tokens, size, channels, window, dtype, device, bias)
+    check_inner_mlp(batch, tokens, channels, heads * size, window, dtype, device, bias)
+
+
 @pytest.mark.parametrize("scope", reference.SCOPES)
 @pytest.mark.parametrize("tokens", [7] if INTERPRETED else [7, 300])
 def test_block_with_a_window_per_sample(seed, device, scope, tokens):
@@ -284,16 +359,18 @@ def test_the_widths_of_every_dit(seed, device, channels, heads):
     assert_within_bound(check_block(block, windows(2, channels, 0.8, device), 2, 17))
 
 
-def test_ratio_one_is_the_unrouted_block_to_the_bit(seed, device):
-    block = random_block(48, 4, "block", device, torch.float32)
+@pytest.mark.parametrize("scope", reference.SCOPES)
+def test_ratio_one_is_the_unrouted_block_to_the_bit(seed, device, scope):
+    block = random_block(48, 4, scope, device, torch.float32)
     x, c = torch.randn(2, 9, 48, device=device), torch.randn(2, 48, device=device)
-    assert torch.equal(block(x, c, windows(2, 48, 1.0, device)), block(x, c, None))
+    assert torch.equal(block(x, c, windows(2, block.routed_channels, 1.0, device)), block(x, c, None))
 
 
-def test_gradients_are_the_same_every_time(seed, device):
+@pytest.mark.parametrize("scope", ["branch", "inner"])
+def test_gradients_are_the_same_every_time(seed, device, scope):
     """Sums over tokens have a fixed order: no atomics."""
-    block = random_block(64, 4, "branch", device, torch.float32)
-    window = windows(4, 64, 0.8, device)
+    block = random_block(64, 4, scope, device, torch.float32)
+    window = windows(4, block.routed_channels, 0.8, device)
     x = torch.randn(4, 40, 64, device=device, requires_grad=True)
     c = torch.randn(4, 64, device=device, requires_grad=True)
     leaves = [x, c, *block.parameters()]

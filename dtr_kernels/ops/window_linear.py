@@ -121,6 +121,7 @@ def _finish_forward(
     act_ptr,
     N,
     O,
+    rows,
     CLOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GELU: tl.constexpr,
@@ -138,7 +139,9 @@ def _finish_forward(
         q = tl.load(q_ptr + b.to(tl.int64) * O + o, mask=o < O, other=0.0)
         acc += q[None, :] - mean_rstd[:, None] * p[None, :]
     elif HAS_BIAS:
-        acc += tl.load(q_ptr + to_weight + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
+        # A window that leaves the weight reads nothing.
+        known = (o < O) & (to_weight + o >= 0) & (to_weight + o < rows) if PARTS else o < O
+        acc += tl.load(q_ptr + to_weight + o, mask=known, other=0.0).to(tl.float32)[None, :]
     if PARTS:
         token *= PARTS
     offsets = token[:, None] * O + to_out + o[None, :]
@@ -233,6 +236,7 @@ def window_forward_kernel(
             act_ptr,
             N,
             O,
+            part_rows * PARTS,
             CLOSED,
             HAS_BIAS,
             GELU,
