@@ -18,7 +18,8 @@ from dtr_kernels.routing import DenoisingTaskRouting
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUTOCAST = "autocast"  # parameters and residual stream in fp32, matrix products in bf16
-WINDOWS = ("per sample", "shared")
+# "host" is for scope "inner", where timesteps may be on the CPU whatever the device.
+WINDOWS = ("per sample", "shared", "host")
 PASSES = ("forward", "training", "step", "sampling")  # the latter two of whole models
 
 
@@ -42,7 +43,9 @@ class Cell:
         "precisions", "of parameters, gradients and activations", "--dtype", choices=(*DTYPES, AUTOCAST)
     )
     scope: str = _axis("scopes", "of the routing", choices=reference.SCOPES)
-    window: str = _axis("windows", "one per sample, or one that the batch shares", choices=WINDOWS)
+    window: str = _axis(
+        "windows", "one per sample, or one that the batch shares; host: per sample, t on the CPU", choices=WINDOWS
+    )
     beta: float = _axis("betas", "active channels over all channels", type=float, metavar="RATIO")
     pass_: str = _axis("passes", "of a block or a model", choices=PASSES)
 

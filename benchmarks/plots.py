@@ -47,7 +47,7 @@ ROW_LABEL, COLUMN_TITLE, LEGEND_CHARACTERS, BAR_CHARACTERS = 34, 88, 15, 75
 # With more rows than these, cases are divided among panels, and panels among two columns.
 ROWS_OF_PANEL, ROWS_OF_COLUMN = 12, 18
 # Benchmarks of whole pieces, and of choices between them: their shares of the floor are left to the tables.
-WITHOUT_SHARES = ("block", "model", "cpu_limits")
+WITHOUT_SHARES = ("block", "model", "inner", "cpu_limits")
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,51 @@ def draw(run: Run, path: Path) -> None:
         ValueError: if there is nothing to draw.
     """
     figure(run).savefig(path, dpi=110)
+
+
+def draw_shares_of_heads(run: Run, path: Path) -> None:
+    """Save a picture of the time of the benchmark "inner" against the active share, next to what it would be if all of
+    a block shrank with it.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(COLUMN, 4.6), layout="constrained")
+    axes = picture.add_subplot()
+    axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, label="ideal: time in proportion to the active share")
+    for (model, precision, window, pass_), cases in shares_of_heads(run).items():
+        points = []
+        for case in cases:
+            spread = case.compared("time", "RoutedDiTBlock", case.speedup_over)
+            assert spread is not None
+            points.append((float(case.cell["beta"]), spread.median, spread.p20, spread.p80))
+        share, median, low, high = zip(*sorted(points), strict=True)
+        name = f"{model}, {precision}, window {window}, {pass_}"
+        (line,) = axes.plot(share, median, "o-", markersize=4, linewidth=1, label=name)
+        axes.vlines(share, low, high, color=line.get_color(), linewidth=1)
+    axes.axhline(1, color="0.6", linewidth=0.8)
+    axes.set(
+        xlim=(0, 1.02),
+        ylim=(0, None),
+        xlabel="active heads over all heads",
+        ylabel="time over that of the unrouted block, compiled",
+    )
+    axes.grid(color="0.9")
+    axes.legend(fontsize=8)
+    axes.set_title("\n".join(_title(run)[:2]), fontsize=9)
+    picture.savefig(path, dpi=110)
+
+
+def shares_of_heads(run: Run) -> dict[tuple[str, ...], list[CaseResult]]:
+    """Cases of blocks that differ in the active share alone, of which three or more were timed."""
+    found: dict[tuple[str, ...], list[CaseResult]] = {}
+    for case in run.cases:
+        if case.speedup_over and case.timed("RoutedDiTBlock") and case.timed(case.speedup_over):
+            key = tuple(str(case.cell[name]) for name in ("model", "precision", "window", "pass"))
+            found.setdefault(key, []).append(case)
+    return {key: cases for key, cases in found.items() if len(cases) > 2}
 
 
 def drawn_sides(case: CaseResult, shares: bool) -> list[str]:

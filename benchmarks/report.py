@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks import floors, plots, sources
 from benchmarks.cases import Goal
 from benchmarks.results import CaseResult, Run, SideResult, load_all
-from benchmarks.study import findings
+from benchmarks.study import findings, inner
 from benchmarks.suite import block, kernels
 from benchmarks.suite.block import COMPILED, FUSED, MASKED, UNROUTED
 from benchmarks.suite.surgery_projection import BMM, LOOP, MM
@@ -42,8 +42,10 @@ RESULTS = Path("benchmarks/results")
 STATIC = RESULTS / "static/static.md"
 DOCS = Path("docs/benchmarks.md")
 PICTURES = Path("docs/benchmarks")
+SHARES = PICTURES / "cpu-inner-shares.png"
 README = Path("README.md")
 PERFORMANCE = Path("docs/performance.md")
+INNER = Path("docs/inner.md")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +117,9 @@ def report_of_checkout(root: Path, check: bool) -> int:
         _write(path, texts[path])
         print(f"wrote {path.relative_to(root)}")
     drawable = [(device, run) for device, runs in results.items() for run in runs if plots.drawable(run)]
-    _draw({root / PICTURES / f"{device}-{run.benchmark}.png": run for device, run in drawable})
+    drawn = _draw({root / PICTURES / f"{device}-{run.benchmark}.png": run for device, run in drawable})
+    if drawn and (of_inner := _run(results, "cpu", "inner")) is not None and plots.shares_of_heads(of_inner):
+        plots.draw_shares_of_heads(of_inner, root / SHARES)
     return 0
 
 
@@ -135,8 +139,15 @@ def generated_texts(root: Path, results: Results) -> dict[Path, str]:
     }
     for study in findings.committed(root):
         texts[root / findings.DOCS / f"{study['plan']['name']}.md"] = findings.markdown(study)
+    of_inner = inner.committed(root)
+    if of_inner is not None:
+        texts[root / inner.PAGE.with_suffix(".md")] = inner.markdown(of_inner)
     texts[root / DOCS] = docs_page(results, static=(root / STATIC).is_file())
-    blocks = {README: readme_blocks(root, results), PERFORMANCE: {"floors": floors.markdown()}}
+    blocks = {
+        README: readme_blocks(root, results),
+        PERFORMANCE: {"floors": floors.markdown()},
+        INNER: {"inner": _inner(results), "inner study": inner.block(of_inner)},
+    }
     for path, of_path in blocks.items():
         texts[root / path] = with_blocks((root / path).read_text(), of_path, path)
     return texts
@@ -320,7 +331,8 @@ def docs_page(results: Results, static: bool) -> str:
 def readme_blocks(root: Path, results: Results) -> dict[str, str]:
     """What the README says of a checkout's figures, by the names of its blocks."""
     of_results = {name: write(results) for name, write in BLOCKS.items()}
-    return of_results | {"study": findings.readme_block(root)}
+    of_inner = inner.committed(root)
+    return of_results | {"study": findings.readme_block(root, [] if of_inner is None else [inner.sentence(of_inner)])}
 
 
 def with_blocks(text: str, blocks: Mapping[str, str], where: Path) -> str:
@@ -414,6 +426,16 @@ def _machines(first: Run, second: Run) -> str:
     if _machine(first) == _machine(second):
         return f"On {_machine(first)}"
     return f"{first.benchmark} on {_machine(first)}; {second.benchmark} on {_machine(second)}"
+
+
+def _inner(results: Results) -> str:
+    """Scope "inner" on a CPU, for a page of the docs."""
+    run = _run(results, "cpu", "inner")
+    if run is None:
+        return _not_stored(["inner"])
+    said = f"On {_machine(run)} ([all figures](../{(RESULTS / 'cpu' / run.benchmark).as_posix()}.md)):"
+    picture = f"![Time against the active share](benchmarks/{SHARES.name})"
+    return "\n\n".join([*_bold_caveats(run), said, overview(run), *([picture] if plots.shares_of_heads(run) else [])])
 
 
 def _blocks(results: Results) -> str:

@@ -155,7 +155,7 @@ def inputs_of(op):
     if op in INNER:
         modulation["window"] = ROUTING.window(starts(1, 19), HEADS)
     if op is ops.inner_projection:
-        return {"z": torch.randn(B, N, 24), "weight": torch.randn(H, C), "window": modulation["window"]} | {
+        return {"x": torch.randn(B, N, 24), "weight": torch.randn(H, C), "window": modulation["window"]} | {
             "bias": None
         }
     if op in (ops.routed_linear, ops.inner_linear):
@@ -229,8 +229,9 @@ WEIGHT_CASES = [
     (MLP, "fc2_bias", lambda b: b[:1], ValueError, ["fc2_bias", "[32]", "[1]"]),
     (MLP, "fc2_bias", lambda b: b.double(), ValueError, ["fc2_bias", "torch.float32", "torch.float64"]),
     (ROUTED[2:], "window", lambda w: ROUTING.window(starts(1, 2), 5), ValueError, ["weight", "48", "5 do not divide"]),
-    (INNER[2:], "z", lambda z: z.long(), TypeError, ["x must", "torch.int64"]),
-    (INNER[2:], "z", lambda z: z[..., :8], ValueError, ["z must", "24", "3 heads", "[2, 3, 8]"]),
+    (INNER[2:], "x", lambda x: x.long(), TypeError, ["x must", "torch.int64"]),
+    (INNER[2:], "x", lambda x: x[..., :8], ValueError, ["x must", "24", "3 heads", "[2, 3, 8]"]),
+    (INNER[2:], "weight", lambda w: w.double(), ValueError, ["weight", "torch.float64", "x is torch.float32"]),
     (INNER[2:], "weight", lambda w: w[:, :-2], ValueError, ["weight's inputs", "30", "4 do not divide"]),
     (INNER[2:], "window", lambda w: ROUTING.window(starts(1, 2, 3), HEADS), ValueError, ["window", "3 samples", "2"]),
     (INNER[2:], "window", lambda w: None, TypeError, ["window", "ChannelWindow", "NoneType"]),
@@ -255,7 +256,7 @@ def test_branch_is_required(op):
 def test_windows_that_leave_the_channels(op, start):
     """A compiled kernel would write outside of its tensors; a GPU's kernels stay inside by their masks."""
     inputs = inputs_of(op)
-    if not runs_on_cpu(inputs["weight" if "weight" in inputs else "fc1_weight"]):
+    if not runs_on_cpu(inputs["x"]):
         pytest.skip("NOT RUN: needs the compiled CPU kernels")
     width, last = (3, 1) if op in INNER else (5, 27)
     inputs["window"] = dtr.ChannelWindow(starts(1, start), width, HEADS if op in INNER else C)

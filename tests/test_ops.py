@@ -275,13 +275,13 @@ def check_inner_projection(batch, tokens, size, outputs, window, dtype, device, 
     """Against a layer that reads zeros of inactive heads."""
     mask = window.mask()[:, None].repeat_interleave(size, 2)
 
-    def fused(z, bias=None, **layer):
-        return (ops.inner_projection(of_heads(z, window), bias=bias, window=window, **layer),)
+    def fused(x, bias=None, **layer):
+        return (ops.inner_projection(of_heads(x, window), bias=bias, window=window, **layer),)
 
-    def oracle(z, weight, bias=None):
-        return (torch.nn.functional.linear(z * mask, weight, bias),)
+    def oracle(x, weight, bias=None):
+        return (torch.nn.functional.linear(x * mask, weight, bias),)
 
-    inputs = {"z": random(batch, tokens, window.channels * size, dtype=dtype, device=device)}
+    inputs = {"x": random(batch, tokens, window.channels * size, dtype=dtype, device=device)}
     inputs |= linear_inputs("", outputs, window.channels * size, dtype, device, bias)
     assert_within_bound(compare(fused, oracle, inputs, dtype, conditioning=4))
 

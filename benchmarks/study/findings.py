@@ -241,10 +241,10 @@ def committed(root: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in paths if path.is_file()]
 
 
-def readme_block(root: Path) -> str:
-    """What the README says of the largest committed study, or that there is none."""
+def readme_block(root: Path, others: Sequence[str] = ()) -> str:
+    """What the README says of the largest committed study, and sentences of others; or that there is none."""
     for study in committed(root):
-        lines = [f"- {sentence}" for sentence in sentences(study)]
+        lines = [f"- {sentence}" for sentence in (*sentences(study), *others)]
         path = f"{DOCS}/{study['plan']['name']}"
         head = f"{setup(study)} ([all figures]({path}.md), by `{study['environment']['command']}`):"
         return "\n".join([head, "", *lines, "", f"![All of the study on one page]({path}.png)"])

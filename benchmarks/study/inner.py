@@ -3,6 +3,7 @@ after as much time."""
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.findings import (
+    DOCS,
     Change,
     as_table,
     changes,
@@ -121,6 +123,23 @@ def sentence(study: Mapping[str, Any]) -> str:
     )
     after_time = "; ".join(said(partial(_changes_as_long, study), method) for method in compared)
     return f'**Scope "inner".** After as many steps, {after_steps}. After as much training time, {after_time}.'
+
+
+#: Of the committed study, without the ending of its files.
+PAGE = DOCS / "inner"
+
+
+def committed(root: Path) -> dict[str, Any] | None:
+    """The study whose figures are in a checkout's docs."""
+    path = root / PAGE.with_suffix(".json")
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def block(study: Mapping[str, Any] | None) -> str:
+    """What ``docs/inner.md`` says of the committed study."""
+    if study is None:
+        return "The study has not been run: `python -m benchmarks study --inner`."
+    return "\n\n".join([f"{setup(study)}.", f"- {sentence(study)}", "![The study in a picture](study/inner.png)"])
 
 
 def markdown(study: Mapping[str, Any]) -> str:

@@ -4,9 +4,9 @@ library decides by."""
 from __future__ import annotations
 
 from benchmarks.cases import Benchmark
-from benchmarks.suite import block, cpu_limits, kernels, model, res_block, surgery_projection, surgery_step
+from benchmarks.suite import block, cpu_limits, inner, kernels, model, res_block, surgery_projection, surgery_step
 
-_WHOLE = (block, model, res_block, surgery_projection, surgery_step, cpu_limits)
+_WHOLE = (block, model, inner, res_block, surgery_projection, surgery_step, cpu_limits)
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark for benchmark in (*kernels.BENCHMARKS, *(module.BENCHMARK for module in _WHOLE))
 }

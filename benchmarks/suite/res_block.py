@@ -53,7 +53,7 @@ PLACES = {
     "tiny": Place(64, 96, 8, emb_channels=32),
 }
 
-_COMMON: Axes = {"scope": ("block",), "window": WINDOWS, "beta": (0.8,), "pass_": PASSES}
+_COMMON: Axes = {"scope": ("block",), "window": WINDOWS[:2], "beta": (0.8,), "pass_": PASSES}
 _CENTRE: dict[str, Axes] = {
     "quick": {**_COMMON, "model": ("tiny",), "batch": (2,), "precision": ("fp32",)},
     "cpu": {**_COMMON, "model": ("ADM-256x32",), "batch": (4,), "precision": ("fp32",)},

@@ -80,12 +80,16 @@ def tokens(B: int, N: int, C: int, device: torch.device | None = None) -> Tensor
 
 def timesteps(cell: Cell, device: torch.device) -> Tensor | int:
     """Random ones [B], as training draws them, or the one that a batch shares, as the number that samplers have."""
-    return SHARED_TIMESTEP if cell.window == "shared" else torch.randint(1000, (cell.batch,)).to(device)
+    if cell.window == "shared":
+        return SHARED_TIMESTEP
+    drawn = torch.randint(1000, (cell.batch,))
+    return drawn if cell.window == "host" else drawn.to(device)
 
 
 def mask_of(window: ChannelWindow, x: Tensor) -> Tensor:
     """The window as plain PyTorch takes it: [B, C] of ones and zeros in x's dtype."""
-    return window.for_batch(x.shape[0], x.device).mask().to(x.dtype)
+    on_host = window.start.device.type == "cpu" and window.shared_start is None
+    return window.for_batch(x.shape[0], window.start.device if on_host else x.device).mask().to(x.device, x.dtype)
 
 
 def compiled(forward: Forward, mode: str | None = None) -> Forward:

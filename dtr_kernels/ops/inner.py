@@ -462,12 +462,12 @@ def inner_linear_by(
     return x if branch is None else stream, out
 
 
-def inner_projection(z: Tensor, weight: Tensor, bias: Tensor | None, window: ChannelWindow) -> Tensor:
-    """Linear(z), where z has the inputs of active heads alone and those of others count as zero.
+def inner_projection(x: Tensor, weight: Tensor, bias: Tensor | None, window: ChannelWindow) -> Tensor:
+    """Linear(x), where x has the inputs of active heads alone and those of others count as zero.
 
     Args:
-        z: [B, N, I * A / H] of A active heads out of H, fp32, bf16, fp16 or fp64.
-        weight, bias: of the linear layer, [O, I] and [O] (or None), in z's dtype; autocast casts all three.
+        x: [B, N, I * A / H] of A active heads out of H, fp32, bf16, fp16 or fp64.
+        weight, bias: of the linear layer, [O, I] and [O] (or None), in x's dtype; autocast casts all three.
         window: as in ``inner_linear``.
 
     Returns:
@@ -475,25 +475,25 @@ def inner_projection(z: Tensor, weight: Tensor, bias: Tensor | None, window: Cha
 
     Raises:
         TypeError: if a tensor is not floating point, or window not a window.
-        ValueError: if shapes, dtypes, devices or the window do not fit z, or I is not divisible by H.
+        ValueError: if shapes, dtypes, devices or the window do not fit x, or I is not divisible by H.
     """
-    return inner_projection_by(choose(z, weight), z, weight, bias, window)
+    return inner_projection_by(choose(x, weight), x, weight, bias, window)
 
 
 def inner_projection_by(
-    choice: Choice, z: Tensor, weight: Tensor, bias: Tensor | None, window: ChannelWindow
+    choice: Choice, x: Tensor, weight: Tensor, bias: Tensor | None, window: ChannelWindow
 ) -> Tensor:
     """``inner_projection`` by a choice that was made for it or for its block."""
-    check_stream(z, None, None)
-    heads = _heads(z, window)
-    check_linear(z, "", weight, bias, weight.shape[-1])
+    check_stream(x, None, None)
+    heads = _heads(x, window)
+    check_linear(x, "", weight, bias, weight.shape[-1])
     _check_divisible("weight's inputs", weight.shape[1], heads.total)
     band = heads.columns(weight)
-    if z.shape[2] != band.width:
-        raise ValueError(f"z must have shape [B, N, {band.width}] for {heads.active} heads, got {list(z.shape)}")
+    if x.shape[2] != band.width:
+        raise ValueError(f"x must have shape [B, N, {band.width}] for {heads.active} heads, got {list(x.shape)}")
     if choice.path == "plain":
-        return plain_band(z, weight, bias, band)
-    return _projection(z, weight, bias, *heads)
+        return plain_band(x, weight, bias, band)
+    return _projection(x, weight, bias, *heads)
 
 
 def inner_mlp(
