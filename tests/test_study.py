@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -13,9 +14,9 @@ import torch
 from scipy.linalg import sqrtm
 
 import benchmarks.__main__ as command_line
-from benchmarks.study import findings, units
+from benchmarks.study import findings, inner, units
 from benchmarks.study.judge import frechet_distance, split
-from benchmarks.study.plan import METHODS, PLANS, SOLVING, TIMED_STEPS, VANILLA
+from benchmarks.study.plan import METHODS, PLANS, SOLVING, TIMED_STEPS, VANILLA, unit
 from examples import digits
 from examples.train import Recipe, Training
 
@@ -32,11 +33,11 @@ def quick(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         train, specialist = units.Study.train, units.Study.specialist
 
-        def counted(self, method, seed):
+        def counted(self, name, recipe):
             if len(trained) == 1 and len(trained[0]) == 3:
                 raise KeyboardInterrupt
-            trained[-1].append(f"{method} {seed}")
-            return train(self, method, seed)
+            trained[-1].append(name)
+            return train(self, name, recipe)
 
         def stopped(self, k, seed):
             if len(trained) == 2 and k == 1:
@@ -56,7 +57,7 @@ def quick(tmp_path_factory):
 def test_an_interrupted_study_trains_every_model_once(quick):
     _, trained = quick
     assert [len(part) for part in trained] == [3, 6, 9]
-    assert sorted(itertools.chain(*trained)) == sorted(f"{method} {seed}" for method in METHODS for seed in range(2))
+    assert sorted(itertools.chain(*trained)) == sorted(unit(method, seed) for method in METHODS for seed in range(2))
 
 
 def test_a_study_has_all_figures(quick):
@@ -95,6 +96,30 @@ def test_a_folder_of_another_study_is_refused(quick, capsys):
     with pytest.raises(SystemExit, match="2"):
         command_line.main(["study", "--out", str(folder)])
     assert "holds a study with name 'quick', and this one has 'cpu'; give another --out" in capsys.readouterr().err
+
+
+def test_the_study_of_scope_inner(tmp_path, monkeypatch, capsys):
+    """All of it once, very small: a method trains as many steps as fit into vanilla's time."""
+    plan = dataclasses.replace(inner.INNER_PLANS["quick"], seeds=1, steps=4, epochs=1, sampling_steps=2)
+    monkeypatch.setitem(inner.INNER_PLANS, "quick", plan)
+    monkeypatch.setattr(units, "TIMED_STEPS", 3)
+    milliseconds = iter(range(len(inner.methods(plan)), 0, -1))  # of each method's steps
+
+    def timer(self, calls, graph):
+        seconds = next(milliseconds) / 1e3
+        return lambda: seconds
+
+    monkeypatch.setattr(units.Stopwatch, "timer", timer)
+    assert command_line.main(["study", "--inner", "--quick", "--out", str(tmp_path)]) == 0
+    study = json.loads((tmp_path / "inner quick.json").read_text())
+    assert list(study["methods"]) == list(inner.methods(plan))
+    assert [recipe.get("hidden_size", 32) for recipe in inner.methods(plan).values()] == [32] * 7 + [28, 24]
+    steps = {method: [run["steps"] for run in runs] for method, runs in study["as long"].items()}
+    assert steps == {"inner 75%, alpha 1": [6], "inner 50%, alpha 1": [12], "28 channels": [18], "24 channels": [36]}
+    page = (tmp_path / "inner quick.md").read_text()
+    assert page == inner.markdown(study) and all(method in page for method in study["methods"])
+    assert inner.sentence(study) in capsys.readouterr().out
+    assert (tmp_path / "inner quick.png").stat().st_size > 30_000
 
 
 def test_every_method_sees_the_same_batches(seed, monkeypatch):

@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.cases import AUTOCAST, Case, Cell, Options, Side
 from benchmarks.measure import Bench, Rounds
 from benchmarks.memory import saved_bytes
-from benchmarks.suite import block, cpu_limits, model, whole
+from benchmarks.suite import block, cpu_limits, inner, model, whole
 from benchmarks.suite.models import dit_channels
 from benchmarks.suite.whole import Gate
 from dtr_kernels import reference
@@ -132,8 +132,48 @@ def test_the_same_values_under_autocast(fresh, form, pass_):
         assert not piece.optimizer.state
 
 
+def test_every_side_of_scope_inner_is_right(fresh, device):
+    cases = quick(inner, device)
+    assert [(case.cell["window"], case.cell["pass"]) for case in cases] == [
+        *(("shared", pass_) for pass_ in block.PASSES),
+        *(("per sample", pass_) for pass_ in block.PASSES),
+        ("shared", "sampling"),
+    ]
+    for case in cases:
+        assert_right(case)
+        ours = sides_of(case)["Sampler" if case.cell["pass"] == "sampling" else "RoutedDiTBlock"]
+        # Half of the heads, in all that is large.
+        assert 1.6 < sides_of(case)[inner.PEER].work.flops / ours.work.flops < 2.2
+        assert case.speedup_over == inner.PEER and not {"unrouted", "reference, compiled"} & set(sides_of(case))
+
+
+@pytest.mark.parametrize("change", [{"beta": 0.75}, {"scope": "branch"}, {"window": "shared"}], ids=str)
+def test_other_heads_do_not_pass(fresh, change):
+    cell = replace(CENTRE, scope="inner", beta=0.5, precision="bf16")
+    right, other = (sides_of(block.build(each, CPU)) for each in (cell, replace(cell, **change)))
+    for name in ("reference", "RoutedDiTBlock"):
+        assert right[name].error(other[name].call()) > right[name].bound
+
+
+@pytest.mark.parametrize(
+    "device, change, expected",
+    [
+        ("cpu", {}, [("speed-up", 1.15), ("bytes saved", 0.46)]),
+        ("cpu", {"beta": 0.5, "window": "shared", "pass_": "forward"}, [("speed-up", 1.75)]),
+        ("cpu", {"beta": 0.5, "window": "shared", "pass_": "sampling"}, [("speed-up", 1.6)]),
+        ("cuda", {}, [("speed-up", 1.15), ("bytes saved", 0.46)]),
+        ("cuda", {"window": "host", "pass_": "forward"}, [("speed-up", 1.25)]),
+        ("cpu", {"beta": 0.25}, []),
+    ],
+)
+def test_goals_of_scope_inner(device, change, expected):
+    cell = replace(CENTRE, model="DiT-B/2", scope="inner", beta=0.75)
+    goals = inner.goals(replace(cell, **change), torch.device(device))
+    assert [(goal.quantity, max(goal.at_least, 0) or goal.at_most) for goal in goals] == expected
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", AUTOCAST])
-@pytest.mark.parametrize("scope", reference.SCOPES)
+@pytest.mark.parametrize("scope", ["block", "branch"])
 def test_a_block_without_its_deactivated_channels_is_found(fresh, monkeypatch, scope, precision):
     """By slices of the weight in fp32, by a dense GEMM in the others, where it is hardest: what they add to each token
     is small, and so is the precision."""
