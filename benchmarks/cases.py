@@ -56,8 +56,8 @@ class Cell:
 
     @property
     def routing(self) -> DenoisingTaskRouting:
-        """The routing over 1000 timesteps, as in the paper."""
-        return DenoisingTaskRouting(beta=self.beta)
+        """The routing over 1000 timesteps, as in the paper; of heads evenly, which is what its study recommends."""
+        return DenoisingTaskRouting(alpha=1.0 if self.scope == "inner" else 4.0, beta=self.beta)
 
     @property
     def dtype(self) -> torch.dtype:

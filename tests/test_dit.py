@@ -516,6 +516,28 @@ def test_a_norm_that_got_a_weight_is_refused_by_name():
 
 
 @pytest.mark.parametrize("alter", [_adapt, _hook], ids=["adapter", "hook"])
+def test_a_changed_projection_is_called_with_zeros_of_inactive_heads(alter):
+    """In scope "inner", where an unchanged one is read."""
+    model, (x, t, y) = make_model(scope="inner"), make_batch()
+    before = model(x, t, y)
+    alter(model, "blocks.1.attn.proj")
+    mask = ROUTING.window(t, model.routed_channels).mask()
+    torch.testing.assert_close(model(x, t, y), oracle(model, x, t, y, mask), rtol=1e-9, atol=1e-9)
+    assert (model(x, t, y) - before).abs().max() > 1e-3
+
+
+def test_no_active_head_is_refused_when_a_model_is_made():
+    with pytest.raises(ValueError, match=r"beta 0\.1 of \d+ attention heads leaves none active"):
+        make_model(dtr.DenoisingTaskRouting(T, beta=0.1), scope="inner")
+
+
+def test_masks_of_channels_are_no_masks_of_heads():
+    model = make_model(scope="inner")
+    with pytest.raises(RuntimeError, match='is a mask of channels, which scope "inner" has not'):
+        model.load_state_dict(public_checkpoint(model, ROUTING))
+
+
+@pytest.mark.parametrize("alter", [_adapt, _hook], ids=["adapter", "hook"])
 @pytest.mark.parametrize("path", ["blocks.1.attn.proj", "blocks.1.adaLN_modulation", "x_embedder.proj"])
 def test_a_changed_part_that_is_called_is_used(alter, path):
     model, batch = make_model(), make_batch()

@@ -49,11 +49,10 @@ pytestmark = [
 ]
 
 
-def native(depth=2):
+def native(depth=2, scope="block"):
     """A routed ``nn.DiT`` with open gates."""
-    model = dtr.nn.DiT(
-        6, 2, 3, DIM, depth, HEADS, class_dropout_prob=0.0, num_classes=10, learn_sigma=False, routing=ROUTING
-    )
+    settings = {"class_dropout_prob": 0.0, "num_classes": 10, "learn_sigma": False, "routing": ROUTING, "scope": scope}
+    model = dtr.nn.DiT(6, 2, 3, DIM, depth, HEADS, **settings)
     for layer in (*model.blocks, model.final_layer):
         nn.init.normal_(layer.adaLN_modulation[1].weight, std=DIM**-0.5)
         nn.init.normal_(layer.adaLN_modulation[1].bias, std=0.5)
@@ -71,7 +70,8 @@ def swapped(depth=2):
     return dtr.swap_blocks(unswapped(depth), ROUTING)
 
 
-BOTH = pytest.mark.parametrize("make", [native, swapped], ids=["native", "swapped"])
+inner = functools.partial(native, scope="inner")
+BOTH = pytest.mark.parametrize("make", [native, inner, swapped], ids=["native", "inner", "swapped"])
 
 
 def make_batch(samples=4, dtype=torch.float32):
@@ -111,7 +111,8 @@ def test_export(make, strict, seed, fresh_compiler):
     model = make(depth=1)
     program = export(model, strict=strict)
     names = {str(node.target) for node in program.graph.nodes}
-    assert {f"dtr_kernels.{op}.default" for op in ("window_starts", "routed_linear", "routed_mlp")} <= names
+    ops = ("inner_linear", "inner_projection", "inner_mlp") if make is inner else ("routed_linear", "routed_mlp")
+    assert {f"dtr_kernels.{op}.default" for op in ("window_starts", *ops)} <= names
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)

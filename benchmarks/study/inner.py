@@ -96,16 +96,8 @@ def _table_as_long(study: Mapping[str, Any]) -> str:
     for method, runs in study["as long"].items():
         loss, distance = map(str, _changes_as_long(study, method))
         losses = over_seeds(mean_losses([run["losses"] for run in runs]), "{:.4f}")
-        rows.append(
-            [
-                method,
-                str(runs[0]["steps"]),
-                losses,
-                loss,
-                over_seeds([run["distance"] for run in runs], "{:.2f}"),
-                distance,
-            ]
-        )
+        distances = over_seeds([run["distance"] for run in runs], "{:.2f}")
+        rows.append([method, str(runs[0]["steps"]), losses, loss, distances, distance])
     return table(rows)
 
 
@@ -122,7 +114,8 @@ def sentence(study: Mapping[str, Any]) -> str:
         for method in compared
     )
     after_time = "; ".join(said(partial(_changes_as_long, study), method) for method in compared)
-    return f'**Scope "inner".** After as many steps, {after_steps}. After as much training time, {after_time}.'
+    heads = study["plan"]["num_heads"]
+    return f'**Scope "inner", {heads} heads.** After as many steps, {after_steps}. After as much training time, {after_time}.'
 
 
 #: Of the committed study, without the ending of its files.
