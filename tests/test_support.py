@@ -357,7 +357,8 @@ def test_selective_checkpointing(make, seed):
     """By a policy, and by a list of ops to save; what is saved is not computed again."""
     model, batch = make(), make_batch()
     expected = results(model, batch)
-    linear, mlp = OPS.routed_linear.default, OPS.routed_mlp.default
+    ops = ("inner_linear", "inner_mlp") if make is inner else ("routed_linear", "routed_mlp")
+    linear, mlp = (getattr(OPS, op).default for op in ops)
 
     def policy(context, op, *args, **kwargs):
         return CheckpointPolicy.MUST_SAVE if op is linear else CheckpointPolicy.PREFER_RECOMPUTE

@@ -114,8 +114,8 @@ def sentence(study: Mapping[str, Any]) -> str:
         for method in compared
     )
     after_time = "; ".join(said(partial(_changes_as_long, study), method) for method in compared)
-    heads = study["plan"]["num_heads"]
-    return f'**Scope "inner", {heads} heads.** After as many steps, {after_steps}. After as much training time, {after_time}.'
+    what = f'**Scope "inner", {study["plan"]["num_heads"]} heads.**'
+    return f"{what} After as many steps, {after_steps}. After as much training time, {after_time}."
 
 
 #: Of the committed study, without the ending of its files.

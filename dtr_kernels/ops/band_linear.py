@@ -347,18 +347,17 @@ def _widths(sizes: Sizes, parts: int) -> tuple[int, int]:
     return (sizes.C, parts * active) if parts else (active, sizes.C)
 
 
+def _starts(sizes: Sizes) -> Work:
+    active, total = heads_of(sizes)
+    return Work(bytes=starts(sizes.B, total, active))
+
+
 def _work(sizes: Sizes, items: Itemsizes, parts: int, **_: bool) -> Work:
-    return linear_work(sizes.B * sizes.N, *_widths(sizes, parts), items) + Work(bytes=starts(sizes.B, *_heads(sizes)))
+    return linear_work(sizes.B * sizes.N, *_widths(sizes, parts), items) + _starts(sizes)
 
 
 def _gradients_work(sizes: Sizes, items: Itemsizes, parts: int, parameters: bool, **_: bool) -> Work:
-    work = linear_gradients_work(sizes.B * sizes.N, *_widths(sizes, parts), items, parameters)
-    return work + Work(bytes=starts(sizes.B, *_heads(sizes)))
-
-
-def _heads(sizes: Sizes) -> tuple[int, int]:
-    width, count = heads_of(sizes)
-    return count, width
+    return linear_gradients_work(sizes.B * sizes.N, *_widths(sizes, parts), items, parameters) + _starts(sizes)
 
 
 def _peers(all_of_it: bool) -> Callable[..., Callable[[], Any]]:
@@ -379,8 +378,8 @@ KERNELS = [
         plain_band,
         lambda draw, parts, bias, on_host: _bias(draw, _layer(draw, parts, on_host), bias),
         modes(parts=(3, 1, 0), bias=(True, False), on_host=(False, True)),
-        work=lambda sizes, items, bias, **mode: _work(sizes, items, **mode),
-        timed=lambda parts, bias, on_host: parts != 1 and bias,
+        work=_work,
+        timed=lambda parts, bias, on_host: parts != 1 and bias and not on_host,
         tiles=lambda **_: ("forward",),
         peers={ALL_CHANNELS: _peers(True), ONE_SLICE: _peers(False)},
     ),
@@ -391,7 +390,7 @@ KERNELS = [
         _backward_inputs,
         modes(parts=(3, 1, 0), parameters=(True, False), on_host=(False, True)),
         work=_gradients_work,
-        timed=lambda parts, parameters, on_host: parts != 1 and parameters,
+        timed=lambda parts, parameters, on_host: parts != 1 and parameters and not on_host,
         tiles=lambda parameters, **_: ("input_gradient", "weight_gradient") if parameters else ("input_gradient",),
     ),
     Kernel(
@@ -402,6 +401,7 @@ KERNELS = [
             _bias(draw, _layer(draw, 1, on_host, ratio=4), True) | dict(write_pre=write_pre)
         ),
         modes(write_pre=(True, False), on_host=(False, True)),
+        timed=lambda write_pre, on_host: not on_host,
         tiles=lambda **_: ("forward_gelu",),
         crossover="gelu_forward",
     ),
@@ -411,6 +411,7 @@ KERNELS = [
         _plain_gelu_backward,
         _gelu_backward_inputs,
         modes(on_host=(False, True)),
+        timed=lambda on_host: not on_host,
         tiles=lambda **_: ("gelu_input_gradient",),
         crossover="gelu_backward",
     ),
