@@ -76,6 +76,20 @@ def test_gemms_on_slices(scope, tokens, size):
         assert "with 25 of 32 channels active, a slice of the weight for 32 tokens saves" in ops["routed_linear"]
 
 
+def test_heads_of_scope_inner():
+    model = make_model(scope="inner")
+    report = only(dtr.explain(model, BATCH))
+    assert report["routing"] == "3 of 4 heads, a window per sample"
+    slices = "compiled CPU kernels; GEMMs on slices of the weight, one for each different window"
+    assert report["ops"] == {
+        "inner_linear": slices,
+        "inner_projection": slices,
+        "inner_mlp": f"{slices}; GELU in a pass of its own",
+    }
+    x, _, y = BATCH
+    assert only(dtr.explain(model, {"x": x, "t": 0, "y": y}))["routing"].startswith("heads 0 to ")
+
+
 def test_16_bit_gemms_are_dense_on_a_cpu():
     x, t, y = BATCH
     report = only(dtr.explain(make_model().bfloat16(), (x.bfloat16(), t, y)))

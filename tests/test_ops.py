@@ -404,6 +404,23 @@ def test_empty_batches_and_sequences(device, scope, batch, tokens):
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in block.parameters() if p.grad is not None)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared", [False, True])
+def test_windows_that_the_host_knows_on_a_gpu(seed, shared):
+    """Scope "inner" with t on the CPU: slices of the weight for each window, in the batch's own order."""
+    block = random_block(64, 4, "inner", torch.device("cuda"), torch.float32)
+    t = 700 if shared else torch.tensor([900, 3, 999, 4, 901])
+    window = DenoisingTaskRouting(alpha=1.0, beta=0.5).window(t, 4)
+    assert window.start.device.type == "cpu"
+    x = torch.randn(5, 40, 64, device="cuda", requires_grad=True)
+    c = torch.randn(5, 64, device="cuda", requires_grad=True)
+    leaves = [x, c, *block.parameters()]
+    on_gpu = ChannelWindow(window.for_batch(5, window.start.device).start.cuda(), window.width, 4)
+    outs = [block(x, c, each) for each in (window, on_gpu)]
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), leaves) for out in outs))
+
+
 def test_strided_inputs(seed, device):
     """x and c as views of wider tensors."""
     block = random_block(48, 4, "block", device, torch.float32)
