@@ -15,7 +15,7 @@ from benchmarks.suite.whole import COMPILED, MASKED, UNROUTED, Axes
 
 PASSES = (*block.PASSES, "sampling")
 PEER = UNROUTED + COMPILED
-_SIDES = (MASKED, PEER, block.FUSED, block.FUSED + COMPILED, model.FUSED, model.REMEMBERED)
+_SIDES = (MASKED, PEER, block.FUSED, model.FUSED, model.REMEMBERED)
 
 _COMMON: Axes = {"scope": ("inner",), "window": ("shared",), "beta": (0.75, 0.5), "pass_": block.PASSES}
 _CENTRE: dict[str, Axes] = {
