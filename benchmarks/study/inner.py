@@ -170,7 +170,7 @@ def draw(study: Mapping[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(13, 5.2), layout="constrained")
     for axes, number, label in zip(
-        figure.subplots(1, 2), (0, 1), ("denoising loss", "Frechet distance of samples"), strict=True
+        figure.subplots(1, 2), (0, 1), ("Denoising loss", "Frechet distance of samples"), strict=True
     ):
         for index, method in enumerate(study["methods"]):
             if method == VANILLA:
@@ -192,8 +192,8 @@ def draw(study: Mapping[str, Any], path: Path) -> None:
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set(
             xlabel=f"time of training over vanilla's ({step_seconds(study, VANILLA) * 1e3:.3g} ms a step)",
-            ylabel=f"{label}, % above vanilla; small dots: seeds",
-            title=label[0].upper() + label[1:],
+            ylabel="% above vanilla; small dots: seeds",
+            title=label,
         )
         axes.grid(color="0.9")
         axes.set_axisbelow(True)

@@ -47,6 +47,8 @@ class Study:
         self, plan: Plan, folder: Path, device: torch.device, methods: Mapping[str, Mapping[str, Any]] = METHODS
     ) -> None:
         self.plan, self.folder, self.device, self.methods = plan, folder, device, methods
+        # What runs was read from the checkout as it is now, whatever is committed there later.
+        self._environment = environment.describe(device)
         folder.mkdir(parents=True, exist_ok=True)
         self._check_plan()
         self.clusters = dtr.interval_clusters(digits.TIMESTEPS, plan.clusters)
@@ -117,7 +119,7 @@ class Study:
 
     def do(self, name: str, function: Callable[[], dict[str, Any]]) -> None:
         """Runs a unit and keeps what it found."""
-        _write(function() | {"environment": environment.describe(self.device)}, self._path(name))
+        _write(function() | {"environment": self._environment}, self._path(name))
 
     def done(self, name: str) -> bool:
         return self._path(name).exists()
