@@ -499,12 +499,15 @@ def largest_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 # --- what is tuned ---------------------------------------------------------------------------------------------------
 
 
-def kernels_of(op: str) -> Iterator[tuple[Kernel, Mode]]:
-    """The declared kernels, with their modes, that run with a tile, or whose way a crossover decides."""
+def kernels_of(op: str) -> list[tuple[Kernel, Mode]]:
+    """The first declared kernel, in its modes, that runs with a tile, or whose way a crossover decides. Others that do
+    so, the layers over heads, take what is best for that one."""
     for kernel in ops.KERNELS:
-        for mode in kernel.modes:
-            if kernel.timed(**mode) and (op in kernel.tiles(**mode) or op == kernel.crossover):
-                yield kernel, mode
+        modes = [mode for mode in kernel.modes if kernel.timed(**mode)]
+        found = [mode for mode in modes if op in kernel.tiles(**mode) or op == kernel.crossover]
+        if found:
+            return [(kernel, mode) for mode in found]
+    return []
 
 
 def calls_of(problem: Problem, device: torch.device) -> list[partial[Any]]:

@@ -18,6 +18,7 @@ from benchmarks import environment
 from dtr_kernels.ops import dispatch, residual, tiles, tuned_tiles, window_linear
 from dtr_kernels.ops.tiles import KINDS, NEVER, Crossover, GemmTile, RowTile, SumTile, forced
 from dtr_kernels.ops.tuned_tiles import Measurement, Tuned
+from dtr_kernels.ops.window_linear import Band
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 GPU = "NVIDIA H200"
@@ -346,7 +347,7 @@ def launched():
 
 def weight_gradient(dtype=bf16, tokens=256):
     g, u = torch.zeros(2, tokens, 96, dtype=dtype), torch.zeros(2, tokens, 48, dtype=dtype)
-    window_linear.weight_gradient(g, u, torch.zeros(2, dtype=torch.int32), 64)
+    window_linear.weight_gradient(g, u, Band(torch.zeros(2, dtype=torch.int32), u.shape[2]), 64)
 
 
 def test_a_forced_tile_reaches_the_launch(launched):

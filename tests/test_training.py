@@ -166,7 +166,7 @@ def test_the_loss_falls(data, seed):
     "changes, message",
     [
         ({"routing": "windows"}, "routing must be one of none, random, dtr, got 'windows'"),
-        ({"scope": "all"}, "scope must be one of block, branch, got 'all'"),
+        ({"scope": "all"}, "scope must be one of block, branch, inner, got 'all'"),
         ({"weighting": "mgda"}, "weighting must be one of none, uw, pcgrad, nash, got 'mgda'"),
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
