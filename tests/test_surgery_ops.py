@@ -578,7 +578,8 @@ def test_the_same_bits_every_time(seed, path, device, K, P, dtype):
 
     first = results(1)
     if path == "plain":  # where it is the processor's BLAS that multiplies
-        torch.testing.assert_close(first[0], first[0].T, rtol=1e-13, atol=1e-13)
+        # Products of gradients that are nearly orthogonal are small sums of large terms.
+        torch.testing.assert_close(first[0], first[0].T, rtol=0, atol=1e-13 * first[0].abs().max().item())
     else:
         assert torch.equal(first[0], first[0].T)
     for count in (1,) if path == "plain" else (1, 2, 3):

@@ -4,9 +4,8 @@ instead of cuBLAS.
 What was tuned for the GPU, in a file of the user's cache or of the package, goes before the default. Nothing is
 ever timed here: ``python -m benchmarks tune`` does that once.
 
-The defaults compile without register spills on sm_80, sm_90 and sm_100 (a test compiles each of them for all three),
-but for the weight gradient over columns of heads in fp32 at 1152 channels on sm_100, which spills 8 bytes. None has
-been timed on a GPU yet.
+The defaults compile without register spills on sm_80, sm_90 and sm_100 (a test compiles each of them for all three).
+None has been timed on a GPU yet.
 """
 
 from __future__ import annotations

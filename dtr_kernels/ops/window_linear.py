@@ -310,7 +310,6 @@ def window_weight_gradient_kernel(
     C,
     splits,
     PARTS: tl.constexpr,
-    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -333,7 +332,7 @@ def window_weight_gradient_kernel(
     for step in range(split * each, min((split + 1) * each, B * steps)):
         b = step // steps
         n = (step % steps) * BLOCK_K
-        first = tl.load(start_ptr + b) * UNIT
+        first = tl.load(start_ptr + b)
         # Rows and columns outside the sample's window, negative ones too, read as zero.
         if PARTS:
             g = g_desc.load([b, n, part, row - first]).reshape(BLOCK_K, BLOCK_M)
@@ -765,7 +764,7 @@ def weight_gradient(g: Tensor, u: Tensor, band: Band, size: int) -> Tensor:
         tiles * splits,
         descriptor(g.unflatten(2, (parts, -1)) if parts else g, [1, tile.k, *[1] * (parts > 0), tile.m]),
         descriptor(u, [1, tile.k, tile.n]),
-        start,
+        start * unit if unit > 1 else start,  # in the kernel the product would take a register too many
         sums,
         B,
         N,
@@ -773,7 +772,6 @@ def weight_gradient(g: Tensor, u: Tensor, band: Band, size: int) -> Tensor:
         channels,
         splits,
         PARTS=parts,
-        UNIT=unit,
         PRECISION=dot_precision(g.dtype),
         **options(tile),
     )
