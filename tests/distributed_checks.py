@@ -129,7 +129,7 @@ def flat_update(model):
 
 
 def own_part(p):
-    """What this rank holds of a parameter."""
+    """Return the part of a parameter that this rank holds."""
     return (p.to_local() if isinstance(p, DTensor) else p).detach()
 
 

@@ -251,7 +251,7 @@ def test_any_shape_and_window(seed, device, data):
 
 
 def of_heads(x, window, parts=1):
-    """What x [B, N, parts * H * d] has for active heads, sample by sample."""
+    """Return the part of x [B, N, parts * H * d] that belongs to active heads, sample by sample."""
     samples = zip(x.unflatten(2, (parts, window.channels, -1)), window.start.tolist(), strict=True)
     return torch.stack([sample[:, :, s : s + window.width].flatten(1) for sample, s in samples])
 

@@ -70,7 +70,7 @@ def collect(plan: Plan, found: Mapping[str, Mapping[str, Any]], bounds: Sequence
 
 
 def of_methods(plan: Plan, found: Mapping[str, Mapping[str, Any]], methods: Iterable[str]) -> dict[str, Any]:
-    """What the runs of each method found, seed by seed, and the time of its steps."""
+    """Return the findings of each method's runs, seed by seed, and the time of its steps."""
     runs = {method: [found[unit(method, seed)] for seed in range(plan.seeds)] for method in methods}
     return {
         method: {
@@ -242,7 +242,7 @@ def committed(root: Path) -> list[dict[str, Any]]:
 
 
 def readme_block(root: Path, others: Sequence[str] = ()) -> str:
-    """What the README says of the largest committed study, and sentences of others; or that there is none."""
+    """Write the README's block on the largest committed study, with sentences of others; or say that there is none."""
     for study in committed(root):
         lines = [f"- {sentence}" for sentence in (*sentences(study), *others)]
         path = f"{DOCS}/{study['plan']['name']}"

@@ -38,7 +38,10 @@ _SHARES = {"75%": 0.75, "50%": 0.5}
 
 
 def methods(plan: Plan) -> dict[str, dict[str, Any]]:
-    """What each method changes in the recipe. A model of c times the channels needs about c^2 of the operations."""
+    """Return the changes that each method makes to the recipe.
+
+    A model of c times the channels needs about c^2 of the operations.
+    """
     found: dict[str, dict[str, Any]] = {VANILLA: {"routing": "none"}}
     for name, share in _SHARES.items():
         for alpha in (4.0, 2.0, 1.0):
@@ -102,7 +105,7 @@ def _table_as_long(study: Mapping[str, Any]) -> str:
 
 
 def sentence(study: Mapping[str, Any]) -> str:
-    """What was found, for the README."""
+    """Say the findings in a sentence, for the README."""
 
     def said(found: Callable[[str], tuple[Change, Change]], method: str) -> str:
         loss, distance = found(method)
@@ -129,7 +132,7 @@ def committed(root: Path) -> dict[str, Any] | None:
 
 
 def block(study: Mapping[str, Any] | None) -> str:
-    """What ``docs/inner.md`` says of the committed study."""
+    """Write the block of ``docs/inner.md`` on the committed study."""
     if study is None:
         return "The study has not been run: `python -m benchmarks study --inner`."
     return "\n\n".join([f"{setup(study)}.", f"- {sentence(study)}", "![The study in a picture](study/inner.png)"])

@@ -47,7 +47,7 @@ class Study:
         self, plan: Plan, folder: Path, device: torch.device, methods: Mapping[str, Mapping[str, Any]] = METHODS
     ) -> None:
         self.plan, self.folder, self.device, self.methods = plan, folder, device, methods
-        # What runs was read from the checkout as it is now, whatever is committed there later.
+        # The running code was read from the checkout as it is now, whatever is committed there later.
         self._environment = environment.describe(device)
         folder.mkdir(parents=True, exist_ok=True)
         self._check_plan()
@@ -105,7 +105,7 @@ class Study:
         return findings.markdown(found)
 
     def sentences(self, found: dict[str, Any]) -> list[str]:
-        """What was found."""
+        """Return the findings, a sentence each."""
         return findings.sentences(found)
 
     def draw(self, found: dict[str, Any], path: Path) -> None:

@@ -208,7 +208,7 @@ class RoutedDiTBlock(NoTorchScript, nn.Module):
 
     @property
     def routed_channels(self) -> int:
-        """What a routing of this block chooses from: its channels C, in scope "inner" its attention heads."""
+        """Return how many channels a routing of this block chooses from: C, in scope "inner" its attention heads."""
         return self.attn.num_heads if self.scope == "inner" else self.attn.qkv.in_features
 
     def forward(self, x: Tensor | Stream, c: Tensor, window: ChannelWindow | Tensor | None = None) -> Tensor | Stream:

@@ -194,7 +194,7 @@ class DiT(NoTorchScript, nn.Module):
         self.hidden_size = hidden_size
         self.routing = routing
         self.scope = scope
-        #: What a routing chooses from: channels, in scope "inner" attention heads.
+        #: How many channels a routing chooses from; in scope "inner" attention heads.
         self.routed_channels = num_heads if scope == "inner" else hidden_size
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)

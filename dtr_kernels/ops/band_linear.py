@@ -5,8 +5,8 @@ Of H heads a sample uses neighbours, a window over heads instead of channels; hi
     rows:     out[b] = u[b] @ W[rows of b]^T + bias[rows of b]        # queries, keys and values; fc1
     columns:  out[b] = z[b] @ W[:, columns of b]^T + bias             # attention's output projection; fc2
 
-What lies between the two is compact, [B, N, active]. What a sample does not use gets no gradient from it, and adds
-nothing to the output, so there is no closed form. A batch has few different windows, at most H - A + 1 of A active
+Activations between the two are compact, [B, N, active]. Rows and columns that a sample does not use get no gradient
+from it, and add nothing to the output, so there is no closed form. A batch has few different windows, at most H - A + 1 of A active
 heads. Where the host knows them, each run of neighbouring samples with the same window is a GEMM of PyTorch's on a
 slice of the weight, and ops sort their samples by window first. Where only a GPU knows them, the kernels of
 ``window_linear`` run with a start for each sample.
@@ -187,7 +187,7 @@ def parameter_gradients(
             dbias = g.flatten(0, 1).sum(0)
     else:
         runs = list(_runs(band, weight))
-        # What runs add up to is rounded once.
+        # The sum over runs is rounded once.
         dtype = weight.dtype if len(runs) < 2 else compute_dtype(weight)
         dweight = weight.new_zeros(weight.shape, dtype=dtype) if need_weight else None
         dbias = weight.new_zeros(len(weight), dtype=compute_dtype(weight)) if need_bias else None
@@ -226,7 +226,7 @@ def _runs(band: Band, weight: Tensor) -> Iterator[tuple[slice, int]]:
 
 
 def among_all(compact: Tensor, band: Band, size: int) -> Tensor:
-    """What has a band alone, [B, N, parts * width] or of columns [B, N, width], among zeros [B, N, size]."""
+    """Put a band, [B, N, parts * width] or of columns [B, N, width], in its place among zeros [B, N, size]."""
     (B, N, _), parts = compact.shape, max(band.parts, 1)
     start = (band.start * band.unit).to(compact.device, non_blocking=True)
     every = spread(compact.reshape(B, N * parts, band.width), start, compact.new_zeros(B, N * parts, size // parts))
