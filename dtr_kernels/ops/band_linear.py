@@ -6,10 +6,10 @@ Of H heads a sample uses neighbours, a window over heads instead of channels; hi
     columns:  out[b] = z[b] @ W[:, columns of b]^T + bias             # attention's output projection; fc2
 
 Activations between the two are compact, [B, N, active]. Rows and columns that a sample does not use get no gradient
-from it, and add nothing to the output, so there is no closed form. A batch has few different windows, at most H - A + 1 of A active
-heads. Where the host knows them, each run of neighbouring samples with the same window is a GEMM of PyTorch's on a
-slice of the weight, and ops sort their samples by window first. Where only a GPU knows them, the kernels of
-``window_linear`` run with a start for each sample.
+from it, and add nothing to the output, so there is no closed form. A batch has few different windows, at most H - A + 1
+of A active heads. Where the host knows them, each run of neighbouring samples with the same window is a GEMM of
+PyTorch's on a slice of the weight, and ops sort their samples by window first. Where only a GPU knows them, the kernels
+of ``window_linear`` run with a start for each sample.
 """
 
 from __future__ import annotations
