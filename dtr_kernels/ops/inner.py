@@ -29,6 +29,7 @@ from dtr_kernels.ops.checks import check_heads, check_linear, check_stream
 from dtr_kernels.ops.dispatch import Choice, choose, in_dtype_of
 from dtr_kernels.ops.gated_norm import NormInputs, NormWindow, gated_norm_backward, gated_norm_forward
 from dtr_kernels.ops.linear import or_empty
+from dtr_kernels.ops.mlp import fake_gradients
 from dtr_kernels.ops.registration import op
 from dtr_kernels.routing import ChannelWindow
 
@@ -336,31 +337,7 @@ def _mlp_backward(
     )
 
 
-@_mlp_backward.register_fake
-def _(
-    dstream: Any,
-    dout: Any,
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    fc1_weight: Tensor,
-    fc2_weight: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    needs = rest[-1]
-    return (
-        x.new_empty(x.shape),
-        shift.new_empty(shift.shape),
-        scale.new_empty(scale.shape),
-        fc1_weight.new_empty(fc1_weight.shape if needs[0] else 0),
-        fc1_weight.new_empty(fc1_weight.shape[0] if needs[1] else 0),
-        fc2_weight.new_empty(fc2_weight.shape if needs[2] else 0),
-        fc2_weight.new_empty(fc2_weight.shape[0] if needs[3] else 0),
-        branch.new_empty(branch.shape),
-        gate.new_empty(gate.shape),
-    )
+_mlp_backward.register_fake(fake_gradients)
 
 
 @_mlp_backward.register_flops

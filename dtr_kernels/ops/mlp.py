@@ -129,7 +129,7 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(
+def fake_gradients(
     dstream: Any,
     dout: Any,
     x: Tensor,
@@ -141,6 +141,7 @@ def _(
     gate: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the shapes of the gradients of (x, shift, scale, fc1's and fc2's weight and bias, branch, gate)."""
     needs = rest[-1]
     return (
         x.new_empty(x.shape),

@@ -90,8 +90,8 @@ class ModelState:
         return {C: active_channels(self.routing, time, C) for C in self.channels}
 
     def channels_of(self, block: Any) -> int:
-        """Return what a routing of the block chooses from: how many channels it has, in scope "inner" heads."""
-        return choices_of(block, block._dtr.family, self.scope)
+        """Return how many channels a routing of the block chooses from; in scope "inner" attention heads."""
+        return routed_channels(block, block._dtr.family, self.scope)
 
     def window_of(self, block: Any) -> ChannelWindow | Tensor:
         assert self.call.windows is not None
@@ -103,7 +103,7 @@ class ModelState:
         return window_width(self.routing.beta, self.channels_of(block))
 
 
-def choices_of(block: Any, family: type[Family], scope: str) -> int:
+def routed_channels(block: Any, family: type[Family], scope: str) -> int:
     """Return how many channels a routing chooses from in this scope; in scope "inner" attention heads."""
     return family.layers(block).attn.num_heads if scope == "inner" else family.channels(block)
 
@@ -185,7 +185,7 @@ class BlockState:
     def _window_of_compiled(self, block: Any, marker: Tensor) -> ChannelWindow | Tensor:
         """Return the same for a block that is compiled by itself: its graph asks at each run, a checkpoint's too."""
         assert self.source is not None
-        width, channels = self.source.width_of(block), choices_of(block, self.family, self.model.scope)
+        width, channels = self.source.width_of(block), routed_channels(block, self.family, self.model.scope)
         found = torch.ops.dtr_kernels.window_of_block(marker, self._number, width or 0, channels)
         return found if width is None else ChannelWindow(found, width, channels)
 
@@ -203,7 +203,7 @@ def _window_of_block(marker: Tensor, number: Tensor, width: int, channels: int) 
     block: Any = _BLOCKS[int(number)]
     window = block._dtr.window(block, marker)
     if isinstance(window, ChannelWindow) and window.width == width:
-        return window.start.expand(len(marker)).clone()
+        return window.start.to(marker.device).expand(len(marker)).clone()  # on the CPU where the host knows it
     if isinstance(window, Tensor) and not width:
         return window.bool().clone()
     raise RuntimeError(f"the routing of block {block._dtr.name!r} was changed since it was compiled; compile it again")

@@ -24,8 +24,8 @@ from dtr_kernels.swap.classes import (
     Swapped,
     active_channels,
     block_class,
-    choices_of,
     model_class,
+    routed_channels,
     timestep_argument,
 )
 from dtr_kernels.swap.family import Family
@@ -83,7 +83,7 @@ def swap_blocks(
     _check_untouched(model)
     blocks = _find_blocks(model)
     _check_settings(blocks, routing, scope)
-    channels = tuple(sorted({choices_of(block, family, scope) for block, family in blocks.values()}))
+    channels = tuple(sorted({routed_channels(block, family, scope) for block, family in blocks.values()}))
     state = ModelState(routing, scope, channels, noise_level)
 
     swaps: list[tuple[Any, type, ModelState | BlockState]] = []
@@ -244,7 +244,7 @@ def _check_settings(blocks: Blocks, routing: DenoisingTaskRouting | RandomRoutin
                 _check_inner(family.layers(block), routing is None and family.windows(block) is not None)
             if routing is not None:
                 t = torch.zeros(1, dtype=torch.long, device="cpu")
-                active_channels(routing, t, choices_of(block, family, scope))
+                active_channels(routing, t, routed_channels(block, family, scope))
         except ValueError as error:
             raise ValueError(f"cannot swap block {_label(name, block)}: {error}") from None
 
