@@ -1,15 +1,27 @@
-"""The folder of what is kept on this machine, and files that are written as a whole or not at all."""
+"""Files that are written as a whole or not at all, are checked when they are read, and have one writer at a time."""
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
+import re
+import socket
+import uuid
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+
+# Longer quotations of a file's contents in an error are cut.
+_LONGEST_QUOTATION = 200
 
 
 def cache_folder() -> Path:
-    """$DTR_KERNELS_CACHE, $XDG_CACHE_HOME/dtr_kernels or ~/.cache/dtr_kernels; there need not be one."""
+    """Return $DTR_KERNELS_CACHE, $XDG_CACHE_HOME/dtr_kernels or ~/.cache/dtr_kernels; it need not exist."""
     own, shared = os.environ.get("DTR_KERNELS_CACHE"), os.environ.get("XDG_CACHE_HOME")
     # A home that is unknown, as in some containers, stays "~", where no file is found.
     return Path(own) if own else Path(shared or os.path.expanduser("~/.cache")) / "dtr_kernels"
@@ -17,17 +29,150 @@ def cache_folder() -> Path:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A path to write to; what is written takes the place of ``path`` when it is complete and on the disk.
+    """Yield a path to write to; the file takes the place of ``path`` when it is complete and on the disk.
 
-    Folders are made. A reader, and another process that writes the same file, never find half of one.
+    Folders are made, and a symbolic link is followed. A reader, and other threads and processes that write the same
+    file, never find half of one. Drafts that killed processes of this machine have left behind are deleted.
+
+    Raises:
+        OSError: if the file cannot be written. The old one is then as before.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    _delete_drafts_of_dead_processes(path)
+    draft = path.with_name(f"{_drafts_of(path)}{os.getpid()}.{uuid.uuid4().hex[:8]}")
     try:
-        yield unfinished
-        with unfinished.open("rb") as file:
+        yield draft
+        with draft.open("rb") as file:
             os.fsync(file.fileno())
-        unfinished.replace(path)
+        draft.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
+
+
+def _drafts_of(path: Path) -> str:
+    """Return how the names of the drafts begin that this machine makes of a file."""
+    return f".{path.name}.{socket.gethostname()}."
+
+
+def _delete_drafts_of_dead_processes(path: Path) -> None:
+    prefix = _drafts_of(path)
+    for draft in path.parent.iterdir():
+        pid = re.fullmatch(re.escape(prefix) + r"(\d+)\.\w+", draft.name)
+        if pid and not Path("/proc", pid[1]).exists():
+            draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold a lock on a file or folder: ``<path>.lock`` beside it. The system frees it when the process dies.
+
+    A file system without locks has none to hold.
+
+    Args:
+        busy: the message of the error where another holds it.
+
+    Raises:
+        ValueError: if another process or thread holds it.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f"{path.name}.lock")
+    while True:
+        file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(busy) from None
+            except OSError:
+                pass  # no locks here
+            # The holder deletes the file last of all: one that is no longer there locks nothing.
+            if not _is_open_as(file, lock):
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(file)
+
+
+def _is_open_as(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def read_json(path: str | Path) -> Any:
+    """Return what a JSON file holds, with numbers of at most 64 bits.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: naming the file, if it is no regular file, not JSON, not UTF-8, nested too deeply, or has a larger number.
+    """
+    _check_no_device(path)
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"), parse_int=_int64, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} does not hold JSON that this library has written: {shortened(error)}") from error
+
+
+def _check_no_device(path: str | Path) -> None:
+    """Refuse folders, and pipes, at which a reader would wait forever."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path} is not a file; name another path")
+
+
+def _int64(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
+        raise ValueError(f"the integer {shortened(digits)} has more than 64 bits")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    if abs(number := float(digits)) == float("inf"):
+        raise ValueError(f"the number {shortened(digits)} is larger than a float can be")
+    return number
+
+
+def shortened(thing: object) -> str:
+    """Return a text of it that fits into an error message, whatever a file held."""
+    text = str(thing)
+    half = _LONGEST_QUOTATION // 2
+    return text if len(text) <= _LONGEST_QUOTATION else f"{text[:half]} ... {text[-half:]}"
+
+
+def write_tensors(state: object, path: str | Path) -> None:
+    """Write what ``torch.save`` can, as a whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written, as on a full disk. The old file is then as before.
+    """
+    with replacing(path) as draft:
+        try:
+            # Given a name, PyTorch writes by itself; into a Python file it would call back, where Ctrl-C may strike.
+            torch.save(state, draft)
+        except RuntimeError as error:
+            raise OSError(f"{path} could not be written; is the disk full? ({shortened(error)})") from error
+
+
+def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:
+    """Return what ``write_tensors`` has written: tensors, numbers, strings, and lists and dicts of them.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: naming the file, if it is damaged, or holds anything else.
+    """
+    _check_no_device(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # PyTorch itself does not look at the checksums
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        return torch.load(path, map_location=device, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # as many kinds as there are other files
+        raise ValueError(f"{path} is damaged, or no file that this library has written: {shortened(error)}") from error
