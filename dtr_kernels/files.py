@@ -111,7 +111,8 @@ def read_json(path: str | Path) -> Any:
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: naming the file, if it is no regular file, not JSON, not UTF-8, nested too deeply, or has a larger number.
+        ValueError: naming the file, if it is no regular file, not JSON in UTF-8, nested too deeply, or has a larger
+            number.
     """
     _check_no_device(path)
     try:

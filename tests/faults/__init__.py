@@ -1,0 +1,1 @@
+"""Faults at the worst moment, tried at random; ``python -m tests.faults`` counts what was tried and what survived."""

@@ -1,0 +1,5 @@
+"""Every kind of fault that is tried."""
+
+from tests.faults.fault import Fault
+
+FAULTS: list[Fault] = []
