@@ -19,6 +19,7 @@ from dtr_kernels.surgery import low_memory, one_pass, per_cluster
 from dtr_kernels.surgery.batch import Batch
 from dtr_kernels.surgery.buffer import GradientBuffer
 from dtr_kernels.surgery.interception import Interception
+from dtr_kernels.surgery.leaves import Leaves
 from dtr_kernels.surgery.segments import Segments
 from dtr_kernels.surgery.separation import Separation
 
@@ -167,22 +168,30 @@ def by(engine, model, tensors, sizes, loss=square_loss, scale=1.0, buffer=None):
     def scaled(value):
         return value * scale / len(sizes)
 
+    leaves = Leaves()
+    leaves.put_away(parameters.values())
     if engine is per_cluster:
-        values, names = per_cluster.accumulate(buffer, parameters, batch.losses(loss(model)), scaled)
+        values, names = per_cluster.accumulate(buffer, parameters, batch.losses(loss(model)), scaled, leaves)
     else:
-        values, names = one_pass.accumulate(buffer, parameters, loss(model), batch, scaled, Separation())
+        values, names = one_pass.accumulate(buffer, parameters, loss(model), batch, scaled, Separation(), leaves)
+    leaves.put_back()
+    leaves.add([])
     rows = [dict(zip(parameters, buffer.gradient(k), strict=True)) for k in range(len(sizes))]
     return rows, values, names
 
 
 def accumulate(buffer, parameters, loss, *tensors, sizes=(2, 2, 2)):
     """One pass with losses as they are."""
-    return one_pass.accumulate(buffer, parameters, loss, Batch(tensors, sizes), lambda value: value, Separation())
+    leaves, batch = Leaves(), Batch(tensors, sizes)
+    result = one_pass.accumulate(buffer, parameters, loss, batch, lambda value: value, Separation(), leaves)
+    leaves.put_back()
+    leaves.add([])
+    return result
 
 
 def stream(model, loss, *tensors, sizes=(2, 2, 2)):
     """The same by low_memory."""
-    return low_memory.stream(trainable(model), loss, Batch(tensors, sizes), lambda value: value, Separation())
+    return low_memory.stream(trainable(model), loss, Batch(tensors, sizes), lambda value: value, Separation(), Leaves())
 
 
 def as_double(tensors):
@@ -614,7 +623,7 @@ def check_low_memory(model, tensors, sizes, loss=square_loss, scale=1.0, error=1
     _, values, names = by(per_cluster, model, tensors, sizes, loss, scale, buffer)
     batch = Batch(tuple(tensors), sizes)
     streamed, our_values, our_names = low_memory.stream(
-        parameters, loss(model), batch, lambda value: value * scale / len(sizes), Separation()
+        parameters, loss(model), batch, lambda value: value * scale / len(sizes), Separation(), Leaves()
     )
     assert our_names == names
     assert [v is None for v in our_values] == [v is None for v in values]

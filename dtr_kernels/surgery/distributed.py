@@ -10,6 +10,9 @@ PCGrad of averaged gradients is not the average of PCGrads, so the K gradients a
 
 Either way one rank's weights are everybody's, so that random orders and rounding cannot let the ranks drift apart.
 
+A rank that fails must not leave the others waiting. So the ranks meet before each communication, when everything that
+may fail has been done on each of them, and one that has failed says so at the next meeting.
+
 An average over ranks is weighted by samples, as one over micro-batches is: with n samples of cluster k, the gradient of
 their mean loss counts n / (all samples of cluster k in the step).
 """
@@ -18,8 +21,8 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -48,9 +51,11 @@ class OneProcess:
         """Return a buffer for this rank's gradients."""
         return GradientBuffer(parameters, clusters)
 
-    def failing_together(self) -> AbstractContextManager[None]:
-        """Around a rank's part of a step: an error inside becomes an error on every rank."""
-        return nullcontext()
+    def begin(self) -> None:
+        """Note that the caller has called ``backward`` or ``backward_batch``."""
+
+    def fail(self, error: BaseException) -> None:
+        """Make an error on this rank, by which that call ends, an error on every rank."""
 
     def weighted(
         self, losses: Sequence[Loss], counts: Sequence[int], spare: Loss = None
@@ -138,8 +143,10 @@ class _ManyProcesses(OneProcess):
         self._control_device = torch.device("cpu") if on_cpu else self._device
         self._settings = settings
         self._describe(parameters)
-        # Whether the ranks have met in this step, after which an error on one is no longer announced.
-        self._met = False
+        # Calls of backward and backward_batch: a rank that has left one out, or ended one early, has another number.
+        self._calls = 0
+        # Whether the other ranks' next communication is a meeting. Where one has failed they have none.
+        self._awaited = False
 
     def _describe(self, parameters: Mapping[str, Tensor]) -> None:
         """Note what the ranks must have in common: the settings, and the parameters that require grad now."""
@@ -148,30 +155,37 @@ class _ManyProcesses(OneProcess):
             for name, p in parameters.items()
         ]
 
-    @contextmanager
-    def failing_together(self) -> Iterator[None]:
-        self._met = False
-        try:
-            yield
-        except Exception as error:
-            if not self._met:
-                self._meet(error)
-            raise
+    def begin(self) -> None:
+        self._calls += 1
+        self._awaited = True
 
-    def _meet(self, error: Exception | None = None) -> None:
+    def fail(self, error: BaseException) -> None:
+        if self._awaited:
+            with suppress(RuntimeError):  # another rank is gone: this one's own error says more
+                self._meet(error)
+
+    @contextmanager
+    def _meeting(self) -> Iterator[None]:
+        """Meet, and communicate inside."""
+        self._meet()
+        yield
+        self._awaited = True
+
+    def _meet(self, error: BaseException | None = None) -> None:
         """Wait for all ranks; raise if one of the others brings an error, or differs from the rest."""
-        self._met = True
-        digest = zlib.crc32(repr(self._description).encode())
-        word = torch.tensor([error is not None, digest, -digest], device=self._control_device)
+        self._awaited = False
+        description = [*self._description, ("calls of backward and backward_batch", str(self._calls))]
+        digest = zlib.crc32(repr(description).encode())
+        word = torch.tensor([error is not None, digest, -digest, self._calls], device=self._control_device)
         self._all_reduce(word, dist.ReduceOp.MAX)
-        failed, largest, smallest = word.tolist()
+        failed, largest, smallest, self._calls = word.tolist()
         if failed:
             reports = self._gathered(None if error is None else f"{type(error).__name__}: {error}")
             if error is None:
                 rank, report = next((rank, report) for rank, report in reports if report is not None)
                 raise RuntimeError(f"rank {rank} failed in this step of gradient surgery: {report}")
         elif largest != -smallest:
-            (first, here), *others = self._gathered(self._description)
+            (first, here), *others = self._gathered(description)
             rank, there = next((rank, there) for rank, there in others if there != here)
             a, b = next((a, b) for a, b in zip_longest(here, there) if a != b)
             raise ValueError(
@@ -208,8 +222,9 @@ class _ManyProcesses(OneProcess):
 
     def agreed(self, weights: Tensor) -> Tensor:
         weights = weights.clone()
-        for group in self._groups:
-            dist.broadcast(weights, group=group, group_src=0)
+        with self._meeting():
+            for group in self._groups:
+                dist.broadcast(weights, group=group, group_src=0)
         return weights
 
 
@@ -248,37 +263,51 @@ class Replicas(_ManyProcesses):
     def together(
         self, parameters: Mapping[str, Tensor], buffer: GradientBuffer, received: set[str]
     ) -> tuple[ClusterGradients, set[str]]:
-        self._meet()
-        sums = self._sums([*buffer.totals, *(name in received for name in parameters)])
-        totals, reached = sums[: len(buffer.totals)], sums[len(buffer.totals) :]
-        # Rows are added up, and the sum is divided at the end: ranks that count alike save a pass over memory.
-        buffer.average([total / self._group.size() for total in totals])
-        return _Averages(buffer, self._group), {n for n, number in zip(parameters, reached, strict=True) if number}
+        averages = _Averages(buffer, self._group, self._meeting)
+        with self._meeting():
+            sums = self._sums([*buffer.totals, *(name in received for name in parameters)])
+            totals, reached = sums[: len(buffer.totals)], sums[len(buffer.totals) :]
+            # Rows are added up, and the sum is divided at the end: ranks that count alike save a pass over memory.
+            buffer.average([total / self._group.size() for total in totals])
+            averages.reduce()
+        return averages, {n for n, number in zip(parameters, reached, strict=True) if number}
 
 
 class _Averages:
-    """The averages over the ranks of the K gradients in their buffers; this rank holds one slice of columns."""
+    """The averages over the ranks of the K gradients in their buffers; this rank holds one slice of columns.
 
-    def __init__(self, buffer: GradientBuffer, group: dist.ProcessGroup) -> None:
-        self._buffer = buffer
-        self._group = group
-        self._slices: dict[Any, Tensor] = {}
-        for key, tensor in buffer.tensors.items():
-            slices = tensor.new_empty(len(tensor), tensor.shape[1] // group.size())
-            for gradient, own in zip(tensor, slices, strict=True):
-                _reduce_scatter(own, gradient, group)
-            self._slices[key] = slices
+    Args:
+        meeting: entered before each communication.
+    """
+
+    def __init__(
+        self, buffer: GradientBuffer, group: dist.ProcessGroup, meeting: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self._buffer, self._group, self._meeting = buffer, group, meeting
+        self._slices = {
+            key: tensor.new_empty(len(tensor), tensor.shape[1] // group.size())
+            for key, tensor in buffer.tensors.items()
+        }
+
+    def reduce(self) -> None:
+        """Take the slices from all ranks' buffers."""
+        for key, slices in self._slices.items():
+            for gradient, own in zip(self._buffer.tensors[key], slices, strict=True):
+                _reduce_scatter(own, gradient, self._group)
 
     def gram(self) -> Tensor:
         gram = torch.stack([ops.gram(slices) for slices in self._slices.values()]).sum(0)
-        dist.all_reduce(gram, group=self._group)
+        with self._meeting():
+            dist.all_reduce(gram, group=self._group)
         return gram / self._group.size() ** 2
 
     def weighted_sum(self, weights: Tensor) -> list[Tensor]:
-        update = {}
-        for key, slices in self._slices.items():
-            update[key] = slices.new_empty(slices.shape[1] * self._group.size())
-            _all_gather(update[key], ops.weighted_sum(slices, weights / self._group.size()), self._group)
+        weights = weights / self._group.size()
+        own = {key: ops.weighted_sum(slices, weights) for key, slices in self._slices.items()}
+        update = {key: part.new_empty(len(part) * self._group.size()) for key, part in own.items()}
+        with self._meeting():
+            for key, part in own.items():
+                _all_gather(update[key], part, self._group)
         return self._buffer.split(update)
 
 
@@ -330,14 +359,15 @@ class Shards(_ManyProcesses):
     def buffer(self, parameters: Mapping[str, Tensor], clusters: int) -> GradientBuffer:
         shards = _dtensors(parameters)
         self._describe(shards)
-        return _ShardBuffer(shards, clusters)
+        return _ShardBuffer(shards, clusters, self._meeting)
 
     def weighted(
         self, losses: Sequence[Loss], counts: Sequence[int], spare: Loss = None
     ) -> tuple[Sequence[Loss], Sequence[int]]:
-        self._meet()
         to_run = [spare if loss is None else loss for loss in losses]
-        sums = self._sums([*counts, *(loss is not None for loss in to_run)])
+        with self._meeting():
+            sums = self._sums([*counts, *(loss is not None for loss in to_run)])
+        self._awaited = False  # until the passes are over: the others wait in FSDP's communication
         totals, runners = sums[: len(counts)], sums[len(counts) :]
         for k, number in enumerate(runners):
             if 0 < number < self._size:
@@ -351,6 +381,12 @@ class Shards(_ManyProcesses):
             None if loss is None or (given is None and not total) else _weighted(loss, self._size * n / max(total, 1))
             for loss, given, n, total in zip(to_run, losses, counts, totals, strict=True)
         ], totals
+
+    def together(
+        self, parameters: Mapping[str, Tensor], buffer: GradientBuffer, received: set[str]
+    ) -> tuple[ClusterGradients, set[str]]:
+        self._awaited = True
+        return super().together(parameters, buffer, received)
 
 
 def _weighted(loss: Any, weight: float) -> Any:
@@ -370,12 +406,18 @@ def _weighted(loss: Any, weight: float) -> Any:
 
 
 class _ShardBuffer(GradientBuffer):
-    """This rank's shards of the K gradients of some DTensors."""
+    """This rank's shards of the K gradients of some DTensors.
 
-    def __init__(self, parameters: Mapping[str, DTensor], clusters: int) -> None:
+    Args:
+        meeting: entered before each communication, and before the update is used.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, DTensor], clusters: int, meeting: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         # Shards that are spread over different groups of ranks have Gram matrices to be added up over those groups.
         super().__init__(_local(parameters), clusters, apart={name: _spread(p) for name, p in parameters.items()})
-        self._parameters = list(parameters.values())
+        self._parameters, self._meeting = list(parameters.values()), meeting
         self._sharded = [self._as_dtensors(super(_ShardBuffer, self).gradient(k)) for k in range(clusters)]
 
     def fits(self, parameters: Mapping[str, Tensor]) -> bool:
@@ -389,13 +431,16 @@ class _ShardBuffer(GradientBuffer):
         for (_, groups), tensor in self.tensors.items():
             gram = ops.gram(tensor)
             sums[groups] = sums[groups] + gram if groups in sums else gram
-        for groups, gram in sums.items():
-            for group in groups:
-                dist.all_reduce(gram, group=group)
+        with self._meeting():
+            for groups, gram in sums.items():
+                for group in groups:
+                    dist.all_reduce(gram, group=group)
         return torch.stack(list(sums.values())).sum(0)
 
     def weighted_sum(self, weights: Tensor) -> list[Tensor]:
-        return self._as_dtensors(super().weighted_sum(weights))
+        update = self._as_dtensors(super().weighted_sum(weights))
+        with self._meeting():
+            return update
 
     def _as_dtensors(self, shards: list[Tensor]) -> list[Tensor]:
         from torch.distributed.tensor import DTensor

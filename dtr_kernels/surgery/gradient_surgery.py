@@ -12,15 +12,17 @@ from torch import Tensor
 
 from dtr_kernels.ops.gradient_lists import MOST_CLUSTERS
 from dtr_kernels.routing import is_integer
-from dtr_kernels.surgery import distributed, low_memory, one_pass, per_cluster, weightings, wrappers
+from dtr_kernels.surgery import distributed, interrupts, low_memory, one_pass, per_cluster, weightings, wrappers
 from dtr_kernels.surgery.batch import Batch, check_by_cluster
 from dtr_kernels.surgery.buffer import ClusterGradients, GradientBuffer
+from dtr_kernels.surgery.leaves import Leaves
 from dtr_kernels.surgery.parameters import device_of, named, trainable
 from dtr_kernels.surgery.per_cluster import Loss
 from dtr_kernels.surgery.separation import Separation
 from dtr_kernels.surgery.weightings import GramWeighting
 
 _Method = TypeVar("_Method", bound=Callable[..., Tensor])
+_Result = TypeVar("_Result")
 
 
 def _all_or_nothing(method: _Method) -> _Method:
@@ -28,12 +30,16 @@ def _all_or_nothing(method: _Method) -> _Method:
 
     @wraps(method)
     def attempt(self: GradientSurgery, *args: Any, **kwargs: Any) -> Tensor:
-        try:
-            with self._ranks.failing_together(), wrappers.refused():
-                return method(self, *args, **kwargs)
-        except BaseException:
-            self._received = None
-            raise
+        with interrupts.HeldBack():
+            self._ranks.begin()
+            try:
+                with wrappers.refused():
+                    return method(self, *args, **kwargs)
+            except BaseException as error:
+                self._received = None
+                self._leaves.drop()
+                self._ranks.fail(error)
+                raise
 
     return cast(_Method, attempt)
 
@@ -113,6 +119,7 @@ class GradientSurgery:
         self._buffer: GradientBuffer | None = None
         # Names of the parameters that got a gradient in the micro-batches of this step; None between steps.
         self._received: set[str] | None = None
+        self._leaves = Leaves()
         # Of the last step, on the device, for people who watch how much the clusters conflict.
         self.last_gram: Tensor | None = None
         self.last_weights: Tensor | None = None
@@ -192,8 +199,11 @@ class GradientSurgery:
                     "them; use engine='one_pass' or 'per_cluster' for accumulated steps, or one larger batch"
                 )
             parameters = trainable(self._parameters)
-            gradients, values, received = low_memory.stream(
-                parameters, loss, batch, self._scaling(scaler), self._separation
+            gradients, values, received = self._passes(
+                parameters,
+                lambda: low_memory.stream(
+                    parameters, loss, batch, self._scaling(scaler), self._separation, self._leaves
+                ),
             )
             _check_reached(received, values)
             self._finish(parameters, gradients, received, scaler)
@@ -205,7 +215,7 @@ class GradientSurgery:
             return self.engine.run(
                 per_cluster=lambda: self._by_cluster(step, losses, scaler),
                 one_pass=lambda: one_pass.accumulate(
-                    step.buffer, step.parameters, loss, batch, self._scaling(scaler), self._separation
+                    step.buffer, step.parameters, loss, batch, self._scaling(scaler), self._separation, self._leaves
                 ),
                 start_over=step.start_over,
                 device=device_of(step.parameters),
@@ -256,8 +266,10 @@ class GradientSurgery:
         def start_over() -> None:
             buffer.zero_()
             buffer.expect(samples)
+            self._leaves.start_over()
 
-        values, reached = collect(_Step(parameters, buffer, start_over if received is None else None))
+        step = _Step(parameters, buffer, start_over if received is None else None)
+        values, reached = self._passes(parameters, lambda: collect(step))
         _check_reached(reached, values)
         received = reached if received is None else received | reached
         if last:
@@ -266,6 +278,14 @@ class GradientSurgery:
         else:
             self._received = received
         return _stacked(values, device_of(parameters))
+
+    def _passes(self, parameters: Mapping[str, Tensor], run: Callable[[], _Result]) -> _Result:
+        """Run an engine's passes, which may use ``grad`` as they like."""
+        self._leaves.put_away(parameters.values())
+        with interrupts.LetThrough():
+            result = run()
+        self._leaves.put_back()
+        return result
 
     def _prepared_buffer(self, parameters: Mapping[str, Tensor], first: bool) -> GradientBuffer:
         """Return the buffer as a micro-batch finds it: zero, if it is the step's first."""
@@ -285,7 +305,7 @@ class GradientSurgery:
     def _by_cluster(
         self, step: _Step, losses: Sequence[Loss], scaler: torch.amp.GradScaler | None
     ) -> tuple[list[Tensor | None], set[str]]:
-        return per_cluster.accumulate(step.buffer, step.parameters, losses, self._scaling(scaler))
+        return per_cluster.accumulate(step.buffer, step.parameters, losses, self._scaling(scaler), self._leaves)
 
     def _scaling(self, scaler: torch.amp.GradScaler | None) -> Callable[[Tensor], Tensor]:
         if scaler is None:
@@ -304,12 +324,13 @@ class GradientSurgery:
         if scaler is not None:
             # Weightings with an absolute scale, such as Nash-MTL's bound on the norm, see unscaled gradients.
             gram = gram / scaler.scale(torch.ones((), device=gram.device)).double().square()
-        weights = self._ranks.agreed(self._weighting(gram))
+        with interrupts.LetThrough():
+            weights = self._weighting(gram)
+        weights = self._ranks.agreed(weights)
         update = gradients.weighted_sum(weights)
         self.last_gram, self.last_weights = gram, weights
-        for (name, p), new in zip(parameters.items(), update, strict=True):
-            if name in received:
-                _add_gradient(p, new)
+        pairs = zip(parameters.items(), update, strict=True)
+        self._leaves.add((p, new) for (name, p), new in pairs if name in received)
 
 
 class _Step(NamedTuple):
@@ -318,17 +339,6 @@ class _Step(NamedTuple):
     parameters: Mapping[str, Tensor]
     buffer: GradientBuffer
     start_over: Callable[[], None] | None  # None from a step's second micro-batch on
-
-
-@torch.no_grad()
-def _add_gradient(p: Tensor, new: Tensor) -> None:
-    """Add a gradient as autograd does: in place, because others may hold p.grad, if its memory allows."""
-    if p.grad is None:
-        p.grad = new
-    elif p.grad.is_sparse:
-        p.grad = new + p.grad
-    else:
-        p.grad.add_(new)
 
 
 def _checked_counts(counts: Sequence[int] | None, losses: Sequence[Loss] | Tensor) -> Sequence[int]:

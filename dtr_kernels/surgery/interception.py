@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -392,49 +392,6 @@ def _nothing_compiled() -> Iterator[None]:
             "the loss function calls compiled code, inside of which parameters cannot be followed; pass the uncompiled "
             "model or use engine='per_cluster'"
         ) from error
-
-
-@contextmanager
-def gradients_set_aside(leaves: Collection[Tensor]) -> Iterator[None]:
-    """``leaf.grad`` is None inside, and what it was before outside."""
-    before = [leaf.grad for leaf in leaves]
-    for leaf in leaves:
-        leaf.grad = None
-    try:
-        yield
-    finally:
-        for leaf, grad in zip(leaves, before, strict=True):
-            leaf.grad = grad
-
-
-@contextmanager
-def gradients_added_if_all_goes_well(leaves: Collection[Tensor]) -> Iterator[None]:
-    """A backward pass inside adds to ``leaf.grad``, as ever; after an error it is as before."""
-    with gradients_set_aside(leaves):
-        yield
-        new = [leaf.grad for leaf in leaves]
-    for leaf, grad in zip(leaves, new, strict=True):
-        if leaf.grad is None:
-            leaf.grad = grad
-        elif grad is not None:
-            leaf.grad += grad
-
-
-def other_leaves(losses: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return the leaves that get gradients in the losses' backward pass, apart from the parameters."""
-    ours = {id(p) for p in parameters.values()}
-    leaves: dict[int, Tensor] = {}
-    nodes = [loss.grad_fn for loss in losses]
-    seen = set(nodes)
-    while nodes:
-        for node, _ in nodes.pop().next_functions:  # type: ignore[union-attr]
-            if node is not None and node not in seen:
-                seen.add(node)
-                nodes.append(node)
-                leaf = getattr(node, "variable", None)
-                if leaf is not None and id(leaf) not in ours:
-                    leaves[id(leaf)] = leaf
-    return list(leaves.values())
 
 
 def check_nothing_missed(parameters: Mapping[str, Tensor]) -> None:

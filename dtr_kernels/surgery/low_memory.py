@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dtr_kernels import ops
 from dtr_kernels.surgery.batch import Batch
-from dtr_kernels.surgery.interception import Interception, Whole, gradients_set_aside, other_leaves
+from dtr_kernels.surgery.interception import Interception, Whole
+from dtr_kernels.surgery.leaves import Leaves, gradients_set_aside, other_leaves
 from dtr_kernels.surgery.one_pass import differentiate
 from dtr_kernels.surgery.rules import RULES
 from dtr_kernels.surgery.separation import Separation
@@ -46,6 +47,7 @@ def stream(
     batch: Batch,
     scaled: Callable[[Tensor], Tensor],
     separation: Separation,
+    leaves: Leaves,
 ) -> tuple[StreamedGradients, list[Tensor | None], set[str]]:
     """Return the gradients of ``scaled(mean loss of cluster k)``, and what ``one_pass.accumulate`` returns.
 
@@ -54,7 +56,7 @@ def stream(
     """
     run = Interception(parameters, RULES)
     sink = _IntoGram(parameters, len(batch.sizes), run.uses)
-    values, losses = differentiate(run, loss, batch, scaled, separation, sink, retain_graph=True)
+    values, losses = differentiate(run, loss, batch, scaled, separation, sink, leaves, retain_graph=True)
     return StreamedGradients(run, sink.finish(), losses), values, set(sink.received)
 
 

@@ -18,6 +18,7 @@ from dtr_kernels.surgery import interception
 from dtr_kernels.surgery.batch import Batch
 from dtr_kernels.surgery.buffer import GradientBuffer
 from dtr_kernels.surgery.interception import Interception, PerCluster, Sink, Unsupported
+from dtr_kernels.surgery.leaves import Leaves, gradients_set_aside, other_leaves
 from dtr_kernels.surgery.rules import RULES
 from dtr_kernels.surgery.separation import Separation
 
@@ -31,6 +32,7 @@ def accumulate(
     batch: Batch,
     scaled: Callable[[Tensor], Tensor],
     separation: Separation,
+    leaves: Leaves,
 ) -> tuple[list[Tensor | None], set[str]]:
     """Add the gradient of ``scaled(mean loss of cluster k)`` to gradient k of the buffer, for every k.
 
@@ -43,7 +45,7 @@ def accumulate(
             PyTorch does not show, the buffer is then as before.
     """
     sink = _IntoBuffer(buffer, parameters, len(batch.sizes))
-    values, _ = differentiate(Interception(parameters, RULES), loss, batch, scaled, separation, sink)
+    values, _ = differentiate(Interception(parameters, RULES), loss, batch, scaled, separation, sink, leaves)
     return values, sink.received
 
 
@@ -54,6 +56,7 @@ def differentiate(
     scaled: Callable[[Tensor], Tensor],
     separation: Separation,
     sink: Sink,
+    leaves: Leaves,
     retain_graph: bool = False,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Hand the gradients of ``scaled(mean loss of cluster k)`` to ``sink``, for every k.
@@ -63,6 +66,7 @@ def differentiate(
         loss: called with tensors like the batch's, under autocast or not; returns the loss of each sample.
         scaled: gives the scalar whose gradient is wanted.
         separation: checks the model with the first batch of a shape.
+        leaves: collects the gradients of leaves that are not parameters.
 
     Returns:
         The mean losses' detached values and what ``scaled`` made of them, None for clusters without samples.
@@ -71,15 +75,14 @@ def differentiate(
         Unsupported: if a parameter is used in a way that has no rule.
         TypeError, ValueError: if the loss is not one for each sample, or depends on no parameter.
     """
-    with interception.gradients_set_aside(run.parameters.values()):
+    with gradients_set_aside(run.parameters.values()):
         means = run.mean_losses(loss, batch)
         separation.check(run, means, batch)
         losses = [None if mean is None else scaled(mean) for mean in means]
         present = [loss for loss in losses if loss is not None]
-        others = interception.other_leaves(present, run.parameters)
-        with interception.gradients_added_if_all_goes_well(others):
-            run.backward(present, PerCluster(run.parameters, batch.sizes, sink), retain_graph)
-            interception.check_nothing_missed(run.parameters)
+        leaves.collect(other_leaves(present, run.parameters))
+        run.backward(present, PerCluster(run.parameters, batch.sizes, sink), retain_graph)
+        interception.check_nothing_missed(run.parameters)
     return [None if mean is None else mean.detach() for mean in means], losses
 
 

@@ -14,6 +14,7 @@ from torch.autograd.graph import Node
 
 from dtr_kernels.surgery import wrappers
 from dtr_kernels.surgery.buffer import GradientBuffer
+from dtr_kernels.surgery.leaves import Leaves, other_leaves
 
 Loss = Tensor | Callable[[], Tensor] | None
 
@@ -23,11 +24,13 @@ def accumulate(
     parameters: Mapping[str, Tensor],
     losses: Sequence[Loss],
     scaled: Callable[[Tensor], Tensor],
+    leaves: Leaves,
 ) -> tuple[list[Tensor | None], set[str]]:
     """Add the gradient of ``scaled(losses[k])`` to gradient k of the buffer, for every k.
 
     Args:
         losses: scalars, or functions that return one and are called in turn; None where a cluster has no samples.
+        leaves: whose ``put_away`` had the parameters; collects the gradients of others.
 
     Returns:
         The losses' detached values, and the names of the parameters that got a gradient.
@@ -49,11 +52,11 @@ def accumulate(
             values.append(None)
             continue
         with _gradients_into(parameters, buffer.gradient(k), received):
+            value = loss if isinstance(loss, Tensor) else _check(f"losses[{k}]()", loss())
+            leaves.collect(other_leaves([value], parameters))
             if isinstance(loss, Tensor):
-                value = loss
                 wrappers.backward(scaled(value), buffer.gradient(k), retain_graph=needed_again[k])
             else:
-                value = _check(f"losses[{k}]()", loss())
                 scaled(value).backward()
         values.append(value.detach())
     return values, received
@@ -105,22 +108,17 @@ def _writes(view: Tensor) -> int:
 
 @contextmanager
 def _gradients_into(parameters: Mapping[str, Tensor], gradient: list[Tensor], received: set[str]) -> Iterator[None]:
-    """Make autograd add to ``gradient`` instead of ``p.grad``, and note the names of the parameters it reached."""
-    before = [p.grad for p in parameters.values()]
+    """Make autograd add to ``gradient``, and note the names of the parameters it reached."""
     versions = [_writes(view) for view in gradient]
-    try:
-        for p, view in zip(parameters.values(), gradient, strict=True):
-            p.grad = view
-        yield
-        for (name, p), view, version in zip(parameters.items(), gradient, versions, strict=True):
-            if p.grad is not view:
-                raise RuntimeError(
-                    f"the grad of {name} was replaced while a cluster's gradient was computed; hooks and loss "
-                    "functions may change it in place only, optimizers may step only after the update, and losses must "
-                    "call the model itself, not a DistributedDataParallel wrapper (its .module)"
-                )
-            if _writes(view) != version:
-                received.add(name)
-    finally:
-        for p, grad in zip(parameters.values(), before, strict=True):
-            p.grad = grad
+    for p, view in zip(parameters.values(), gradient, strict=True):
+        p.grad = view
+    yield
+    for (name, p), view, version in zip(parameters.items(), gradient, versions, strict=True):
+        if p.grad is not view:
+            raise RuntimeError(
+                f"the grad of {name} was replaced while a cluster's gradient was computed; hooks and loss "
+                "functions may change it in place only, optimizers may step only after the update, and losses must "
+                "call the model itself, not a DistributedDataParallel wrapper (its .module)"
+            )
+        if _writes(view) != version:
+            received.add(name)

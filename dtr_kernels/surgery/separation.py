@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dtr_kernels.surgery.batch import Batch
-from dtr_kernels.surgery.interception import Interception, PerCluster, Unsupported, gradients_set_aside, other_leaves
+from dtr_kernels.surgery.interception import Interception, PerCluster, Unsupported
+from dtr_kernels.surgery.leaves import gradients_set_aside, other_leaves
 
 
 class Separation:
