@@ -520,6 +520,72 @@ def an_error_on_one_rank(rank, world_size):
         assert_update_of(true_gradients(copy, whole), surgery, model)
 
 
+@check(2, 4)
+def an_error_on_one_rank_once_they_have_met(rank, world_size):
+    """In a weighting, and where memory is short: no rank waits for another, and the next step is right."""
+    odd = world_size - 1
+    parts, whole = batches(world_size)
+
+    class Weighting:
+        error = None
+
+        def __call__(self, gram):
+            if self.error and rank == odd:
+                raise self.error
+            return gram.new_ones(K)
+
+    weighting = Weighting()
+    replica = Net().double()
+    for model, copy in [(replica, replica), *map(sharded, meshes(world_size))]:
+        group = dist.group.WORLD if model is copy else None
+        surgery = dtr.GradientSurgery(model.named_parameters(), K, weighting, process_group=group)
+        for weighting.error in ZeroDivisionError("of the weighting"), KeyboardInterrupt("at once"):
+            kind = type(weighting.error) if rank == odd else RuntimeError
+            message = raised(kind, partial(backward, surgery, model, parts[rank]))
+            assert rank == odd or f"rank {odd} failed in this step of gradient surgery: {kind_of(weighting)}" in message
+            assert flat_update(model).abs().sum() == 0
+        weighting.error = None
+        backward(surgery, model, parts[rank])
+        assert_update_of(true_gradients(copy, whole), surgery, model)
+
+
+def kind_of(weighting):
+    return f"{type(weighting.error).__name__}: {weighting.error}"
+
+
+@check(2, 4)
+def ranks_in_different_steps(rank, world_size):
+    """One accumulates once more or once less than the others, or catches Ctrl-C: every rank hears of it."""
+    odd = rank == world_size - 1
+    parts, whole = batches(world_size)
+    model = Net().double()
+    surgery = replicated(model)
+
+    def accumulate(micro_batches):
+        for last in [False] * (micro_batches - 1) + [True]:
+            backward(surgery, model, parts[rank], last=last)
+
+    def interrupted(*tensors):
+        if odd:
+            raise KeyboardInterrupt
+        return losses_of(model, *tensors)
+
+    for here in 2 + odd, 3 - odd, 1 + odd:
+        message = raised(ValueError, partial(accumulate, here))
+        assert "has calls of backward and backward_batch = " in message and "used alike on all ranks" in message
+        assert flat_update(model).abs().sum() == 0
+    for last in False, True:
+        run = partial(surgery.backward_batch, interrupted, parts[rank][0], *parts[rank], last=last)
+        if not last and not odd:
+            run()
+            run = partial(backward, surgery, model, parts[rank])
+        message = raised(KeyboardInterrupt if odd else RuntimeError, run)
+        assert odd or f"rank {world_size - 1} failed in this step of gradient surgery: KeyboardInterrupt" in message
+        assert flat_update(model).abs().sum() == 0
+    accumulate(2)
+    assert_update_of(true_gradients(model, whole), surgery, model)
+
+
 @check(2)
 def what_replicas_refuse(rank, world_size):
     model = Net().double()

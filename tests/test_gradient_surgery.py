@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import io
 import math
+import signal
 import subprocess
 import sys
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 
 import pytest
 import torch
@@ -26,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dtr_kernels as dtr
 from dtr_kernels import ops
-from dtr_kernels.surgery import engines, gradient_surgery, one_pass, wrappers
+from dtr_kernels.surgery import engines, gradient_surgery, leaves, one_pass, wrappers
 from dtr_kernels.surgery.buffer import GradientBuffer
 from dtr_kernels.surgery.engines import EngineChoice
 
@@ -592,6 +595,166 @@ def test_an_exception_in_the_weighting(model, batches):
     with pytest.raises(ZeroDivisionError):
         step(model, batches.functions(model), lambda gram: 1 / 0)
     assert all(p.grad is None for p in model.parameters())
+
+
+class Failing:
+    """Losses and a weighting that raise place they are told to."""
+
+    error = ZeroDivisionError
+
+    def __init__(self, place):
+        self.place, self.calls = place, 0
+
+    def reached(self, place):
+        self.calls += place == self.place
+        if place == self.place and (place == "weighting" or self.calls == 2):
+            raise self.error
+
+    def weighting(self, gram):
+        self.reached("weighting")
+        return gram.new_ones(K)
+
+    def losses(self, model):
+        """With a layer that is not in params, and a hook that raises in the backward pass."""
+
+        def loss(x, target):
+            self.reached("loss")
+            h = model.first(x)
+            if h.requires_grad:
+                h.register_hook(lambda grad: self.reached("backward"))
+            return (model.last(h.tanh()) - target).square().mean(1)
+
+        return loss
+
+
+@pytest.mark.parametrize("before", [None, 1.0], ids=["no grad", "a grad"])
+@pytest.mark.parametrize(
+    ("engine", "place", "accumulates"),
+    [
+        ("per_cluster", "loss", False),
+        ("per_cluster", "backward", False),
+        ("per_cluster", "backward", True),
+        *product(("per_cluster", "one_pass", "auto"), ("weighting",), (False, True)),
+        ("low_memory", "weighting", False),
+    ],
+)
+def test_an_exception_leaves_every_gradient_as_it_was(engine, place, accumulates, before, seed):
+    """Also those of parameters that are not in params; and a retry counts nothing twice."""
+    model, sizes = nn.ModuleDict({"first": nn.Linear(5, 7), "last": nn.Linear(7, 2)}).double(), [2, 1, 3]
+    clusters = torch.arange(K).repeat_interleave(torch.tensor(sizes))
+    x, target = torch.randn(6, 5).double(), torch.randn(6, 2).double()
+    others = list(model.last.parameters())
+    for p in others:
+        p.grad = None if before is None else torch.full_like(p, before)
+    kept = [p.grad for p in others]
+    failing = Failing(place)
+    surgery = dtr.GradientSurgery(model.first.named_parameters(), K, failing.weighting, engine=engine)
+    args = failing.losses(model), clusters, x, target
+    for _ in range(2):
+        failing.calls = 0
+        if accumulates:
+            failing.place = ""
+            surgery.backward_batch(*args, last=False)
+            failing.place = place
+        assert [p.grad for p in others] == kept or before is None
+        with pytest.raises(ZeroDivisionError):
+            surgery.backward_batch(*args)
+        for p, grad in zip(others, kept, strict=True):
+            assert p.grad is grad and (before is None or (grad == before).all())
+        assert all(p.grad is None for p in model.first.parameters())
+    failing.place = ""
+    surgery.backward_batch(*args)
+    per_sample = failing.losses(model)(x, target)
+    mean = sum(part.mean() for part in per_sample.split(sizes)) / K
+    for p, expected in zip(model.parameters(), torch.autograd.grad(mean, list(model.parameters())), strict=True):
+        torch.testing.assert_close(p.grad, expected + (before or 0.0) * any(p is other for other in others))
+
+
+def test_gradients_of_a_leaf_that_is_the_loss(model, batches):
+    """A loss may be a parameter itself."""
+    alone = nn.Parameter(torch.tensor(2.0))
+    surgery = dtr.GradientSurgery(model.parameters(), K, "sum")
+    surgery.backward([*batches.functions(model)[:-1], lambda: alone])
+    torch.testing.assert_close(alone.grad, torch.tensor(1 / K))
+
+
+# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", range(6))
+def test_ctrl_c_between_two_writes_to_grad_comes_after_them(model, batches, write, monkeypatch):
+    writes = []
+    add = leaves._add_gradient
+
+    def interrupted(leaf, new):
+        if len(writes) == write:
+            signal.raise_signal(signal.SIGINT)
+        writes.append(add(leaf, new))
+
+    monkeypatch.setattr(leaves, "_add_gradient", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    surgery = dtr.GradientSurgery(list(model.parameters())[:-1], K, "sum")
+    with pytest.raises(KeyboardInterrupt):
+        surgery.backward(batches.functions(model))
+    assert len(writes) == len(list(model.parameters())) == 6 and signal.getsignal(signal.SIGINT) is handler
+    torch.testing.assert_close(update(model), ordinary_step(model, batches))
+
+
+@pytest.mark.parametrize("place", ["loss", "weighting", "end of a micro-batch"])
+def test_ctrl_c_ends_a_step_at_once(model, batches, place, monkeypatch):
+    """In what may take long; the next step has nothing of it."""
+    after = []
+
+    def interrupt(here, result=None):
+        if here == place:
+            signal.raise_signal(signal.SIGINT)
+            after.append(here)
+        return result
+
+    handler = signal.getsignal(signal.SIGINT)
+    surgery = dtr.GradientSurgery(model.parameters(), K, lambda gram: interrupt("weighting", gram.new_ones(K)))
+    losses = [lambda loss=loss: interrupt("loss", loss()) for loss in batches.functions(model)]
+    if place == "end of a micro-batch":
+        check = gradient_surgery._check_reached
+        monkeypatch.setattr(
+            gradient_surgery, "_check_reached", lambda *args: interrupt("end of a micro-batch", check(*args))
+        )
+    with pytest.raises(KeyboardInterrupt):
+        surgery.backward(losses, last=place != "end of a micro-batch")
+    assert after == ["end of a micro-batch"] * (place == "end of a micro-batch")
+    assert all(p.grad is None for p in model.parameters()) and signal.getsignal(signal.SIGINT) is handler
+    place = ""
+    surgery.backward(losses)
+    torch.testing.assert_close(update(model), ordinary_step(model, batches))
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, "own"])
+def test_ctrl_c_with_another_handler(model, batches, handler):
+    """One of the caller's own is called once, in the passes at once; none is replaced by Python's."""
+    calls = []
+    own = handler if handler == signal.SIG_IGN else lambda *args: calls.append(args)
+    before = signal.signal(signal.SIGINT, own)
+    try:
+
+        def weighting(gram):
+            signal.raise_signal(signal.SIGINT)
+            assert len(calls) == callable(own)
+            return gram.new_ones(K)
+
+        dtr.GradientSurgery(model.parameters(), K, weighting).backward(batches.functions(model))
+        assert signal.getsignal(signal.SIGINT) is own
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(calls) == callable(own)
+    torch.testing.assert_close(update(model), ordinary_step(model, batches))
+
+
+def test_steps_in_a_thread_touch_no_handler(model, batches, monkeypatch):
+    """Signals have handlers in the main thread alone."""
+    monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("a handler was changed"))
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(dtr.GradientSurgery(model.parameters(), K, "sum").backward, batches.functions(model)).result()
+    torch.testing.assert_close(update(model), ordinary_step(model, batches))
 
 
 # --- parameters ------------------------------------------------------------------------------------------------------

@@ -54,8 +54,11 @@ class OneProcess:
     def begin(self) -> None:
         """Note that the caller has called ``backward`` or ``backward_batch``."""
 
+    def end(self) -> None:
+        """Note that the step has been made."""
+
     def fail(self, error: BaseException) -> None:
-        """Make an error on this rank, by which that call ends, an error on every rank."""
+        """Make an error on this rank, which ends a step before that, an error on every rank."""
 
     def weighted(
         self, losses: Sequence[Loss], counts: Sequence[int], spare: Loss = None
@@ -156,8 +159,11 @@ class _ManyProcesses(OneProcess):
         ]
 
     def begin(self) -> None:
-        self._calls += 1
         self._awaited = True
+        self._calls += 1
+
+    def end(self) -> None:
+        self._awaited = False
 
     def fail(self, error: BaseException) -> None:
         if self._awaited:

@@ -30,16 +30,16 @@ def _all_or_nothing(method: _Method) -> _Method:
 
     @wraps(method)
     def attempt(self: GradientSurgery, *args: Any, **kwargs: Any) -> Tensor:
-        with interrupts.HeldBack():
+        try:
             self._ranks.begin()
-            try:
-                with wrappers.refused():
-                    return method(self, *args, **kwargs)
-            except BaseException as error:
+            with interrupts.HeldBack(), wrappers.refused():
+                return method(self, *args, **kwargs)
+        except BaseException as error:
+            with interrupts.HeldBack():
                 self._received = None
                 self._leaves.drop()
                 self._ranks.fail(error)
-                raise
+            raise
 
     return cast(_Method, attempt)
 
@@ -206,8 +206,9 @@ class GradientSurgery:
                 ),
             )
             _check_reached(received, values)
+            result = _stacked(values, device_of(parameters))
             self._finish(parameters, gradients, received, scaler)
-            return _stacked(values, device_of(parameters))
+            return result
 
         losses, samples = self._ranks.weighted(batch.losses(loss), batch.sizes, spare=batch.any_loss(loss))
 
@@ -272,12 +273,13 @@ class GradientSurgery:
         values, reached = self._passes(parameters, lambda: collect(step))
         _check_reached(reached, values)
         received = reached if received is None else received | reached
+        result = _stacked(values, device_of(parameters))  # nothing may fail after _finish
         if last:
             gradients, received = self._ranks.together(parameters, buffer, received)
             self._finish(parameters, gradients, received, scaler)
         else:
             self._received = received
-        return _stacked(values, device_of(parameters))
+        return result
 
     def _passes(self, parameters: Mapping[str, Tensor], run: Callable[[], _Result]) -> _Result:
         """Run an engine's passes, which may use ``grad`` as they like."""
@@ -331,6 +333,7 @@ class GradientSurgery:
         self.last_gram, self.last_weights = gram, weights
         pairs = zip(parameters.items(), update, strict=True)
         self._leaves.add((p, new) for (name, p), new in pairs if name in received)
+        self._ranks.end()
 
 
 class _Step(NamedTuple):

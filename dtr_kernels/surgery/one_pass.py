@@ -77,10 +77,10 @@ def differentiate(
     """
     with gradients_set_aside(run.parameters.values()):
         means = run.mean_losses(loss, batch)
+        leaves.collect(other_leaves([mean for mean in means if mean is not None], run.parameters))
         separation.check(run, means, batch)
         losses = [None if mean is None else scaled(mean) for mean in means]
         present = [loss for loss in losses if loss is not None]
-        leaves.collect(other_leaves(present, run.parameters))
         run.backward(present, PerCluster(run.parameters, batch.sizes, sink), retain_graph)
         interception.check_nothing_missed(run.parameters)
     return [None if mean is None else mean.detach() for mean in means], losses
