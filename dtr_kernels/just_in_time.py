@@ -80,9 +80,7 @@ def _check_complete(file: Path) -> None:
         if read_json(_description_of(file)) != _described(file):
             raise ValueError("its size or its checksum has changed")
     except (OSError, ValueError) as error:
-        raise ImportError(
-            f"{file} is not as it was built ({error}); run python -m dtr_kernels build again"
-        ) from error
+        raise ImportError(f"{file} is not as it was built ({error}); run python -m dtr_kernels build again") from error
 
 
 def _description_of(file: Path) -> Path:

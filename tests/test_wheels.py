@@ -233,7 +233,7 @@ def test_one_build_at_a_time(built):
     """The file of one and the description of another would not fit."""
     with (
         locked(built, "busy"),
-        pytest.raises(SystemExit, match="not built: another process is building .*; wait until it has ended"),
+        pytest.raises(SystemExit, match=r"not built: another process is building .*; wait until it has ended"),
     ):
         just_in_time.build()
     assert sorted(path.name for path in built.parent.iterdir()) == [built.name, f"{built.name}.json"]
