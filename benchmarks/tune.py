@@ -214,7 +214,8 @@ class Tuning:
         except FileNotFoundError:
             return []
         except (OSError, ValueError) as error:
-            raise ValueError(f"{self.path}: {error}; delete it, or choose another file with --out") from error
+            what = f"{self.path}: {error.strerror}" if isinstance(error, OSError) else error
+            raise ValueError(f"{what}; delete it, or choose another file with --out") from error
 
     def run(
         self, problems: Sequence[Problem], choose: Callable[[Problem], Choice], seconds: float | None = None

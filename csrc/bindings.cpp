@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "build_config.h"  // written by dtr_kernels/compilation.py
@@ -16,6 +18,34 @@
 
 namespace py = pybind11;
 using namespace dtr;
+
+// Tuples, no objects: pybind11 enters each object into a table, and where memory for that is short it ends the process.
+namespace pybind11::detail {
+template <>
+struct type_caster<Rows> {
+    PYBIND11_TYPE_CASTER(Rows, const_name("tuple[int, Type, int]"));
+    bool load(handle source, bool convert) {
+        using Fields = std::tuple<uintptr_t, Type, int64_t>;
+        make_caster<Fields> loaded;
+        if (!loaded.load(source, convert)) return false;
+        const auto [data, type, stride] = cast_op<Fields>(std::move(loaded));
+        value = {reinterpret_cast<void*>(data), type, stride};
+        return true;
+    }
+};
+template <>
+struct type_caster<Shape> {
+    PYBIND11_TYPE_CASTER(Shape, const_name("tuple[int, int, int, int, int, int]"));
+    bool load(handle source, bool convert) {
+        using Fields = std::tuple<int64_t, int64_t, int64_t, uintptr_t, int64_t, int64_t>;
+        make_caster<Fields> loaded;
+        if (!loaded.load(source, convert)) return false;
+        const auto [B, N, C, start, width, chunk] = cast_op<Fields>(std::move(loaded));
+        value = {B, N, C, reinterpret_cast<const int32_t*>(start), width, chunk};
+        return true;
+    }
+};
+}  // namespace pybind11::detail
 
 namespace {
 
@@ -88,12 +118,6 @@ void queue(Function function) {
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.doc() = "Compiled kernels of dtr_kernels.";
     py::enum_<Type>(m, "Type").value("f32", Type::f32).value("f64", Type::f64).value("bf16", Type::bf16).value("f16", Type::f16);
-    py::class_<Rows>(m, "Rows").def(py::init([](uintptr_t data, Type type, int64_t stride) {
-        return Rows{reinterpret_cast<void*>(data), type, stride};
-    }));
-    py::class_<Shape>(m, "Shape").def(py::init([](int64_t B, int64_t N, int64_t C, uintptr_t start, int64_t width, int64_t chunk) {
-        return Shape{B, N, C, address<const int32_t>(start), width, chunk};
-    }));
 
     m.def("norm_forward", [](Shape shape, double eps, bool compact, bool keep_branch, Type stream_type, Rows x, Rows branch, Rows stream,
                              Rows u, Rows gate, Rows shift, Rows scale, Rows mean, Rows rstd) {
@@ -115,9 +139,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         run(kernels().gelu, Gelu{size, pre, act, dact, dpre});
     });
 
+    // Without a constructor: where memory is short, what pybind11 does after one would end the process.
     py::class_<OwnedGradients>(m, "Gradients")
-        .def(py::init<Type, int64_t, const std::vector<uintptr_t>&, std::vector<int64_t>>(), py::arg("type"), py::arg("clusters"),
-             py::arg("pointers"), py::arg("sizes"))
+        .def_static("at", [](Type type, int64_t clusters, const std::vector<uintptr_t>& pointers, std::vector<int64_t> sizes) {
+            return OwnedGradients(type, clusters, pointers, std::move(sizes));
+        }, py::arg("type"), py::arg("clusters"), py::arg("pointers"), py::arg("sizes"))
         .def_static("of", gathered, py::arg("rows"), py::arg("tensor"), py::arg("parameter"))
         .def_property_readonly("sizes", &OwnedGradients::sizes);
     m.def("gram", [](const OwnedGradients& gradients, uintptr_t out) {

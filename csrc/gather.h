@@ -5,8 +5,8 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <numeric>
+#include <optional>
 #include <vector>
 
 #include "checks.h"
@@ -49,21 +49,21 @@ struct DlExchange {
     int (*describe)(void* tensor, DlTensor* out);  // 0, or an exception is set
 };
 
-// The K lists' gradients, or null where not all are tensors of the two types, of a dtype that the kernels take, alike and
+// The K lists' gradients, or none where not all are tensors of the two types, of a dtype that the kernels take, alike and
 // dense: checks of one tensor after the other then say which.
-inline std::unique_ptr<OwnedGradients> gathered(const pybind11::sequence& rows, pybind11::handle tensor, pybind11::handle parameter) {
+inline std::optional<OwnedGradients> gathered(const pybind11::sequence& rows, pybind11::handle tensor, pybind11::handle parameter) {
     constexpr const char* kName = "__dlpack_c_exchange_api__";
-    if (!pybind11::hasattr(tensor, kName)) return nullptr;  // before PyTorch 2.10
+    if (!pybind11::hasattr(tensor, kName)) return std::nullopt;  // before PyTorch 2.10
     const pybind11::object exchange = tensor.attr(kName);
     const auto* api = static_cast<const DlExchange*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
     const size_t K = rows.size();
     if (!api) throw pybind11::error_already_set();
-    if (api->major != 1 || K < 1 || K > kMaxClusters) return nullptr;
+    if (api->major != 1 || K < 1 || K > kMaxClusters) return std::nullopt;
     std::vector<pybind11::object> lists;
     for (const pybind11::handle row : rows) {
-        if (!PyList_Check(row.ptr()) && !PyTuple_Check(row.ptr())) return nullptr;
+        if (!PyList_Check(row.ptr()) && !PyTuple_Check(row.ptr())) return std::nullopt;
         lists.push_back(pybind11::reinterpret_borrow<pybind11::object>(row));
-        if (pybind11::len(row) != pybind11::len(lists[0])) return nullptr;
+        if (pybind11::len(row) != pybind11::len(lists[0])) return std::nullopt;
     }
     const size_t segments = pybind11::len(lists[0]);
     std::vector<uintptr_t> pointers(segments * K);
@@ -74,26 +74,26 @@ inline std::unique_ptr<OwnedGradients> gathered(const pybind11::sequence& rows, 
             PyObject* const x = PySequence_Fast_GET_ITEM(lists[k].ptr(), s);
             const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(x));
             DlTensor here{};
-            if (type != tensor.ptr() && type != parameter.ptr()) return nullptr;
+            if (type != tensor.ptr() && type != parameter.ptr()) return std::nullopt;
             if (api->describe(x, &here)) {
                 PyErr_Clear();
-                return nullptr;
+                return std::nullopt;
             }
             if (k == 0) {
                 first = here;
                 if (s == 0) any = here;
-                if (!first.is_like(any) || !first.is_dense()) return nullptr;
+                if (!first.is_like(any) || !first.is_dense()) return std::nullopt;
                 sizes[s] = first.elements();
             } else if (!here.is_like(first) || !here.is_laid_out_like(first)) {
-                return nullptr;
+                return std::nullopt;
             }
             pointers[s * K + k] = reinterpret_cast<uintptr_t>(here.data) + here.byte_offset;
         }
     constexpr uint8_t kFloat = 2, kBfloat = 4;
     const auto is = [&](uint8_t code, uint8_t bits) { return any.lanes == 1 && any.code == code && any.bits == bits; };
-    if (!is(kFloat, 32) && !is(kFloat, 16) && !is(kBfloat, 16)) return nullptr;
+    if (!is(kFloat, 32) && !is(kFloat, 16) && !is(kBfloat, 16)) return std::nullopt;
     const Type type = any.bits == 32 ? Type::f32 : any.code == kFloat ? Type::f16 : Type::bf16;
-    return std::make_unique<OwnedGradients>(type, K, pointers, std::move(sizes));
+    return OwnedGradients(type, K, pointers, std::move(sizes));
 }
 
 }  // namespace dtr

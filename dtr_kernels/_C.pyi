@@ -15,11 +15,8 @@ class Type(Enum):
     bf16 = 2
     f16 = 3
 
-class Rows:
-    def __init__(self, data: int, type: Type, stride: int) -> None: ...
-
-class Shape:
-    def __init__(self, B: int, N: int, C: int, start: int, width: int, chunk: int) -> None: ...
+Rows = tuple[int, Type, int]  # address, type, elements from row to row
+Shape = tuple[int, int, int, int, int, int]  # B, N, C, address of the windows' starts, width, tokens of a chunk
 
 def norm_forward(
     shape: Shape,
@@ -61,7 +58,8 @@ def gelu(size: int, pre: Rows, act: Rows, dact: Rows, dpre: Rows) -> None: ...
 
 class Gradients:
     sizes: list[int]
-    def __init__(self, type: Type, clusters: int, pointers: list[int], sizes: list[int]) -> None: ...
+    @staticmethod
+    def at(type: Type, clusters: int, pointers: list[int], sizes: list[int]) -> Gradients: ...
     @staticmethod
     def of(rows: list | tuple, tensor: type, parameter: type) -> Gradients | None: ...
 

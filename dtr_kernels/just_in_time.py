@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import stat
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from dtr_kernels import compilation
-from dtr_kernels.files import cache_folder, replacing
+from dtr_kernels.files import cache_folder, locked, read_json, replacing
 
 PACKAGE = Path(__file__).parent
 # The sources are in an installed package, or next to the package in a checkout.
@@ -40,23 +41,24 @@ def path() -> Path:
 def load() -> None:
     """Makes it ``dtr_kernels._C``, if there is one.
 
-    Warns if it does not load, as on a machine with older libraries that shares the folder, or if somebody else could
-    have put it there; then the installed one is used.
+    Warns if it is damaged, if it does not load, as on a machine with older libraries that shares the folder, or if
+    somebody else could have put it there; then the installed one is used.
     """
     if not os.path.isdir(
         cache_folder() / "extension"
     ):  # also False where this user may not look: HOME may be another's
         return
     file = path()
-    if not file.exists():
+    if not os.path.exists(file):
         return
     try:
         _check_trusted(file)
+        _check_complete(file)
         spec = importlib.util.spec_from_file_location("dtr_kernels._C", file)
         assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         warnings.warn(f"the extension that was built here is not used: {error}", stacklevel=2)
     else:
         sys.modules[spec.name] = module
@@ -70,6 +72,27 @@ def _check_trusted(file: Path) -> None:
                 f"{part}: the path must be absolute, and nobody but its owner, you or root, may write to it; delete it "
                 "or set DTR_KERNELS_CACHE to a folder of your own"
             )
+
+
+def _check_complete(file: Path) -> None:
+    """Raise ImportError unless the file is the one that was built: loading half of one would end Python."""
+    try:
+        if read_json(_description_of(file)) != _described(file):
+            raise ValueError("its size or its checksum has changed")
+    except (OSError, ValueError) as error:
+        raise ImportError(f"{file} is not as it was built ({error}); run python -m dtr_kernels build again") from error
+
+
+def _description_of(file: Path) -> Path:
+    """Return where the build says which file it has made."""
+    return file.with_name(f"{file.name}.json")
+
+
+def _described(file: Path) -> dict[str, int | str]:
+    if not file.is_file():  # reading a pipe would wait forever
+        raise ValueError("it is not a file")
+    content = file.read_bytes()
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _parts(file: Path) -> tuple[Path, ...]:
@@ -101,14 +124,24 @@ def build() -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         sys.exit(f"the cache {cache_folder()} cannot be used ({error}); set DTR_KERNELS_CACHE to a folder of your own")
-    with replacing(target) as unfinished, tempfile.TemporaryDirectory() as folder:
-        if failure := compilation.build(ROOT, Path(folder), unfinished, cuda):
-            sys.exit(f"dtr_kernels: not built: {failure}")
+    try:
+        with locked(target, f"another process is building {target}; wait until it has ended"):
+            _build(target, cuda)
+    except ValueError as error:
+        sys.exit(f"dtr_kernels: not built: {error}")
     for part in _parts(target):
         part.chmod(part.stat().st_mode & ~_WRITABLE_BY_OTHERS)
     what = "without CUDA kernels" if cuda.missing else f"with CUDA {cuda.version} for {' '.join(cuda.architectures)}"
     print(f"built {what}: {target}\nIt is used in place of the installed one until that folder is deleted.")
     return target
+
+
+def _build(target: Path, cuda: compilation.Cuda) -> None:
+    with replacing(target) as unfinished, tempfile.TemporaryDirectory() as folder:
+        if failure := compilation.build(ROOT, Path(folder), unfinished, cuda):
+            raise ValueError(failure)
+        with replacing(_description_of(target)) as description:
+            description.write_text(json.dumps(_described(unfinished)))
 
 
 def _architectures_here() -> str:

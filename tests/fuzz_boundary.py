@@ -76,7 +76,9 @@ def sanitized_environment(instruction_set: str) -> dict[str, str]:
     return os.environ | {
         "LD_PRELOAD": f"{path('libasan.so')} {path('libstdc++.so.6')}",
         "PYTHONMALLOC": "malloc",
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        # What is left uninitialised is NaN.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:"
+        "max_malloc_fill_size=16777216:malloc_fill_byte=255",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "2",
         "OMP_WAIT_POLICY": "passive",

@@ -8,6 +8,7 @@ AddressSanitizer as it is.
 from __future__ import annotations
 
 import ctypes
+import operator
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -83,6 +84,10 @@ class Operand:
         """fp64 [rows, columns]"""
         return decoded(self._rows().copy(), self.type)
 
+    def is_as_before(self) -> bool:
+        """Return whether nothing was written."""
+        return np.array_equal(self._memory.view(np.uint8), self._before.view(np.uint8))
+
     def assert_nothing_else_written(self) -> None:
         """What lies between the rows of a result, and all of an input, is as before."""
         now, before = (x.view(np.uint8).reshape(-1, self.itemsize) for x in (self._memory, self._before))
@@ -123,24 +128,25 @@ class Enum(NamedTuple):
 
 def issue(kernels: Any, function: str, arguments: list[Any]) -> Any:
     """Calls a function of the extension; "cuda.gram" is one of its submodule."""
+    return operator.attrgetter(function)(kernels)(*converted(kernels, arguments))
 
-    def converted(argument: Any) -> Any:
+
+def converted(kernels: Any, arguments: list[Any]) -> list[Any]:
+    """Arguments as the extension takes them."""
+
+    def one(argument: Any) -> Any:
         match argument:
             case Rows():
-                return kernels.Rows(argument.data, kernels.Type(argument.type), argument.stride)
+                return argument.data, kernels.Type(argument.type), argument.stride
             case Gradients():
-                return kernels.Gradients(kernels.Type(argument.type), *argument[1:])
+                return kernels.Gradients.at(kernels.Type(argument.type), *argument[1:])
             case Shape():
-                return kernels.Shape(*argument)
+                return tuple(argument)
             case Enum():
                 return kernels.Type(argument.value)
         return argument
 
-    owner = kernels
-    *path, name = function.split(".")
-    for part in path:
-        owner = getattr(owner, part)
-    return getattr(owner, name)(*map(converted, arguments))
+    return [one(argument) for argument in arguments]
 
 
 @dataclass
@@ -186,8 +192,8 @@ class Call:
             if operand.type != "i32":
                 operand.scramble(draw.numbers)
 
-    def run(self, kernels: Any) -> None:
-        """Calls the extension and checks everything it wrote."""
+    def run(self, kernels: Any, issue: Callable[..., Any] = issue) -> None:
+        """Calls the extension, as ``issue`` does, and checks everything it wrote."""
         expected = self.expected() if self.expected else {}
         issue(kernels, self.function, list(self.plain().values()))
         everything = [*self.operands().values(), *self.keeps]

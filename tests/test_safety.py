@@ -9,6 +9,7 @@ import ast
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fuzz_cases import Call, Draw, Enum, Operand, Shape, calls, issue, wrong
 
 from dtr_kernels import ops
 from dtr_kernels.ops import declaration, extension
+from tests.faults import memory
 
 ROOT = Path(__file__).parent.parent
 needs_extension = pytest.mark.skipif(extension.kernels is None, reason=f"NOT RUN: {extension.unavailable}")
@@ -223,10 +225,10 @@ def test_messages_name_the_argument(change, message):
     arguments |= {name: {"data": 4096 * n} | rows for n, name in enumerate(("x", "branch", "out", "gate"), 1)}
     for name, values in change.items():
         arguments[name] |= values
-    shape = kernels.Shape(*arguments.pop("shape").values())
+    shape = tuple(arguments.pop("shape").values())
     with pytest.raises(ValueError, match=message):
         kernels.residual_forward(
-            shape, *(kernels.Rows(x["data"], kernels.Type(x["type"]), x["stride"]) for x in arguments.values())
+            shape, *((x["data"], kernels.Type(x["type"]), x["stride"]) for x in arguments.values())
         )
 
 
@@ -236,9 +238,9 @@ def test_overlaps_are_named():
     with pytest.raises(
         ValueError, match=r"^out \(0x1000 to 0x1020\), which is written, must not overlap pointers\[1\] "
     ):
-        kernels.gram(kernels.Gradients(kernels.Type.f32, 2, [8192, 4096 + 16], [4]), 4096)
+        kernels.gram(kernels.Gradients.at(kernels.Type.f32, 2, [8192, 4096 + 16], [4]), 4096)
     with pytest.raises(ValueError, match=r"pointers\[2\] .*, which is written, must not overlap pointers\[1\] "):
-        kernels.combine(kernels.Gradients(kernels.Type.f32, 2, [4096, 8200, 8192, 65536], [4, 4]), 1 << 20)
+        kernels.combine(kernels.Gradients.at(kernels.Type.f32, 2, [4096, 8200, 8192, 65536], [4, 4]), 1 << 20)
 
 
 @needs_extension
@@ -250,6 +252,19 @@ def test_windows_are_looked_at_again_in_every_call():
     start._memory[-1] = call.arguments["shape"].C
     with pytest.raises(ValueError, match=r"window.start must be in 0\.\.\d+ \(channels - width\), got"):
         issue(extension.kernels, "norm_forward", list(call.plain().values()))
+
+
+@pytest.mark.skipif(not memory.CAN_RUN, reason="NOT RUN: needs the extension and a C++ compiler")
+def test_each_allocation_that_fails_is_a_memory_error(tmp_path, seed):
+    """Nothing is written then, and the next call is right. An exception in a parallel region would end the process."""
+    tried = Counter()
+    for name, lost in memory.short_of_memory("extension", seed, tmp_path):
+        assert lost is None, lost
+        tried[name] += 1
+        if name == "Gradients.of" and tried.total() > 400:  # the last of a round
+            break
+    assert set(tried) == {*(name for name in FUNCTIONS if not name.startswith("cuda.")), "Gradients.at", "Gradients.of"}
+    assert all(count > tried["build_config"] for name, count in tried.items() if name != "build_config")
 
 
 # --- files, shells, downloads ----------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import random
 import subprocess
 import sys
@@ -201,22 +203,34 @@ def change_tile(**sides):
 @pytest.mark.parametrize(
     "text, reason",
     [
-        (lambda path: b"", "does not hold tuned tiles"),
-        (lambda path: b"\xff\xfe", "does not hold tuned tiles"),
-        (lambda path: b"[" * 100_000, "does not hold tuned tiles"),
+        (lambda path: b"", "does not hold JSON"),
+        (lambda path: b"\xff\xfe", "does not hold JSON"),
+        (lambda path: b"[" * 100_000, "does not hold JSON"),
+        (lambda path: b"[" * 30_000_000, "does not hold JSON"),
+        (lambda path: b'{"format": 1' + b"0" * 5000 + b"}", "more than 64 bits"),
+        (lambda path: b'{"format": 1e400}', "larger than a float"),
+        (lambda path: b'{"' + b"long" * 8_000_000 + b'": 1}', "KeyError: 'format'"),
         (lambda path: b"[1, 2]", "does not hold tuned tiles"),
+        (lambda path: b"NaN", "does not hold tuned tiles"),
         (lambda path: b'{"format": 1, "entries": []}', "measurements"),
         (broken(lambda stored: stored.update(format=2)), "format is version 2, and this dtr_kernels reads 1"),
         (broken(lambda stored: stored["measurements"][0].update(date=7)), "date"),
         (broken(lambda stored: stored["measurements"].clear()), "IndexError"),
         (change_entry(op="backward"), "no op 'backward'"),
+        (change_entry(op="forward" * 1_000_000), "no op 'forward"),
+        (change_entry(op=["forward"]), "unhashable"),
         (change_entry(op="norm_forward"), "does not hold tuned tiles"),  # with the tile of a GEMM
         (change_entry(dtype="float64"), "dtype"),
         (change_entry(channels=0), "channels"),
         (change_entry(rows=48), "rows"),
         (change_entry(rows=32), "more than its 32 rows"),
         (change_entry(op="weight_gradient", rows=16), "k of its tile, 32, is more than its 16 rows"),
+        (change_entry(channels=10**400), "more than 64 bits"),
+        (change_entry(channels=2**63 - 1), "channels"),
+        (change_entry(channels=math.nan), "channels"),
         (change_entry(seconds=-1.0), "seconds"),
+        (change_entry(seconds=math.nan), "seconds"),
+        (change_entry(default_seconds=math.inf), "seconds"),
         (change_entry(surplus=1), "surplus"),
         (change_tile(n=96), "n of its tile must be a power of two"),
         (change_tile(k=8), "k of its tile must be a power of two between 16 and 256, got 8"),
@@ -234,16 +248,18 @@ def change_tile(**sides):
         (change_crossover(True), "tokens of its tile must be a power of two between 1 and 1073741824, got True"),
         (change_crossover(64.0), "tokens of its tile must be a power of two between 1 and 1073741824, got 64.0"),
         (change_crossover("never"), "got 'never'"),
+        (change_crossover("never" * 1_000_000), "tokens of its tile must be"),
         (change_entry(op="gelu_forward"), "does not hold tuned tiles"),  # with the tile of a GEMM
         (change_entry(tile={"tokens": 64}), "does not hold tuned tiles"),  # of a GEMM
-        (None, "directory"),
+        (os.mkdir, "is not a file"),
+        (os.mkfifo, "is not a file"),
     ],
 )
 def test_a_file_that_cannot_be_used_makes_one_warning(files, text, reason):
     files.user.parent.mkdir(parents=True)
     tuned_tiles.write(files.packaged, [entry(tile=GemmTile(128, 64, 32, 4, 3))])
-    if text is None:
-        files.user.mkdir()
+    if text in (os.mkdir, os.mkfifo):
+        text(files.user)
     else:
         files.user.write_bytes(text(files.user))
     with pytest.warns(RuntimeWarning) as caught:
@@ -252,7 +268,7 @@ def test_a_file_that_cannot_be_used_makes_one_warning(files, text, reason):
     (warning,) = caught
     message = str(warning.message)
     assert str(files.user) in message and "python -m benchmarks tune" in message
-    assert reason.lower() in message.lower()
+    assert reason.lower() in message.lower() and len(message) < 800
 
 
 def test_where_no_file_can_be_there_is_nothing_to_warn_of(files, monkeypatch):

@@ -346,7 +346,7 @@ def test_what_fails_is_told_and_the_rest_goes_on(path, error):
 def test_a_file_that_holds_something_else_is_not_overwritten(path):
     path.parent.mkdir()
     path.write_text("my notes")
-    with pytest.raises(ValueError, match=r"tuned\.json: it does not hold tuned tiles .* delete it, or .* --out"):
+    with pytest.raises(ValueError, match=r"tuned\.json does not hold JSON .* delete it, or .* --out"):
         tune.Tuning(path, MEASUREMENT)
     assert path.read_text() == "my notes"
 

@@ -25,6 +25,7 @@ import torch
 
 import dtr_kernels
 from dtr_kernels import compilation, just_in_time
+from dtr_kernels.files import locked
 from dtr_kernels.ops import extension, gradient_lists
 
 ROOT = Path(__file__).parent.parent
@@ -155,8 +156,87 @@ def test_an_extension_that_others_could_have_written_is_not_loaded(sources, part
     with pytest.warns(match="not used: .* the path must be absolute, and nobody but its owner"):
         just_in_time.load()
     parts[part].chmod(parts[part].stat().st_mode & ~0o020)
-    with pytest.warns(match="too short"):  # the loader has looked at the empty file
+    with pytest.warns(match="is not as it was built"):
         just_in_time.load()
+
+
+@pytest.fixture
+def built(sources, monkeypatch):
+    """What ``build`` leaves, if the compiler makes something that the loader refuses."""
+
+    def compiled(root, folder, target, cuda):
+        target.write_bytes(b"no extension " * 1000)
+
+    monkeypatch.setattr(compilation, "find_cuda", lambda listed: compilation.Cuda(version="13.0"))
+    monkeypatch.setattr(compilation, "build", compiled)
+    return just_in_time.build()
+
+
+def test_what_was_built_reaches_the_loader(built):
+    with pytest.warns(match="not used: .*invalid ELF header"):
+        just_in_time.load()
+
+
+def replaced_by(make):
+    def damage(path):
+        path.unlink()
+        make(path)
+
+    return damage
+
+
+def changed(change):
+    return lambda path: path.write_bytes(change(path.read_bytes()))
+
+
+DAMAGE = {
+    "emptied": changed(lambda content: b""),
+    "cut short": changed(lambda content: content[:-1]),
+    "longer": changed(lambda content: content + b"\0"),
+    "a bit flipped": changed(lambda content: content[:50] + bytes([content[50] ^ 4]) + content[51:]),
+    "a folder": replaced_by(os.mkdir),
+    "a pipe": replaced_by(os.mkfifo),
+    "unreadable": lambda path: path.chmod(0),
+}
+DAMAGE_TO_DESCRIPTIONS = DAMAGE | {
+    "a link to nothing": replaced_by(lambda path: path.symlink_to("nowhere")),
+    "missing": os.unlink,
+    "nested": changed(lambda content: b"[" * 100_000),
+    "null": changed(lambda content: b"null"),
+    "of another build": changed(lambda content: content.replace(b'"size": 13000', b'"size": 13001')),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [("{}", damage) for damage in DAMAGE] + [("{}.json", damage) for damage in DAMAGE_TO_DESCRIPTIONS],
+)
+def test_a_damaged_extension_is_not_loaded(built, monkeypatch, name, damage):
+    """Loading one that is cut short would end Python; opening a pipe would wait forever."""
+    if damage == "unreadable" and os.geteuid() == 0:
+        pytest.skip("NOT RUN: root reads everything")
+    DAMAGE_TO_DESCRIPTIONS[damage](built.with_name(name.format(built.name)))
+    monkeypatch.setattr(importlib.machinery.ExtensionFileLoader, "create_module", pytest.fail)
+    with pytest.warns(match="not used: .* is not as it was built .*; run python -m dtr_kernels build again$") as caught:
+        just_in_time.load()
+    assert len(caught) == 1 and len(str(caught[0].message)) < 1000
+
+
+def test_without_an_extension_nothing_is_said(built, recwarn):
+    """Not of a description that was left, nor of a folder that this user may not look into."""
+    built.unlink()
+    just_in_time.load()
+    assert not recwarn.list
+
+
+def test_one_build_at_a_time(built):
+    """The file of one and the description of another would not fit."""
+    with (
+        locked(built, "busy"),
+        pytest.raises(SystemExit, match=r"not built: another process is building .*; wait until it has ended"),
+    ):
+        just_in_time.build()
+    assert sorted(path.name for path in built.parent.iterdir()) == [built.name, f"{built.name}.json"]
 
 
 def test_the_cache_must_not_depend_on_the_working_folder(sources, monkeypatch):

@@ -1,7 +1,32 @@
 // The kernels of kernels.h, compiled once per instruction set: the including file defines DTR_ISA and the target.
 
+// Declared by hand: clang compiles for OpenMP where its header is not installed.
+extern "C" int omp_get_max_threads();
+extern "C" int omp_get_thread_num();
+
 namespace dtr {
 namespace {
+
+constexpr int64_t kCacheLine = 64;
+
+inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// `size` elements for each thread of a parallel region, uninitialised, on cache lines of their own. Made before the
+// region: an exception that leaves one ends the process.
+template <class T>
+class Scratch {
+public:
+    explicit Scratch(int64_t size, int threads = omp_get_max_threads())
+        : lines_each_(divided_up(size * sizeof(T), kCacheLine)), lines_(new Line[lines_each_ * threads]) {}
+    T* mine() const { return reinterpret_cast<T*>(&lines_[lines_each_ * omp_get_thread_num()]); }
+
+private:
+    struct alignas(kCacheLine) Line {
+        char bytes[kCacheLine];
+    };
+    int64_t lines_each_;
+    std::unique_ptr<Line[]> lines_;
+};
 
 // Independent partial sums, so that the compiler may use vector registers without reordering additions.
 constexpr int64_t kLanes = 32;
@@ -144,10 +169,10 @@ void keep_only(T* row, const Range& range, int64_t channels) {
 template <class T>
 void norm_forward(const NormForward& a) {
     const Shape& s = a.shape;
+    const Scratch<T> scratch(3 * s.C);
 #pragma omp parallel
     {
-        std::vector<T> buffer(3 * s.C);
-        T *v = buffer.data(), *update = v + s.C, *sum_row = update + s.C;
+        T *v = scratch.mine(), *update = v + s.C, *sum_row = update + s.C;
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < s.B * s.N; ++token) {
             const int64_t b = token / s.N;
@@ -190,12 +215,12 @@ void norm_forward(const NormForward& a) {
 template <class T>
 void norm_backward(const NormBackward& a) {
     const Shape& s = a.shape;
-    const int64_t chunks = (s.N + s.chunk - 1) / s.chunk;
+    const int64_t chunks = divided_up(s.N, s.chunk);
     T* sums = static_cast<T*>(a.sums.data);
+    const Scratch<T> scratch(7 * s.C);
 #pragma omp parallel
     {
-        std::vector<T> buffer(7 * s.C);
-        T *v = buffer.data(), *branch = v + s.C, *g = branch + s.C, *d = g + s.C;
+        T *v = scratch.mine(), *branch = v + s.C, *g = branch + s.C, *d = g + s.C;
         T *shift_sum = d + s.C, *scale_sum = shift_sum + s.C, *gate_sum = scale_sum + s.C;
 #pragma omp for schedule(static)
         for (int64_t unit = 0; unit < s.B * chunks; ++unit) {
@@ -256,10 +281,10 @@ void norm_backward(const NormBackward& a) {
 template <class T>
 void residual_forward(const ResidualForward& a) {
     const Shape& s = a.shape;
+    const Scratch<T> scratch(2 * s.C);
 #pragma omp parallel
     {
-        std::vector<T> buffer(2 * s.C);
-        T *x = buffer.data(), *branch = x + s.C;
+        T *x = scratch.mine(), *branch = x + s.C;
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < s.B * s.N; ++token) {
             const T* gate = vector_at<T>(a.gate, token / s.N);
@@ -274,11 +299,11 @@ void residual_forward(const ResidualForward& a) {
 template <class T>
 void residual_backward(const ResidualBackward& a) {
     const Shape& s = a.shape;
-    const int64_t chunks = (s.N + s.chunk - 1) / s.chunk;
+    const int64_t chunks = divided_up(s.N, s.chunk);
+    const Scratch<T> scratch(3 * s.C);
 #pragma omp parallel
     {
-        std::vector<T> buffer(3 * s.C);
-        T *d = buffer.data(), *branch = d + s.C, *gate_sum = branch + s.C;
+        T *d = scratch.mine(), *branch = d + s.C, *gate_sum = branch + s.C;
 #pragma omp for schedule(static)
         for (int64_t unit = 0; unit < s.B * chunks; ++unit) {
             const int64_t b = unit / chunks, first = (unit % chunks) * s.chunk;
@@ -349,12 +374,12 @@ void slope_row(const T* __restrict x, const T* __restrict gate, const T* __restr
 template <class T>
 void gelu(const Gelu& a) {
     constexpr int64_t kBlock = 2048;
+    const Scratch<T> scratch(4 * kBlock);
 #pragma omp parallel
     {
-        std::vector<T> buffer(4 * kBlock);
-        T *x = buffer.data(), *gate = x + kBlock, *rest = gate + kBlock, *g = rest + kBlock;
+        T *x = scratch.mine(), *gate = x + kBlock, *rest = gate + kBlock, *g = rest + kBlock;
 #pragma omp for schedule(static)
-        for (int64_t block = 0; block < (a.size + kBlock - 1) / kBlock; ++block) {
+        for (int64_t block = 0; block < divided_up(a.size, kBlock); ++block) {
             const int64_t first = block * kBlock, n = std::min(kBlock, a.size - first);
             load_row(a.pre, 0, first, n, x);
             gate_row(x, gate, rest, n);

@@ -27,23 +27,6 @@ constexpr int64_t kStretch = 32;
 constexpr int64_t kLeastPanels = 16, kMostChunks = 512;
 // Bytes between what is read and what is fetched at least; what is nearer would arrive too late.
 constexpr int64_t kLeastAhead = 8192;
-constexpr int64_t kCacheLine = 64;
-
-inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Zeros, aligned for vectors.
-template <class T>
-class Buffer {
-public:
-    explicit Buffer(int64_t size) : lines_(divided_up(size * sizeof(T), kCacheLine)) {}
-    T* data() { return lines_.data()->values; }
-
-private:
-    struct alignas(kCacheLine) Line {
-        T values[kCacheLine / sizeof(T)];
-    };
-    std::vector<Line> lines_;
-};
 
 // f(integral constant n) for an n in 1..most.
 template <int most, class F>
@@ -215,20 +198,23 @@ void gram(const Gradients& g, double* out) {
     const int64_t chunk_size = std::max(kLeastPanels, divided_up(panels.count(), kMostChunks));
     const int64_t chunks = divided_up(panels.count(), chunk_size);
     std::vector<double> partial(chunks * pairs);
-#pragma omp parallel if (chunks > 1)
+    const int threads = chunks > 1 ? omp_get_max_threads() : 1;
+    const Scratch<float> all_rows(g.K * kColumns, threads);
+    const Scratch<double> all_sums(pairs * kHalf, threads);
+#pragma omp parallel num_threads(threads)
     {
-        Buffer<float> rows(g.K * kColumns);
-        Buffer<double> sums(pairs * kHalf);
+        float* rows = all_rows.mine();
+        double* sums = all_sums.mine();
         const char* later[kMaxClusters];
 #pragma omp for schedule(static)
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-            std::fill(sums.data(), sums.data() + pairs * kHalf, 0.0);
+            std::fill(sums, sums + pairs * kHalf, 0.0);
             for (int64_t panel = chunk * chunk_size; panel < std::min((chunk + 1) * chunk_size, panels.count()); ++panel) {
-                panels.read(panel, rows.data());
-                tiles.add(rows.data(), panels.vectors(panel), sums.data(), panels.after(panel, later));
+                panels.read(panel, rows);
+                tiles.add(rows, panels.vectors(panel), sums, panels.after(panel, later));
             }
             for (int64_t pair = 0; pair < pairs; ++pair)
-                for (int64_t lane = 0; lane < kHalf; ++lane) partial[chunk * pairs + pair] += sums.data()[pair * kHalf + lane];
+                for (int64_t lane = 0; lane < kHalf; ++lane) partial[chunk * pairs + pair] += sums[pair * kHalf + lane];
         }
     }
     std::vector<double> total(pairs);
@@ -268,23 +254,25 @@ void combine_to(const Gradients& g, int64_t N, const double* matrix, void* const
     const Panels panels(g);
     const Parts parts(N, divided_up(N, kRows)), fetches(g.K, parts.count());
     const std::vector<float> coefficients(matrix, matrix + N * g.K);
-#pragma omp parallel if (panels.count() > 1)
+    const int threads = panels.count() > 1 ? omp_get_max_threads() : 1;
+    const Scratch<float> scratch((g.K + kRows) * kColumns, threads);
+#pragma omp parallel num_threads(threads)
     {
-        Buffer<float> rows(g.K * kColumns), combined(kRows * kColumns);
+        float *rows = scratch.mine(), *combined = rows + g.K * kColumns;
         const char* later[kMaxClusters];
 #pragma omp for schedule(static)
         for (int64_t panel = 0; panel < panels.count(); ++panel) {
-            panels.read(panel, rows.data());
+            panels.read(panel, rows);
             const Ahead ahead = panels.after(panel, later);
             for (int64_t part = 0; part < parts.count(); ++part) {
                 const int64_t first = parts.begin(part), R = parts.size(part);
                 with_constant<kRows>(R, [&](auto r) {
-                    combine_rows<r>(rows.data(), g.K, panels.vectors(panel), &coefficients[first * g.K], combined.data(),
+                    combine_rows<r>(rows, g.K, panels.vectors(panel), &coefficients[first * g.K], combined,
                                     ahead.part(fetches, part));
                 });
                 panels.pieces(panel, [&](int64_t s, int64_t column, int64_t n, int64_t offset) {
                     for (int64_t i = 0; i < R; ++i)
-                        store(combined.data() + i * kColumns + offset, n, g.type, panels.element(out[s * N + first + i], column));
+                        store(combined + i * kColumns + offset, n, g.type, panels.element(out[s * N + first + i], column));
                 });
             }
         }

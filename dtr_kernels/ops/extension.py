@@ -68,12 +68,12 @@ def rows(x: Tensor | None) -> kernels.Rows:
     Holds a bare pointer: the caller keeps x alive until the kernel has run.
     """
     if x is None:
-        return kernels.Rows(0, kernels.Type.f32, 0)
+        return 0, kernels.Type.f32, 0
     if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(f"rows must be contiguous for the CPU kernels, got strides {x.stride()}")
-    return kernels.Rows(x.data_ptr(), _TYPES[x.dtype], x.shape[-1] if x.is_contiguous() else x.stride(-2))
+    return x.data_ptr(), _TYPES[x.dtype], x.shape[-1] if x.is_contiguous() else x.stride(-2)
 
 
 def shape(B: int, N: int, C: int, start: Tensor | None, width: int, chunk: int = 1) -> kernels.Shape:
     """Sizes of a batch and its windows; ``chunk`` is the number of tokens per partial sum."""
-    return kernels.Shape(B, N, C, 0 if start is None else start.data_ptr(), width, chunk)
+    return B, N, C, 0 if start is None else start.data_ptr(), width, chunk

@@ -200,7 +200,7 @@ def _cuda_unavailable(device: torch.device) -> str | None:
 
 def described(grads: list[Tensor], clusters: int) -> extension.kernels.Gradients:
     """The gradients' pointers and sizes for the extension; the caller keeps the tensors alive."""
-    return extension.kernels.Gradients(
+    return extension.kernels.Gradients.at(
         extension.dtype_code(grads[0].dtype),
         clusters,
         [tensor.data_ptr() for tensor in grads],

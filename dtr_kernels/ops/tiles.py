@@ -251,9 +251,9 @@ def _usable(path: Path, arch: int) -> tuple[Tuned, ...]:
     except FileNotFoundError:
         return ()
     except (OSError, ValueError) as error:
-        what = error.strerror if isinstance(error, OSError) else error
+        what = f"{path}: {error.strerror}" if isinstance(error, OSError) else error
         warnings.warn(
-            f"{path}: {what}. Its tuned tiles are not used; delete the file, or replace it with "
+            f"{what}. Its tuned tiles are not used; delete the file, or replace it with "
             "python -m benchmarks tune from a checkout",
             RuntimeWarning,
             stacklevel=2,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 import torch
 import triton
 
-from dtr_kernels.files import cache_folder, replacing
+from dtr_kernels.files import cache_folder, read_json, replacing, shortened
 
 FORMAT = 1
 PACKAGED = Path(__file__).parent.parent / "tuned"
@@ -209,8 +210,8 @@ class Tuned:
             return f"channels must be a whole number between 1 and {_MOST_CHANNELS:,}"
         if not _is_integer(self.rows) or self.rows != rows_class(self.rows):
             return f"rows must be 16, 32, 64 or {MOST_ROWS}, got {self.rows!r}"
-        if not all(isinstance(seconds, float) and seconds > 0 for seconds in (self.seconds, self.default_seconds)):
-            return "seconds and default_seconds must be positive"
+        if not all(isinstance(s, float) and 0 < s < math.inf for s in (self.seconds, self.default_seconds)):
+            return "seconds and default_seconds must be positive and finite"
         return KINDS[self.op].problem(self.tile, self.rows, self.channels)
 
 
@@ -248,22 +249,21 @@ def read(path: Path) -> list[Tuned]:
         FileNotFoundError: if there is none, or none can be, as below a home of /dev/null.
         OSError: if it cannot be read.
         ValueError: if it holds anything else, is of another version of the format, or has an entry that no kernel
-            could run with. The message completes "file: ".
+            could run with. The message names the file.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        stored = read_json(path)
     except NotADirectoryError as error:
         raise FileNotFoundError(error.errno, error.strerror, str(path)) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"it does not hold tuned tiles ({error})") from error
     try:
-        stored = json.loads(text)
         if stored["format"] != FORMAT:
             raise ValueError(f"its format is version {stored['format']!r}, and this dtr_kernels reads {FORMAT}")
         measurements = [Measurement(**facts) for facts in stored["measurements"]]
         return [_entry(facts, measurements) for facts in stored["entries"]]
-    except (json.JSONDecodeError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"it does not hold tuned tiles ({type(error).__name__}: {error})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {shortened(error)}") from error
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not hold tuned tiles ({type(error).__name__}: {shortened(error)})") from error
 
 
 def write(path: Path, entries: Iterable[Tuned]) -> None:

@@ -1,6 +1,6 @@
 """Every kind of fault that is tried."""
 
-from tests.faults import ranks
+from tests.faults import memory, ranks
 from tests.faults.fault import Fault
 
-FAULTS: list[Fault] = [*ranks.FAULTS]
+FAULTS: list[Fault] = [*memory.FAULTS, *ranks.FAULTS]
