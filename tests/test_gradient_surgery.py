@@ -670,6 +670,18 @@ def test_an_exception_leaves_every_gradient_as_it_was(engine, place, accumulates
         torch.testing.assert_close(p.grad, expected + (before or 0.0) * any(p is other for other in others))
 
 
+def test_micro_batches_can_be_dropped(model, batches):
+    """As after an error of the caller's own between two of them."""
+    others, surgery = list(model.last.parameters()), dtr.GradientSurgery(model.first.parameters(), K, "sum")
+    surgery.backward(batches.functions(model), last=False)
+    assert all(p.grad is None for p in others)
+    surgery.drop_micro_batches()
+    surgery.backward(Batches().functions(model), last=False)
+    surgery.drop_micro_batches()
+    surgery.backward(batches.functions(model))
+    torch.testing.assert_close(update(model), ordinary_step(model, batches))
+
+
 def test_gradients_of_a_leaf_that_is_the_loss(model, batches):
     """A loss may be a parameter itself."""
     alone = nn.Parameter(torch.tensor(2.0))

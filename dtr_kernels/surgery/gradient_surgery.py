@@ -36,8 +36,7 @@ def _all_or_nothing(method: _Method) -> _Method:
                 return method(self, *args, **kwargs)
         except BaseException as error:
             with interrupts.HeldBack():
-                self._received = None
-                self._leaves.drop()
+                self.drop_micro_batches()
                 self._ranks.fail(error)
             raise
 
@@ -58,7 +57,8 @@ class GradientSurgery:
         params: parameters, or (name, parameter) pairs, whose names errors then use; on one device, fp32, bf16, fp16
             or fp64, also mixed. One that comes twice counts once. They may be frozen and unfrozen, moved and cast
             between steps. The model's other parameters get the gradient of the mean loss of this process, as ever; in
-            an accumulated step the sum of that over the micro-batches, which you may want to divide by their number.
+            an accumulated step, after its last micro-batch, the sum of that over all, which you may want to divide by
+            their number.
         num_clusters: K, 1 to 64.
         weighting: "pcgrad"; "nash" (Nash-MTL, needs TorchJD: ``pip install 'torchjd[nash-mtl]'``); "sum"; or any
             object that maps a Gram matrix [K, K] to weights [K], such as TorchJD's Gramian weightings. A cluster
@@ -86,10 +86,12 @@ class GradientSurgery:
       model has after sharding. Leave FSDP's gradient divide factor and gradient synchronisation as they are.
       FullyShardedDataParallel (FSDP1) is refused.
 
-    A difference between ranks, or an error on one, becomes an error on all. (With sharded parameters an error within
-    the passes leaves the other ranks in FSDP's collectives, until the process group's timeout.) For that the ranks
-    exchange a few numbers. The host waits for the GPU then if the process group has no CPU backend, as after
-    ``init_process_group("nccl")``; without the argument, or with "cpu:gloo,cuda:nccl", it has one.
+    A difference between ranks, or an error or Ctrl-C on one, becomes an error on all, and the next step is right. So
+    does another number of calls of ``backward`` and ``backward_batch``. (With sharded parameters an error within the
+    passes leaves the other ranks in FSDP's collectives, until the process group's timeout.) For that the ranks exchange
+    a few numbers before each communication, four times a step. The host waits for the GPU then if the process group has
+    no CPU backend, as after ``init_process_group("nccl")``; without the argument, or with "cpu:gloo,cuda:nccl", it has
+    one.
 
     Raises:
         TypeError, ValueError: if an argument is not as described.
@@ -145,7 +147,7 @@ class GradientSurgery:
             scaler: scales the losses; use it to step and update as ever. inf and NaN reach ``p.grad``, and it skips
                 the step.
             last: False for all micro-batches of an accumulated step but the last: their gradients are averaged by
-                samples, cluster by cluster, and ``p.grad`` stays as it is. The update is that of one batch with all
+                samples, cluster by cluster, and every ``grad`` stays as it is. The update is that of one batch with all
                 their samples: divide the losses by nothing.
 
         Returns:
@@ -157,8 +159,10 @@ class GradientSurgery:
                 while a cluster's gradient is computed; if the losses come from a DistributedDataParallel wrapper; or if
                 another rank failed.
 
-        After an error, also one in a function of the caller, ``p.grad`` is as it was, and the micro-batches accumulated
-        so far are dropped.
+        After an error, also one in a function of the caller, the ``grad`` of every parameter that the losses reach is
+        as it was before the step, and the micro-batches accumulated so far are dropped. (Parameters that autograd does
+        not show, inside of checkpointing with ``use_reentrant=True`` or of FSDP, and not in params keep what they have
+        got.) Ctrl-C within the passes or the weighting is such an error; elsewhere it waits for the end of the call.
         """
         check_by_cluster(losses, self.num_clusters)
         each, samples = self._ranks.weighted(list(losses), _checked_counts(counts, losses))
@@ -223,6 +227,14 @@ class GradientSurgery:
             )
 
         return self._step(collect, samples, scaler, last)
+
+    def drop_micro_batches(self) -> None:
+        """Drop what has been accumulated with last=False, where an error of your own ends a step between two calls.
+
+        The next call begins a new step. All ranks must call this, or none.
+        """
+        self._received = None
+        self._leaves.drop()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes, for copy and pickle; TypeError if process groups are among them."""
