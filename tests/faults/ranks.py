@@ -150,7 +150,7 @@ class _Step:
 
 
 def _same(a: list[torch.Tensor | None], b: list[torch.Tensor | None]) -> bool:
-    return all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(a, b, strict=True))
+    return all(x is y or (x is not None and y is not None and torch.allclose(x, y, rtol=1e-9)) for x, y in zip(a, b, strict=True))
 
 
 def _attempt(rank: int, size: int, what: Try) -> str:
@@ -178,11 +178,15 @@ def _attempt(rank: int, size: int, what: Try) -> str:
         elif not _same(before, step.gradients()):
             return "a gradient changed although the step failed"
         return "" if error is not None else "a step was made without the rank that died"
-    unchanged = _same(before, step.gradients())
+    now = step.gradients()
+    unchanged = _same(before, now)
+    partly = not unchanged and not _same(whole.gradients(), now)
     everywhere: list[Any] = [(unchanged, error is not None)]
     if size > 1:
         everywhere *= size
         dist.all_gather_object(everywhere, (unchanged, error is not None))
+    if partly:
+        return "gradients changed, and not to those of the whole update"
     if len({unchanged for unchanged, _ in everywhere}) > 1:
         return f"gradients changed on some ranks alone: {everywhere}"
     if unchanged and not all(failed for _, failed in everywhere):
