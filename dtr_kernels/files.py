@@ -49,7 +49,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         draft.replace(path)
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # a write on a full disk
+        if error.errno is not None and error.filename in (None, str(draft)):  # None of a write on a full disk
             error.filename = str(path)
         raise
     finally:
@@ -206,7 +206,9 @@ def write_tensors(state: object, path: str | Path) -> None:
             # Given a name, PyTorch writes by itself; into a Python file it would call back, where Ctrl-C may strike.
             torch.save(state, draft)
         except RuntimeError as error:
-            raise OSError(f"{path} could not be written; is the disk full? ({shortened(error)})") from error
+            raise OSError(
+                f"{path} could not be written; is the disk full, or the folder read-only? ({shortened(error)})"
+            ) from error
 
 
 def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:

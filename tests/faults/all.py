@@ -1,5 +1,6 @@
 """Every kind of fault that is tried."""
 
+from tests.faults import files
 from tests.faults.fault import Fault
 
-FAULTS: list[Fault] = []
+FAULTS: list[Fault] = [*files.FAULTS]
