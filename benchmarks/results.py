@@ -286,10 +286,9 @@ class Run:
             stored = read_json(path)
             cases = [CaseResult.from_json(case) for case in stored["cases"]]
             run = cls(cases=cases, **{key: stored[key] for key in _KEPT_OF_RUN})
-            if wrong := misfit(run, Run, "run") or misfit(run.environment, _FACTS, "run.environment"):
+            wrong = misfit(run, Run, "run") or misfit(run.environment, _FACTS, "run.environment")
+            if wrong := wrong or misfit(run.environment.get("commit"), str | None, "run.environment['commit']"):
                 raise ValueError(f"{wrong} is of another type")
-            if misfit(run.environment.get("commit"), str | None, ""):
-                raise ValueError("run.environment['commit'] is of another type")
             if run.benchmark != path.stem:
                 raise ValueError(f"it is named after another benchmark than {quoted(run.benchmark)}")
             for case in cases:

@@ -140,9 +140,9 @@ def expecting(what: str, path: str | Path, advice: str) -> Iterator[None]:
     """
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:  # as many kinds as there are other files
+        if isinstance(error, OSError) and error.filename:  # of one without a name, zipfile was led out of the file
+            raise
         reason = " ".join((str(error) if isinstance(error, ValueError) else repr(error)).split())
         raise ValueError(f"{path} does not hold {what}: {shortened(reason)}; {advice}") from error
 
@@ -224,7 +224,7 @@ def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:
             if damaged := archive.testzip():  # PyTorch itself does not look at the checksums
                 raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location=device, weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # as many kinds as there are other files
+        if isinstance(error, OSError) and error.filename:  # of one without a name, zipfile was led out of the file
+            raise
         raise ValueError(f"{path} is damaged, or no file that this library has written: {shortened(error)}") from error

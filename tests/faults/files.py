@@ -335,16 +335,22 @@ def _ignoring_refusal(path: Path) -> None:
 
 def _beside_another(path: Path, memory: int, expected: dtr.TaskAffinity) -> str | None:
     try:
-        found = analysis(path, memory)
+        found = analysis(path, memory, calls=0)
     except ValueError as error:
         said = "another analysis is using path" in str(error) and is_a_sentence(str(error), path)
         return None if said else f"the second is refused by {error!r}"
+    except KeyboardInterrupt:
+        return "the second runs beside the first"
     return None if torch.allclose(found.matrix, expected.matrix, rtol=0, atol=1e-12) else "the second is wrong"
 
 
 def _joined(other: Any, path: Path, expected: dtr.TaskAffinity) -> str | None:
     other.join()
-    if not torch.allclose(analysis(path, calls=0).matrix, expected.matrix, rtol=0, atol=1e-12):
+    try:
+        found = analysis(path, calls=0)
+    except KeyboardInterrupt:
+        return "the first has not kept its results"
+    if not torch.allclose(found.matrix, expected.matrix, rtol=0, atol=1e-12):
         return "the first is wrong"
     left = [file.name for file in path.parent.iterdir() if file != path]
     return f"{left} are left behind" if left else None
