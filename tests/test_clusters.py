@@ -433,6 +433,14 @@ def test_files(seed, tmp_path, as_given):
         assert json.load(file) == {"format": 1, "cost": "snr", "bounds": list(clusters.bounds)}
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_what_is_no_file_is_neither_replaced_nor_read(tmp_path, make):
+    make(path := tmp_path / "clusters.json")
+    refused(lambda: clusters_of(0, 1).save(path), OSError, [f"{path} is not a file"])
+    refused(lambda: dtr.IntervalClusters.load(path), ValueError, [f"{path} is not a file"])
+    assert [file.name for file in tmp_path.iterdir()] == ["clusters.json"] and not path.is_file()
+
+
 def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "clusters.json"
     clusters_of(0, 1).save(path)

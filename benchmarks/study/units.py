@@ -121,6 +121,8 @@ class Study:
         path, shape = self.folder / f"{name} images.pt", (2 * digits.CLASSES, 1, self.plan.size, self.plan.size)
         advice = f"delete {self._path(name)}, and the same command draws them again"
         with expecting("the images of this study", path, advice):
+            if not path.exists():
+                raise ValueError("it is not there")
             images = read_tensors(path)
             if not isinstance(images, Tensor) or images.shape != shape:
                 raise ValueError(f"it is no tensor of shape {list(shape)}")
