@@ -10,7 +10,7 @@ import socket
 import uuid
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,8 @@ def _delete_drafts_of_dead_processes(path: Path) -> None:
     for draft in path.parent.iterdir():
         pid = re.fullmatch(re.escape(prefix) + r"(\d+)\.\w+", draft.name)
         if pid and not _is_running(int(pid[1])):
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):  # somebody else's, or deleted meanwhile
+                draft.unlink()
 
 
 def _is_running(pid: int) -> bool:
@@ -106,8 +107,7 @@ def locked(path: str | Path, busy: str) -> Iterator[None]:
                 raise ValueError(busy) from None
             except OSError:
                 pass  # no locks here
-            # The holder deletes the file last of all: one that is no longer there locks nothing.
-            if not _is_open_as(file, lock):
+            if os.fstat(file).st_nlink == 0:  # its last holder has deleted it: it locks nothing any more
                 continue
             try:
                 yield
@@ -116,13 +116,6 @@ def locked(path: str | Path, busy: str) -> Iterator[None]:
             return
         finally:
             os.close(file)
-
-
-def _is_open_as(file: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 @contextmanager
