@@ -726,6 +726,8 @@ def test_resized_is_bilinear_and_constant_beyond_the_ends(seed, timesteps):
     torch.testing.assert_close(resized, bilinear(affinity, 23), rtol=0, atol=1e-14)
     assert resized.dtype == torch.float64 and resized.shape == (23, 23)
     refused(lambda: affinity.resized(timesteps[-1]), ValueError, ["num_timesteps", str(timesteps[-1])])
+    refused(lambda: affinity.resized(2**63), ValueError, ["num_timesteps must be below 2**63"])
+    refused(lambda: affinity.resized(1000.5), TypeError, ["num_timesteps", "1000.5"])
 
 
 def test_resized_is_what_interval_clusters_takes():

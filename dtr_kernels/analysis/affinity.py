@@ -97,8 +97,10 @@ class TaskAffinity:
             fp64 [T, T].
 
         Raises:
-            ValueError: if a timestep that was analysed is not below num_timesteps.
+            TypeError: if num_timesteps is not an integer.
+            ValueError: if a timestep that was analysed is not below num_timesteps, or that is not below 2**63.
         """
+        num_timesteps = check_count("num_timesteps", num_timesteps)
         if num_timesteps <= self.timesteps[-1]:
             raise ValueError(
                 f"num_timesteps must be more than the last timestep that was analysed, {int(self.timesteps[-1])}, got "
