@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from benchmarks.measure import Bench, Rounds
 from benchmarks.results import Run
 from benchmarks.suite import BENCHMARKS
 from benchmarks.tables import case_table
+from dtr_kernels.files import locked
 
 _RESULTS = Path(__file__).parent / "results"
 _OTHER_RESULTS = Path("out/benchmarks")
@@ -31,7 +33,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(command_line)
     try:
         return arguments.function(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         commands[arguments.command].error(str(error))
 
 
@@ -43,7 +45,12 @@ def list_benchmarks(_: argparse.Namespace) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs benchmarks. Raises ValueError, before anything is measured, if the arguments do not fit one of them."""
+    """Runs benchmarks.
+
+    Raises:
+        ValueError: before anything is measured, if the arguments do not fit one of them, or another run has the folder.
+        OSError: if results cannot be written.
+    """
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
     if unknown:
         raise ValueError(f"there is no benchmark {unknown[0]}; there are {', '.join(BENCHMARKS)}")
@@ -73,13 +80,15 @@ def run(arguments: argparse.Namespace) -> int:
     status = 0
     # A quick run on a CPU captures graphs and leaves out the C++ compiler, which takes minutes.
     backend = "aot_eager" if options.quick and device.type == "cpu" else None
-    for name, build in builders.items():
-        cases = [partial(_without, arguments.skip, builder) for builder in build]
-        with torch.compiler.set_stance("default", force_backend=backend):
-            finished = run_benchmark(BENCHMARKS[name], cases, bench, rounds, folder, environment.describe(device))
-        if finished.interrupted:
-            return 130
-        status |= finished.failed
+    busy = f"another run puts its results into {folder}; wait until it has ended, or give another --out"
+    with locked(folder / "run", busy):
+        for name, build in builders.items():
+            cases = [partial(_without, arguments.skip, builder) for builder in build]
+            with torch.compiler.set_stance("default", force_backend=backend):
+                finished = run_benchmark(BENCHMARKS[name], cases, bench, rounds, folder, environment.describe(device))
+            if finished.interrupted:
+                return 130
+            status |= finished.failed
     return status
 
 
@@ -95,7 +104,7 @@ def run_benchmark(
     bench: Bench,
     rounds: Rounds,
     folder: Path,
-    where: dict[str, object],
+    where: dict[str, Any],
 ) -> Run:
     """Measures cases, prints their tables and saves them as they come."""
     run = Run(benchmark.name, benchmark.summary, sources.fingerprint(benchmark), where)

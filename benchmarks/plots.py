@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.results import CaseResult, Run
 from benchmarks.tables import compared, comparison, coordinates, grouped, is_ours, label, marked, percent
+from dtr_kernels.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +90,9 @@ def draw(run: Run, path: Path) -> None:
         ImportError: if matplotlib is not installed.
         ValueError: if there is nothing to draw.
     """
-    figure(run).savefig(path, dpi=110)
+    drawn = figure(run)
+    with replacing(path) as draft:
+        drawn.savefig(draft, format="png", dpi=110)
 
 
 def draw_shares_of_heads(run: Run, path: Path) -> None:
@@ -124,7 +127,8 @@ def draw_shares_of_heads(run: Run, path: Path) -> None:
     axes.grid(color="0.9")
     axes.legend(fontsize=8)
     axes.set_title("\n".join(_title(run)[:2]), fontsize=9)
-    picture.savefig(path, dpi=110)
+    with replacing(path) as draft:
+        picture.savefig(draft, format="png", dpi=110)
 
 
 def shares_of_heads(run: Run) -> dict[tuple[str, ...], list[CaseResult]]:

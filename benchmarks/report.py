@@ -33,6 +33,7 @@ from benchmarks.tables import (
     times,
     verdict,
 )
+from dtr_kernels.files import replacing
 from dtr_kernels.ops import KERNELS
 
 # The results of each device, "cpu" first, by the name of its folder.
@@ -154,15 +155,14 @@ def generated_texts(root: Path, results: Results) -> dict[Path, str]:
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def _draw(pictures: Mapping[Path, Run]) -> bool:
     """Draws runs; False where that cannot be done here, which is said."""
     try:
         for path, run in pictures.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
             plots.draw(run, path)
     except ImportError as error:
         print(f"no pictures were drawn: {error}; pip install matplotlib")

@@ -7,15 +7,19 @@ import math
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from benchmarks import sources
-from benchmarks.cases import Case, Goal, Quantity
+from benchmarks.cases import Case, Goal
 from benchmarks.counts import NOT_COUNTED, Work
+from benchmarks.stored import misfit
 from benchmarks.suite import BENCHMARKS
 from benchmarks.timing import Spread, ratio
+from dtr_kernels.files import expecting, quoted, read_json, replacing
 
 Status = Literal["right", "wrong", "unavailable", "failed"]
+_Fact = str | int | float | bool | None | list[str]
+_FACTS = dict[str, _Fact | dict[str, _Fact]]
 
 
 @dataclass
@@ -211,17 +215,18 @@ class CaseResult:
         return amount / self.sides[side].spread.median if amount and self.timed(side) else None
 
     def check(self) -> None:
-        """Raise ValueError or TypeError where figures could not follow from what was read."""
+        """Raise ValueError where figures could not follow from what was read."""
         lists = self._rounds()
         if any(len(seconds) != len(lists[0]) for seconds in lists):
             raise ValueError(f"{self.name} has rounds of which something is missing")
-        if not all(seconds > 0 for each in lists for seconds in each):
+        if not all(_SHORTEST <= seconds <= _LONGEST for each in lists for seconds in each):
             raise ValueError(f"{self.name} has times that are not positive")
-        for goal in self.goals:
-            if goal.quantity not in get_args(Quantity):
-                raise ValueError(f"{self.name} has a goal about {goal.quantity!r}, which is not known")
+        if any(ceiling.amount < 1 for ceiling in self.ceilings):
+            raise ValueError(f"{self.name} has ceilings that are not positive")
 
 
+# Seconds: what is shorter or longer was not measured, and has no ratios.
+_SHORTEST, _LONGEST = 1e-12, 1e12
 # Fields of a case, and of a run, that a file holds as they are.
 _KEPT = ("name", "problem", "cell", "notes", "speedup_over", "time_over")
 _KEPT_OF_RUN = ("benchmark", "summary", "sources", "interrupted", "environment")
@@ -252,37 +257,43 @@ class Run:
         return any(case.problem for case in self.cases) or any(side.status in ("wrong", "failed") for side in sides)
 
     def save(self, folder: Path, unfinished: bool = False) -> Path:
-        """Writes <benchmark>.json, or <benchmark>.json.unfinished, and returns its path. The latter, once complete,
-        replaces the former."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Writes <benchmark>.json.unfinished, or <benchmark>.json in its place, and returns the path.
+
+        Raises:
+            OSError: if the file cannot be written. The old one is then as before.
+        """
         facts = {key: getattr(self, key) for key in _KEPT_OF_RUN}
         head = json.dumps(facts, indent=1, allow_nan=False).removesuffix("\n}")
         cases = ",\n".join(f"  {json.dumps(case.as_json(), allow_nan=False)}" for case in self.cases)
         text = f'{head},\n "cases": [\n{cases}\n ]\n}}'  # a case is a line, so that files can be compared
-        draft, final = folder / f"{self.benchmark}.json.unfinished", folder / f"{self.benchmark}.json"
-        draft.write_text(text + "\n")
-        return draft if unfinished else draft.replace(final)
+        partial, final = folder / f"{self.benchmark}.json.unfinished", folder / f"{self.benchmark}.json"
+        with replacing(partial if unfinished else final) as draft:
+            draft.write_text(text + "\n", encoding="utf-8")
+        if not unfinished:
+            partial.unlink(missing_ok=True)
+        return partial if unfinished else final
 
     @classmethod
     def load(cls, path: Path) -> Run:
         """Reads what ``save`` has written.
 
         Raises:
-            ValueError: if the file is not that.
+            OSError: if the file cannot be read.
+            ValueError: naming the file, if it is not that.
         """
-        try:
-            stored = json.loads(path.read_text())
+        advice = f"measure again with python -m benchmarks run {path.stem} --out {path.parent}, or delete the file"
+        with expecting("results of this version of the benchmarks", path, advice):
+            stored = read_json(path)
             cases = [CaseResult.from_json(case) for case in stored["cases"]]
             run = cls(cases=cases, **{key: stored[key] for key in _KEPT_OF_RUN})
-            dict.get(run.environment, "device")
+            wrong = misfit(run, Run, "run") or misfit(run.environment, _FACTS, "run.environment")
+            if wrong := wrong or misfit(run.environment.get("commit"), str | None, "run.environment['commit']"):
+                raise ValueError(f"{wrong} is of another type")
+            if run.benchmark != path.stem:
+                raise ValueError(f"it is named after another benchmark than {quoted(run.benchmark)}")
             for case in cases:
                 case.check()
             return run
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} does not hold results of this version of the benchmarks ({error!r}); measure again with "
-                f"python -m benchmarks run {path.stem} --out {path.parent}, or delete the file"
-            ) from error
 
 
 def load_all(folder: Path) -> list[Run]:

@@ -32,8 +32,10 @@ from triton.backends.compiler import GPUTarget
 from benchmarks import sources
 from benchmarks.cases import DTYPES, dtype_name
 from benchmarks.measure import BAR
+from benchmarks.stored import misfit
 from benchmarks.tables import grouped, table
 from dtr_kernels import ops, verify
+from dtr_kernels.files import expecting, read_json, replacing
 from dtr_kernels.ops import extension
 from dtr_kernels.ops.declaration import SIZES, Draw, Precision, Sizes, mode_name
 from dtr_kernels.ops.dispatch import recording
@@ -498,10 +500,20 @@ class Report:
         return json.dumps(facts)[:-1] + f', "rows": [\n  {rows}\n]}}\n'
 
     @classmethod
-    def from_json(cls, text: str) -> Report:
-        """The inverse of ``as_json``."""
-        stored = json.loads(text)
-        return cls(**stored | {"rows": [Row.from_json(row) for row in stored["rows"]]})
+    def load(cls, path: Path) -> Report:
+        """Read what ``as_json`` gave.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: naming the file, if it holds anything else.
+        """
+        with expecting("what compilers say of these kernels", path, "make it anew with python -m benchmarks static"):
+            stored = read_json(path)
+            report = cls(**stored | {"rows": [Row.from_json(row) for row in stored["rows"]]})
+            if wrong := misfit(report, Report, "report"):
+                raise ValueError(f"{wrong} is of another type")
+            report.markdown()
+            return report
 
     def markdown(self) -> str:
         """The tables."""
@@ -616,9 +628,9 @@ def main(arguments: argparse.Namespace) -> int:
     report = Report.collect(arguments.arch or tuple(PROCESSORS))
     print(report.markdown())
     if folder := arguments.out or (None if arguments.arch else REPORT):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "static.json").write_text(report.as_json())
-        (folder / "static.md").write_text(report.markdown())
+        for name, text in ("static.json", report.as_json()), ("static.md", report.markdown()):
+            with replacing(folder / name) as draft:
+                draft.write_text(text, encoding="utf-8")
     for complaint in report.complaints:
         print(complaint, file=sys.stderr)
     return int(bool(report.complaints))

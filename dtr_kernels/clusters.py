@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtr_kernels.files import replacing
+from dtr_kernels.files import expecting, quoted, read_json, replacing
 from dtr_kernels.routing import check_range, is_integer
 
 __all__ = ["IntervalClusters", "interval_clusters"]
@@ -34,7 +34,8 @@ class IntervalClusters:
     """K contiguous, non-empty intervals that cover the timesteps 0..T-1, as ``interval_clusters`` finds them.
 
     Attributes:
-        bounds: K + 1 edges, 0 = b[0] < b[1] < ... < b[K] = T; cluster k holds the timesteps b[k] <= t < b[k + 1].
+        bounds: K + 1 edges, 0 = b[0] < b[1] < ... < b[K] = T, below 2**63; cluster k holds the timesteps
+            b[k] <= t < b[k + 1].
         cost: what they were made with, "timestep", "snr", "log_snr" or "affinity".
 
     Raises:
@@ -50,8 +51,10 @@ class IntervalClusters:
         if len(edges) < 2 or not ascending or edges[0] != 0:
             raise ValueError(
                 "bounds must be a sequence of integers that begins with 0 and ascends to the number of timesteps, "
-                f"got {self.bounds!r}"
+                f"got {quoted(self.bounds)}"
             )
+        if edges[-1] >= 2**63:
+            raise ValueError(f"bounds must end below 2**63, as timesteps are int64, got {quoted(int(edges[-1]))}")
         object.__setattr__(self, "bounds", tuple(map(int, edges)))
         _check_cost(self.cost)
 
@@ -120,11 +123,11 @@ class IntervalClusters:
             int64 [B].
 
         Raises:
-            ValueError: if batch_size is not a positive integer.
+            ValueError: if batch_size is not a positive integer below 2**63.
             TypeError: if generator is something else, such as a seed.
         """
-        if not is_integer(batch_size) or batch_size < 1:
-            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+        if not is_integer(batch_size) or not 1 <= batch_size < 2**63:
+            raise ValueError(f"batch_size must be a positive integer below 2**63, got {quoted(batch_size)}")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(
                 f"generator must be a torch.Generator, got {type(generator).__name__}; "
@@ -147,32 +150,35 @@ class IntervalClusters:
         return t.to(device)
 
     def save(self, path: str | Path) -> None:
-        """Write the clusters as JSON. A reader, or another process that saves the same, never finds half a file."""
+        """Write the clusters as JSON. A reader, or another process that saves the same, never finds half a file.
+
+        Raises:
+            OSError: if the file cannot be written. The old one is then as before.
+        """
         text = json.dumps({"format": FORMAT, "cost": self.cost, "bounds": self.bounds}) + "\n"
         with replacing(path) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> IntervalClusters:
-        """Read what ``save`` has written.
+        """Read what ``save`` has written; the file may be edited by hand, and so has no checksum.
 
         Raises:
-            ValueError: if the file holds something else, or is of another version of the format.
+            ValueError: naming the file, if it holds something else, or is of another version of the format.
             OSError: if it cannot be read.
         """
-        try:
-            stored = json.loads(Path(path).read_text(encoding="utf-8"))
+        advice = "make them again with interval_clusters, or name another file"
+        with expecting("clusters that IntervalClusters.save has written", path, advice):
+            stored = read_json(path)
             if not isinstance(stored, dict) or "format" not in stored:
                 raise ValueError("it is not an object with a format")
             if stored["format"] != FORMAT:
-                raise ValueError(f"its format is version {stored['format']!r}, and this dtr_kernels reads {FORMAT}")
+                raise ValueError(
+                    f"its format is version {quoted(stored['format'])}, and this dtr_kernels reads {FORMAT}"
+                )
             if stored.keys() != {"format", "cost", "bounds"}:
                 raise ValueError(f"it must hold format, cost and bounds, but holds {', '.join(stored)}")
             return cls(stored["bounds"], stored["cost"])
-        except (ValueError, RecursionError) as error:  # also broken JSON, and bytes that are no text
-            raise ValueError(
-                f"{path} does not hold clusters that IntervalClusters.save has written: {error}"
-            ) from error
 
     def _assign_one(self, t: Any) -> int:
         if isinstance(t, float):
@@ -180,7 +186,9 @@ class IntervalClusters:
         if not is_integer(t):
             raise TypeError(f"t must be an integer tensor [B] or an int, got {type(t).__name__}")
         if not 0 <= t < self.num_timesteps:
-            raise ValueError(f"t must be in 0..{self.num_timesteps - 1}; {_covered(self.num_timesteps)}; got {t}")
+            raise ValueError(
+                f"t must be in 0..{self.num_timesteps - 1}; {_covered(self.num_timesteps)}; got {quoted(t)}"
+            )
         return sum(int(t) >= bound for bound in self.bounds[1:-1])
 
     def _not_an_integer(self, given: object) -> str:
@@ -229,7 +237,7 @@ def interval_clusters(num_timesteps: int, k: int, cost: str = "timestep", values
     longer intervals come first, as in ``numpy.array_split``, whose lengths the timestep cost always gives.
 
     Args:
-        num_timesteps: T, the number of timesteps.
+        num_timesteps: T, the number of timesteps, below 2**63.
         k: K, the number of clusters, 1 to T.
         cost: "timestep", "snr", "log_snr" or "affinity".
         values: what the cost is made from, a tensor, array or sequence. "snr" and "log_snr": the SNR itself at every
@@ -244,11 +252,11 @@ def interval_clusters(num_timesteps: int, k: int, cost: str = "timestep", values
             "log_snr", 0.
         TypeError: if values are not real numbers.
     """
-    if not is_integer(num_timesteps) or num_timesteps < 1:
-        raise ValueError(f"num_timesteps must be a positive integer, got {num_timesteps!r}")
+    if not is_integer(num_timesteps) or not 1 <= num_timesteps < 2**63:
+        raise ValueError(f"num_timesteps must be a positive integer below 2**63, got {quoted(num_timesteps)}")
     if not is_integer(k) or not 1 <= k <= num_timesteps:
         raise ValueError(
-            f"k, the number of clusters, must be an integer from 1 to num_timesteps = {num_timesteps}, got {k!r}"
+            f"k, the number of clusters, must be an integer from 1 to num_timesteps = {num_timesteps}, got {quoted(k)}"
         )
     _check_cost(cost)
     T, K = int(num_timesteps), int(k)
@@ -317,7 +325,7 @@ def _cheapest_bounds(distances: Iterable[np.ndarray], num_timesteps: int, k: int
 
 def _check_cost(cost: object) -> None:
     if cost not in COSTS:
-        raise ValueError(f"cost must be one of {', '.join(map(repr, COSTS))}, got {cost!r}")
+        raise ValueError(f"cost must be one of {', '.join(map(repr, COSTS))}, got {quoted(cost)}")
 
 
 def real_numbers(values: Any, shape: tuple[int, ...], what: str) -> np.ndarray:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dtr_kernels.files import quoted
 from dtr_kernels.nn import RoutedDiTBlock, RoutedResBlock
 from dtr_kernels.nn.block import Stream
 from dtr_kernels.ops.dispatch import Choice, choices
@@ -144,7 +145,7 @@ def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), dict(batch)
     if isinstance(batch, Sequence) and not isinstance(batch, str):
         return tuple(batch), {}
-    raise TypeError(f"batch must hold the arguments of the model's forward, as a tuple or a dict, got {batch!r}")
+    raise TypeError(f"batch must hold the arguments of the model's forward, as a tuple or a dict, got {quoted(batch)}")
 
 
 def _is_known(module: nn.Module) -> bool:

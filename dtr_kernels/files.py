@@ -10,7 +10,7 @@ import socket
 import uuid
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     file, never find half of one. Drafts that killed processes of this machine have left behind are deleted.
 
     Raises:
-        OSError: if the file cannot be written. The old one is then as before.
+        OSError: naming the file, if it cannot be written, or is a folder, pipe or device. It is then as before.
     """
     path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a file; name another path")
     path.parent.mkdir(parents=True, exist_ok=True)
     _delete_drafts_of_dead_processes(path)
     draft = path.with_name(f"{_drafts_of(path)}{os.getpid()}.{uuid.uuid4().hex[:8]}")
@@ -46,6 +48,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with draft.open("rb") as file:
             os.fsync(file.fileno())
         draft.replace(path)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(draft)):  # None of a write on a full disk
+            error.filename = str(path)
+        raise
     finally:
         draft.unlink(missing_ok=True)
 
@@ -59,20 +65,34 @@ def _delete_drafts_of_dead_processes(path: Path) -> None:
     prefix = _drafts_of(path)
     for draft in path.parent.iterdir():
         pid = re.fullmatch(re.escape(prefix) + r"(\d+)\.\w+", draft.name)
-        if pid and not Path("/proc", pid[1]).exists():
-            draft.unlink(missing_ok=True)
+        if pid and not _is_running(int(pid[1])):
+            with suppress(OSError):  # somebody else's, or deleted meanwhile
+                draft.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    # Not by /proc, which may hide the processes of other users.
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 @contextmanager
-def locked(path: Path, busy: str) -> Iterator[None]:
+def locked(path: str | Path, busy: str) -> Iterator[None]:
     """Hold a lock on a file or folder: ``<path>.lock`` beside it. The system frees it when the process dies.
 
-    A file system without locks has none to hold.
+    Every spelling of a path, and a symbolic link to it, is the same lock. Children that a process forks meanwhile
+    hold it too, should it be killed and they live on. A file system without locks has none to hold.
 
     Args:
         busy: the message of the error where another holds it.
 
     Raises:
+        OSError: if no file can be made there.
         ValueError: if another process or thread holds it.
     """
     path = Path(os.path.realpath(path))
@@ -83,12 +103,11 @@ def locked(path: Path, busy: str) -> Iterator[None]:
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except (BlockingIOError, PermissionError):  # the latter on SMB
                 raise ValueError(busy) from None
             except OSError:
                 pass  # no locks here
-            # The holder deletes the file last of all: one that is no longer there locks nothing.
-            if not _is_open_as(file, lock):
+            if os.fstat(file).st_nlink == 0:  # its last holder has deleted it: it locks nothing any more
                 continue
             try:
                 yield
@@ -99,11 +118,26 @@ def locked(path: Path, busy: str) -> Iterator[None]:
             os.close(file)
 
 
-def _is_open_as(file: int, path: Path) -> bool:
+@contextmanager
+def expecting(what: str, path: str | Path, advice: str) -> Iterator[None]:
+    """Refuse a file that turns out to hold something else, whatever is raised while it is read and understood.
+
+    Args:
+        what: must be in the file.
+        path: of the file.
+        advice: what to do then.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: naming the file, if anything else goes wrong.
+    """
     try:
-        return os.path.samestat(os.fstat(file), path.stat())
-    except FileNotFoundError:
-        return False
+        yield
+    except Exception as error:  # as many kinds as there are other files
+        if isinstance(error, OSError) and error.filename:  # of one without a name, zipfile was led out of the file
+            raise
+        reason = " ".join((str(error) if isinstance(error, ValueError) else repr(error)).split())
+        raise ValueError(f"{path} does not hold {what}: {shortened(reason)}; {advice}") from error
 
 
 def read_json(path: str | Path) -> Any:
@@ -114,14 +148,14 @@ def read_json(path: str | Path) -> Any:
         ValueError: naming the file, if it is no regular file, not JSON in UTF-8, nested too deeply, or has a larger
             number.
     """
-    _check_no_device(path)
+    check_no_device(path)
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"), parse_int=_int64, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} does not hold JSON that this library has written: {shortened(error)}") from error
 
 
-def _check_no_device(path: str | Path) -> None:
+def check_no_device(path: str | Path) -> None:
     """Refuse folders, and pipes, at which a reader would wait forever."""
     if Path(path).exists() and not Path(path).is_file():
         raise ValueError(f"{path} is not a file; name another path")
@@ -146,6 +180,14 @@ def shortened(thing: object) -> str:
     return text if len(text) <= _LONGEST_QUOTATION else f"{text[:half]} ... {text[-half:]}"
 
 
+def quoted(value: object) -> str:
+    """Return the ``repr`` of a value, shortened, for an error message."""
+    try:
+        return shortened(repr(value))
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return f"{type(value).__name__} with too many digits to be shown"
+
+
 def write_tensors(state: object, path: str | Path) -> None:
     """Write what ``torch.save`` can, as a whole or not at all.
 
@@ -157,7 +199,9 @@ def write_tensors(state: object, path: str | Path) -> None:
             # Given a name, PyTorch writes by itself; into a Python file it would call back, where Ctrl-C may strike.
             torch.save(state, draft)
         except RuntimeError as error:
-            raise OSError(f"{path} could not be written; is the disk full? ({shortened(error)})") from error
+            raise OSError(
+                f"{path} could not be written; is the disk full, or the folder read-only? ({shortened(error)})"
+            ) from error
 
 
 def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:
@@ -167,13 +211,13 @@ def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:
         OSError: if the file cannot be read.
         ValueError: naming the file, if it is damaged, or holds anything else.
     """
-    _check_no_device(path)
+    check_no_device(path)
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # PyTorch itself does not look at the checksums
                 raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location=device, weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # as many kinds as there are other files
+        if isinstance(error, OSError) and error.filename:  # of one without a name, zipfile was led out of the file
+            raise
         raise ValueError(f"{path} is damaged, or no file that this library has written: {shortened(error)}") from error

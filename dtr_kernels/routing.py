@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtr_kernels.files import quoted
+
 __all__ = ["ChannelWindow", "DenoisingTaskRouting", "RandomRouting"]
 
 
@@ -82,12 +84,14 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
 
     Raises:
         TypeError: if value is not an integer.
-        ValueError: if it is less than ``least``.
+        ValueError: if it is less than ``least``, or not below 2**63, as PyTorch's integers are.
     """
     if not is_integer(value):
-        raise TypeError(f"{name} must be an integer of at least {least}, got {value!r}")
+        raise TypeError(f"{name} must be an integer of at least {least}, got {quoted(value)}")
     if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+        raise ValueError(f"{name} must be at least {least}, got {quoted(value)}")
+    if value >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, got {quoted(value)}")
     return int(value)
 
 
@@ -96,9 +100,14 @@ def check_number(name: str, value: Any) -> int | float:
 
     Raises:
         TypeError: if value is not a number.
+        ValueError: if it is larger than a float can be.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise TypeError(f"{name} must be a number, got {quoted(value)}")
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that fits into a float, got {quoted(value)}") from None
     return int(value) if isinstance(value, Integral) else float(value)
 
 
@@ -208,7 +217,7 @@ class DenoisingTaskRouting:
 
     Raises:
         TypeError: if an argument is not a number, num_timesteps not an integer or float_timesteps not a bool.
-        ValueError: if beta is outside (0, 1], alpha <= 0 or num_timesteps < 1.
+        ValueError: if beta is outside (0, 1], alpha <= 0, num_timesteps < 1, or one of them is too large for 64 bits.
     """
 
     num_timesteps: int = 1000
@@ -276,7 +285,7 @@ class RandomRouting:
 
     Raises:
         TypeError: if num_timesteps or seed is not an integer or beta not a number.
-        ValueError: if beta is outside (0, 1], num_timesteps < 1 or seed < 0.
+        ValueError: if beta is outside (0, 1], num_timesteps < 1, seed < 0, or one of the two is not below 2**63.
     """
 
     num_timesteps: int = 1000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import random
 import signal
 import subprocess
@@ -513,7 +514,7 @@ def test_memory_may_change_in_between(path, model, loss, memory, calls):
     torch.testing.assert_close(affinity.matrix, analyse(loss, model).matrix, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("damage", ["removed", "cut", "empty"])
+@pytest.mark.parametrize("damage", ["removed", "cut", "empty", "flipped"])
 def test_rows_that_are_gone_are_computed_again(tmp_path, path, model, loss, damage, monkeypatch):
     monkeypatch.setattr(progress_module, "_SECONDS_BETWEEN_SAVES", 0.0)
     stopped(loss, model, path, 11, memory=MEMORY)
@@ -521,6 +522,10 @@ def test_rows_that_are_gone_are_computed_again(tmp_path, path, model, loss, dama
     assert rows.stat().st_size >= 5 * 13 * 8
     if damage == "removed":
         rows.unlink()
+    elif damage == "flipped":  # a bit of a mantissa, which no value shows
+        content = bytearray(rows.read_bytes())
+        content[2 * 13 * 8 + 6] ^= 1
+        rows.write_bytes(content)
     else:
         rows.write_bytes(rows.read_bytes()[: 2 * 13 * 8 + 5 if damage == "cut" else 0])
     stopped(loss, model, path, 2, memory=MEMORY)  # so that what is saved next is right, too
@@ -533,6 +538,40 @@ def test_rows_of_any_dtype_are_kept(path, model, loss, dtype):
     model.to(dtype)
     stopped(loss, model, path, 10, memory=MEMORY)
     assert_same_bits(analyse(loss, model, path=path, memory=MEMORY), analyse(loss, model, memory=MEMORY))
+
+
+@pytest.mark.parametrize("memory", [MEMORY, MEMORY * 2])
+def test_a_path_is_of_one_analysis_at_a_time(tmp_path, path, model, loss, monkeypatch, memory):
+    """However it is spelled, also where the process works elsewhere by then."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.pt").symlink_to("progress.pt")
+    tried = 0
+
+    def inner(t):
+        nonlocal tried
+        if tried == 3:
+            monkeypatch.chdir("/")
+        else:
+            spelled = [path, "link.pt", f"../{tmp_path.name}/progress.pt"][tried]
+            fragments = ["another analysis is using path", str(path), "name another path"]
+            refused(lambda: analyse(never, model, memory=memory, path=spelled), ValueError, fragments)
+            tried += 1
+        return loss(t)
+
+    assert_same_bits(analyse(inner, model, memory=MEMORY, path="link.pt"), analyse(loss, model, memory=MEMORY))
+    assert tried == 3 and sorted(file.name for file in tmp_path.iterdir()) == ["link.pt", "progress.pt"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
+def test_an_exception_unlocks_the_path(tmp_path, path, model, loss, error):
+    def broken(t):
+        assert (tmp_path / "progress.pt.lock").exists()
+        raise error
+
+    with pytest.raises(error):
+        analyse(broken, model, path=path)
+    assert not (tmp_path / "progress.pt.lock").exists()
+    analyse(loss, model, path=path)
 
 
 def test_progress_of_another_problem_is_refused_and_kept(tmp_path, path, model, loss):
@@ -570,16 +609,15 @@ def test_a_file_of_something_else_is_refused_and_kept(tmp_path, model, loss):
         fragments = [f"{file} does not hold the progress", "delete the file"]
         refused(lambda file=file: analyse(loss, model, path=file), ValueError, fragments)
         assert file.read_bytes() == content
-    with pytest.raises(OSError):
-        analyse(loss, model, path=tmp_path)
+    refused(lambda: analyse(loss, model, path=tmp_path), ValueError, [f"{tmp_path} does not hold the progress"])
     with pytest.raises(OSError):  # before any work
         analyse(never, model, path=tmp_path / "text" / "progress")
 
 
 def test_a_file_of_another_format_is_refused(path, model, loss, monkeypatch):
     stopped(loss, model, path, 3)
-    monkeypatch.setattr(progress_module, "FORMAT", 2)
-    refused(lambda: analyse(loss, model, path=path), ValueError, ["format is 1 there and 2 here"])
+    monkeypatch.setattr(progress_module, "FORMAT", 3)
+    refused(lambda: analyse(loss, model, path=path), ValueError, ["format is 2 there and 3 here"])
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -614,7 +652,9 @@ def test_bad_arguments_are_named(model, loss):
     refused(call(timesteps=[-1, 2]), ValueError, ["at least 0", "-1"])
     refused(call(timesteps=[0.5, 1.0]), TypeError, ["timesteps must be integers", "float"])
     refused(call(timesteps=5), TypeError, ["timesteps must be integers"])
+    refused(call(timesteps=[1, 2**63]), ValueError, ["timesteps must be below 2**63"])
     refused(call(seed=-1), ValueError, ["seed", "-1"])
+    refused(call(seed=2**64), ValueError, ["seed must be below 2**63"])
     refused(call(memory=1e9), TypeError, ["memory", "1000000000.0"])
 
 
@@ -686,12 +726,14 @@ def test_resized_is_bilinear_and_constant_beyond_the_ends(seed, timesteps):
     torch.testing.assert_close(resized, bilinear(affinity, 23), rtol=0, atol=1e-14)
     assert resized.dtype == torch.float64 and resized.shape == (23, 23)
     refused(lambda: affinity.resized(timesteps[-1]), ValueError, ["num_timesteps", str(timesteps[-1])])
+    refused(lambda: affinity.resized(2**63), ValueError, ["num_timesteps must be below 2**63"])
+    refused(lambda: affinity.resized(1000.5), TypeError, ["num_timesteps", "1000.5"])
 
 
 def test_resized_is_what_interval_clusters_takes():
     """Two groups of timesteps whose gradients have nothing in common."""
     matrix = torch.block_diag(torch.ones(3, 3), torch.ones(2, 2)).double()
-    affinity = dtr.TaskAffinity(torch.tensor([0, 10, 20, 30, 40]), matrix, torch.ones(5), torch.ones(5))
+    affinity = dtr.TaskAffinity(torch.tensor([0, 10, 20, 30, 40]), matrix, *torch.ones(2, 5).double())
     clusters = dtr.interval_clusters(50, 2, cost="affinity", values=affinity.resized(50))
     assert 20 < clusters.bounds[1] <= 30
 
@@ -720,10 +762,12 @@ def test_a_result_is_saved_and_loaded(seed, tmp_path):
         "npy": lambda file: np.save(file.open("wb"), np.ones(3)),
         "other": lambda file: np.savez(file.open("wb"), matrix=np.ones(3)),
         "shapes": lambda file: np.savez(file.open("wb"), **{name: np.arange(2) for name in vars(affinity)}),
+        "folder": lambda file: file.mkdir(),
+        "pipe": os.mkfifo,
         "objects": lambda file: np.save(file.open("wb"), np.array([{}]), allow_pickle=True),
     }.items():
         write(tmp_path / name)
-        refused(lambda name=name: dtr.TaskAffinity.load(tmp_path / name), ValueError, ["does not hold a saved"])
+        refused(lambda name=name: dtr.TaskAffinity.load(tmp_path / name), ValueError, [str(tmp_path / name)])
 
 
 def test_a_failed_save_leaves_the_old_file(seed, tmp_path, monkeypatch):
@@ -744,9 +788,20 @@ def test_an_affinity_that_does_not_fit_is_refused(seed):
     good = vars(some_affinity([0, 4]))
     refused(lambda: dtr.TaskAffinity(**good | {"matrix": torch.ones(2, 3)}), ValueError, ["matrix", "[2, 2]", "[2, 3]"])
     refused(lambda: dtr.TaskAffinity(**good | {"norms": torch.ones(3)}), ValueError, ["norms"])
+    for name, tensor in good.items():
+        for bad in (tensor.to(torch.complex64), tensor.half(), tensor.bool(), tensor.to("meta"), tensor.tolist(), None):
+            refused(lambda name=name, bad=bad: dtr.TaskAffinity(**good | {name: bad}), ValueError, [f"{name} must be"])
+        for number in (math.nan, math.inf) if tensor.is_floating_point() else ():
+            bad = tensor.clone()
+            bad.view(-1)[-1] = number
+            refused(lambda name=name, bad=bad: dtr.TaskAffinity(**good | {name: bad}), ValueError, [name, "NaN or inf"])
+    refused(lambda: dtr.TaskAffinity(**good | {"timesteps": torch.tensor([-1, 4])}), ValueError, ["from 0 on"])
+    refused(lambda: dtr.TaskAffinity(**good | {"norms": -good["norms"]}), ValueError, ["norms", "negative", "-0."])
+    refused(lambda: dtr.TaskAffinity(**good | {"matrix": good["matrix"] * 1.001}), ValueError, ["-1 to 1", "1.00"])
+    dtr.TaskAffinity(**good | {"matrix": good["matrix"] * (1 + 1e-7), "losses": -good["losses"]})
     refused(lambda: dtr.TaskAffinity(**good | {"timesteps": torch.tensor([4, 4])}), ValueError, ["ascending"])
-    none = torch.empty(0)
-    refused(lambda: dtr.TaskAffinity(none, torch.empty(0, 0), none, none), ValueError, ["at least one"])
+    none = torch.empty(0).double()
+    refused(lambda: dtr.TaskAffinity(none.long(), none.view(0, 0), none, none), ValueError, ["at least one"])
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

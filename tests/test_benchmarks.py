@@ -202,6 +202,21 @@ def test_ctrl_c_does_not_replace_what_was_measured_to_its_end(tmp_path, monkeypa
     assert [run.interrupted for run in load_all(tmp_path)] == [False]
 
 
+def test_a_folder_is_of_one_run_at_a_time(tmp_path, monkeypatch, capsys):
+    def second():
+        with pytest.raises(SystemExit, match="2"):
+            run(tmp_path / ".." / tmp_path.name, "fake")
+        return good_side()
+
+    fake(monkeypatch, Case("first", [good_side()]))
+    benchmark = Benchmark("fake", "made up", lambda options: [lambda: Case("first", [second()])])
+    monkeypatch.setitem(command_line.BENCHMARKS, "fake", benchmark)
+    assert run(tmp_path, "fake")[0] == 0
+    said = capsys.readouterr().err
+    assert f"another run puts its results into {tmp_path}" in said and "Traceback" not in said
+    assert [file.name for file in tmp_path.iterdir()] == ["fake.json"]
+
+
 def test_a_case_that_cannot_be_built_does_not_end_the_run(tmp_path, monkeypatch, capsys):
     builders = [raising(RuntimeError("out of memory\nin many lines")), lambda: Case("good", [good_side()])]
     benchmark = Benchmark("fake", "made up", lambda options: builders)
@@ -363,7 +378,7 @@ def test_results_survive_their_file(tmp_path):
     assert stored["goals"][0]["met"] and stored["sides"][1]["speed-up over slow"]["median"] == pytest.approx(6)
 
 
-def test_files_that_hold_no_results(tmp_path):
+def test_files_that_hold_no_results(tmp_path, capsys):
     with pytest.raises(ValueError, match="there are no results"):
         load_all(tmp_path)
     result = results_of_rounds(good_side("slow"), goals=[Goal("error", "slow")])
@@ -376,6 +391,15 @@ def test_files_that_hold_no_results(tmp_path):
         good.replace("0.004", '"a"'),
         good.replace('"quantity": "error"', '"quantity": "beauty"'),
         good.replace("0.004,", "", 1),
+        good.replace("0.004", "1e-320"),
+        good.replace('"environment": {}', '"environment": {"commit": 5}'),
+        good.replace('"environment": {}', '"environment": {"commit": NaN}'),
+        good.replace('"bound": 1e-05', '"bound": true'),
+        good.replace('"notes": []', '"notes": "abc"'),
+        good.replace('"benchmark": "x"', '"benchmark": "../x"'),
+        good.replace('"flops": 0', '"flops": 1' + 400 * "0"),
+        good.replace('"name": "case"', '"name": ' + "[" * 100_000),
+        good.replace('"summary": ""', '"summary": ["' + "a" * 1_000_000 + '"]'),
     ]
     for text in (
         "",
@@ -386,8 +410,12 @@ def test_files_that_hold_no_results(tmp_path):
     ):
         assert text != good
         (tmp_path / "x.json").write_text(text)
-        with pytest.raises(ValueError, match=r"x\.json does not hold results of this version"):
+        with pytest.raises(ValueError, match=r"x\.json does not hold results of this version") as caught:
             load_all(tmp_path)
+        assert len(str(caught.value)) < 1000
+        with pytest.raises(SystemExit, match="2"):
+            command_line.main(["report", str(tmp_path)])
+        assert "or delete the file" in capsys.readouterr().err
 
 
 def test_fingerprints_follow_what_the_code_says(tmp_path):

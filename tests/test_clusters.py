@@ -433,6 +433,14 @@ def test_files(seed, tmp_path, as_given):
         assert json.load(file) == {"format": 1, "cost": "snr", "bounds": list(clusters.bounds)}
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_what_is_no_file_is_neither_replaced_nor_read(tmp_path, make):
+    make(path := tmp_path / "clusters.json")
+    refused(lambda: clusters_of(0, 1).save(path), OSError, [f"{path} is not a file"])
+    refused(lambda: dtr.IntervalClusters.load(path), ValueError, [f"{path} is not a file"])
+    assert [file.name for file in tmp_path.iterdir()] == ["clusters.json"] and not path.is_file()
+
+
 def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "clusters.json"
     clusters_of(0, 1).save(path)
@@ -454,11 +462,13 @@ GOOD = {"format": 1, "cost": "snr", "bounds": [0, 2, 5]}
 @pytest.mark.parametrize(
     "content, fragment",
     [
-        ("", "Expecting value"),
+        ("", "JSON that this library has written: Expecting value"),
         ("bounds: 0 2 5", "Expecting value"),
         (json.dumps(GOOD)[:-3], "Expecting"),
-        ("[" * 100_000, ""),
+        ("[" * 100_000, "recursion"),
         (b"\x80\x04\x95 a pickle", "can't decode"),
+        (json.dumps(GOOD).replace("5", "5" + 400 * "0"), "more than 64 bits"),
+        (json.dumps(GOOD).replace("5", str(2**63)), "more than 64 bits"),
         ([0, 2, 5], "not an object"),
         ({"cost": "snr", "bounds": [0, 2, 5]}, "format"),
         ({**GOOD, "format": 2}, "version 2"),
@@ -472,6 +482,10 @@ GOOD = {"format": 1, "cost": "snr", "bounds": [0, 2, 5]}
         ({**GOOD, "bounds": {"0": 2}}, "{'0': 2}"),
         ({**GOOD, "bounds": [0, math.nan]}, "[0, nan]"),
         ({**GOOD, "bounds": None}, "None"),
+        ({**GOOD, "bounds": [0, *[1] * 100_000]}, " ... "),
+        ({**GOOD, "cost": "snr" * 100_000}, " ... "),
+        ({**GOOD, "format": "1" * 100_000}, " ... "),
+        ({**GOOD, "t" * 100_000: 0}, " ... "),
     ],
     ids=lambda content: str(content)[:30],
 )
@@ -480,7 +494,10 @@ def test_broken_files(tmp_path, content, fragment):
     if isinstance(content, dict | list):
         content = json.dumps(content)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    refused(lambda: dtr.IntervalClusters.load(path), ValueError, [str(path), "IntervalClusters.save", fragment])
+    refused(lambda: dtr.IntervalClusters.load(path), ValueError, [str(path), fragment])
+    with pytest.raises(ValueError) as caught:
+        dtr.IntervalClusters.load(path)
+    assert len(str(caught.value)) < 1000
     with pytest.raises(FileNotFoundError):
         dtr.IntervalClusters.load(tmp_path / "other.json")
 
@@ -513,6 +530,21 @@ def test_numbers_of_timesteps_clusters_and_samples(number):
     for k, said in ((number, got), (11, "got 11")):
         fragments = ["k, the number of clusters", "from 1 to num_timesteps = 10", said]
         refused(lambda k=k: dtr.interval_clusters(10, k), ValueError, fragments)
+
+
+@pytest.mark.parametrize("number", [2**63, 2**64, 10**5000], ids=lambda number: f"{number.bit_length()} bits")
+def test_numbers_that_no_int64_holds(number):
+    refused(lambda: dtr.interval_clusters(number, 5), ValueError, ["num_timesteps", "below 2**63"])
+    refused(lambda: clusters_of(0, 5, number), ValueError, ["bounds must end below 2**63"])
+    refused(lambda: clusters_of(0, 5).sample(number), ValueError, ["batch_size", "below 2**63"])
+    refused(lambda: clusters_of(0, 5).assign(number), ValueError, ["t must be in 0..4"])
+    refused(lambda: dtr.DenoisingTaskRouting(number), ValueError, ["num_timesteps must be below 2**63"])
+    refused(lambda: dtr.RandomRouting(number), ValueError, ["num_timesteps must be below 2**63"])
+    refused(lambda: dtr.RandomRouting(seed=number), ValueError, ["seed must be below 2**63"])
+    huge = 10**400 * number
+    refused(lambda: dtr.DenoisingTaskRouting(alpha=huge), ValueError, ["alpha must be a number that fits into a float"])
+    largest = dtr.interval_clusters(2**63 - 1, 2)
+    assert largest.assign(torch.tensor([0, 2**63 - 2])).tolist() == [0, 1] and largest.sample(3).shape == (3,)
 
 
 SNR = "the SNR at every timestep, finite real numbers of shape [3]"

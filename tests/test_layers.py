@@ -17,7 +17,7 @@ ALLOWED = {
     "compilation": set(),
     "files": set(),
     "just_in_time": {"compilation", "files"},
-    "routing": set(),
+    "routing": {"files"},
     "reference": {"routing"},
     "ops": {"_C", "compilation", "files", "just_in_time", "reference", "routing"},
     "nn": {"ops", "reference", "routing"},

@@ -110,9 +110,10 @@ def report(*rows):
     return static.Report("3.7.1", "13.0.88", None, "0123456789abcdef", list(rows))
 
 
-def test_report_is_stored_and_read():
+def test_report_is_stored_and_read(tmp_path):
     written = report(row(), row(arch=80, copies={}), row(language="CUDA", kernel="gram", tile={"K": 5}, matrix={}))
-    assert static.Report.from_json(written.as_json()) == written
+    (tmp_path / "static.json").write_text(written.as_json())
+    assert static.Report.load(tmp_path / "static.json") == written
     stored = json.loads(written.as_json())["rows"][0]
     assert stored["occupancy"] == {"blocks": 2, "warps": 16, "limit": "registers", "share": 0.25}
 
@@ -167,7 +168,7 @@ def run(monkeypatch, tmp_path, *command_line, found=()):
 def test_command_line_stores_the_whole_report(monkeypatch, tmp_path, capsys):
     assert run(monkeypatch, tmp_path) == 1, "sm_100 has no tcgen05 in these rows"
     assert "tcgen05" in capsys.readouterr().err
-    stored = static.Report.from_json((tmp_path / "committed/static.json").read_text())
+    stored = static.Report.load(tmp_path / "committed/static.json")
     assert {each.arch for each in stored.rows} == {80, 90, 100}
     assert (tmp_path / "committed/static.md").read_text() == stored.markdown()
 
@@ -182,7 +183,7 @@ def test_command_line_prints_a_part(monkeypatch, tmp_path, capsys):
 
 
 def test_committed_report_is_the_json_in_words():
-    stored = static.Report.from_json((static.REPORT / "static.json").read_text())
+    stored = static.Report.load(static.REPORT / "static.json")
     assert (static.REPORT / "static.md").read_text() == stored.markdown()
     assert {each.arch for each in stored.rows} == set(static.PROCESSORS)
     assert {width for each in stored.rows for width in each.widths} >= set(static.WIDTHS)
@@ -192,7 +193,7 @@ def test_committed_report_is_the_json_in_words():
 
 def test_committed_report_knows_every_packaged_tile():
     """After a file of tuned tiles comes ``python -m benchmarks static``, which fails if one of them spills."""
-    stored = static.Report.from_json((static.REPORT / "static.json").read_text())
+    stored = static.Report.load(static.REPORT / "static.json")
     known = [(each.arch, each.chosen, each.tile) for each in stored.rows]
     for entry in packaged():
         if entry.measurement.capability in static.PROCESSORS and not isinstance(entry.tile, Crossover):

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import benchmarks.__main__ as command_line
 from benchmarks.study import findings, inner, units
 from benchmarks.study.judge import frechet_distance, split
 from benchmarks.study.plan import METHODS, PLANS, SOLVING, TIMED_STEPS, VANILLA, unit
+from dtr_kernels.files import locked
 from examples import digits
 from examples.train import Recipe, Training
 
@@ -89,6 +91,64 @@ def test_a_finished_study_trains_nothing(quick, monkeypatch):
     folder, _ = quick
     monkeypatch.setattr(Training, "step", lambda self: pytest.fail("something was trained again"))
     assert command_line.main(["study", "--quick", "--out", str(folder)]) == 0
+
+
+@pytest.mark.parametrize(
+    "name, damage, remedy",
+    [
+        ("plan.json", lambda path: path.write_text("{}"), "delete it"),
+        ("real.json", lambda path: path.write_text(path.read_text().replace("1438", "1439")), "delete it"),
+        ("seconds.json", lambda path: path.write_bytes(b"\x00" * 100), "delete it"),
+        ("transfer, seed 0.json", lambda path: (path.unlink(), path.mkdir()), "delete it"),
+        ("+UW, seed 1.json", lambda path: path.write_text("[" * 100_000), "delete it"),
+        ("classifier.pt", lambda path: path.write_bytes(path.read_bytes()[:-200]), "delete it"),
+        ("classifier.pt", lambda path: torch.save({"a": torch.ones(2)}, path), "delete it"),
+        ("vanilla, seed 0 images.pt", lambda path: path.unlink(), "seed 0.json"),
+        ("+Nash, seed 0 images.pt", lambda path: torch.save(torch.ones(3), path), "delete"),
+    ],
+)
+def test_a_damaged_file_of_a_study_is_named(quick, tmp_path, capsys, name, damage, remedy):
+    folder = shutil.copytree(quick[0], tmp_path / "study")
+    damage(folder / name)
+    with pytest.raises(SystemExit, match="2"):
+        command_line.main(["study", "--quick", "--out", str(folder)])
+    said = capsys.readouterr().err
+    assert str(folder / name) in said and remedy in said and "Traceback" not in said
+
+
+def test_what_was_deleted_is_made_anew(quick, tmp_path):
+    folder = shutil.copytree(quick[0], tmp_path / "study")
+    found = json.loads((folder / "quick.json").read_text())
+    for name in ("+UW, seed 0.json", "+UW, seed 0 images.pt", "real.json", "transfer, seed 1.json", "+R-TR, seed 0.pt"):
+        (folder / name).unlink()
+    assert command_line.main(["study", "--quick", "--out", str(folder)]) == 0
+    again = json.loads((folder / "quick.json").read_text())
+    for method, of_method in found["methods"].items():
+        assert again["methods"][method]["losses"] == of_method["losses"]
+        assert again["methods"][method]["distance"] == pytest.approx(of_method["distance"], rel=1e-6)
+    torch.testing.assert_close(torch.tensor(again["transfer"]), torch.tensor(found["transfer"]), rtol=1e-3, atol=1e-3)
+
+
+def test_a_study_is_of_one_process_at_a_time(quick, capsys):
+    folder, _ = quick
+    with locked(folder / "study", "busy"), pytest.raises(SystemExit, match="2"):
+        command_line.main(["study", "--quick", "--out", str(folder)])
+    assert f"another process works on the study in {folder}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [findings, inner], ids=["methods", "inner"])
+def test_committed_studies_that_are_damaged_are_named(quick, tmp_path, kind):
+    root = Path(__file__).parent.parent
+    name = "cpu.json" if kind is findings else "inner.json"
+    (tmp_path / findings.DOCS).mkdir(parents=True)
+    good = (root / findings.DOCS / name).read_text()
+    path = tmp_path / findings.DOCS / name
+    path.write_text(good)
+    assert kind.committed(tmp_path)
+    for bad in (good[:-20], "[]", good.replace('"losses"', '"loss"'), good.replace('"name": "', '"name": "../')):
+        path.write_text(bad)
+        with pytest.raises(ValueError, match=f"{path} does not hold a study of this version"):
+            kind.committed(tmp_path)
 
 
 def test_a_folder_of_another_study_is_refused(quick, capsys):

@@ -20,6 +20,7 @@ from benchmarks import sources
 from benchmarks.study import findings
 from benchmarks.study.inner import INNER_PLANS
 from benchmarks.study.plan import PLANS
+from dtr_kernels.files import locked, replacing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +47,9 @@ def main(arguments: argparse.Namespace) -> int:
         0; 130 after Ctrl-C.
 
     Raises:
-        ValueError: if there is no such device, or the folder holds another study.
+        ValueError: if there is no such device, the folder holds another study or another process works in it, or a file
+            in it is damaged.
+        OSError: if a file cannot be read or written.
         ImportError: without scikit-learn, matplotlib and tqdm.
     """
     # Here, because the other commands must work without these.
@@ -60,25 +63,29 @@ def main(arguments: argparse.Namespace) -> int:
     kind, plans = (InnerStudy, INNER_PLANS) if arguments.inner else (Study, PLANS)
     plan = plans["quick" if arguments.quick else device.type]
     folder = arguments.out or Path("out/study") / plan.name
-    try:
-        study = kind(plan, folder, device)
-        units = dict(study.units())
-        with tqdm(units.items(), "study", unit="unit") as bar:
-            for name, function in bar:
-                bar.set_postfix_str(name)
-                if not study.done(name):
-                    study.do(name, function)
-    except (KeyboardInterrupt, Interrupted):
-        print(f"interrupted; the same command goes on from here, with what is in {folder}")
-        return 130
-    found = study.collected()
-    for target in [folder] if arguments.quick or arguments.out else [folder, sources.ROOT / findings.DOCS]:
-        target.mkdir(parents=True, exist_ok=True)
+    docs = [] if arguments.quick or arguments.out else [sources.ROOT / findings.DOCS]
+    busy = f"another process works on the study in {folder}; wait until it has ended, or give another --out"
+    with locked(folder / "study", busy):
+        try:
+            study = kind(plan, folder, device)
+            study.findings()  # what is damaged is refused before the work
+            with tqdm(dict(study.units()).items(), "study", unit="unit") as bar:
+                for name, function in bar:
+                    bar.set_postfix_str(name)
+                    if not study.done(name):
+                        study.do(name, function)
+        except (KeyboardInterrupt, Interrupted):
+            print(f"interrupted; the same command goes on from here, with what is in {folder}")
+            return 130
+        found = study.collected()
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()]
-        (target / f"{plan.name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
-        (target / f"{plan.name}.md").write_text(study.markdown(found))
-        study.draw(found, target / f"{plan.name}.png")
-        print(f"results are in {target}")
+        texts = {"json": "{\n" + ",\n".join(lines) + "\n}\n", "md": study.markdown(found)}
+        for target in [folder, *docs]:
+            for ending, text in texts.items():
+                with replacing(target / f"{plan.name}.{ending}") as draft:
+                    draft.write_text(text, encoding="utf-8")
+            study.draw(found, target / f"{plan.name}.png")
+            print(f"results are in {target}")
     print(f"\n{findings.as_table(found)}\n")
     print("\n".join(study.sentences(found)))
     return 0

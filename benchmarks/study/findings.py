@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from benchmarks.study.plan import METHODS, PLANS, SOLVING, VANILLA, Plan, unit
 from benchmarks.tables import table, times
 from benchmarks.timing import Spread, ratio
+from dtr_kernels.files import expecting, quoted, read_json
 
 DOCS = Path("docs/study")
 
@@ -236,9 +236,28 @@ def setup(study: Mapping[str, Any]) -> str:
 
 
 def committed(root: Path) -> list[dict[str, Any]]:
-    """The studies whose figures are in a checkout's docs, the largest first."""
+    """The studies whose figures are in a checkout's docs, the largest first.
+
+    Raises:
+        ValueError: naming the file, if one holds anything else.
+    """
     paths = [root / DOCS / f"{name}.json" for name in reversed(PLANS)]
-    return [json.loads(path.read_text()) for path in paths if path.is_file()]
+    return [read(path, markdown) for path in paths if path.exists()]
+
+
+def read(path: Path, page: Callable[[dict[str, Any]], str]) -> dict[str, Any]:
+    """Return a study, from which its page can be made.
+
+    Raises:
+        ValueError: naming the file, if it holds anything else.
+    """
+    advice = "restore it from git, or make it anew with python -m benchmarks study"
+    with expecting("a study of this version", path, advice):
+        study = read_json(path)
+        page(study)
+        if study["plan"]["name"] != path.stem:
+            raise ValueError(f"it is named after another study than {quoted(study['plan']['name'])}")
+        return study
 
 
 def readme_block(root: Path, others: Sequence[str] = ()) -> str:

@@ -3,7 +3,6 @@ after as much time."""
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -20,12 +19,14 @@ from benchmarks.study.findings import (
     mean_losses,
     of_methods,
     over_seeds,
+    read,
     setup,
     step_seconds,
     step_time,
 )
 from benchmarks.study.plan import PLANS, VANILLA, Plan, unit
 from benchmarks.tables import table
+from dtr_kernels.files import replacing
 
 #: Sizes of the study: heads that have a half and three quarters.
 INNER_PLANS = {
@@ -126,9 +127,9 @@ PAGE = DOCS / "inner"
 
 
 def committed(root: Path) -> dict[str, Any] | None:
-    """The study whose figures are in a checkout's docs."""
+    """The study whose figures are in a checkout's docs; ValueError, naming the file, if it holds anything else."""
     path = root / PAGE.with_suffix(".json")
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read(path, markdown) if path.exists() else None
 
 
 def block(study: Mapping[str, Any] | None) -> str:
@@ -202,4 +203,5 @@ def draw(study: Mapping[str, Any], path: Path) -> None:
         axes.set_axisbelow(True)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     figure.suptitle('Scope "inner" on real digits\n' + textwrap.fill(setup(study), 150), fontsize=10)
-    figure.savefig(path, dpi=100)
+    with replacing(path) as draft:
+        figure.savefig(draft, format="png", dpi=100)

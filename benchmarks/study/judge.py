@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dtr_kernels.files import expecting, read_tensors, write_tensors
 from examples import digits
-from examples.train import write_atomically
 
 
 class Images(NamedTuple):
@@ -42,12 +42,24 @@ class Classifier(nn.Module):
         return self.classify(self.features(images))
 
 
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load weights that this study has stored.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: naming the file, if it holds anything else.
+    """
+    advice = "delete it, and the same command trains it again"
+    with expecting("the weights of this model", path, advice):
+        model.load_state_dict(read_tensors(path, next(model.parameters()).device))
+
+
 def trained_classifier(training: Images, path: Path, epochs: int) -> Classifier:
     """The classifier in the file at ``path``; if there is none, one trained on these images, and saved there."""
     torch.manual_seed(0)
     classifier = Classifier().to(training.images.device)
     if path.exists():
-        classifier.load_state_dict(torch.load(path, map_location=training.images.device, weights_only=True))
+        load_weights(classifier, path)
         return classifier.eval()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
     for _ in range(epochs):
@@ -56,7 +68,7 @@ def trained_classifier(training: Images, path: Path, epochs: int) -> Classifier:
             optimizer.zero_grad()
             F.cross_entropy(classifier(images), labels).backward()
             optimizer.step()
-    write_atomically(classifier.state_dict(), path)
+    write_tensors(classifier.state_dict(), path)
     return classifier.eval()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.study.findings import changes, loss_gaps, setup, step_seconds, step_time
 from benchmarks.study.plan import METHODS, VANILLA
+from dtr_kernels.files import replacing
 from examples import digits
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def draw(study: Mapping[str, Any], samples: Mapping[str, Tensor], path: Path) ->
     ):
         _gaps(figure.add_subplot(place), study, gaps, f"Negative transfer gap, {what}", label)
     figure.suptitle("What the methods do on real digits\n" + textwrap.fill(setup(study), 160), fontsize=11)
-    figure.savefig(path, dpi=100)
+    with replacing(path) as draft:
+        figure.savefig(draft, format="png", dpi=100)
 
 
 def _losses(axes: Axes, study: Mapping[str, Any]) -> None:

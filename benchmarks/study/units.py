@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -15,12 +16,12 @@ from torch import Tensor
 import dtr_kernels as dtr
 from benchmarks import environment
 from benchmarks.study import findings, inner, page
-from benchmarks.study.judge import Judge, split, trained_classifier
+from benchmarks.study.judge import Judge, load_weights, split, trained_classifier
 from benchmarks.study.plan import METHODS, TIMED_STEPS, VANILLA, WARM_UP, Plan, unit
 from benchmarks.timing import Spread, Stopwatch
-from dtr_kernels.files import replacing
+from dtr_kernels.files import expecting, quoted, read_json, read_tensors, replacing, write_tensors
 from examples import digits
-from examples.train import Recipe, Training, run, write_atomically
+from examples.train import Recipe, Training, run
 
 # Of training: when the gradients of the timesteps are compared.
 AFFINITY_AT = (0.1, 0.3, 1.0)
@@ -40,7 +41,7 @@ class Study:
         methods: what is compared, and what each changes in the recipe.
 
     Raises:
-        ValueError: if the folder holds a study of another plan.
+        ValueError: if the folder holds a study of another plan, or a file in it is damaged.
     """
 
     def __init__(
@@ -67,12 +68,12 @@ class Study:
         path, here = self.folder / "plan.json", asdict(self.plan) | {"methods": self.methods}
         if not path.exists():
             _write(here, path)
-        there = json.loads(path.read_text())
+        there = _read(path)
         for name in here:
             if there.get(name) != here[name]:
                 raise ValueError(
-                    f"{self.folder} holds a study with {name} {there.get(name)!r}, and this one has {here[name]!r}; "
-                    "give another --out, or delete that folder"
+                    f"{self.folder} holds a study with {name} {quoted(there.get(name))}, and this one has "
+                    f"{here[name]!r}; give another --out, or delete that folder"
                 )
 
     def units(self) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
@@ -94,7 +95,7 @@ class Study:
     def findings(self) -> dict[str, dict[str, Any]]:
         """What the units found that are done, by their names."""
         names = (name for name, _ in self.units())
-        return {name: json.loads(self._path(name).read_text()) for name in names if self._path(name).exists()}
+        return {name: _read(self._path(name)) for name in names if self._path(name).exists()}
 
     def collected(self) -> dict[str, Any]:
         """Everything that the pages are made from."""
@@ -114,8 +115,18 @@ class Study:
 
     def samples(self) -> dict[str, Tensor]:
         """Two images of each class from a model of each method, [20, 1, size, size]."""
-        paths = {method: self.folder / f"{unit(method, 0)} images.pt" for method in self.methods}
-        return {method: torch.load(path, weights_only=True) for method, path in paths.items()}
+        return {method: self._images(unit(method, 0)) for method in self.methods}
+
+    def _images(self, name: str) -> Tensor:
+        path, shape = self.folder / f"{name} images.pt", (2 * digits.CLASSES, 1, self.plan.size, self.plan.size)
+        advice = f"delete {self._path(name)}, and the same command draws them again"
+        with expecting("the images of this study", path, advice):
+            if not path.exists():
+                raise ValueError("it is not there")
+            images = read_tensors(path)
+            if not isinstance(images, Tensor) or images.shape != shape:
+                raise ValueError(f"it is no tensor of shape {list(shape)}")
+            return images
 
     def do(self, name: str, function: Callable[[], dict[str, Any]]) -> None:
         """Runs a unit and keeps what it found."""
@@ -141,7 +152,7 @@ class Study:
         """Trains a model of a unit and judges it."""
         model = self._trained(name, recipe)
         images = self.judge.draw(model)
-        write_atomically(images[: 2 * digits.CLASSES].cpu().clone(), self.folder / f"{name} images.pt")
+        write_tensors(images[: 2 * digits.CLASSES].cpu().clone(), self.folder / f"{name} images.pt")
         return {
             "steps": recipe.steps,
             "losses": self.judge.losses(model).tolist(),
@@ -158,9 +169,9 @@ class Study:
 
     def transfer(self, seed: int) -> dict[str, Any]:
         """The negative transfer gaps of the vanilla model, by denoising loss and by the distance of samples."""
-        shared = self._averaged(unit(VANILLA, seed), self._recipe(seed, **METHODS[VANILLA]))
+        shared = self._trained(unit(VANILLA, seed), self._recipe(seed, **METHODS[VANILLA]))
         recipes = [self._recipe(seed, **METHODS[VANILLA], cluster=k) for k in range(self.plan.clusters)]
-        specialists = [self._averaged(unit(f"specialist {k}", seed), recipe) for k, recipe in enumerate(recipes)]
+        specialists = [self._trained(unit(f"specialist {k}", seed), recipe) for k, recipe in enumerate(recipes)]
 
         def distance(model: Any) -> float:
             return self.judge.distance_of_images(self.judge.draw(model))
@@ -174,7 +185,7 @@ class Study:
         found = []
         moments = self._moments()
         for until, weights in moments.items():
-            training.model.load_state_dict(torch.load(weights, map_location=self.device, weights_only=True))
+            load_weights(training.model, weights)
             loss, path = self._mean_loss(training), self.folder / f"affinity at step {until}.pt"
             found.append(dtr.task_affinity(loss, training.model.parameters(), timesteps, path=path))
         matrix = dtr.TaskAffinity.average(found).matrix.tolist()
@@ -189,7 +200,7 @@ class Study:
             while training.done < until and not all(path.exists() for path in paths.values()):
                 training.step()
             if not path.exists():
-                write_atomically(training.model.state_dict(), path)
+                write_tensors(training.model.state_dict(), path)
         return paths
 
     def _mean_loss(self, training: Training) -> Callable[[int], Tensor]:
@@ -232,14 +243,14 @@ class Study:
             training.load(checkpoint)
         if not run(training, checkpoint, save_every=200):
             raise Interrupted
-        write_atomically(training.averaged.state_dict(), weights)
+        write_tensors(training.averaged.state_dict(), weights)
         checkpoint.unlink()
         return training.averaged
 
     def _averaged(self, name: str, recipe: Recipe) -> dtr.nn.DiT:
         """The model that ``_trained`` kept."""
         model = Training(recipe, *self.training).averaged
-        model.load_state_dict(torch.load(self.folder / f"{name}.pt", map_location=self.device, weights_only=True))
+        load_weights(model, self.folder / f"{name}.pt")
         return model
 
 
@@ -261,7 +272,7 @@ class InnerStudy(Study):
 
     def train_as_long(self, method: str, seed: int) -> dict[str, Any]:
         """Trains a model of a method for as long as vanilla's takes, and judges it."""
-        seconds = json.loads(self._path("seconds").read_text())["seconds"]
+        seconds = _read(self._path("seconds"))["seconds"]
         share = Spread.of(seconds[VANILLA]).median / Spread.of(seconds[method]).median
         steps = round(self.plan.steps * share)
         return self.train(inner.as_long(method, seed), self._recipe(seed, **{**self.methods[method], "steps": steps}))
@@ -279,6 +290,23 @@ class InnerStudy(Study):
         inner.draw(found, path)
 
 
-def _write(found: object, path: Path) -> None:
-    with replacing(path) as unfinished:
-        unfinished.write_text(json.dumps(found) + "\n")
+def _write(found: Mapping[str, Any], path: Path) -> None:
+    with replacing(path) as draft:
+        draft.write_text(json.dumps({**found, "checksum": _checksum(found)}) + "\n", encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return what ``_write`` has written, to the last bit.
+
+    Raises:
+        ValueError: naming the file, if it is damaged, or holds anything else.
+    """
+    with expecting("what this study has found", path, "delete it, and the same command makes it anew"):
+        found = read_json(path)
+        if found.pop("checksum") != _checksum(found):
+            raise ValueError("its checksum is wrong")
+        return found
+
+
+def _checksum(found: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(found).encode())

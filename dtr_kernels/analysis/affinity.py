@@ -20,14 +20,16 @@ from torch import Tensor
 
 from dtr_kernels.analysis.bar import ticking
 from dtr_kernels.analysis.progress import Checkpoint, Progress
-from dtr_kernels.files import replacing
-from dtr_kernels.routing import is_integer
+from dtr_kernels.files import check_no_device, expecting, quoted, replacing, shortened
+from dtr_kernels.routing import check_count, is_integer
 from dtr_kernels.surgery.parameters import device_of, named, trainable
 
 # With less memory each timestep would take more passes than this.
 _MOST_PASSES = 1000
 # Columns of gradients that are widened to fp64 at a time.
 _COLUMNS = 2048
+# How far a cosine may be outside of [-1, 1]: the rounding of one that was computed in fp32.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +37,7 @@ class TaskAffinity:
     """How far the denoising tasks of n timesteps agree; made by ``task_affinity``. Tensors on the CPU.
 
     Attributes:
-        timesteps: int64 [n], ascending.
+        timesteps: int64 [n], ascending, at least 0.
         matrix: fp64 [n, n], the cosine of the gradients at timesteps[i] and timesteps[j]: 1 where they point the same
             way, 0 where they have nothing in common, below 0 where they conflict. A gradient of zero has cosine 0 with
             every other and with itself.
@@ -43,7 +45,7 @@ class TaskAffinity:
         losses: fp64 [n].
 
     Raises:
-        ValueError: if shapes do not fit, or timesteps do not ascend.
+        ValueError: if an attribute is not as described, or holds NaN or inf.
     """
 
     timesteps: Tensor
@@ -52,12 +54,15 @@ class TaskAffinity:
     losses: Tensor
 
     def __post_init__(self) -> None:
-        n = self.timesteps.numel()
-        for name, shape in ("timesteps", [n]), ("matrix", [n, n]), ("norms", [n]), ("losses", [n]):
-            if list(getattr(self, name).shape) != shape:
-                raise ValueError(f"{name} must have shape {shape}, got {list(getattr(self, name).shape)}")
-        if n == 0 or not (self.timesteps.diff() > 0).all():
-            raise ValueError("timesteps must hold at least one timestep, in ascending order")
+        _check_tensor("timesteps", self.timesteps, torch.int64, [n := _length(self.timesteps)])
+        for name, shape in ("matrix", [n, n]), ("norms", [n]), ("losses", [n]):
+            _check_tensor(name, getattr(self, name), torch.float64, shape)
+        if n == 0 or self.timesteps[0] < 0 or not (self.timesteps.diff() > 0).all():
+            raise ValueError("timesteps must hold at least one timestep, in ascending order from 0 on")
+        if (self.norms < 0).any():
+            raise ValueError(f"norms must not be negative, got {self.norms.min().item()}")
+        if (most := self.matrix.abs().max().item()) > 1 + _ROUNDING:
+            raise ValueError(f"matrix must hold cosines, from -1 to 1, got one of magnitude {most}")
 
     @classmethod
     def average(cls, affinities: Iterable[TaskAffinity]) -> TaskAffinity:
@@ -92,8 +97,10 @@ class TaskAffinity:
             fp64 [T, T].
 
         Raises:
-            ValueError: if a timestep that was analysed is not below num_timesteps.
+            TypeError: if num_timesteps is not an integer.
+            ValueError: if a timestep that was analysed is not below num_timesteps, or that is not below 2**63.
         """
+        num_timesteps = check_count("num_timesteps", num_timesteps)
         if num_timesteps <= self.timesteps[-1]:
             raise ValueError(
                 f"num_timesteps must be more than the last timestep that was analysed, {int(self.timesteps[-1])}, got "
@@ -104,7 +111,11 @@ class TaskAffinity:
         return weights @ self.matrix @ weights.T
 
     def save(self, path: str | Path) -> None:
-        """Write an npz file of the attributes, which takes the place of an older one when it is complete."""
+        """Write an npz file of the attributes, which takes the place of an older one when it is complete.
+
+        Raises:
+            OSError: if the file cannot be written. The old one is then as before.
+        """
         with replacing(path) as unfinished, unfinished.open("wb") as file:
             np.savez(file, **{name: tensor.numpy() for name, tensor in vars(self).items()})
 
@@ -114,15 +125,26 @@ class TaskAffinity:
 
         Raises:
             OSError: if the file cannot be read.
-            ValueError: if it holds anything else.
+            ValueError: naming the file, if it is damaged, which its checksums tell, or holds anything else.
         """
-        try:
+        with expecting("a saved TaskAffinity", path, "compute it again with task_affinity, or name another file"):
+            check_no_device(path)
             with np.load(path, allow_pickle=False) as arrays:
                 return cls(**{name: torch.from_numpy(array) for name, array in arrays.items()})
-        except OSError:
-            raise
-        except Exception as error:  # as many kinds as there are other files
-            raise ValueError(f"{path} does not hold a saved TaskAffinity ({error})") from error
+
+
+def _length(timesteps: object) -> int:
+    return timesteps.numel() if isinstance(timesteps, Tensor) else 0
+
+
+def _check_tensor(name: str, tensor: object, dtype: torch.dtype, shape: list[int]) -> None:
+    wanted = f"{name} must be a tensor of {dtype} and shape {shape} on the CPU, of finite numbers"
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{wanted}, got {quoted(tensor)}")
+    if tensor.dtype != dtype or list(tensor.shape) != shape or tensor.device.type != "cpu":
+        raise ValueError(f"{wanted}, got {tensor.dtype} of shape {list(tensor.shape)} on {tensor.device}")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{wanted}, got NaN or inf")
 
 
 def task_affinity(
@@ -157,11 +179,12 @@ def task_affinity(
         timesteps: n different integers of at least 0, such as ``range(0, 1000, 10)``, which are sorted.
         memory: most bytes of the buffer [n, chunk], on the parameters' device. Besides it there are the gradients with
             respect to a chunk's parameters at one timestep, a few fp64 [n, n] and one [n, 2048].
-        seed: of the random numbers that ``loss`` draws, at least 0.
+        seed: of the random numbers that ``loss`` draws, at least 0 and below 2**63.
         path: keeps the progress in this file (and ``<path>.rows``), at least every half minute and at any exception,
             also Ctrl-C. The same call then goes on where the last one stopped, on a CPU to the same bits, and returns
             at once when all is done. ``memory`` may change in between, at the cost of the chunk in progress. Of the
-            loss the file knows nothing: delete it where data or frozen parameters change.
+            loss the file knows nothing: delete it where data or frozen parameters change. It is of one call at a time,
+            which holds ``<path>.lock``.
         progress: show a bar, if tqdm is installed.
 
     Returns:
@@ -170,31 +193,31 @@ def task_affinity(
     Raises:
         TypeError: if an argument, or what loss returns, is of the wrong kind.
         ValueError: if an argument or a loss is not as described; if a loss or gradient is not finite; if path holds
-            anything else than the progress of this very analysis (timesteps, seed, parameters and their values). It is
-            never overwritten.
+            anything else than the progress of this very analysis (timesteps, seed, parameters and their values), which
+            is never overwritten, or another analysis is using it.
+        OSError: if path cannot be read or written. What was saved before is then as it was.
         RuntimeError: if loss gives another value when called again with the same t.
     """
     if not callable(loss):
         raise TypeError(f"loss must be a function of a timestep, got {type(loss).__name__}")
-    if not is_integer(seed) or seed < 0:
-        raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
-    seed = int(seed)
+    seed = check_count("seed", seed, least=0)
     ascending = _checked_timesteps(timesteps)
     parameters = _flattened(trainable(named(params)))
     n = len(ascending)
     row_bytes = _row_bytes(memory, parameters, n)
     checkpoint = Checkpoint(path, _problem(parameters, ascending, seed) if path is not None else {})
-    analysis = _Analysis(loss, parameters, ascending, seed, checkpoint)
-    analysis.save()  # a path that cannot be written to is refused before the work
-    chunks = _chunks(parameters, row_bytes, analysis.progress.start)
-    passes = n * len(_chunks(parameters, row_bytes))
-    done = passes - n * len(chunks) + analysis.progress.rows
-    try:
-        with ticking(passes, done, "pass", progress) as tick:
-            for chunk in chunks:
-                analysis.add(chunk, tick)
-    finally:
-        analysis.save()
+    with checkpoint.locked():
+        analysis = _Analysis(loss, parameters, ascending, seed, checkpoint)
+        analysis.save()  # a path that cannot be written to is refused before the work
+        chunks = _chunks(parameters, row_bytes, analysis.progress.start)
+        passes = n * len(_chunks(parameters, row_bytes))
+        done = passes - n * len(chunks) + analysis.progress.rows
+        try:
+            with ticking(passes, done, "pass", progress) as tick:
+                for chunk in chunks:
+                    analysis.add(chunk, tick)
+        finally:
+            analysis.save()
     return analysis.result()
 
 
@@ -203,11 +226,13 @@ def _checked_timesteps(timesteps: Iterable[int]) -> list[int]:
     try:
         ascending = sorted(operator.index(t) for t in timesteps)
     except TypeError as error:
-        raise TypeError(f"timesteps must be integers, such as range(0, 1000, 10) ({error})") from error
+        raise TypeError(f"timesteps must be integers, such as range(0, 1000, 10) ({shortened(error)})") from error
     if not ascending:
         raise ValueError("timesteps must hold at least one timestep, got none")
     if ascending[0] < 0:
-        raise ValueError(f"timesteps must be at least 0, got {ascending[0]}")
+        raise ValueError(f"timesteps must be at least 0, got {quoted(ascending[0])}")
+    if ascending[-1] >= 2**63:
+        raise ValueError(f"timesteps must be below 2**63, got {quoted(ascending[-1])}")
     twice = [t for t, count in Counter(ascending).items() if count > 1]
     if twice:
         raise ValueError(f"timesteps must be different, got {twice[0]} more than once")
@@ -225,7 +250,7 @@ def _flattened(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _row_bytes(memory: int, parameters: Mapping[str, Tensor], n: int) -> int:
     """Return the bytes of ``memory`` that one timestep has."""
     if not is_integer(memory):
-        raise TypeError(f"memory must be an integer, the bytes of the buffer, got {memory!r}")
+        raise TypeError(f"memory must be an integer, the bytes of the buffer, got {quoted(memory)}")
     sizes: Counter[torch.dtype] = Counter()
     for p in parameters.values():
         sizes[p.dtype] += p.numel()
@@ -233,7 +258,7 @@ def _row_bytes(memory: int, parameters: Mapping[str, Tensor], n: int) -> int:
     if memory < least:
         raise ValueError(
             f"memory must be at least {least} bytes for {n} timesteps and {sum(sizes.values())} parameters, got "
-            f"{memory}: each timestep would take more than {_MOST_PASSES} backward passes"
+            f"{quoted(memory)}: each timestep would take more than {_MOST_PASSES} backward passes"
         )
     return memory // n
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+import zlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -14,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtr_kernels.files import replacing
+from dtr_kernels.files import check_no_device, expecting, locked, read_tensors, shortened, write_tensors
 
-FORMAT = 1
+FORMAT = 2
 _SECONDS_BETWEEN_SAVES = 30.0
 
 
@@ -47,8 +49,8 @@ class Progress:
 class Checkpoint:
     """The file of an analysis; beside it, as long as a chunk is in progress, ``<path>.rows`` with its gradients.
 
-    A row is written once, so that a save writes what is new and not the whole buffer. The file says how many rows
-    count, and is replaced after they are on the disk.
+    A row is written once, so that a save writes what is new and not the whole buffer. The file holds the checksums of
+    the rows that count, and is replaced after they are on the disk.
 
     Args:
         path: of the file; None keeps nothing.
@@ -56,35 +58,44 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path | None, problem: Mapping[str, Any]) -> None:
-        self.path = None if path is None else Path(path)
+        # One place for the rows, whatever link led here and wherever the process goes later.
+        self.path = None if path is None else Path(os.path.realpath(path))
         self._problem = {"format": FORMAT, **problem}
         self._saved: Progress | None = None
+        self._checksums: list[int] = []  # of the rows in their file
         self._saved_at = time.monotonic()
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep the files for one analysis.
+
+        Raises:
+            ValueError: if another one has them.
+        """
+        busy = f"another analysis is using path {self.path}; wait until it has ended, or name another path"
+        return nullcontext() if self.path is None else locked(self.path, busy)
 
     def load(self) -> Progress | None:
         """Return the progress in the file; None if there is no file. One of another problem is refused."""
         if self.path is None or not self.path.exists():
             return None
         advice = "name another path, or delete the file to begin anew"
-        try:
-            stored = torch.load(self.path, map_location="cpu", weights_only=True)
-            difference = _difference(stored["problem"], self._problem)
-            self._saved = None if difference else Progress(**stored["progress"])
-        except OSError:
-            raise
-        except Exception as error:  # as many kinds as there are other files
-            raise ValueError(f"{self.path} does not hold the progress of task_affinity; {advice}") from error
+        with expecting("the progress of task_affinity", self.path, advice):
+            stored = read_tensors(self.path)
+            if not (difference := _difference(stored["problem"], self._problem)):
+                self._saved, self._checksums = Progress(**stored["progress"]), list(stored["checksums"])
         if difference:
             raise ValueError(f"{self.path} holds the progress of another analysis: {difference}; {advice}")
         return self._saved
 
     def load_rows(self, buffer: Tensor, rows: int) -> int:
-        """Fill the first rows of the buffer; return how many the file held, which somebody may have cut."""
-        held = min(rows, self._rows_path.stat().st_size // buffer[0].nbytes) if self._rows_path.exists() else 0
-        if held:
+        """Fill the first rows of the buffer; return how many are in the file as they were written."""
+        held = 0
+        check_no_device(self._rows_path)
+        if rows and self._rows_path.exists():
             with self._rows_path.open("rb") as file:
-                for row in buffer[:held]:
-                    row.copy_(torch.frombuffer(bytearray(file.read(row.nbytes)), dtype=row.dtype))
+                while held < rows and zlib.crc32(data := file.read(buffer[held].nbytes)) == self._checksums[held]:
+                    buffer[held].copy_(torch.frombuffer(bytearray(data), dtype=buffer.dtype))
+                    held += 1
         if self._saved:
             self._saved = dataclasses.replace(self._saved, rows=held)
         return held
@@ -113,17 +124,19 @@ class Checkpoint:
 
     def _write(self, progress: Progress) -> None:
         assert self.path is not None
-        with replacing(self.path) as unfinished:
-            # Given a name, PyTorch writes by itself; into a Python file it would call back, where Ctrl-C may strike.
-            torch.save({"problem": self._problem, "progress": vars(progress)}, unfinished)
+        checksums = self._checksums[: progress.rows]
+        write_tensors({"problem": self._problem, "progress": vars(progress), "checksums": checksums}, self.path)
         self._saved = progress
 
     def _write_rows(self, rows: Tensor, first: int) -> None:
         self._rows_path.touch()
+        del self._checksums[first:]
         with self._rows_path.open("r+b") as file:
             file.seek(first * rows[0].nbytes)
             for row in rows:
-                file.write(row.cpu().view(torch.uint8).numpy().data)
+                data = row.cpu().view(torch.uint8).numpy().data
+                file.write(data)
+                self._checksums.append(zlib.crc32(data))
             file.flush()
             os.fsync(file.fileno())
 
@@ -139,7 +152,7 @@ def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None
         if isinstance(value, list):
             for i, (old, new) in enumerate(zip_longest(there[name], value, fillvalue="none")):
                 if old != new:
-                    return f"{name}[{i}] is {old} there and {new} here"
+                    return f"{name}[{i}] is {shortened(old)} there and {new} here"
         elif there[name] != value:
-            return f"{name} is {there[name]} there and {value} here"
+            return f"{name} is {shortened(there[name])} there and {value} here"
     return None

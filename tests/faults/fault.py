@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -24,10 +25,11 @@ class Fault(NamedTuple):
     tries: Callable[[random.Random, Path], Iterator[str | None]]
 
     def run(self, seed: int, folder: Path, seconds: float) -> tuple[int, list[str]]:
-        """Try until the seconds are over, and once at least; return how often, and what was lost."""
-        end = time.monotonic() + seconds
-        tried, lost = 0, []
+        """Try once, which takes the preparations, and for so many seconds; return how often, and what was lost."""
+        tried, lost, end = 0, [], math.inf
         for outcome in self.tries(random.Random(seed), folder):
+            if tried == 0:
+                end = time.monotonic() + seconds
             tried += 1
             if outcome is not None:
                 lost.append(outcome)
