@@ -173,7 +173,7 @@ def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:
             if damaged := archive.testzip():  # PyTorch itself does not look at the checksums
                 raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location=device, weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # as many kinds as there are other files
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # not of a place in the file that a damaged one points to
         raise ValueError(f"{path} is damaged, or no file that this library has written: {shortened(error)}") from error

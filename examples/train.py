@@ -438,6 +438,7 @@ def main(command_line: list[str] | None = None) -> int:
             print(f"{error}; the last checkpoint is whole, and the same command goes on from it", file=sys.stderr)
             return 1
     if dist.is_initialized():
+        del training  # DDP must not be the last to let go of the process group: PyTorch may wait forever then
         dist.destroy_process_group()
     return 0
 
