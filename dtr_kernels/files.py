@@ -35,7 +35,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     file, never find half of one. Drafts that killed processes of this machine have left behind are deleted.
 
     Raises:
-        OSError: if the file cannot be written. The old one is then as before.
+        OSError: naming the file, if it cannot be written. The old one is then as before.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,6 +46,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with draft.open("rb") as file:
             os.fsync(file.fileno())
         draft.replace(path)
+    except OSError as error:
+        if error.filename is None or str(error.filename) == str(draft):
+            error.filename = str(path)  # the one that the caller knows
+        raise
     finally:
         draft.unlink(missing_ok=True)
 
