@@ -47,7 +47,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         draft.replace(path)
     except OSError as error:
-        if error.filename is None or str(error.filename) == str(draft):
+        if error.errno and str(error.filename) in ("None", str(draft)):
             error.filename = str(path)  # the one that the caller knows
         raise
     finally:
