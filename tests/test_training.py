@@ -212,22 +212,23 @@ def test_another_recipe_does_not_continue(data, tmp_path):
         training.load(tmp_path / "weights.pt")
 
 
-def test_a_signal_in_the_last_step_is_told_and_handlers_come_back(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("last", [7, TINY.steps])
+def test_a_signal_is_told_after_its_step_is_saved_and_handlers_come_back(last, data, tmp_path, monkeypatch):
     training = Training(TINY, *data)
     before = signal.getsignal(signal.SIGINT)
     step = training.step
 
-    def interrupted_at_the_end():
+    def interrupted():
         step()
-        if training.done == TINY.steps:
+        if training.done == last:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(training, "step", interrupted_at_the_end)
+    monkeypatch.setattr(training, "step", interrupted)
     assert not run(training, tmp_path / "checkpoint.pt", save_every=100)
     assert signal.getsignal(signal.SIGINT) is before
     again = Training(TINY, *data)
     again.load(tmp_path / "checkpoint.pt")
-    assert again.done == TINY.steps
+    assert again.done == last
     monkeypatch.setattr(training, "step", lambda: 1 / 0)
     training.done = 0
     with pytest.raises(ZeroDivisionError):
