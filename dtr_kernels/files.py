@@ -49,7 +49,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         draft.replace(path)
     except OSError as error:
-        if error.errno is not None and error.filename in (None, str(draft)):  # None of a write on a full disk
+        if error.errno is not None and str(error.filename) in ("None", str(draft)):  # None of a write on a full disk
             error.filename = str(path)
         raise
     finally:

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dtr_kernels as dtr
+from dtr_kernels.files import replacing
 from examples import digits
 from examples.train import Recipe, Training
 
@@ -144,19 +146,14 @@ def machine(device: torch.device) -> dict[str, str | int | None]:
     }
 
 
-def parse_arguments() -> argparse.Namespace:
-    def positive(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-        return int(text)
-
+def parse_arguments() -> tuple[argparse.Namespace, Recipe]:
     parser = argparse.ArgumentParser(
         description="Train a small DTR-DiT on handwritten digits, draw new ones, and check the fused blocks.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the results")
-    parser.add_argument("--steps", type=positive, default=1000, help="training steps")
-    parser.add_argument("--batch-size", type=positive, default=128, help="images per training step")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps")
+    parser.add_argument("--batch-size", type=int, default=128, help="images per training step")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the batches and the samples")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train")
     parser.add_argument("--scope", choices=dtr.reference.SCOPES, default="block", help="what the routing masks")
@@ -165,17 +162,19 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("argument --device: PyTorch finds no CUDA device here; use --device cpu")
     if arguments.out.exists() and not arguments.out.is_dir():
         parser.error(f"argument --out: {arguments.out} exists and is not a folder")
-    return arguments
+    shared = {field.name for field in fields(Recipe)} & vars(arguments).keys()
+    try:
+        return arguments, Recipe(**{name: getattr(arguments, name) for name in shared})
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def main() -> int:
-    arguments = parse_arguments()
+    arguments, recipe = parse_arguments()
     out, device = arguments.out, torch.device(arguments.device)
-    out.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe(scope=arguments.scope, steps=arguments.steps, batch_size=arguments.batch_size, seed=arguments.seed)
     images, labels = digits.load_images(device)
     training = Training(recipe, images, labels)
-    dtr.plot_routing(ROUTING, recipe.hidden_size, out / "windows.png")
+    digits.save_figure(dtr.plot_routing(ROUTING, recipe.hidden_size), out / "windows.png")
 
     start = time.perf_counter()
     train(training)
@@ -191,14 +190,16 @@ def main() -> int:
     x, velocity = digits.noisy(images[chosen.to(device)], t := t.to(device))
     batch = x, t, labels[chosen.to(device)], velocity
     comparison, errors = compare(model, batch), check(model, batch)
-    (out / "comparison.md").write_text(table(comparison | errors))
     metrics = {
         "arguments": vars(arguments) | {"out": str(out)},
         "machine": machine(device),
         "training": {"seconds": training_seconds, "losses": losses.tolist()},
         "comparison": comparison | errors,
     }
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    texts = {"comparison.md": table(comparison | errors), "metrics.json": json.dumps(metrics, indent=2) + "\n"}
+    for name, text in texts.items():
+        with replacing(out / name) as draft:
+            draft.write_text(text)
     print(f"\n{table(comparison | errors)}\nresults are in {out}")
     if any(error["fused"] > 2 * error["plain"] + 1e-6 for error in errors.values()):
         print("FAILED: the fused blocks are less accurate than fp32 allows", file=sys.stderr)
@@ -211,3 +212,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:  # after training: what was written stays
         sys.exit(130)
+    except OSError as error:
+        sys.exit(f"--out cannot be written to: {error}; give another folder, or free some space")

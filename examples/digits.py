@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dtr_kernels as dtr
+from dtr_kernels.files import replacing
 
 CLASSES, TIMESTEPS = 10, 1000
 NULL_CLASS = CLASSES  # stands for "any digit"
@@ -109,7 +110,7 @@ def save_samples(images: Tensor, path: Path) -> None:
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(rows.transpose(1, 2).flatten(2, 3).flatten(0, 1).numpy(), cmap="gray_r", vmin=-1, vmax=1)
     axes.set_axis_off()
-    figure.savefig(path, dpi=80)
+    save_figure(figure, path, dpi=80)
 
 
 def save_losses(losses: Tensor, path: Path) -> None:
@@ -122,4 +123,10 @@ def save_losses(losses: Tensor, path: Path) -> None:
     axes.plot(range(width // 2, width // 2 + len(smooth)), smooth, color="tab:blue", label=f"mean of {width} steps")
     axes.set(xlabel="training step", ylabel="mean squared error of the velocity", ylim=(0, None))
     axes.legend()
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = 150) -> None:
+    """Write a PNG, as a whole or not at all."""
+    with replacing(path) as draft:
+        figure.savefig(draft, dpi=dpi, format="png")

@@ -9,8 +9,8 @@ for bit on a CPU with as many threads, as one that was left alone: everything ra
 the step's number, and the rest of a run's state is in its checkpoint. Any number of processes trains the same model, to
 rounding.
 
---out, which all processes must see, then holds checkpoint.pt, averaged.pt (the weights to use), loss.png and
-samples.png. Needs ``pip install "dtr_kernels[demo]"``, and "dtr_kernels[torchjd]" for --weighting nash.
+--out, of the first process alone, then holds checkpoint.pt, averaged.pt (the weights to use), loss.png and samples.png.
+Needs ``pip install "dtr_kernels[demo]"``, and "dtr_kernels[torchjd]" for --weighting nash.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import dtr_kernels as dtr
+from dtr_kernels.files import locked, read_tensors, shortened, write_tensors
 from examples import digits
 
 ROUTINGS: dict[str, Callable[[Recipe], Any]] = {
@@ -41,8 +42,13 @@ ROUTINGS: dict[str, Callable[[Recipe], Any]] = {
     "random": lambda recipe: dtr.RandomRouting(digits.TIMESTEPS, recipe.beta, recipe.seed),
     "dtr": lambda recipe: dtr.DenoisingTaskRouting(digits.TIMESTEPS, recipe.alpha, recipe.beta),
 }
+ANOTHER = "delete the file, or give another folder"  # for a checkpoint that cannot be used
 WEIGHTINGS = ("none", "uw", "pcgrad", "nash")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CHOICES = {"routing": ROUTINGS, "scope": dtr.reference.SCOPES, "weighting": WEIGHTINGS, "precision": PRECISIONS}
+# Whole numbers are at least 1, a seed 0, and at most these; far beyond, memory runs out.
+LARGEST = {"clusters": digits.TIMESTEPS, "size": 256, "hidden_size": 2**14, "depth": 1000, "num_heads": 2**10}
+LARGEST |= {"steps": 10**7, "batch_size": 10**6, "seed": 2**32 - 1}
 
 
 @dataclass(frozen=True)
@@ -82,26 +88,26 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in {
-            "routing": ROUTINGS,
-            "scope": dtr.reference.SCOPES,
-            "weighting": WEIGHTINGS,
-            "precision": PRECISIONS,
-        }.items():
-            if getattr(self, name) not in allowed:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in list(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("clusters", "size", "hidden_size", "depth", "num_heads", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, largest in LARGEST.items():
+            least, value = int(name != "seed"), getattr(self, name)
+            if type(value) is not int or not least <= value <= largest:
+                raise ValueError(f"{name} must be a whole number in {least}..{largest}, got {shortened(repr(value))}")
+        if type(self.learning_rate) not in (int, float) or not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be a number above 0, and finite, got {self.learning_rate!r}")
+        dtr.DenoisingTaskRouting(digits.TIMESTEPS, self.alpha, self.beta)  # raises, whatever the routing
         if self.batch_size < self.clusters:
             raise ValueError(
                 f"batch_size must be at least clusters ({self.clusters}), so that none is ever empty, "
                 f"got {self.batch_size}"
             )
-        if self.cluster is not None and not (0 <= self.cluster < self.clusters and self.weighting == "none"):
+        alone = type(self.cluster) is int and 0 <= self.cluster < self.clusters and self.weighting == "none"
+        if self.cluster is not None and not alone:
             raise ValueError(
                 f"cluster must be in 0..{self.clusters - 1} and needs weighting='none', because one cluster has "
-                f"nothing to be weighted against; got {self.cluster} and {self.weighting!r}"
+                f"nothing to be weighted against; got {self.cluster!r} and {self.weighting!r}"
             )
 
 
@@ -174,6 +180,10 @@ class Training:
             weighting = dtr.UncertaintyWeighting(recipe.clusters).to(images.device)
             groups.append(weighting.param_group())
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+        for parameter in (p for group in groups for p in group["params"] if p.requires_grad):
+            # As AdamW makes them in its first step; with them, every checkpoint has the same keys.
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": torch.tensor(0.0)} | moments
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(images.device.type, enabled=recipe.precision == "fp16")
         self.objective = Objective(self.model, weighting, PRECISIONS[recipe.precision])
@@ -249,13 +259,32 @@ class Training:
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
     def save(self, path: Path) -> None:
-        """Writes a checkpoint, by the first process; a file at ``path`` is the old or the new one, whole, always."""
+        """Write a checkpoint, by the first process; with an OSError, in all, a file at ``path`` is as before."""
         if self.world > 1:  # each has seen its part of the batches
-            dist.all_reduce(self.losses)
-            self.losses /= self.world
-        if self.rank:
-            return
-        state = {
+            total = self.losses.double()  # in which the mean of equal numbers is exact, however often it is taken
+            dist.all_reduce(total)
+            self.losses.copy_(total / self.world)
+        by_the_first(lambda: write_tensors(self._state(), path))
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint, which the first process reads for all.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: if it is damaged, or was made with another recipe. Nothing has changed then.
+        """
+        state = by_the_first(lambda: self._read(path))
+        if self.surgery is not None:
+            self.surgery.load_state_dict(state["surgery"])  # first, as only this one may still raise
+        self.done = state["done"]
+        self.losses.copy_(state["losses"])
+        self.objective.load_state_dict(state["objective"])
+        self.averaged.load_state_dict(state["averaged"])
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
+        self.scaler.load_state_dict(state["scaler"])
+
+    def _state(self) -> dict[str, Any]:
+        return {
             "recipe": asdict(self.recipe),
             "done": self.done,
             "losses": self.losses,
@@ -265,48 +294,49 @@ class Training:
             "scaler": self.scaler.state_dict(),
             "surgery": None if self.surgery is None else self.surgery.state_dict(),
         }
-        write_atomically(state, path)
 
-    def load(self, path: Path) -> None:
-        """Continues from a checkpoint.
-
-        Raises:
-            ValueError: if it was made with another recipe, or the file is none of these.
-        """
-        state = torch.load(path, map_location=self.images.device, weights_only=True)
-        if not isinstance(state, dict) or "recipe" not in state:
-            raise ValueError(f"{path} is no checkpoint of a training; give another folder")
-        here = asdict(self.recipe)
-        different = [name for name in here if state["recipe"].get(name) != here[name]]
-        if different:
-            name = different[0]
-            raise ValueError(
-                f"{path} was made with {name} {state['recipe'].get(name)!r}, but this run has {here[name]!r}; "
-                "give the same arguments, or another folder"
-            )
-        self.done = state["done"]
-        self.losses.copy_(state["losses"])
-        self.objective.load_state_dict(state["objective"])
-        self.averaged.load_state_dict(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.surgery is not None:
-            self.surgery.load_state_dict(state["surgery"])
-        if self.world > 1:
-            dist.barrier()  # the first process may replace the file once all have read it
+    def _read(self, path: Path) -> dict[str, Any]:
+        """Return a checkpoint in which all keys, types and shapes are those of this training."""
+        state, here = read_tensors(path), self._state()
+        if not isinstance(state, dict) or not isinstance(state.get("recipe"), dict):
+            raise ValueError(f"{path} is no checkpoint of a training; {ANOTHER}")
+        recipe = state.pop("recipe")
+        for name, value in here.pop("recipe").items():
+            if isinstance(recipe.get(name), Tensor) or recipe.get(name) != value:
+                raise ValueError(
+                    f"{path} was made with {name} {shortened(repr(recipe.get(name)))}, but this run has {value!r}; "
+                    "give the same arguments, or another folder"
+                )
+        _check_alike(state, here, str(path))
+        if not 0 <= state["done"] <= self.recipe.steps:
+            raise ValueError(f"{path}['done'] must be in 0..{self.recipe.steps}, got {state['done']}; {ANOTHER}")
+        return state
 
 
-def write_atomically(state: object, path: Path) -> None:
-    """``torch.save`` that leaves the old file or the new one, also if the machine fails meanwhile."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def by_the_first(function: Callable[[], Any]) -> Any:
+    """Call a function in the first process alone; all return its result, or raise its OSError or ValueError."""
+    outcome: list[Any] = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except (OSError, ValueError) as error:
+            outcome[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _check_alike(found: Any, here: Any, name: str) -> None:
+    """Raise a ValueError where a checkpoint has other keys, types or shapes than one that is made here."""
+    if isinstance(found, dict) and isinstance(here, dict):
+        for key in here | found:
+            _check_alike(found.get(key), here.get(key), f"{name}[{shortened(repr(key))}]")
+        return
+    kinds = [f"{x.layout} {x.dtype} {x.shape}" if isinstance(x, Tensor) else type(x).__name__ for x in (found, here)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{name} must be {kinds[1]}, got {kinds[0]}; {ANOTHER}")
 
 
 def run(training: Training, checkpoint: Path, save_every: int) -> bool:
@@ -321,10 +351,12 @@ def run(training: Training, checkpoint: Path, save_every: int) -> bool:
         while training.done < total and not received:
             training.step()
             bar.update()
-            if training.done % save_every == 0 or training.done == total or received:
+            if training.done % save_every == 0 or training.done == total:
                 training.save(checkpoint)
                 recent = training.losses[max(training.done - 50, 0) : training.done]
                 bar.set_postfix(loss=f"{recent.mean():.3f}")
+        if received:
+            training.save(checkpoint)
     return not received
 
 
@@ -341,27 +373,28 @@ def _signals(kept: bool) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def draw(training: Training, out: Path) -> None:
+    """Write the averaged weights, and pictures of the losses and of new digits."""
+    write_tensors(training.averaged.state_dict(), out / "averaged.pt")
+    digits.save_losses(training.losses, out / "loss.png")
+    labels = torch.arange(digits.CLASSES, device=training.images.device).repeat(8)
+    images = digits.sample(training.averaged, labels, size=training.recipe.size, guidance=1.5)
+    digits.save_samples(images, out / "samples.png")
+
+
 def parse_arguments(command_line: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The recipe's attributes, but for ``cluster``, and where to train."""
     parser = argparse.ArgumentParser(prog="python -m examples.train", description="Train a small DTR-DiT on digits.")
     parser.add_argument("--out", type=Path, default=Path("out/train"), help="folder of the run (default: out/train)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     parser.add_argument("--save-every", type=int, default=100, metavar="STEPS", help="default: 100")
-    choices = {
-        "routing": ROUTINGS,
-        "scope": dtr.reference.SCOPES,
-        "weighting": WEIGHTINGS,
-        "precision": PRECISIONS,
-    }
-    for field in fields(Recipe):
-        if field.name == "cluster":
-            continue
+    for field in (field for field in fields(Recipe) if field.name != "cluster"):
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
             type=type(field.default),
             default=field.default,
-            choices=choices.get(field.name),
-            metavar=None if field.name in choices else field.name.upper(),
+            choices=CHOICES.get(field.name),
+            metavar=None if field.name in CHOICES else field.name.upper(),
             help=f"default: {field.default}",
         )
     return parser, parser.parse_args(command_line)
@@ -379,30 +412,39 @@ def main(command_line: list[str] | None = None) -> int:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        given = {field.name: getattr(arguments, field.name) for field in fields(Recipe) if field.name != "cluster"}
-        recipe = Recipe(**given)
-        training = Training(recipe, *digits.load_images(device, recipe.size))
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        checkpoint = arguments.out / "checkpoint.pt"
-        if checkpoint.exists():
-            training.load(checkpoint)
-    except (ValueError, FileExistsError) as error:
-        parser.error(str(error))
-    if not run(training, checkpoint, arguments.save_every):
-        print(f"stopped after {training.done} of {recipe.steps} steps; the same command goes on from there")
-        return 130
-    if training.rank == 0:
-        write_atomically(training.averaged.state_dict(), arguments.out / "averaged.pt")
-        digits.save_losses(training.losses, arguments.out / "loss.png")
-        labels = torch.arange(digits.CLASSES, device=device).repeat(8)
-        images = digits.sample(training.averaged, labels, size=recipe.size, guidance=1.5)
-        digits.save_samples(images, arguments.out / "samples.png")
-        print(f"results are in {arguments.out}")
+    checkpoint, held = arguments.out / "checkpoint.pt", ExitStack()
+    busy = f"another process trains in {arguments.out}; wait until it ends, or give another folder"
+    with held:
+        try:
+            given = {field.name: getattr(arguments, field.name) for field in fields(Recipe) if field.name != "cluster"}
+            training = Training(Recipe(**given), *digits.load_images(device, arguments.size))
+            by_the_first(lambda: held.enter_context(locked(checkpoint, busy)))
+            if by_the_first(checkpoint.exists):
+                training.load(checkpoint)
+            training.save(checkpoint)  # whether it can be is known before an hour of training
+        except OSError as error:
+            parser.error(f"argument --out: {error}; give another folder")
+        except ValueError as error:
+            parser.error(str(error))
+        try:
+            if not run(training, checkpoint, arguments.save_every):
+                steps = f"{training.done} of {training.recipe.steps} steps"
+                print(f"stopped after {steps}; the same command goes on from there")
+                return 130
+            if training.rank == 0:
+                draw(training, arguments.out)
+                print(f"results are in {arguments.out}")
+        except OSError as error:
+            print(f"{error}; the last checkpoint is whole, and the same command goes on from it", file=sys.stderr)
+            return 1
     if dist.is_initialized():
+        del training  # DDP must not be the last to let go of the process group: PyTorch may wait forever then
         dist.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
