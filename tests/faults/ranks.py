@@ -150,7 +150,11 @@ class _Step:
 
 
 def _same(a: list[torch.Tensor | None], b: list[torch.Tensor | None]) -> bool:
-    return all(x is y or (x is not None and y is not None and torch.allclose(x, y, rtol=1e-9)) for x, y in zip(a, b, strict=True))
+    return all(_close(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _close(x: torch.Tensor | None, y: torch.Tensor | None) -> bool:
+    return x is y if x is None or y is None else torch.allclose(x, y, rtol=1e-9)
 
 
 def _attempt(rank: int, size: int, what: Try) -> str:
