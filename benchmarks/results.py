@@ -15,7 +15,8 @@ from benchmarks.counts import NOT_COUNTED, Work
 from benchmarks.stored import misfit
 from benchmarks.suite import BENCHMARKS
 from benchmarks.timing import Spread, ratio
-from dtr_kernels.files import expecting, quoted, read_json, replacing
+from dtr_kernels.files import expecting, read_json, replacing
+from dtr_kernels.quoting import quoted
 
 Status = Literal["right", "wrong", "unavailable", "failed"]
 _Fact = str | int | float | bool | None | list[str]

@@ -8,7 +8,7 @@ from functools import cache
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from dtr_kernels.files import quoted
+from dtr_kernels.quoting import quoted
 
 _hints = cache(get_type_hints)
 

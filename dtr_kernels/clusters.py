@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtr_kernels.files import expecting, quoted, read_json, replacing
+from dtr_kernels.files import expecting, read_json, replacing
+from dtr_kernels.quoting import quoted
 from dtr_kernels.routing import check_range, is_integer
 
 __all__ = ["IntervalClusters", "interval_clusters"]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtr_kernels.files import quoted
 from dtr_kernels.nn import RoutedDiTBlock, RoutedResBlock
 from dtr_kernels.nn.block import Stream
 from dtr_kernels.ops.dispatch import Choice, choices
+from dtr_kernels.quoting import quoted
 from dtr_kernels.routing import ChannelWindow
 from dtr_kernels.swap.classes import block_input
 from dtr_kernels.swap.core import is_block, is_compiled

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-# Longer quotations of a file's contents in an error are cut.
-_LONGEST_QUOTATION = 200
+from dtr_kernels.quoting import shortened
 
 
 def cache_folder() -> Path:
@@ -171,21 +170,6 @@ def _finite(digits: str) -> float:
     if abs(number := float(digits)) == float("inf"):
         raise ValueError(f"the number {shortened(digits)} is larger than a float can be")
     return number
-
-
-def shortened(thing: object) -> str:
-    """Return a text of it that fits into an error message, whatever a file held."""
-    text = str(thing)
-    half = _LONGEST_QUOTATION // 2
-    return text if len(text) <= _LONGEST_QUOTATION else f"{text[:half]} ... {text[-half:]}"
-
-
-def quoted(value: object) -> str:
-    """Return the ``repr`` of a value, shortened, for an error message."""
-    try:
-        return shortened(repr(value))
-    except ValueError:  # Python writes no integer of more than 4300 digits
-        return f"{type(value).__name__} with too many digits to be shown"
 
 
 def write_tensors(state: object, path: str | Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtr_kernels.files import quoted
+from dtr_kernels.quoting import quoted
 
 __all__ = ["ChannelWindow", "DenoisingTaskRouting", "RandomRouting"]
 

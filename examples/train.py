@@ -34,7 +34,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import dtr_kernels as dtr
-from dtr_kernels.files import locked, read_tensors, shortened, write_tensors
+from dtr_kernels.files import locked, read_tensors, write_tensors
+from dtr_kernels.quoting import shortened
 from examples import digits
 
 ROUTINGS: dict[str, Callable[[Recipe], Any]] = {

@@ -15,16 +15,17 @@ PACKAGE = ROOT / "dtr_kernels"
 # Of each part the others that it may import. What is not listed stands above all and may import everything below.
 ALLOWED = {
     "compilation": set(),
-    "files": set(),
+    "quoting": set(),
+    "files": {"quoting"},
     "just_in_time": {"compilation", "files"},
-    "routing": {"files"},
+    "routing": {"quoting"},
     "reference": {"routing"},
-    "ops": {"_C", "compilation", "files", "just_in_time", "reference", "routing"},
+    "ops": {"_C", "compilation", "files", "just_in_time", "quoting", "reference", "routing"},
     "nn": {"ops", "reference", "routing"},
-    "swap": {"nn", "ops", "reference", "routing"},
-    "surgery": {"ops", "reference", "routing"},
-    "clusters": {"files", "routing"},
-    "analysis": {"files", "clusters", "routing", "surgery"},
+    "swap": {"nn", "ops", "quoting", "reference", "routing"},
+    "surgery": {"ops", "quoting", "reference", "routing"},
+    "clusters": {"files", "quoting", "routing"},
+    "analysis": {"files", "clusters", "quoting", "routing", "surgery"},
 }
 
 

@@ -12,7 +12,8 @@ import torch
 from benchmarks.study.plan import METHODS, PLANS, SOLVING, VANILLA, Plan, unit
 from benchmarks.tables import table, times
 from benchmarks.timing import Spread, ratio
-from dtr_kernels.files import expecting, quoted, read_json
+from dtr_kernels.files import expecting, read_json
+from dtr_kernels.quoting import quoted
 
 DOCS = Path("docs/study")
 

@@ -19,7 +19,8 @@ from benchmarks.study import findings, inner, page
 from benchmarks.study.judge import Judge, load_weights, split, trained_classifier
 from benchmarks.study.plan import METHODS, TIMED_STEPS, VANILLA, WARM_UP, Plan, unit
 from benchmarks.timing import Spread, Stopwatch
-from dtr_kernels.files import expecting, quoted, read_json, read_tensors, replacing, write_tensors
+from dtr_kernels.files import expecting, read_json, read_tensors, replacing, write_tensors
+from dtr_kernels.quoting import quoted
 from examples import digits
 from examples.train import Recipe, Training, run
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from dtr_kernels.analysis.bar import ticking
 from dtr_kernels.analysis.progress import Checkpoint, Progress
-from dtr_kernels.files import check_no_device, expecting, quoted, replacing, shortened
+from dtr_kernels.files import check_no_device, expecting, replacing
+from dtr_kernels.quoting import quoted, shortened
 from dtr_kernels.routing import check_count, is_integer
 from dtr_kernels.surgery.parameters import device_of, named, trainable
 

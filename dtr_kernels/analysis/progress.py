@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtr_kernels.files import check_no_device, expecting, locked, read_tensors, shortened, write_tensors
+from dtr_kernels.files import check_no_device, expecting, locked, read_tensors, write_tensors
+from dtr_kernels.quoting import shortened
 
 FORMAT = 2
 _SECONDS_BETWEEN_SAVES = 30.0

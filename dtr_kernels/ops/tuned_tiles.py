@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 import torch
 import triton
 
-from dtr_kernels.files import cache_folder, read_json, replacing, shortened
+from dtr_kernels.files import cache_folder, read_json, replacing
+from dtr_kernels.quoting import shortened
 
 FORMAT = 1
 PACKAGED = Path(__file__).parent.parent / "tuned"

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtr_kernels.ops.gradient_lists import MOST_CLUSTERS
+from dtr_kernels.quoting import quoted
 from dtr_kernels.routing import is_integer
 from dtr_kernels.surgery import distributed, interrupts, low_memory, one_pass, per_cluster, weightings, wrappers
 from dtr_kernels.surgery.batch import Batch, check_by_cluster
@@ -109,7 +110,7 @@ class GradientSurgery:
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if not is_integer(num_clusters) or not 1 <= num_clusters <= MOST_CLUSTERS:
-            raise ValueError(f"num_clusters must be an integer from 1 to {MOST_CLUSTERS}, got {num_clusters!r}")
+            raise ValueError(f"num_clusters must be an integer from 1 to {MOST_CLUSTERS}, got {quoted(num_clusters)}")
         self._parameters = named(params)
         parameters = trainable(self._parameters)  # refuses those that no step could use
         self.num_clusters = num_clusters = int(num_clusters)

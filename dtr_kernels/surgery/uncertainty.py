@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtr_kernels.quoting import quoted
 from dtr_kernels.routing import is_integer
 from dtr_kernels.surgery.batch import check_by_cluster
 
 # The least that s_k sees of a loss.
 _LEAST_LOSS = 1e-8
+# Each is a parameter: far more than these would take all memory before anybody notices.
+_MOST_CLUSTERS = 10_000
 
 
 class UncertaintyWeighting(nn.Module):
@@ -26,13 +29,13 @@ class UncertaintyWeighting(nn.Module):
         num_clusters: K, the number of clusters.
 
     Raises:
-        ValueError: if num_clusters is not a positive integer.
+        ValueError: if num_clusters is not an integer from 1 to 10,000.
     """
 
     def __init__(self, num_clusters: int) -> None:
         super().__init__()
-        if not is_integer(num_clusters) or num_clusters < 1:
-            raise ValueError(f"num_clusters must be a positive integer, got {num_clusters!r}")
+        if not is_integer(num_clusters) or not 1 <= num_clusters <= _MOST_CLUSTERS:
+            raise ValueError(f"num_clusters must be an integer from 1 to {_MOST_CLUSTERS}, got {quoted(num_clusters)}")
         # One parameter each, so that an optimizer leaves a cluster without samples alone, and its moments with it.
         self.s = nn.ParameterList(torch.zeros(1) for _ in range(num_clusters))
         self.register_load_state_dict_pre_hook(_split_log_variances)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dtr_kernels.nn.torchscript import NoTorchScript
+from dtr_kernels.quoting import quoted
 from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting, RandomRouting, window_width
 from dtr_kernels.swap.family import Family, WindowSource
 from dtr_kernels.swap.parts import Parts
@@ -331,7 +332,7 @@ def model_class(original: Any) -> type:
         if t is None:
             raise TypeError(f"{original.__name__}.forward is routed by its argument {name!r}, which is missing")
         if isinstance(t, bool) or not isinstance(t, Tensor | Real):
-            raise TypeError(f"{name} must be a tensor of timesteps [B], or one number for the batch, got {t!r}")
+            raise TypeError(f"{name} must be a tensor of timesteps [B], or one number for the batch, got {quoted(t)}")
         if wants_tensor and not (isinstance(t, Tensor) and t.dim()):
             args, kwargs = _with_tensor(name, position, args, kwargs)
         call = self._dtr.call
@@ -350,7 +351,7 @@ def _with_tensor(name: str, position: int, args: tuple, kwargs: dict[str, Any]) 
     t = kwargs[name] if name in kwargs else args[position]
     images = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()), None)
     if images is None:
-        raise TypeError(f"{name} must be a tensor of timesteps [B] where no other input is a tensor, got {t!r}")
+        raise TypeError(f"{name} must be a tensor of timesteps [B] where no other input is a tensor, got {quoted(t)}")
     each = t.expand(len(images)) if isinstance(t, Tensor) else torch.full((len(images),), t, device=images.device)
     if name in kwargs:
         return args, {**kwargs, name: each}
