@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dtr_kernels as dtr
 from dtr_kernels import ops
+from dtr_kernels.quoting import quoted
 from dtr_kernels.surgery import engines, gradient_surgery, leaves, one_pass, wrappers
 from dtr_kernels.surgery.buffer import GradientBuffer
 from dtr_kernels.surgery.engines import EngineChoice
@@ -1424,14 +1425,14 @@ def test_bad_parameters(case):
     refused(lambda: dtr.GradientSurgery(params(), K), error, fragments)
 
 
-@pytest.mark.parametrize("clusters", [0, -1, 65, "5", 2.0, True, None])
+@pytest.mark.parametrize("clusters", [0, -1, 65, 2**63, 10**5000, "5", 2.0, True, None], ids=quoted)
 def test_bad_num_clusters(clusters):
     if clusters != 65:
-        fragments = ["num_clusters", "positive", f"got {clusters!r}"]
+        fragments = ["num_clusters", "from 1 to 10000", f"got {quoted(clusters)}"]
         refused(lambda: dtr.UncertaintyWeighting(clusters), ValueError, fragments)
     refused(
         lambda: dtr.GradientSurgery(Net().parameters(), clusters),
-        ValueError, ["num_clusters", "1 to 64", f"got {clusters!r}"],
+        ValueError, ["num_clusters", "1 to 64", f"got {quoted(clusters)}"],
     )  # fmt: skip
 
 

@@ -384,12 +384,16 @@ def test_an_out_that_cannot_be_written_to_is_found_before_training(data, tmp_pat
     assert "--out: [Errno 2] No such file" in refusal(capsys, "--out", "/proc/folder")
     checkpoint = tmp_path / "run" / "checkpoint.pt"
     with full_disk(50_000):
-        assert "checkpoint.pt could not be written; is the disk full?" in refusal(capsys, "--out", tmp_path / "run")
+        assert "checkpoint.pt could not be written; is the disk full, or the folder read-only?" in refusal(
+            capsys, "--out", tmp_path / "run"
+        )
     assert not list(checkpoint.parent.iterdir())
     Training(TINY, *data).save(checkpoint)
     before = checkpoint.read_bytes()
     with full_disk(50_000):
-        assert "checkpoint.pt could not be written; is the disk full?" in refusal(capsys, "--out", tmp_path / "run")
+        assert "checkpoint.pt could not be written; is the disk full, or the folder read-only?" in refusal(
+            capsys, "--out", tmp_path / "run"
+        )
     assert checkpoint.read_bytes() == before and list(checkpoint.parent.iterdir()) == [checkpoint]
 
 
