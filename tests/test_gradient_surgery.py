@@ -1391,6 +1391,39 @@ def test_states_that_do_not_fit(saved, here, fragments):
     refused(lambda: load.load_state_dict(save.state_dict()), ValueError, fragments)
 
 
+@pytest.mark.parametrize("weighting", ["pcgrad", NASH, "external"])
+def test_a_damaged_state_is_refused_and_changes_nothing(weighting, seed):
+    def make(seed):
+        given = {"generator": seeded(seed)} if weighting == "pcgrad" else {}
+        return dtr.GradientSurgery(Net().parameters(), K, Counting() if weighting == "external" else weighting, **given)
+
+    good, surgery = make(1).state_dict(), make(2)
+    good["engine"] = {"name": "one_pass", "reason": "it was faster"}
+    before = repr(surgery.state_dict())
+    bad = [
+        None,
+        {},
+        [1],
+        {**good, "engine": {"name": "fastest", "reason": ""}},
+        {**good, "engine": {"name": "one_pass"}},
+    ]
+    bad += [{k: v for k, v in good.items() if k != left_out} for left_out in good]
+    bad += [{**good, name: value} for name in ("num_clusters", "weighting", "weighting_state") for value in (None, [1])]
+    if weighting == "nash":
+        states = {
+            "weights": [torch.ones(K + 1), torch.full((K,), torch.nan), None],
+            "steps_until_solved": [-1, 25, "1"],
+        }
+        for name, values in states.items():
+            bad += [{**good, "weighting_state": {**good["weighting_state"], name: value}} for value in values]
+    for state in bad:
+        with pytest.raises(ValueError):
+            surgery.load_state_dict(state)
+        assert repr(surgery.state_dict()) == before
+    surgery.load_state_dict(good)
+    assert surgery.engine.name == "one_pass"
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 

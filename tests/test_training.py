@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -97,55 +96,24 @@ def test_every_part_of_a_checkpoint_counts(data, tmp_path, seed):
         assert not all(torch.equal(a, b) for a, b in pairs), part
 
 
-def start(folder, *options, module="examples.train"):
-    """The example as a process of its own, with kernels and threads as users have them."""
-    command = [sys.executable, "-m", *module.split(), *OPTIONS, "--out", str(folder), *options]
+def by_torchrun(folder, *options):
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m examples.train"
+    command = [sys.executable, *torchrun.split(), *OPTIONS, "--out", str(folder), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
 
 
-def finish(process):
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    return out
+def by_forks(folder, *options):
+    ranks = start_ranks([folder, folder], *OPTIONS, *options)
+    assert ended(ranks) and [rank.exitcode for rank in ranks] == [0, 0]
 
 
-LONGER = ["--weighting", "pcgrad", "--steps", "80", "--save-every", "7"]
-
-
-@pytest.fixture(scope="module")
-def left_alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("left alone")
-    finish(start(folder, *LONGER))
-    return folder
-
-
-def test_a_killed_process_goes_on_to_the_same_bits(left_alone, tmp_path):
-    process = start(tmp_path, *LONGER)
-    while process.poll() is None and not (tmp_path / "checkpoint.pt").exists():
-        time.sleep(0.005)
-    time.sleep(0.1 * random.random())
-    process.kill()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, err
-    assert not (tmp_path / "averaged.pt").exists()
-    assert f"results are in {tmp_path}" in finish(start(tmp_path, *LONGER))
-    found, expected = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (tmp_path, left_alone))
-    assert found["done"] == expected["done"] == 80
-    for part in ("objective", "averaged"):
-        assert_same(found[part].values(), expected[part].values())
-    assert torch.equal(found["losses"], expected["losses"])
-    assert (tmp_path / "samples.png").stat().st_size > 0 and (tmp_path / "loss.png").stat().st_size > 0
-
-
-@pytest.mark.parametrize("weighting", ["uw", "pcgrad"])
-def test_two_processes_train_the_model_of_one(weighting, data, tmp_path, seed):
+@pytest.mark.parametrize(("weighting", "run_two"), [("uw", by_torchrun), ("pcgrad", by_forks)])
+def test_two_processes_train_the_model_of_one(weighting, run_two, data, tmp_path, seed):
     recipe = replace(TINY, weighting=weighting, seed=seed)
-    torchrun = "torch.distributed.run --standalone --nproc-per-node 2 -m examples.train"
-    running = start(tmp_path, "--weighting", weighting, "--seed", str(seed), "--save-every", "4", module=torchrun)
+    run_two(tmp_path, "--weighting", weighting, "--seed", str(seed), "--save-every", "4")
     expected, found = trained(recipe, data), Training(recipe, *data)
-    finish(running)
     found.load(tmp_path / "checkpoint.pt")
     for a, b in zip(found.objective.parameters(), expected.objective.parameters(), strict=True):
         # Adam divides by the size of gradients: rounding of tiny ones becomes steps of up to the learning rate.

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from dtr_kernels.quoting import quoted
+
 ENGINES = ("auto", "per_cluster", "one_pass", "low_memory")
 # Steps on which each candidate is timed; the first of them warms up and is not counted.
 _TRIALS = 4
@@ -98,9 +100,16 @@ class EngineChoice:
         return {"name": self.name, "reason": self.reason} if found else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Use what "auto" has found in the saved run, unless an engine was named here."""
+        """Use what "auto" has found in the saved run, unless an engine was named here.
+
+        Raises:
+            ValueError: if that is no engine.
+        """
         if self._auto and state:
-            self.name, self.reason = state["name"], state["reason"]
+            name, reason = state["name"], state["reason"]
+            if name not in ENGINES[1:]:
+                raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES[1:]))}, got {quoted(name)}")
+            self.name, self.reason = name, reason
 
 
 def _now(device: torch.device) -> float:

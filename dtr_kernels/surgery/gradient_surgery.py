@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar, cast
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtr_kernels.ops.gradient_lists import MOST_CLUSTERS
-from dtr_kernels.quoting import quoted
+from dtr_kernels.quoting import quoted, shortened
 from dtr_kernels.routing import is_integer
 from dtr_kernels.surgery import distributed, interrupts, low_memory, one_pass, per_cluster, weightings, wrappers
 from dtr_kernels.surgery.batch import Batch, check_by_cluster
@@ -255,11 +256,23 @@ class GradientSurgery:
         """Continue from a ``state_dict``.
 
         Raises:
-            ValueError: if it was saved with another number of clusters or another weighting.
+            ValueError: if it was saved with another number of clusters or another weighting, or is none. Nothing has
+                changed then.
         """
+        before = copy.deepcopy(self.state_dict())
+        try:
+            self._load(state)
+        except Exception as error:
+            self._load(before)
+            if isinstance(error, ValueError):
+                raise
+            reason = f"{type(error).__name__}: {shortened(error)}"
+            raise ValueError(f"state must be what GradientSurgery.state_dict() has returned ({reason})") from error
+
+    def _load(self, state: dict[str, Any]) -> None:
         for name, here in ("num_clusters", self.num_clusters), ("weighting", self._weighting_name):
             if state[name] != here:
-                raise ValueError(f"state was saved with {name}={state[name]!r}, but this object has {here!r}")
+                raise ValueError(f"state was saved with {name}={quoted(state[name])}, but this object has {here!r}")
         if hasattr(self._weighting, "load_state_dict"):
             self._weighting.load_state_dict(state["weighting_state"])
         self.engine.load_state_dict(state["engine"])

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dtr_kernels import ops
+from dtr_kernels.quoting import quoted
+from dtr_kernels.routing import is_integer
 
 NAMES = ("pcgrad", "nash", "sum")
 
@@ -126,9 +128,13 @@ class Nash:
         return {"weights": self._weights.cpu(), "steps_until_solved": self._steps_until_solved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with saved weights."""
-        self._weights = state["weights"].clone()
-        self._steps_until_solved = state["steps_until_solved"]
+        """Continue with saved weights; ValueError if they are no K finite numbers, or the steps no number of steps."""
+        weights, steps = state["weights"], state["steps_until_solved"]
+        if weights.shape != self._weights.shape or not weights.isfinite().all():
+            raise ValueError(f"weights must be {len(self._weights)} finite numbers, got {quoted(weights)}")
+        if not is_integer(steps) or not 0 <= steps < self.every:
+            raise ValueError(f"steps_until_solved must be in 0..{self.every - 1}, got {quoted(steps)}")
+        self._weights, self._steps_until_solved = weights.to(torch.float64, copy=True), steps
 
 
 class External:

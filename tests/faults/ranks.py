@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -24,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dtr_kernels as dtr
 from tests import distributed_checks
 from tests.faults.fault import Fault
+from tests.processes import forks
 
 # Seconds within which every rank must have ended its part, or raised.
 _PATIENCE = 15.0
@@ -223,8 +223,7 @@ class _Group:
     """Processes that try faults together."""
 
     def __init__(self, size: int, store: Path) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.faults.ranks"])
+        context = forks()
         self._pipes, self._processes = [], []
         for rank in range(size):
             here, there = context.Pipe()
