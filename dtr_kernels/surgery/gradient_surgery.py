@@ -310,8 +310,7 @@ class GradientSurgery:
     def _passes(self, parameters: Mapping[str, Tensor], run: Callable[[], _Result]) -> _Result:
         """Run an engine's passes, which may use ``grad`` as they like."""
         self._leaves.put_away(parameters.values())
-        with interrupts.LetThrough():
-            result = run()
+        result = run()
         self._leaves.put_back()
         return result
 

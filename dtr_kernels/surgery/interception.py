@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from dtr_kernels.surgery.batch import Batch, check_per_sample
+from dtr_kernels.surgery.interrupts import LetThrough
 from dtr_kernels.surgery.layout import batch_dimensions, functions, tensors_in
 from dtr_kernels.surgery.segments import Segments
 
@@ -153,7 +154,7 @@ class Interception(TorchFunctionMode):
                 raise Unsupported(
                     f"parameter {name!r} has a hook, which would see no gradient; use engine='per_cluster'"
                 )
-        with _nothing_compiled(), self:
+        with _nothing_compiled(), self, LetThrough():
             tensors = [tensor.view_as(tensor) for tensor in batch.tensors]  # not the caller's own, to put marks on
             for tensor in tensors:
                 self._mark(tensor, batch=0)
@@ -176,7 +177,7 @@ class Interception(TorchFunctionMode):
         self._collector = collector
         try:
             # Active here too, because checkpointed functions are computed again; they bring their own autocast.
-            with self, torch.autocast(losses[0].device.type, enabled=False):
+            with self, torch.autocast(losses[0].device.type, enabled=False), LetThrough():
                 torch.autograd.backward(edges, retain_graph=retain_graph)
         finally:
             self._collector = None

@@ -1,8 +1,8 @@
 """Ctrl-C, held back wherever it would leave half a step behind.
 
 Python raises KeyboardInterrupt between any two instructions of the main thread: between two writes to ``p.grad``, or
-where other ranks wait for this one. During a step it comes at once in the passes and the weighting, where an engine or
-somebody else's code may take long, and at the end of the step in the rest, which takes little time.
+where other ranks wait for this one. During a step it has its effect at once in the passes and the weighting, where
+somebody else's code may take long, and elsewhere, where little time is spent, at the end of the call.
 """
 
 from __future__ import annotations

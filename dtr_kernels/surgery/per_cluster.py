@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from dtr_kernels.surgery import wrappers
+from dtr_kernels.surgery import interrupts, wrappers
 from dtr_kernels.surgery.buffer import GradientBuffer
 from dtr_kernels.surgery.leaves import Leaves, other_leaves
 
@@ -52,12 +52,14 @@ def accumulate(
             values.append(None)
             continue
         with _gradients_into(parameters, buffer.gradient(k), received):
-            value = loss if isinstance(loss, Tensor) else _check(f"losses[{k}]()", loss())
+            with interrupts.LetThrough():
+                value = loss if isinstance(loss, Tensor) else _check(f"losses[{k}]()", loss())
             leaves.collect(other_leaves([value], parameters))
-            if isinstance(loss, Tensor):
-                wrappers.backward(scaled(value), buffer.gradient(k), retain_graph=needed_again[k])
-            else:
-                scaled(value).backward()
+            with interrupts.LetThrough():
+                if isinstance(loss, Tensor):
+                    wrappers.backward(scaled(value), buffer.gradient(k), retain_graph=needed_again[k])
+                else:
+                    scaled(value).backward()
         values.append(value.detach())
     return values, received
 

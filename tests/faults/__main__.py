@@ -32,13 +32,14 @@ def main() -> int:
             f"argument --only: no fault's name holds {arguments.only!r}; there are: "
             + "; ".join(f.name for f in FAULTS)
         )
-    rows, all_lost = [], []
+    print("| fault | afterwards | tried | survived |\n|---|---|---|---|")
+    all_lost = []
     for fault in tqdm(chosen, "faults", leave=False):
         with tempfile.TemporaryDirectory() as folder:
             tried, lost = fault.run(arguments.seed, Path(folder), arguments.seconds)
-        rows.append(f"| {fault.name} | {fault.expected} | {tried} | {tried - len(lost)} |")
+        tqdm.write(f"| {fault.name} | {fault.expected} | {tried:,} | {tried - len(lost):,} |")
         all_lost += [f"{fault.name} (--seed {arguments.seed}): {sentence}" for sentence in lost]
-    print("| fault | afterwards | tried | survived |\n|---|---|---|---|", *rows, *all_lost, sep="\n")
+    print(*all_lost, sep="\n")
     return int(bool(all_lost))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -185,6 +186,8 @@ def _attempt(rank: int, size: int, what: Try) -> str:
     now = step.gradients()
     unchanged = _same(before, now)
     partly = not unchanged and not _same(whole.gradients(), now)
+    if torch._C._len_torch_function_stack() or torch._dynamo.eval_frame._stance.stance != "default":
+        return "PyTorch is left in another mode"
     everywhere: list[Any] = [(unchanged, error is not None)]
     if size > 1:
         everywhere *= size
