@@ -33,6 +33,7 @@ from dtr_kernels.quoting import quoted
 from dtr_kernels.surgery import engines, gradient_surgery, leaves, one_pass, wrappers
 from dtr_kernels.surgery.buffer import GradientBuffer
 from dtr_kernels.surgery.engines import EngineChoice
+from dtr_kernels.surgery.interception import Interception
 
 K = 3
 NASH = pytest.param("nash", marks=pytest.mark.skipif(find_spec("torchjd") is None, reason="NOT RUN: needs TorchJD"))
@@ -739,6 +740,25 @@ def test_ctrl_c_ends_a_step_at_once(model, batches, place, monkeypatch):
     place = ""
     surgery.backward(losses)
     torch.testing.assert_close(update(model), ordinary_step(model, batches))
+
+
+@pytest.mark.parametrize("end", [1, 2])
+@pytest.mark.parametrize("engine", ["one_pass", "low_memory"])
+def test_ctrl_c_at_the_end_of_a_pass_leaves_no_mode_of_pytorch(model, engine, end, monkeypatch):
+    ends, leave = [], Interception.__exit__
+
+    def interrupted(self, *args):
+        ends.append(self)
+        if len(ends) == end:
+            signal.raise_signal(signal.SIGINT)
+        leave(self, *args)
+
+    monkeypatch.setattr(Interception, "__exit__", interrupted)
+    surgery = dtr.GradientSurgery(model.parameters(), K, "sum", engine=engine)
+    with pytest.raises(KeyboardInterrupt):
+        surgery.backward_batch(lambda x: model(x).square().mean(1), torch.arange(6) % K, torch.randn(6, 5))
+    assert len(ends) >= end and not torch._C._len_torch_function_stack()
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(()))  # would fail in the stance of a pass
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, "own"])
