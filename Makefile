@@ -27,9 +27,10 @@ study: $(READY)  ## train with and without each method, compare: out/study and d
 
 test: $(READY) lint test-kernels  ## everything that needs no GPU
 
+INTERPRETED := tests/test_kernels.py tests/test_ops.py tests/test_tune.py::test_right_tiles_pass_the_gate_and_wrong_ones_do_not
 test-kernels: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs $(PARALLEL) $(if $(PARALLEL),--dist worksteal) tests
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest -q $(PARALLEL) tests/test_kernels.py tests/test_ops.py -m "not gpu"
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest -q $(PARALLEL) $(INTERPRETED) -m "not gpu"
 
 # FUZZ="--seconds 3600", or FUZZ="--isa avx2 --case ..." to repeat what it found.
 test-sanitize: $(READY)  ## calls the extension at random, CUDA kernels on the CPU too, under ASan and UBSan: 60 s after building

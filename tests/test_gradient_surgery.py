@@ -1860,17 +1860,16 @@ def test_uncertainty_starts_from_half_the_mean_and_settles_at_the_loss_divided_b
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-@pytest.mark.parametrize("least", [0.0, 1e-20, -3.0])
-def test_uncertainty_of_a_loss_of_zero_does_not_run_away(optimizer, least):
-    weighting = dtr.UncertaintyWeighting(3)
+def test_uncertainty_of_a_loss_of_zero_does_not_run_away(optimizer):
+    weighting = dtr.UncertaintyWeighting(5)
     optimizer = optimizer([weighting.param_group()])
-    losses = torch.tensor([least, 1.0, 1e-3])
+    losses = torch.tensor([0.0, 1e-20, -3.0, 1.0, 1e-3])
     for _ in range(2000):
         optimizer.zero_grad()
         weighting(losses).backward()
         optimizer.step()
     weights = weighting.log_variances.detach().neg().exp()
-    torch.testing.assert_close(weights, torch.tensor([1e8, 3.0, 3e3]), rtol=0.2, atol=0)
+    torch.testing.assert_close(weights, torch.tensor([1e8, 1e8, 1e8, 5.0, 5e3]), rtol=0.2, atol=0)
 
 
 @pytest.mark.parametrize("loss", [0.0, -2.0, 1e-12, 5.0])
