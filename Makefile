@@ -17,6 +17,9 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
+# Python compiles what is imported: a third of the time that compiling everything takes.
+INSTALL := $(RUN) -m pip install --quiet --no-compile
+
 .PHONY: demo study test test-kernels test-sanitize lint gpu gpu-benchmarks verify docs linkcheck wheel wheels test-wheel clean
 
 demo: $(READY)  ## train a small DTR-DiT on real digits, sample from it, compare fused and plain blocks: out/demo
@@ -81,10 +84,10 @@ test-wheel:  ## WHEEL=dist/... with TORCH="torch==2.8.0 triton==3.4.0": info and
 
 $(VENV)/.ready: pyproject.toml $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet $(TORCH)
-	command -v nvcc || test -x "$$CUDA_HOME/bin/nvcc" || $(RUN) -m pip install --quiet $(NVCC) \
+	$(INSTALL) $(TORCH)
+	command -v nvcc || test -x "$$CUDA_HOME/bin/nvcc" || $(INSTALL) $(NVCC) \
 		|| echo "no CUDA compiler: CUDA kernels are not built"
-	$(RUN) -m pip install --quiet --editable '.[demo,test]'
+	$(INSTALL) --editable '.[demo,test]'
 	touch $@
 
 # Without a virtual environment the extension is built in place and nothing is installed.
