@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import socket
 import uuid
 import zipfile
@@ -30,7 +31,7 @@ def cache_folder() -> Path:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a path to write to; the file takes the place of ``path`` when it is complete and on the disk.
 
-    Folders are made, and a symbolic link is followed. A reader, and other threads and processes that write the same
+    Folders are made, a symbolic link is followed, and the file's permissions stay. A reader, and other threads and processes that write the same
     file, never find half of one. Drafts that killed processes of this machine have left behind are deleted.
 
     Raises:
@@ -46,6 +47,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield draft
         with draft.open("rb") as file:
             os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, draft)
         draft.replace(path)
     except OSError as error:
         if error.errno is not None and str(error.filename) in ("None", str(draft)):  # None of a write on a full disk

@@ -390,6 +390,7 @@ def test_a_linked_checkpoint_is_written_through_and_drafts_of_dead_processes_go(
     target = tmp_path / "disk" / "far.pt"
     link.symlink_to(target)
     training.save(link)
+    target.chmod(0o640)
     child = os.fork()
     if child == 0:
         with replacing(link) as draft:
@@ -399,7 +400,7 @@ def test_a_linked_checkpoint_is_written_through_and_drafts_of_dead_processes_go(
     assert len(list(target.parent.iterdir())) == 2
     training.step()
     training.save(link)
-    assert link.is_symlink() and read_tensors(target)["done"] == 1
+    assert link.is_symlink() and read_tensors(target)["done"] == 1 and target.stat().st_mode & 0o777 == 0o640
     assert list(target.parent.iterdir()) == [target]
 
 
