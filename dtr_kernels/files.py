@@ -31,8 +31,9 @@ def cache_folder() -> Path:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a path to write to; the file takes the place of ``path`` when it is complete and on the disk.
 
-    Folders are made, a symbolic link is followed, and the file's permissions stay. A reader, and other threads and processes that write the same
-    file, never find half of one. Drafts that killed processes of this machine have left behind are deleted.
+    Folders are made, a symbolic link is followed, and the file's permissions stay. A reader, and other threads and
+    processes that write the same file, never find half of one. Drafts that killed processes of this machine have left
+    behind are deleted.
 
     Raises:
         OSError: naming the file, if it cannot be written, or is a folder, pipe or device. It is then as before.
