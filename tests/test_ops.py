@@ -22,6 +22,7 @@ from dtr_kernels.ops.window_linear import _splits, slice_gain
 from dtr_kernels.routing import ChannelWindow
 from dtr_kernels.verify import check_block, compare, random_block
 
+pytestmark = pytest.mark.usefixtures("tall_tiles")  # test_kernels takes those of a GPU too
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The interpreter, which takes its time, sees other widths in test_any_shape_and_window.
