@@ -4,8 +4,8 @@
 - fp32 -> bf16 truncates there; a GPU rounds to nearest even.
 - Descriptor loads must start on 16 bytes there; the hardware takes any element offset.
 
-Two thirds of its time it does what has no effect: it looks for functions of the language to replace by its own at every
-call from a kernel, which the launch has done, and computes whether integers overflow, which it then ignores.
+Half of its time it does what has no effect: it looks for functions of the language to replace by its own at every call
+from a kernel, which the launch has done, and computes whether integers overflow, which it then ignores.
 """
 
 from __future__ import annotations

@@ -142,6 +142,7 @@ def test_a_weight_gradient_in_parts(seed, device, monkeypatch):
         lambda tiles, steps, processors: asked.append(min(5, steps)) or asked[-1],
     )
     check_routed_linear(3, 130, 96, 200, windows(3, 96, 0.8, device), torch.bfloat16, device)
+    check_inner_linear(3, 130, 96, 288, 3, windows(3, 6, 0.5, device), torch.bfloat16, device)
     assert set(asked) == {5}
 
 
