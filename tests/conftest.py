@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET"):
     repair()
 
 from dtr_kernels.ops import tiles
-from dtr_kernels.ops.tiles import NEVER, Crossover, crossovers
+from dtr_kernels.ops.tiles import NEVER, Crossover, RowTiles, Tiles, crossovers
 
 # Files with fixtures that take long, such as builds. They come first, so that with --dist worksteal no process takes
 # over a part of one at the end and makes its fixtures again.
@@ -70,6 +70,13 @@ def dense_products(monkeypatch, kernels_at_every_size):
     monkeypatch.setattr("dtr_kernels.ops.window_linear._LEAST_GAIN", sys.maxsize)
     for op in crossovers():
         monkeypatch.setitem(tiles._forced, op, Crossover(NEVER))
+
+
+@pytest.fixture
+def tall_tiles(monkeypatch):
+    """In Triton's interpreter, whose time goes by programs and steps of loops: kernels over rows take eight at once."""
+    if os.environ.get("TRITON_INTERPRET"):
+        monkeypatch.setattr(RowTiles, "tile", lambda *args: Tiles.tile(*args)._replace(rows=8))
 
 
 @pytest.fixture

@@ -1,8 +1,11 @@
-"""Triton's interpreter with three faults repaired, so that it computes what a GPU computes.
+"""Triton's interpreter with three faults repaired, so that it computes what a GPU computes, and sooner.
 
 - bf16 is stored as raw bits there and ``tl.dot`` multiplies the bits; a GPU multiplies the numbers.
 - fp32 -> bf16 truncates there; a GPU rounds to nearest even.
 - Descriptor loads must start on 16 bytes there; the hardware takes any element offset.
+
+Half of its time it does what has no effect: it looks for functions of the language to replace by its own at every call
+from a kernel, which the launch has done, and computes whether integers overflow, which it then ignores.
 """
 
 from __future__ import annotations
@@ -10,7 +13,13 @@ from __future__ import annotations
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, TensorDescHandle, TensorHandle
+from triton.runtime.interpreter import (
+    InterpretedFunction,
+    InterpreterBuilder,
+    InterpreterOptions,
+    TensorDescHandle,
+    TensorHandle,
+)
 
 
 def _from_bf16(bits: np.ndarray) -> np.ndarray:
@@ -48,8 +57,17 @@ def _pointers(self, offsets):
     return TensorHandle(address.astype(np.uint64), self.base.dtype.scalar), inside
 
 
+def _call(self, *args, **kwargs):
+    # A launch replaces what its kernel sees; what tl.sum and the like see is replaced by the first of them, for good.
+    if tl.core.is_builtin(tl.core.load):
+        interpreter._patch_lang(self.fn)
+    return self.rewrite()(*args, **kwargs)
+
+
 def repair() -> None:
     """Installs the repairs in this process."""
     InterpreterBuilder.cast_impl = _cast
     InterpreterBuilder.create_dot = _dot
     TensorDescHandle.materialize_pointers = _pointers
+    InterpretedFunction.__call__ = _call
+    interpreter.interpreter_builder.options = InterpreterOptions(sanitize_overflow=False)

@@ -47,7 +47,9 @@ def failures(kernel: Kernel, mode, precision: Precision, device: torch.device) -
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "autocast", "fp64"])
 @pytest.mark.parametrize("kernel, mode", MODES)
-def test_agrees_with_plain_pytorch(seed, kernel, mode, precision, device):
+def test_agrees_with_plain_pytorch(seed, kernel, mode, precision, device, request):
+    if precision != "fp32":  # which has the tiles of a GPU
+        request.getfixturevalue("tall_tiles")
     if precision == "fp64" and (device.type == "cuda" or INTERPRETED):
         return  # fp64 has no Triton kernels
     if precision in kernel.precisions or precision == "fp64":

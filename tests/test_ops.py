@@ -22,6 +22,7 @@ from dtr_kernels.ops.window_linear import _splits, slice_gain
 from dtr_kernels.routing import ChannelWindow
 from dtr_kernels.verify import check_block, compare, random_block
 
+pytestmark = pytest.mark.usefixtures("tall_tiles")  # test_kernels takes those of a GPU too
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The interpreter, which takes its time, sees other widths in test_any_shape_and_window.
@@ -141,6 +142,7 @@ def test_a_weight_gradient_in_parts(seed, device, monkeypatch):
         lambda tiles, steps, processors: asked.append(min(5, steps)) or asked[-1],
     )
     check_routed_linear(3, 130, 96, 200, windows(3, 96, 0.8, device), torch.bfloat16, device)
+    check_inner_linear(3, 130, 96, 288, 3, windows(3, 6, 0.5, device), torch.bfloat16, device)
     assert set(asked) == {5}
 
 
