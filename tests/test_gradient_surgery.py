@@ -698,14 +698,16 @@ def test_gradients_of_a_leaf_that_is_the_loss(model, batches):
 @pytest.mark.parametrize("write", range(6))
 def test_ctrl_c_between_two_writes_to_grad_comes_after_them(model, batches, write, monkeypatch):
     writes = []
-    add = leaves._add_gradient
+    add = leaves._add
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
 
     def interrupted(leaf, new):
         if len(writes) == write:
             signal.raise_signal(signal.SIGINT)
         writes.append(add(leaf, new))
 
-    monkeypatch.setattr(leaves, "_add_gradient", interrupted)
+    monkeypatch.setattr(leaves, "_add", interrupted)
     handler = signal.getsignal(signal.SIGINT)
     surgery = dtr.GradientSurgery(list(model.parameters())[:-1], K, "sum")
     with pytest.raises(KeyboardInterrupt):

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtr_kernels import ops
+from dtr_kernels.quoting import shortened
 from dtr_kernels.surgery.buffer import ClusterGradients, GradientBuffer
 from dtr_kernels.surgery.engines import EngineChoice
 from dtr_kernels.surgery.parameters import device_of
@@ -148,8 +149,8 @@ class _ManyProcesses(OneProcess):
         self._describe(parameters)
         # Calls of backward and backward_batch: a rank that has left one out, or ended one early, has another number.
         self._calls = 0
-        # Whether the other ranks' next communication is a meeting. Where one has failed they have none.
-        self._awaited = False
+        # What the other ranks do next: "meet", or "know" of an error that has ended the step, or "go on" without this.
+        self._others = "go on"
 
     def _describe(self, parameters: Mapping[str, Tensor]) -> None:
         """Note what the ranks must have in common: the settings, and the parameters that require grad now."""
@@ -159,37 +160,40 @@ class _ManyProcesses(OneProcess):
         ]
 
     def begin(self) -> None:
-        self._awaited = True
+        self._others = "meet"
         self._calls += 1
 
     def end(self) -> None:
-        self._awaited = False
+        self._others = "go on"
 
     def fail(self, error: BaseException) -> None:
-        if self._awaited:
+        if self._others == "meet":
             with suppress(RuntimeError):  # another rank is gone: this one's own error says more
                 self._meet(error)
+        elif self._others == "go on":
+            self._calls += 1  # by which they will find out at the next meeting
 
     @contextmanager
     def _meeting(self) -> Iterator[None]:
         """Meet, and communicate inside."""
         self._meet()
         yield
-        self._awaited = True
+        self._others = "meet"
 
     def _meet(self, error: BaseException | None = None) -> None:
         """Wait for all ranks; raise if one of the others brings an error, or differs from the rest."""
-        self._awaited = False
+        self._others = "know"
+        report = None if error is None else _described(error)
         description = [*self._description, ("calls of backward and backward_batch", str(self._calls))]
         digest = zlib.crc32(repr(description).encode())
-        word = torch.tensor([error is not None, digest, -digest, self._calls], device=self._control_device)
+        word = torch.tensor([report is not None, digest, -digest, self._calls], device=self._control_device)
         self._all_reduce(word, dist.ReduceOp.MAX)
         failed, largest, smallest, self._calls = word.tolist()
         if failed:
-            reports = self._gathered(None if error is None else f"{type(error).__name__}: {error}")
-            if error is None:
-                rank, report = next((rank, report) for rank, report in reports if report is not None)
-                raise RuntimeError(f"rank {rank} failed in this step of gradient surgery: {report}")
+            reports = self._gathered(report)
+            if report is None:
+                rank, theirs = next((rank, theirs) for rank, theirs in reports if theirs is not None)
+                raise RuntimeError(f"rank {rank} failed in this step of gradient surgery: {theirs}")
         elif largest != -smallest:
             (first, here), *others = self._gathered(description)
             rank, there = next((rank, there) for rank, there in others if there != here)
@@ -232,6 +236,13 @@ class _ManyProcesses(OneProcess):
             for group in self._groups:
                 dist.broadcast(weights, group=group, group_src=0)
         return weights
+
+
+def _described(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {shortened(error)}"
+    except Exception:  # of the caller's own class
+        return type(error).__name__
 
 
 def _entry(entry: tuple[str, str] | None) -> str:
@@ -373,7 +384,7 @@ class Shards(_ManyProcesses):
         to_run = [spare if loss is None else loss for loss in losses]
         with self._meeting():
             sums = self._sums([*counts, *(loss is not None for loss in to_run)])
-        self._awaited = False  # until the passes are over: the others wait in FSDP's communication
+        self._others = "go on"  # into FSDP's communication, until the passes are over
         totals, runners = sums[: len(counts)], sums[len(counts) :]
         for k, number in enumerate(runners):
             if 0 < number < self._size:
@@ -391,7 +402,7 @@ class Shards(_ManyProcesses):
     def together(
         self, parameters: Mapping[str, Tensor], buffer: GradientBuffer, received: set[str]
     ) -> tuple[ClusterGradients, set[str]]:
-        self._awaited = True
+        self._others = "meet"
         return super().together(parameters, buffer, received)
 
 

@@ -107,8 +107,8 @@ class EngineChoice:
         """
         if self._auto and state:
             name, reason = state["name"], state["reason"]
-            if name not in ENGINES[1:]:
-                raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES[1:]))}, got {quoted(name)}")
+            if name not in self._seconds:
+                raise ValueError(f"engine must be one of {', '.join(map(repr, self._seconds))}, got {quoted(name)}")
             self.name, self.reason = name, reason
 
 

@@ -32,15 +32,26 @@ def _all_or_nothing(method: _Method) -> _Method:
 
     @wraps(method)
     def attempt(self: GradientSurgery, *args: Any, **kwargs: Any) -> Tensor:
-        try:
-            self._ranks.begin()
-            with interrupts.HeldBack(), wrappers.refused():
-                return method(self, *args, **kwargs)
-        except BaseException as error:
-            with interrupts.HeldBack():
-                self.drop_micro_batches()
+        with interrupts.HeldBack():
+            if self._running:
+                raise RuntimeError(
+                    "a GradientSurgery makes one step at a time, but it is called inside of its own loss, weighting or "
+                    "hook, or by two threads; use another one there"
+                )
+            self._running = True
+            try:
+                self._ranks.begin()
+                with wrappers.refused():
+                    result = method(self, *args, **kwargs)
+                with interrupts.LetThrough():
+                    return result  # Ctrl-C that came meanwhile ends the step here, where the other ranks hear of it
+            except BaseException as error:
+                self._received = None
+                self._leaves.drop()
                 self._ranks.fail(error)
-            raise
+                raise
+            finally:
+                self._running = False
 
     return cast(_Method, attempt)
 
@@ -124,6 +135,7 @@ class GradientSurgery:
         # Names of the parameters that got a gradient in the micro-batches of this step; None between steps.
         self._received: set[str] | None = None
         self._leaves = Leaves()
+        self._running = False
         # Of the last step, on the device, for people who watch how much the clusters conflict.
         self.last_gram: Tensor | None = None
         self.last_weights: Tensor | None = None
@@ -235,8 +247,10 @@ class GradientSurgery:
 
         The next call begins a new step. All ranks must call this, or none.
         """
-        self._received = None
-        self._leaves.drop()
+        if self._received is not None:
+            self._received = None
+            self._leaves.drop()
+            self._ranks.begin()  # a rank that has dropped something is in another step than those that have not
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes, for copy and pickle; TypeError if process groups are among them."""
@@ -355,10 +369,10 @@ class GradientSurgery:
             weights = self._weighting(gram)
         weights = self._ranks.agreed(weights)
         update = gradients.weighted_sum(weights)
+        self._ranks.end()
         self.last_gram, self.last_weights = gram, weights
         pairs = zip(parameters.items(), update, strict=True)
         self._leaves.add((p, new) for (name, p), new in pairs if name in received)
-        self._ranks.end()
 
 
 class _Step(NamedTuple):

@@ -22,7 +22,7 @@ class HeldBack:
     # Not generators: one that an interrupt has left suspended would run its end at any time later.
     def __init__(self) -> None:
         self._handler: Any = None
-        self._arrived = False
+        self._arrived: tuple[int, FrameType | None] | None = None
 
     def __enter__(self) -> None:
         # Any other handler than a function raises nothing.
@@ -37,12 +37,12 @@ class HeldBack:
     def end(self) -> None:
         """Restore the handler, and call it if Ctrl-C came meanwhile."""
         signal.signal(signal.SIGINT, self._handler)
-        if self._arrived:
-            self._arrived = False
-            self._handler(signal.SIGINT, None)
+        arrived, self._arrived = self._arrived, None
+        if arrived:
+            self._handler(*arrived)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._arrived = True
+        self._arrived = number, frame
 
     def __exit__(self, *_: object) -> None:
         if self in _running:

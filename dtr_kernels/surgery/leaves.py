@@ -43,9 +43,16 @@ class Leaves:
 
     def add(self, updates: Iterable[tuple[Tensor, Tensor]]) -> None:
         """End the step: add parameters' updates, and the other leaves' new gradients, to ``grad``."""
-        for leaf, new in [*updates, *self._others.items()]:
-            if new is not None:
-                _add_gradient(leaf, new)
+        new = [(leaf, grad) for leaf, grad in [*updates, *self._others.items()] if grad is not None]
+        # What needs memory comes first: where that is short, nothing has changed.
+        replaced = [
+            (leaf, grad if leaf.grad is None else grad + leaf.grad) for leaf, grad in new if not _in_place(leaf)
+        ]
+        for leaf, grad in new:
+            if _in_place(leaf):
+                _add(leaf, grad)
+        for leaf, total in replaced:
+            leaf.grad = total
         self._others = {}
 
     def drop(self) -> None:
@@ -55,19 +62,24 @@ class Leaves:
 
     def _restore(self) -> None:
         for leaf, grad in self._before.items():
-            leaf.grad = grad
+            try:
+                leaf.grad = grad
+            except (RuntimeError, TypeError):  # the caller has cast or moved it meanwhile
+                leaf.grad = None
         self._before = {}
 
 
+def _in_place(leaf: Tensor) -> bool:
+    """Return whether a gradient is added in place, as autograd does, because others may hold leaf.grad."""
+    grad = leaf.grad
+    if grad is None or grad.is_sparse or grad.is_inference():
+        return False
+    return all(stride for size, stride in zip(grad.shape, grad.stride(), strict=True) if size > 1)  # not expanded
+
+
 @torch.no_grad()
-def _add_gradient(leaf: Tensor, new: Tensor) -> None:
-    """Add a gradient as autograd does: in place, because others may hold leaf.grad, if its memory allows."""
-    if leaf.grad is None:
-        leaf.grad = new
-    elif leaf.grad.is_sparse:
-        leaf.grad = new + leaf.grad
-    else:
-        leaf.grad.add_(new)
+def _add(leaf: Tensor, new: Tensor) -> None:
+    leaf.grad.add_(new)  # type: ignore[union-attr]
 
 
 @contextmanager
@@ -94,7 +106,7 @@ def other_leaves(losses: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> 
     seen = set(nodes)
     while nodes:
         node = nodes.pop()
-        leaf = getattr(node, "variable", None)
+        leaf = node.variable if type(node).__name__ == "AccumulateGrad" else None  # type: ignore[attr-defined]
         if leaf is not None and id(leaf) not in ours:
             leaves[id(leaf)] = leaf
         for following, _ in node.next_functions:

@@ -77,7 +77,13 @@ def differentiate(
     """
     with gradients_set_aside(run.parameters.values()):
         means = run.mean_losses(loss, batch)
-        leaves.collect(other_leaves([mean for mean in means if mean is not None], run.parameters))
+        others = other_leaves([mean for mean in means if mean is not None], run.parameters)
+        if any(leaf._post_accumulate_grad_hooks for leaf in others):  # type: ignore[attr-defined]
+            raise Unsupported(
+                "a parameter that is not in params has a hook, which the passes that look at the model would run too; "
+                "use engine='per_cluster'"
+            )
+        leaves.collect(others)
         separation.check(run, means, batch)
         losses = [None if mean is None else scaled(mean) for mean in means]
         present = [loss for loss in losses if loss is not None]

@@ -67,7 +67,7 @@ class _AtLine:
     def _trace(self, frame: Any, event: str, _: Any) -> Any:
         # Interrupts between two calls are the caller's: not in "attempt", around each of them, nor before the first.
         inside = frame.f_code.co_filename.startswith(_SURGERY) and frame.f_code.co_name != "attempt"
-        if not inside or not (self.passed or getattr(self._surgery._ranks, "_awaited", True)):
+        if not inside or not (self.passed or getattr(self._surgery._ranks, "_others", "meet") == "meet"):
             return self._trace if inside else None
         if event == "line":
             self.passed += 1
@@ -87,12 +87,14 @@ class _AtAllocation(TorchDispatchMode):
         self.passed, self._surgery, self._at = 0, surgery, at
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
         new = func.namespace != "c10d" and not any(result.alias_info for result in func._schema.returns)
-        if new and self._surgery._ranks._awaited:
+        meta = isinstance(out, torch.Tensor) and out.is_meta  # one_pass asks for shapes by such
+        if new and not meta and self._surgery._ranks._others == "meet":
             self.passed += 1
             if self.passed == self._at:
                 raise torch.OutOfMemoryError("no memory, by a fault that was tried")
-        return func(*args, **(kwargs or {}))
+        return out
 
 
 def _die() -> None:
@@ -205,6 +207,9 @@ def _attempt(rank: int, size: int, what: Try) -> str:
         return f"another rank raised {error!r}"
     elif not unchanged and error is not None:
         return f"a rank raised {error!r} and has its update"
+    if size > 1 and not unchanged:  # the others have made the step, and must hear that one was interrupted
+        message = distributed_checks.raised(ValueError, step.run)
+        assert "calls of backward and backward_batch" in message
     step.check()
     return ""
 
