@@ -6,8 +6,10 @@ import io
 import json
 import os
 import pickle
+import signal
 import traceback
 import warnings
+from contextlib import suppress
 from copy import deepcopy
 from datetime import timedelta
 from functools import partial
@@ -582,7 +584,56 @@ def ranks_in_different_steps(rank, world_size):
         message = raised(KeyboardInterrupt if odd else RuntimeError, run)
         assert odd or f"rank {world_size - 1} failed in this step of gradient surgery: KeyboardInterrupt" in message
         assert flat_update(model).abs().sum() == 0
+    # Dropped by one alone; and interrupted where the others have made the step.
+    backward(surgery, model, parts[rank], last=False)
+    if odd:
+        surgery.drop_micro_batches()
+    assert "has calls of" in raised(ValueError, partial(backward, surgery, model, parts[rank]))
+    backward(surgery, model, parts[rank], last=False)
+    surgery.drop_micro_batches()
+    add = surgery._leaves.add
+
+    def interrupted_at_the_end(updates):
+        signal.raise_signal(signal.SIGINT)
+        add(updates)
+
+    if odd:
+        surgery._leaves.add = interrupted_at_the_end
+        raised(KeyboardInterrupt, partial(backward, surgery, model, parts[rank]))
+        surgery._leaves.add = add
+    else:
+        backward(surgery, model, parts[rank])
+    assert_close(flat_update(model), surgery.last_weights @ true_gradients(model, whole))
+    model.zero_grad()
+    assert "has calls of" in raised(ValueError, partial(backward, surgery, model, parts[rank]))
     accumulate(2)
+    assert_update_of(true_gradients(model, whole), surgery, model)
+
+
+class Silent(Exception):
+    def __str__(self):
+        raise TypeError("it has no words")
+
+
+@check(2)
+def errors_that_are_hard_to_tell(rank, world_size):
+    model, (parts, whole) = Net().double(), batches(world_size)
+    surgery = replicated(model)
+    for error, told in (Silent(), "Silent"), (KeyError("x" * 10**6), "KeyError: 'xxx"):
+
+        def loss(*tensors, error=error):
+            if rank:
+                raise error
+            return losses_of(model, *tensors)
+
+        run = partial(surgery.backward_batch, loss, parts[rank][0], *parts[rank])
+        if rank:
+            with suppress(type(error)):
+                run()
+        else:
+            message = raised(RuntimeError, run)
+            assert told in message and len(message) < 1000
+    backward(surgery, model, parts[rank])
     assert_update_of(true_gradients(model, whole), surgery, model)
 
 

@@ -692,6 +692,82 @@ def test_gradients_of_a_leaf_that_is_the_loss(model, batches):
     torch.testing.assert_close(alone.grad, torch.tensor(1 / K))
 
 
+@pytest.mark.parametrize("kind", ["expanded", "inference", "sparse"])
+def test_gradients_that_cannot_be_added_to_in_place_are_replaced(model, batches, kind):
+    expected = dict(
+        zip(model.parameters(), torch.autograd.grad(batches.mean(model), list(model.parameters())), strict=True)
+    )
+    with torch.inference_mode(kind == "inference"):
+        given = {p: torch.ones(()).expand(p.shape) if kind == "expanded" else torch.ones_like(p) for p in expected}
+    for p, grad in given.items():
+        p.grad = grad.to_sparse() if kind == "sparse" else grad
+    dtr.GradientSurgery(list(model.parameters())[:3], K, "sum").backward(batches.functions(model))
+    for p, grad in expected.items():
+        torch.testing.assert_close(p.grad.to_dense(), 1 + grad)
+
+
+def test_an_error_after_which_a_gradient_does_not_fit_any_more(model, batches):
+    """The caller's own error arrives, and no gradient is left in the buffer."""
+
+    def casts():
+        model.double()
+        raise KeyError("of the caller")
+
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    surgery = dtr.GradientSurgery(list(model.parameters())[:3], K, "sum")
+    with pytest.raises(KeyError, match="of the caller"):
+        surgery.backward([batches.functions(model)[0], casts, casts])
+    assert all(p.grad is None for p in list(model.parameters())[:3])
+
+
+def test_a_step_inside_of_its_own_step_is_refused(model, batches):
+    inner = dtr.GradientSurgery(model.parameters(), K, lambda gram: surgery.backward(batches.functions(model)))
+    surgery = dtr.GradientSurgery(model.parameters(), K, "sum")
+    for losses in ([lambda: surgery.backward(batches.functions(model)).sum()] * K,):
+        with pytest.raises(RuntimeError, match="inside of its own loss"):
+            surgery.backward(losses)
+        assert all(p.grad is None for p in model.parameters())
+    surgery = inner
+    with pytest.raises(RuntimeError, match="inside of its own loss"):
+        surgery.backward(batches.functions(model))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("engine", ["per_cluster", "one_pass", "auto"])
+def test_hooks_on_other_parameters_run_as_often_as_passes(model, engine, seed):
+    """One that steps would do so in the passes that only look at the model."""
+    calls = []
+    model.last.weight.register_post_accumulate_grad_hook(lambda p: calls.append(p))
+    surgery = dtr.GradientSurgery(model.first.parameters(), K, "sum", engine=engine)
+
+    def run():
+        surgery.backward_batch(lambda x: model(x).square().mean(1), torch.arange(6) % K, torch.randn(6, 5))
+
+    if engine == "one_pass":
+        with pytest.raises(one_pass.Unsupported, match="not in params has a hook"):
+            run()
+        return
+    run()
+    assert len(calls) == K
+
+
+def test_attributes_of_the_callers_own_functions_are_no_leaves(model, batches):
+    class Named(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.variable = "not a tensor"
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, dout):
+            return dout
+
+    surgery = dtr.GradientSurgery(model.parameters(), K, "sum")
+    surgery.backward([lambda loss=loss: Named.apply(loss()) for loss in batches.functions(model)])
+    torch.testing.assert_close(update(model), ordinary_step(model, batches))
+
+
 # --- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
