@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
 import socket
+import stat
 import uuid
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -56,7 +57,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
             error.filename = str(path)
         raise
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # a name that is too long was never there
+            draft.unlink(missing_ok=True)
 
 
 def _drafts_of(path: Path) -> str:
@@ -66,11 +68,12 @@ def _drafts_of(path: Path) -> str:
 
 def _delete_drafts_of_dead_processes(path: Path) -> None:
     prefix = _drafts_of(path)
-    for draft in path.parent.iterdir():
-        pid = re.fullmatch(re.escape(prefix) + r"(\d+)\.\w+", draft.name)
-        if pid and not _is_running(int(pid[1])):
-            with suppress(OSError):  # somebody else's, or deleted meanwhile
-                draft.unlink()
+    with suppress(OSError):  # a folder that may not be listed
+        for draft in path.parent.iterdir():
+            pid = re.fullmatch(re.escape(prefix) + r"(\d+)\.\w+", draft.name)
+            if pid and not _is_running(int(pid[1])):
+                with suppress(OSError):  # somebody else's, or deleted meanwhile
+                    draft.unlink()
 
 
 def _is_running(pid: int) -> bool:
@@ -96,14 +99,17 @@ def locked(path: str | Path, busy: str) -> Iterator[None]:
 
     Raises:
         OSError: if no file can be made there.
-        ValueError: if another process or thread holds it.
+        ValueError: if another process or thread holds it, or a file of that name is no lock.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f"{path.name}.lock")
     while True:
-        file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode) or status.st_size:
+                raise ValueError(f"{lock} is in the place of a lock, but holds something else; name another path")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):  # the latter on SMB
@@ -177,7 +183,10 @@ def _finite(digits: str) -> float:
 
 
 def write_tensors(state: object, path: str | Path) -> None:
-    """Write what ``torch.save`` can, as a whole or not at all.
+    """Write what ``torch.save`` can, as a whole or not at all; ``torch.load`` reads it, too.
+
+    The comment of the archive is a SHA-256 digest. PyTorch does not look at the checksums of a zip file, and these do
+    not cover what says where its parts are, and of which kind.
 
     Raises:
         OSError: if it cannot be written, as on a full disk. The old file is then as before.
@@ -190,6 +199,19 @@ def write_tensors(state: object, path: str | Path) -> None:
             raise OSError(
                 f"{path} could not be written; is the disk full, or the folder read-only? ({shortened(error)})"
             ) from error
+        with draft.open("r+b") as file:
+            digest = _digest(file, draft.stat().st_size - 2)
+            file.write(len(digest).to_bytes(2, "little") + digest)  # in place of an empty comment's length
+
+
+def _digest(file: BinaryIO, size: int) -> bytes:
+    """Return the digest of a file's first bytes, in hexadecimal digits; the file is then read up to there."""
+    file.seek(0)
+    digest = hashlib.sha256()
+    while data := file.read(min(size, 1 << 20)):
+        digest.update(data)
+        size -= len(data)
+    return digest.hexdigest().encode()
 
 
 def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:
@@ -201,11 +223,12 @@ def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:
     """
     check_no_device(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # PyTorch itself does not look at the checksums
-                raise ValueError(f"the checksum of {damaged} is wrong")
+        with Path(path).open("rb") as file:
+            digest = _digest(file, max(Path(path).stat().st_size - 66, 0))
+            if file.read() != (64).to_bytes(2, "little") + digest:
+                raise ValueError("its checksum is wrong")
         return torch.load(path, map_location=device, weights_only=True)
+    except OSError:
+        raise
     except Exception as error:  # as many kinds as there are other files
-        if isinstance(error, OSError) and error.filename:  # of one without a name, zipfile was led out of the file
-            raise
         raise ValueError(f"{path} is damaged, or no file that this library has written: {shortened(error)}") from error

@@ -335,7 +335,10 @@ def _check_alike(found: Any, here: Any, name: str) -> None:
         for key in here | found:
             _check_alike(found.get(key), here.get(key), f"{name}[{shortened(repr(key))}]")
         return
-    kinds = [f"{x.layout} {x.dtype} {x.shape}" if isinstance(x, Tensor) else type(x).__name__ for x in (found, here)]
+    kinds = [
+        f"{x.layout} {x.dtype} {x.shape}{' meta' * x.is_meta}" if isinstance(x, Tensor) else type(x).__name__
+        for x in (found, here)
+    ]
     if kinds[0] != kinds[1]:
         raise ValueError(f"{name} must be {kinds[1]}, got {kinds[0]}; {ANOTHER}")
 

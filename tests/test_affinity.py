@@ -562,6 +562,21 @@ def test_a_path_is_of_one_analysis_at_a_time(tmp_path, path, model, loss, monkey
     assert tried == 3 and sorted(file.name for file in tmp_path.iterdir()) == ["link.pt", "progress.pt"]
 
 
+def test_files_of_others_beside_a_path_are_left_alone(tmp_path, model, loss):
+    """``<path>.rows`` and ``<path>.lock`` are names that others use too."""
+    for name, keep in ("rows", "no part of an analysis"), ("lock", "in the place of a lock"):
+        others = tmp_path / f"poetry.{name}"
+        others.write_text("mine")
+        refused(lambda: analyse(never, model, path=tmp_path / "poetry"), ValueError, [str(others), keep])
+        assert others.read_text() == "mine"
+        others.unlink()
+    os.mkfifo(others)
+    refused(lambda: analyse(never, model, path=tmp_path / "poetry"), ValueError, [str(others), keep])
+    assert others.exists() and len(list(tmp_path.iterdir())) == 1
+    others.unlink()
+    assert_same_bits(analyse(loss, model, path=tmp_path / "poetry"), analyse(loss, model))
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
 def test_an_exception_unlocks_the_path(tmp_path, path, model, loss, error):
     def broken(t):

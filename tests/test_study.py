@@ -18,7 +18,7 @@ import benchmarks.__main__ as command_line
 from benchmarks.study import findings, inner, units
 from benchmarks.study.judge import frechet_distance, split
 from benchmarks.study.plan import METHODS, PLANS, SOLVING, TIMED_STEPS, VANILLA, unit
-from dtr_kernels.files import locked
+from dtr_kernels.files import locked, write_tensors
 from examples import digits
 from examples.train import Recipe, Training
 
@@ -102,9 +102,9 @@ def test_a_finished_study_trains_nothing(quick, monkeypatch):
         ("transfer, seed 0.json", lambda path: (path.unlink(), path.mkdir()), "delete it"),
         ("+UW, seed 1.json", lambda path: path.write_text("[" * 100_000), "delete it"),
         ("classifier.pt", lambda path: path.write_bytes(path.read_bytes()[:-200]), "delete it"),
-        ("classifier.pt", lambda path: torch.save({"a": torch.ones(2)}, path), "delete it"),
+        ("classifier.pt", lambda path: write_tensors({"a": torch.ones(2)}, path), "delete it"),
         ("vanilla, seed 0 images.pt", lambda path: path.unlink(), "seed 0.json"),
-        ("+Nash, seed 0 images.pt", lambda path: torch.save(torch.ones(3), path), "delete"),
+        ("+Nash, seed 0 images.pt", lambda path: write_tensors(torch.ones(3), path), "delete"),
     ],
 )
 def test_a_damaged_file_of_a_study_is_named(quick, tmp_path, capsys, name, damage, remedy):

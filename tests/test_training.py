@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtr_kernels.files import locked, read_tensors, replacing
+from dtr_kernels.files import locked, read_tensors, replacing, write_tensors
 from examples import digits
 from examples.train import LARGEST, Recipe, Training, main, run
 from tests.faults.training import bits, ended, fill_disk, log_of, start_ranks, wait_until
@@ -87,7 +87,7 @@ def test_every_part_of_a_checkpoint_counts(data, tmp_path, seed):
             "averaged": Training(recipe, *data).averaged.state_dict(),
             "optimizer": Training(recipe, *data).optimizer.state_dict(),
         }[part]
-        torch.save(state, tmp_path / "part.pt")
+        write_tensors(state, tmp_path / "part.pt")
         second = Training(recipe, *data)
         second.load(tmp_path / "part.pt")
         while second.done < recipe.steps:
@@ -175,7 +175,7 @@ def test_another_recipe_does_not_continue(data, tmp_path):
     training.save(tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="was made with scope 'block', but this run has 'branch'"):
         Training(replace(TINY, scope="branch"), *data).load(tmp_path / "checkpoint.pt")
-    torch.save(training.model.state_dict(), tmp_path / "weights.pt")
+    write_tensors(training.model.state_dict(), tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=r"weights.pt is no checkpoint of a training; delete the file, or give anoth"):
         training.load(tmp_path / "weights.pt")
 
@@ -237,15 +237,30 @@ def flipped(path):
     path.write_bytes(content)
 
 
+def another_kind(path):
+    """A bit of the archive's directory, which none of its own checksums covers, makes a folder of a part."""
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"PK\x01\x02") + 38] ^= 0x10
+    path.write_bytes(content)
+
+
+def nowhere(state):
+    """A checkpoint whose weights are on the device without memory."""
+    return state | {"objective": {name: tensor.to("meta") for name, tensor in state["objective"].items()}}
+
+
 WRONG_FILES = {
+    "a part of another kind": another_kind,
     "flipped": flipped,
     "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
     "empty": lambda path: os.truncate(path, 0),
     "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
     "text": text,
     "pickle": lambda path: torch.save({"recipe": {}}, path, _use_new_zipfile_serialization=False),
-    "an object": lambda path: torch.save({"recipe": path}, path),
-    "a list": lambda path: torch.save([1], path),
+    "an object": lambda path: write_tensors({"recipe": path}, path),
+    "a list": lambda path: write_tensors([1], path),
+    "no weights": lambda path: write_tensors(nowhere(read_tensors(path)), path),
+    "without a digest": lambda path: torch.save(read_tensors(path), path),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
     "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
 }

@@ -139,11 +139,12 @@ def _length(timesteps: object) -> int:
 
 
 def _check_tensor(name: str, tensor: object, dtype: torch.dtype, shape: list[int]) -> None:
-    wanted = f"{name} must be a tensor of {dtype} and shape {shape} on the CPU, of finite numbers"
+    wanted = f"{name} must be a tensor of {dtype} and shape {shape} on the CPU, detached, of finite numbers"
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{wanted}, got {quoted(tensor)}")
-    if tensor.dtype != dtype or list(tensor.shape) != shape or tensor.device.type != "cpu":
-        raise ValueError(f"{wanted}, got {tensor.dtype} of shape {list(tensor.shape)} on {tensor.device}")
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.requires_grad
+    if tensor.dtype != dtype or list(tensor.shape) != shape or not plain:
+        raise ValueError(f"{wanted}, got {tensor.dtype}, {tensor.layout}, {list(tensor.shape)} on {tensor.device}")
     if not tensor.isfinite().all():
         raise ValueError(f"{wanted}, got NaN or inf")
 

@@ -76,8 +76,17 @@ class Checkpoint:
         return nullcontext() if self.path is None else locked(self.path, busy)
 
     def load(self) -> Progress | None:
-        """Return the progress in the file; None if there is no file. One of another problem is refused."""
-        if self.path is None or not self.path.exists():
+        """Return the progress in the file; None if there is no file.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: if it holds anything else than the progress of this problem, or the rows' file is another's.
+        """
+        if self.path is None:
+            return None
+        if not self.path.exists():
+            if self._rows_path.exists():
+                raise ValueError(f"{self._rows_path} is no part of an analysis in {self.path}; name another path")
             return None
         advice = "name another path, or delete the file to begin anew"
         with expecting("the progress of task_affinity", self.path, advice):
