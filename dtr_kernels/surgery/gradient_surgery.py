@@ -100,7 +100,8 @@ class GradientSurgery:
       FullyShardedDataParallel (FSDP1) is refused.
 
     A difference between ranks, or an error or Ctrl-C on one, becomes an error on all, and the next step is right. So
-    does another number of calls of ``backward`` and ``backward_batch``. (With sharded parameters an error within the
+    does another number of calls of ``backward`` and ``backward_batch``. Where one rank is interrupted when the others
+    have made the step, they hear of it in their next call. (With sharded parameters an error within the
     passes leaves the other ranks in FSDP's collectives, until the process group's timeout.) For that the ranks exchange
     a few numbers before each communication, four times a step. The host waits for the GPU then if the process group has
     no CPU backend, as after ``init_process_group("nccl")``; without the argument, or with "cpu:gloo,cuda:nccl", it has

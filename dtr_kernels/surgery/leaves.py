@@ -41,6 +41,7 @@ class Leaves:
         self._others |= {leaf: leaf.grad for leaf in self._others if leaf in self._before}
         self._restore()
 
+    @torch.no_grad()
     def add(self, updates: Iterable[tuple[Tensor, Tensor]]) -> None:
         """End the step: add parameters' updates, and the other leaves' new gradients, to ``grad``."""
         new = [(leaf, grad) for leaf, grad in [*updates, *self._others.items()] if grad is not None]
@@ -77,7 +78,6 @@ def _in_place(leaf: Tensor) -> bool:
     return all(stride for size, stride in zip(grad.shape, grad.stride(), strict=True) if size > 1)  # not expanded
 
 
-@torch.no_grad()
 def _add(leaf: Tensor, new: Tensor) -> None:
     leaf.grad.add_(new)  # type: ignore[union-attr]
 
