@@ -65,8 +65,10 @@ class _AtLine:
         sys.settrace(None)
 
     def _trace(self, frame: Any, event: str, _: Any) -> Any:
-        # Interrupts between two calls are the caller's: not in "attempt", around each of them, nor before the first.
-        inside = frame.f_code.co_filename.startswith(_SURGERY) and frame.f_code.co_name != "attempt"
+        # Interrupts between two calls are the caller's: not in "attempt", around each of them, nor in its blocks' ends.
+        code = frame.f_code
+        inside = code.co_filename.startswith(_SURGERY) and code.co_name != "attempt"
+        inside = inside and not code.co_filename.endswith("interrupts.py")
         if not inside or not (self.passed or getattr(self._surgery._ranks, "_others", "meet") == "meet"):
             return self._trace if inside else None
         if event == "line":
