@@ -27,7 +27,7 @@ from tests.faults.fault import Fault
 from tests.processes import forks
 
 # Seconds within which every rank must have ended its part, or raised.
-_PATIENCE = 15.0
+_PATIENCE = 30.0
 _SURGERY = str(Path(dtr.__file__).parent / "surgery")
 
 
@@ -219,6 +219,7 @@ def _attempt(rank: int, size: int, what: Try) -> str:
 def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store, timedelta(seconds=60), rank=rank, world_size=size)
+    pipe.send("ready")
     while True:
         what = pipe.recv()
         try:
@@ -240,6 +241,8 @@ class _Group:
             self._processes.append(context.Process(target=_serve, args=(rank, size, f"file://{store}", there)))
             self._processes[-1].start()
             self._pipes.append(here)
+        for pipe in self._pipes:  # starting takes as long as the machine is busy
+            pipe.recv()
 
     def attempt(self, what: Try) -> str | None:
         """Return what was lost, on which rank and in which try."""
