@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-# Python compiles what is imported: a third of the time that compiling everything takes.
+# Python compiles what is imported, and no more: compiling all packages takes longer than installing them.
 INSTALL := $(RUN) -m pip install --quiet --no-compile
 
 .PHONY: demo study test test-kernels test-sanitize lint gpu gpu-benchmarks verify docs linkcheck wheel wheels test-wheel clean

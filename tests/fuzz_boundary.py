@@ -76,7 +76,7 @@ def sanitized_environment(instruction_set: str) -> dict[str, str]:
     return os.environ | {
         "LD_PRELOAD": f"{path('libasan.so')} {path('libstdc++.so.6')}",
         "PYTHONMALLOC": "malloc",
-        # What is left uninitialised is NaN.
+        # Uninitialised memory is NaN.
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:"
         "max_malloc_fill_size=16777216:malloc_fill_byte=255",
         "UBSAN_OPTIONS": "print_stacktrace=1",

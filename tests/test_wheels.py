@@ -162,7 +162,7 @@ def test_an_extension_that_others_could_have_written_is_not_loaded(sources, part
 
 @pytest.fixture
 def built(sources, monkeypatch):
-    """What ``build`` leaves, if the compiler makes something that the loader refuses."""
+    """Build with a compiler that makes something that the loader refuses."""
 
     def compiled(root, folder, target, cuda):
         target.write_bytes(b"no extension " * 1000)

@@ -149,7 +149,7 @@ class _ManyProcesses(OneProcess):
         self._describe(parameters)
         # Calls of backward and backward_batch: a rank that has left one out, or ended one early, has another number.
         self._calls = 0
-        # What the other ranks do next: "meet", or "know" of an error that has ended the step, or "go on" without this.
+        # The other ranks' next act: "meet", or "know" of an error that has ended the step, or "go on" without this one.
         self._others = "go on"
 
     def _describe(self, parameters: Mapping[str, Tensor]) -> None:

@@ -45,7 +45,7 @@ class Leaves:
     def add(self, updates: Iterable[tuple[Tensor, Tensor]]) -> None:
         """End the step: add parameters' updates, and the other leaves' new gradients, to ``grad``."""
         new = [(leaf, grad) for leaf, grad in [*updates, *self._others.items()] if grad is not None]
-        # What needs memory comes first: where that is short, nothing has changed.
+        # Sums that need memory come first: where that is short, nothing has changed.
         replaced = [
             (leaf, grad if leaf.grad is None else grad + leaf.grad) for leaf, grad in new if not _in_place(leaf)
         ]

@@ -60,7 +60,7 @@ def write_text(text: str, path: Path) -> None:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two things that were stored are the same, to the last bit."""
+    """Return whether two stored things are the same, to the last bit."""
     if isinstance(a, dtr.TaskAffinity):
         a, b = vars(a), vars(b)
     if isinstance(a, dict):
@@ -181,7 +181,7 @@ def removed(path: Path) -> None:
 
 
 def is_a_sentence(message: str, path: Path) -> bool:
-    """Whether it names the file, or its rows or lock, and is short."""
+    """Return whether it names the file, or its rows or lock, and is short."""
     return str(path) in message and "\n" not in message and len(message) < 1000
 
 
@@ -357,7 +357,7 @@ def _joined(other: Any, path: Path, expected: dtr.TaskAffinity) -> str | None:
 
 
 def locks(draw: random.Random, folder: Path) -> Iterator[str | None]:
-    """Of some threads that want one lock again and again, never two have it."""
+    """Let some threads want one lock again and again: never two have it."""
     path = folder / "file"
     while True:
         inside, together, taken = [0], [0], [0]

@@ -36,7 +36,7 @@ OPTIONS += ["--save-every=1"]
 FILES = {"checkpoint.pt", "averaged.pt", "loss.png", "samples.png"}
 # A machine that is busy with something else may take as long.
 PATIENCE = 60.0
-# Of the processes that are left when one has died.
+# Limit for the processes that are left when one has died.
 AT_MOST = 15.0
 
 
@@ -113,7 +113,7 @@ def fill_disk(process: ForkServerProcess, most_bytes: int) -> None:
 
 
 class Undisturbed(NamedTuple):
-    """What a run ends with that was left alone, and how long it takes from its first checkpoint on."""
+    """Results of a run that was left alone, and its seconds from the first checkpoint on."""
 
     bits: list
     seconds: float
