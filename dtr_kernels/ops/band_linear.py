@@ -156,8 +156,7 @@ def band_input_gradient(g: Tensor, weight: Tensor, band: Band) -> Tensor:
     """Return the gradient of the layer's input, [B, N, C] or of a band of columns [B, N, width]."""
     width = weight.shape[1] if band.parts else band.width
     if choose_bands(g, band.start).path == "bands":
-        du = empty_rows(*g.shape[:2], width, like=g, dtype=g.dtype)
-        return input_gradient(g, weight, band, du, None)[0]
+        return input_gradient(g, weight, band, width, None)[0]
     du = g.new_empty(*g.shape[:2], width)
     for samples, first in _runs(band, weight):
         torch.mm(g[samples].flatten(0, 1), _slice(weight, band, first), out=du[samples].flatten(0, 1))
@@ -168,7 +167,7 @@ def gelu_band_backward(g: Tensor, pre: Tensor, weight: Tensor, band: Band) -> tu
     """(dpre, act) of out = GELU(pre) @ weight[:, columns]^T, both [B, N, width]; the activation is recomputed."""
     in_epilogue = choose_gelu("gelu_backward", g, None, weight, weight.shape[0]).path == "epilogue"
     if in_epilogue and choose_bands(g, band.start).path == "bands":
-        return input_gradient(g, weight, band, torch.empty_like(pre), pre)
+        return input_gradient(g, weight, band, pre.shape[2], pre)
     dpre = band_input_gradient(g, weight, band).contiguous()  # whose rows may be padded
     return dpre, gelu_backward(dpre, pre)
 

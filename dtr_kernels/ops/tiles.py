@@ -120,9 +120,9 @@ class TokenGemmTiles(Tiles[GemmTile]):
         k = min(64 if has_large_tiles(arch) else 32, power_of_two(rows))
         if dtype == torch.float32:
             return GemmTile(64, 64, 16, 8, 2)
-        # The load of a sample's start takes stages too: four leave two buffers for each operand, as the compiler
+        # The load of a sample's start takes stages too: five leave three buffers for each operand, as the compiler
         # reports.
-        return GemmTile(128, 256, k, 8, 4) if has_large_tiles(arch) else GemmTile(128, 128, k, 8, 3)
+        return GemmTile(128, 256, k, 8, 5) if has_large_tiles(arch) else GemmTile(128, 128, k, 8, 3)
 
     def _misfit(self, tile: GemmTile, rows: int, channels: int) -> str | None:
         return f"k of its tile, {tile.k}, is more than its {rows} rows" if tile.k > rows else None

@@ -107,67 +107,9 @@ def _pieces(acc):
 
 
 @triton.jit
-def _finish_forward(
-    acc,
-    b,
-    row,
-    column,
-    to_weight,
-    to_out,
-    mean_rstd_ptr,
-    p_ptr,
-    q_ptr,
-    out_ptr,
-    act_ptr,
-    N,
-    O,
-    rows,
-    CLOSED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    GELU: tl.constexpr,
-    WRITE_OUT: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """Adds what deactivated channels (or the bias) contribute, applies GELU and stores; ``to_weight`` and ``to_out``
-    are added to a column for its row of the weight and its place in out."""
-    n = row + tl.arange(0, acc.shape[0])
-    o = column + tl.arange(0, acc.shape[1])
-    token = b.to(tl.int64) * N + n
-    if CLOSED:
-        mean_rstd = tl.load(mean_rstd_ptr + token, mask=n < N, other=0.0)
-        p = tl.load(p_ptr + b.to(tl.int64) * O + o, mask=o < O, other=0.0)
-        q = tl.load(q_ptr + b.to(tl.int64) * O + o, mask=o < O, other=0.0)
-        acc += q[None, :] - mean_rstd[:, None] * p[None, :]
-    elif HAS_BIAS:
-        # A window that leaves the weight reads nothing.
-        known = (o < O) & (to_weight + o >= 0) & (to_weight + o < rows) if PARTS else o < O
-        acc += tl.load(q_ptr + to_weight + o, mask=known, other=0.0).to(tl.float32)[None, :]
-    if PARTS:
-        token *= PARTS
-    offsets = token[:, None] * O + to_out + o[None, :]
-    inside = (n < N)[:, None] & (o < O)[None, :]
-    out = acc.to(out_ptr.dtype.element_ty)
-    if WRITE_OUT:
-        tl.store(out_ptr + offsets, out, mask=inside)
-    if GELU:
-        # Of the rounded value, so that the backward pass, which has only that, recomputes the same activation.
-        tl.store(act_ptr + offsets, gelu(out.to(tl.float32)).to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _finish_input_gradient(acc, b, row, column, pre_ptr, du_ptr, act_ptr, N, K, du_stride, GELU: tl.constexpr):
-    """Multiplies with GELU's derivative, recomputes the activation beside it, and stores."""
-    n = row + tl.arange(0, acc.shape[0])
-    c = column + tl.arange(0, acc.shape[1])
-    token = b.to(tl.int64) * N + n
-    offsets = token[:, None] * du_stride + c[None, :]
-    inside = (n < N)[:, None] & (c < K)[None, :]
-    if GELU:
-        pre = tl.load(pre_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        act, slope = gelu_and_slope(pre)
-        acc = acc.to(du_ptr.dtype.element_ty).to(tl.float32) * slope
-        tl.store(act_ptr + offsets, act.to(act_ptr.dtype.element_ty), mask=inside)
-    tl.store(du_ptr + offsets, acc.to(du_ptr.dtype.element_ty), mask=inside)
+def _store(desc, b, part, row, column, tile):
+    """Store the rows and columns of a tile that exist in a tensor of four dimensions."""
+    desc.store([b, part, row, column], tile.reshape(1, 1, tile.shape[0], tile.shape[1]))
 
 
 @triton.jit
@@ -178,8 +120,8 @@ def window_forward_kernel(
     mean_rstd_ptr,
     p_ptr,
     q_ptr,
-    out_ptr,
-    act_ptr,
+    out_desc,
+    act_desc,
     B,
     N,
     O,
@@ -208,41 +150,41 @@ def window_forward_kernel(
     first = 0
     if WINDOWED:
         first = tl.load(start_ptr + b) * UNIT
-    to_weight, to_out = 0, 0
+    part, to_weight = 0, 0
     if PARTS:
         part = n_tile // tl.cdiv(O, BLOCK_N)
         column = (n_tile % tl.cdiv(O, BLOCK_N)) * BLOCK_N
         to_weight = part * part_rows + tl.load(start_ptr + b) * UNIT
-        to_out = part * O
+    # What is added to the product is loaded, and as far as registers allow added, before it: an epilogue waits for loads.
+    o = column + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if CLOSED:
+        n = row + tl.arange(0, BLOCK_M)
+        sample = b.to(tl.int64)
+        mean_rstd = tl.load(mean_rstd_ptr + sample * N + n, mask=n < N, other=0.0)
+        p = tl.load(p_ptr + sample * O + o, mask=o < O, other=0.0)
+        acc += tl.load(q_ptr + sample * O + o, mask=o < O, other=0.0)[None, :]
+    elif HAS_BIAS:
+        # A window that leaves the weight reads nothing.
+        rows = part_rows * PARTS
+        known = (o < O) & (to_weight + o >= 0) & (to_weight + o < rows) if PARTS else o < O
+        acc += tl.load(q_ptr + to_weight + o, mask=known, other=0.0).to(tl.float32)[None, :]
     for k in range(0, K, BLOCK_K):
         # Past the window's end u reads as zero, whatever the weight holds there.
         u = u_desc.load([b, row, k]).reshape(BLOCK_M, BLOCK_K)
         w = weight_desc.load([to_weight + column, first + k])
         acc = tl.dot(u, w.T, acc, input_precision=PRECISION)
+    if CLOSED:
+        acc -= mean_rstd[:, None] * p[None, :]
     pieces = _pieces(acc)
     for i in tl.static_range(len(pieces)):
-        _finish_forward(
-            pieces[i],
-            b,
-            row,
-            column + i * pieces[i].shape[1],
-            to_weight,
-            to_out,
-            mean_rstd_ptr,
-            p_ptr,
-            q_ptr,
-            out_ptr,
-            act_ptr,
-            N,
-            O,
-            part_rows * PARTS,
-            CLOSED,
-            HAS_BIAS,
-            GELU,
-            WRITE_OUT,
-            PARTS,
-        )
+        piece = column + i * pieces[i].shape[1]
+        out = pieces[i].to(u_desc.dtype)
+        if WRITE_OUT:
+            _store(out_desc, b, part, row, piece, out)
+        if GELU:
+            # Of the rounded value, so that the backward pass, which has only that, recomputes the same activation.
+            _store(act_desc, b, part, row, piece, gelu(out.to(tl.float32)).to(u_desc.dtype))
 
 
 @triton.jit
@@ -251,13 +193,12 @@ def window_input_gradient_kernel(
     weight_desc,
     start_ptr,
     pre_ptr,
-    du_ptr,
-    act_ptr,
+    du_desc,
+    act_desc,
     B,
     N,
     O,
     K,
-    du_stride,
     part_rows,
     WINDOWED: tl.constexpr,
     GELU: tl.constexpr,
@@ -276,26 +217,34 @@ def window_input_gradient_kernel(
     first = 0
     if WINDOWED:
         first = tl.load(start_ptr + b) * UNIT
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    first_row = 0
     if PARTS:
         first_row = tl.load(start_ptr + b) * UNIT
-        steps = tl.cdiv(O, BLOCK_K)
-        for step in range(0, PARTS * steps):
+    steps = tl.cdiv(O, BLOCK_K)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(0, steps * PARTS if PARTS else steps):
+        part = 0
+        o = step * BLOCK_K
+        if PARTS:
             part = step // steps
             o = (step % steps) * BLOCK_K
-            # Past the band's end g reads as zero, whatever the weight holds there.
-            g = g_desc.load([b, row, part, o]).reshape(BLOCK_M, BLOCK_K)
-            w = weight_desc.load([part * part_rows + first_row + o, column])
-            acc = tl.dot(g, w, acc, input_precision=PRECISION)
-    else:
-        for o in range(0, O, BLOCK_K):
-            g = g_desc.load([b, row, o]).reshape(BLOCK_M, BLOCK_K)
-            w = weight_desc.load([o, first + column])
-            acc = tl.dot(g, w, acc, input_precision=PRECISION)
+        # Past the end of a band g reads as zero, whatever the weight holds there.
+        g = g_desc.load([b, part, row, o]).reshape(BLOCK_M, BLOCK_K)
+        w = weight_desc.load([part * part_rows + first_row + o, first + column])
+        acc = tl.dot(g, w, acc, input_precision=PRECISION)
     pieces = _pieces(acc)
     for i in tl.static_range(len(pieces)):
-        first_column = column + i * pieces[i].shape[1]
-        _finish_input_gradient(pieces[i], b, row, first_column, pre_ptr, du_ptr, act_ptr, N, K, du_stride, GELU)
+        piece = column + i * pieces[i].shape[1]
+        du = pieces[i].to(g_desc.dtype)
+        if GELU:
+            n = row + tl.arange(0, BLOCK_M)
+            c = piece + tl.arange(0, pieces[i].shape[1])
+            token = b.to(tl.int64) * N + n
+            pre = tl.load(pre_ptr + token[:, None] * K + c[None, :], mask=(n < N)[:, None] & (c < K)[None, :], other=0.0)
+            act, slope = gelu_and_slope(pre.to(tl.float32))
+            du = (du.to(tl.float32) * slope).to(du.dtype)
+            _store(act_desc, b, 0, row, piece, act.to(du.dtype))
+        _store(du_desc, b, 0, row, piece, du)
 
 
 @triton.jit
@@ -303,13 +252,14 @@ def window_weight_gradient_kernel(
     g_desc,
     u_desc,
     start_ptr,
-    parts_ptr,
+    sums_desc,
     B,
     N,
     O,
     C,
     splits,
     PARTS: tl.constexpr,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -322,6 +272,7 @@ def window_weight_gradient_kernel(
     m, n_tile = _tile_of(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, 8)
     row = m * BLOCK_M
     column = n_tile * BLOCK_N
+    part = 0
     if PARTS:
         part = m // tl.cdiv(O, BLOCK_M)
         row = (m % tl.cdiv(O, BLOCK_M)) * BLOCK_M
@@ -332,26 +283,18 @@ def window_weight_gradient_kernel(
     for step in range(split * each, min((split + 1) * each, B * steps)):
         b = step // steps
         n = (step % steps) * BLOCK_K
-        first = tl.load(start_ptr + b)
+        first = tl.load(start_ptr + b) * UNIT
         # Rows and columns outside the sample's window, negative ones too, read as zero.
-        if PARTS:
-            g = g_desc.load([b, n, part, row - first]).reshape(BLOCK_K, BLOCK_M)
-            u = u_desc.load([b, n, column]).reshape(BLOCK_K, BLOCK_N)
-        else:
-            g = g_desc.load([b, n, row]).reshape(BLOCK_K, BLOCK_M)
-            u = u_desc.load([b, n, column - first]).reshape(BLOCK_K, BLOCK_N)
+        g = g_desc.load([b, part, n, row - first if PARTS else row]).reshape(BLOCK_K, BLOCK_M)
+        u = u_desc.load([b, n, column if PARTS else column - first]).reshape(BLOCK_K, BLOCK_N)
         # In fp32 a sum for each step, then their sum: one long sum would round as often as there are tokens.
         if g.dtype == tl.float32:
             acc += tl.dot(g.T, u, input_precision=PRECISION)
         else:
             acc = tl.dot(g.T, u, acc, input_precision=PRECISION)
-    o = row + tl.arange(0, BLOCK_M)
-    c = column + tl.arange(0, BLOCK_N)
-    above = split.to(tl.int64) * O
-    if PARTS:
-        above = (split.to(tl.int64) * PARTS + part) * O
-    offsets = (above + o)[:, None] * C + c[None, :]
-    tl.store(parts_ptr + offsets, acc, mask=(o < O)[:, None] & (c < C)[None, :])
+    pieces = _pieces(acc)
+    for i in tl.static_range(len(pieces)):
+        _store(sums_desc, split, part, row, column + i * pieces[i].shape[1], pieces[i])
 
 
 @triton.jit
@@ -392,6 +335,9 @@ WindowsOp = Literal["windows_forward", "windows_backward"]
 GeluOp = Literal["gelu_forward", "gelu_backward"]
 # Into how many a weight gradient's sum over tokens is split at most, and steps of the contraction in each at least.
 _MOST_SPLITS, _LEAST_STEPS = 8, 32
+
+# Columns of a tile that an epilogue takes at a time, as ``_pieces`` gives them.
+_PIECE = 64
 
 _FORWARD, _FORWARD_GELU = GemmTiles("forward"), GemmTiles("forward_gelu")
 _INPUT_GRADIENT, _GELU_INPUT_GRADIENT = GemmTiles("input_gradient"), GemmTiles("gelu_input_gradient")
@@ -589,13 +535,16 @@ def product(
     B, N, K = u.shape
     start, unit, parts = (None, 1, 0) if band is None else (band.start, band.unit, band.parts)
     O = band.width if band and parts else weight.shape[0]
-    outputs = O * max(parts, 1)
-    out = torch.empty(B, N, outputs, device=u.device, dtype=u.dtype) if write_out else u.new_empty(0)
-    act = torch.empty(B, N, outputs, device=u.device, dtype=u.dtype) if gelu else None
+    shape = (B, N, O * max(parts, 1))
     if band is None:  # all tokens share the weight: one long sample
         B, N, u = 1, B * N, u.reshape(1, B * N, K)
     tile = (_FORWARD_GELU if gelu else _FORWARD).tile(u, N, weight.shape[1])
+    # Rows that a descriptor can write.
+    out, act = (
+        empty_rows(B, N, max(parts, 1), O, like=u, dtype=u.dtype) if wanted else None for wanted in (write_out, gelu)
+    )
     if B * N > 0:
+        box = [1, 1, tile.m, min(tile.n, _PIECE)]
         launch(
             window_forward_kernel,
             B * triton.cdiv(N, tile.m) * triton.cdiv(O, tile.n) * max(parts, 1),
@@ -605,8 +554,7 @@ def product(
             mean_rstd,
             p,
             q,
-            out,
-            act,
+            *(None if x is None else descriptor(x.transpose(1, 2), box) for x in (out, act)),
             B,
             N,
             O,
@@ -622,7 +570,8 @@ def product(
             PRECISION=dot_precision(u.dtype),
             **options(tile),
         )
-    return out, u.new_empty(0) if act is None else act
+    none = u.new_empty(0)
+    return tuple(none if x is None else x.reshape(shape).contiguous() for x in (out, act))  # type: ignore[return-value]
 
 
 def window_linear_backward(
@@ -655,7 +604,7 @@ def window_linear_backward(
     else:
         summed, dp, dq = token_sums(g, mean_rstd, p)
         band = Band(start, u.shape[-1])
-        du, _ = input_gradient(g, weight, band, empty_rows(*u.shape, like=u, dtype=u.dtype), None)
+        du, _ = input_gradient(g, weight, band, u.shape[-1], None)
         dweight = weight_gradient(g, u, band, C) if need_weight else None
     return _with_inactive(du, summed, dp, dq, dweight, inactive, weight, need_bias)
 
@@ -692,45 +641,43 @@ def gelu_linear_backward(g: Tensor, pre: Tensor, weight: Tensor) -> tuple[Tensor
         dpre = g @ weight
         return dpre, gelu_backward(dpre, pre)
     B, N, K = pre.shape
-    pre = pre.view(1, B * N, K)
-    dpre, act = input_gradient(g.reshape(1, B * N, g.shape[-1]), weight, None, torch.empty_like(pre), pre)
-    return dpre.view(B, N, K), act.view(B, N, K)
+    found = input_gradient(g.reshape(1, B * N, g.shape[-1]), weight, None, K, pre.view(1, B * N, K))
+    return tuple(x.view(B, N, K) for x in found)  # type: ignore[return-value, union-attr]
 
 
 def input_gradient(
-    g: Tensor, weight: Tensor, band: Band | None, du: Tensor, pre: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    g: Tensor, weight: Tensor, band: Band | None, width: int, pre: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Launch du = g @ weight[:, band], or g @ weight[band] of rows, and where ``pre`` is given times GELU's derivative
-    there; return du and GELU(pre).
+    there; return du [B, N, width], whose rows may be padded, and GELU(pre) like it.
 
     Args:
         g: [B, N, O], of which a band of rows has its own alone. weight: [O, C]. band: None for all of it.
-        du: [B, N, K], is written. pre: like du, contiguous; or None, then du is returned twice.
+        pre: [B, N, width] or None.
     """
     start, unit, parts = (None, 1, 0) if band is None else (band.start, band.unit, band.parts)
-    if parts:
-        g = g.unflatten(2, (parts, -1))
-    B, N, O = g.shape[0], g.shape[1], g.shape[-1]
-    act = torch.empty_like(du) if pre is not None else du
+    g = _by_part(g, parts)
+    B, _, N, O = g.shape
+    du = empty_rows(B, N, width, like=g, dtype=g.dtype)
+    act = None if pre is None else empty_rows(B, N, width, like=g, dtype=g.dtype)
     if pre is None:
         tile = _INPUT_GRADIENT.tile(g, N, weight.shape[1])
     else:
         tile = _GELU_INPUT_GRADIENT.tile(g, N, weight.shape[0])
     if B * N > 0:
+        box = [1, 1, tile.m, min(tile.n, _PIECE)]
         launch(
             window_input_gradient_kernel,
-            B * triton.cdiv(N, tile.m) * triton.cdiv(du.shape[-1], tile.n),
-            descriptor(g, [1, tile.m, 1, tile.k] if parts else [1, tile.m, tile.k]),
+            B * triton.cdiv(N, tile.m) * triton.cdiv(width, tile.n),
+            descriptor(g, [1, 1, tile.m, tile.k]),
             descriptor(weight, [tile.k, tile.n]),
             start,
             pre,
-            du,
-            act,
+            *(None if x is None else descriptor(x[:, None], box) for x in (du, act)),
             B,
             N,
             O,
-            du.shape[-1],
-            row_stride(du),
+            width,
             len(weight) // max(parts, 1),
             WINDOWED=band is not None and not parts,
             GELU=pre is not None,
@@ -740,6 +687,11 @@ def input_gradient(
             **options(tile),
         )
     return du, act
+
+
+def _by_part(g: Tensor, parts: int) -> Tensor:
+    """View g [B, N, O] as [B, parts, N, O / parts]; with tokens and columns last a tile needs no rearranging."""
+    return g.unflatten(2, (max(parts, 1), -1)).transpose(1, 2)
 
 
 def weight_gradient(g: Tensor, u: Tensor, band: Band, size: int) -> Tensor:
@@ -758,24 +710,26 @@ def weight_gradient(g: Tensor, u: Tensor, band: Band, size: int) -> Tensor:
     O = rows // max(parts, 1)
     tiles = triton.cdiv(O, tile.m) * triton.cdiv(channels, tile.n) * max(parts, 1)
     splits = _splits(tiles, B * triton.cdiv(N, tile.k), multiprocessors(g))
-    sums = torch.empty(splits, rows, channels, device=g.device, dtype=torch.float32)
+    sums = empty_rows(splits, max(parts, 1), O, channels, like=g, dtype=torch.float32)
     launch(
         window_weight_gradient_kernel,
         tiles * splits,
-        descriptor(g.unflatten(2, (parts, -1)) if parts else g, [1, tile.k, *[1] * (parts > 0), tile.m]),
+        descriptor(_by_part(g, parts), [1, 1, tile.k, tile.m]),
         descriptor(u, [1, tile.k, tile.n]),
-        start * unit if unit > 1 else start,  # in the kernel the product would take a register too many
-        sums,
+        start,
+        descriptor(sums, [1, 1, tile.m, min(tile.n, _PIECE)]),
         B,
         N,
         O,
         channels,
         splits,
         PARTS=parts,
+        UNIT=unit,
         PRECISION=dot_precision(g.dtype),
         **options(tile),
     )
-    return sums[0] if splits == 1 else sums.sum(0)
+    total = sums[0].contiguous() if splits == 1 else sums.sum(0)
+    return total.view(rows, channels)
 
 
 def _splits(tiles: int, steps: int, processors: int) -> int:
@@ -912,8 +866,7 @@ def _plain_token_sums(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor, 
 
 
 def _input_gradient(g: Tensor, weight: Tensor, start: Tensor, width: int) -> Tensor:
-    du = empty_rows(*g.shape[:2], width, like=g, dtype=g.dtype)
-    return input_gradient(g, weight, Band(start, width), du, None)[0]
+    return input_gradient(g, weight, Band(start, width), width, None)[0]
 
 
 def _weight_gradient(g: Tensor, u: Tensor, start: Tensor, channels: int) -> Tensor:
