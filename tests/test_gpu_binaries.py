@@ -68,7 +68,7 @@ def test_tf32_uses_the_matrix_units_where_pytorch_may(monkeypatch):
 
 def tuned(op, tile, rows, channels, dtype="float32"):
     measurement = tuned_tiles.Measurement("NVIDIA H0", 90, "2.13.0", "3.7.1", None, "2026-01-01", "tune", "0123")
-    return Tuned(op, dtype, channels, rows, tile, 1e-5, 2e-5, measurement)
+    return Tuned(op, dtype, channels, rows, 100, tile, 1e-5, 2e-5, measurement)
 
 
 def test_a_tuned_tile_that_spills_is_found(monkeypatch, tmp_path):

@@ -348,7 +348,7 @@ _FORWARD, _FORWARD_UPDATE = RowTiles("norm_forward", tensors=2), RowTiles("norm_
 class _BackwardTiles(RowTiles):
     """Tiles of the backward pass without a pending update."""
 
-    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int) -> RowTile:
+    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> RowTile:
         tile = super().default(dtype, rows, channels, arch)
         if dtype != torch.float32:  # a vector of 8 channels a thread, and few barriers
             return RowTile(1, tile.block, max(1, tile.block // 256))

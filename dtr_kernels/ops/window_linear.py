@@ -25,6 +25,7 @@ what a tile reads outside of u comes back as zeros.
 # Triton's language has no types.
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -71,10 +72,10 @@ from dtr_kernels.ops.tiles import (
     GemmTiles,
     SumTiles,
     TokenGemmTiles,
-    has_large_tiles,
     options,
     rows_class,
 )
+from dtr_kernels.ops.tuned_tiles import NEVER, active_share, power_of_two
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
@@ -401,24 +402,53 @@ _TOKEN_SUMS = SumTiles("token_sums")
 class _ClosedFormTiles(GemmTiles):
     """Tiles of a GEMM whose rows are samples: a few of them, each with all of the weight, so many small ones."""
 
-    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int) -> GemmTile:
+    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> GemmTile:
         return GemmTile(min(rows_class(rows), 64), 64, 16 if dtype == torch.float32 else 64, 4, 3)
 
 
 _CLOSED_FORM = _ClosedFormTiles("closed_form")
 
 
-def _epilogue_pays(dtype: torch.dtype, arch: int) -> bool:
-    """GELU costs about as much in an epilogue as in a pass of its own, in half the launches."""
-    # In fp32 ours are fused multiply-adds in a simple loop; without Hopper's copy engine all loads are waited for.
-    return dtype != torch.float32 and has_large_tiles(arch)
+# Predictions for QKV on an H200, which docs/performance.md derives, in steps of a tile of 128 x 256 outputs, 64 deep.
+
+
+def _product(channels: int) -> float:
+    """Steps that cuBLAS takes for 128 tokens."""
+    return 3 * channels / 256 * channels / 64
+
+
+def _pays_from(dense: float, windows: float, fixed: float) -> int:
+    """Tokens from which on windows are predicted to take a tenth less than cuBLAS: less is within what that is worth.
+
+    Args:
+        dense, windows: steps for 128 tokens. fixed: seconds that windows cost however few tokens there are.
+    """
+    # A step takes 0.78 µs, on each of 132 multiprocessors.
+    saved = (0.9 * dense - windows) * 0.78e-6 / (128 * 132)
+    return min(NEVER, power_of_two(math.ceil(fixed / saved))) if saved > 0 else NEVER
+
+
+def _forward_pays_from(channels: int, active: int) -> int:
+    tiles, steps = math.ceil(3 * channels / 256), math.ceil(channels * active / 6400)
+    # A tile's start and end take as long as two of its steps, and three launches 5 µs each.
+    return _pays_from(_product(channels), tiles * (steps + 2), fixed=15e-6)
+
+
+def _backward_pays_from(channels: int, active: int) -> int:
+    touched = 256 * math.ceil(channels * active / 25600) / channels  # of the columns, by tiles of the input gradient
+    # Sums, the bias' and those over tokens, grow with the channels, products with their square.
+    dense = 2 + 0.16 * 1152 / channels
+    windows = 1.09 * touched + 1.29 + 0.20 * 1152 / channels
+    # Ten launches, and the parts in which the weight gradient is summed.
+    fixed = 50e-6 + 60e-6 * (channels / 1152) ** 2
+    return _pays_from(dense * _product(channels), windows * _product(channels), fixed)
 
 
 _CROSSOVERS = {
-    # Contracting over windows: one of 0.8 saves less than cuBLAS is ahead of our GEMMs by.
-    **{op: Crossovers(op, lambda dtype, arch: False) for op in ("windows_forward", "windows_backward")},
-    # GELU in an epilogue.
-    **{op: Crossovers(op, _epilogue_pays) for op in ("gelu_forward", "gelu_backward")},
+    "windows_forward": Crossovers("windows_forward", _forward_pays_from),
+    "windows_backward": Crossovers("windows_backward", _backward_pays_from),
+    # GELU costs about as much in an epilogue as in a pass of its own, in half the launches.
+    **{op: Crossovers(op, lambda channels, active: 1) for op in ("gelu_forward", "gelu_backward")},
 }
 
 
@@ -491,8 +521,8 @@ def contributions(
         if not need_q:
             return matmul_accumulated(inactive.factor.to(weight.dtype), weight.t()), None
         rows = torch.cat([inactive.factor, inactive.shift]).to(weight.dtype)
-        p, q = matmul_accumulated(rows, weight.t()).chunk(2)
-        return p, q if bias is None else q + bias
+        of_scale, of_shift = matmul_accumulated(rows, weight.t()).chunk(2)
+        return of_scale, of_shift if bias is None else of_shift + bias
     (B, C), O = closed.scale.shape, len(weight)
     shift, scale = rows_contiguous(closed.shift), rows_contiguous(closed.scale)
     p = torch.empty(B, O, device=weight.device, dtype=torch.float32)
@@ -552,19 +582,20 @@ def _choose_on_cpu(op: WindowsOp, x: Tensor, start: Tensor | None, width: int, w
 def _choose_on_gpu(op: WindowsOp, x: Tensor, start: Tensor | None, width: int, weight: Tensor) -> Choice:
     if start is None:
         return Choice("dense", "cuBLAS: every channel is read")
-    if not _pays(op, x, weight, weight.shape[1]):
+    B, N, C = x.shape
+    if not _pays(op, x, weight, C, active_share(width, C)):
         return Choice(
             "dense",
-            "cuBLAS over all channels: GEMMs over windows are not known to be faster here; measure it with "
-            "python -m benchmarks tune from a checkout",
+            f"cuBLAS over all channels: with {width} of {C} channels active, GEMMs over windows are not known to be "
+            f"faster for {B * N:,} tokens; measure it with python -m benchmarks tune from a checkout",
         )
     return Choice("windows", "the Triton window GEMM")
 
 
-def _pays(op: str, x: Tensor, weight: Tensor, channels: int) -> bool:
+def _pays(op: str, x: Tensor, weight: Tensor, channels: int, active: int = 100) -> bool:
     """Whether a GPU runs our GEMM for the tokens of x [B, N, ...] and a stream of ``channels``, not cuBLAS."""
     B, N, _ = x.shape
-    return _CROSSOVERS[op].tile(weight, N, channels).tokens <= B * N
+    return _CROSSOVERS[op].tile(weight, N, channels, active).tokens <= B * N
 
 
 def choose_gelu(op: GeluOp, x: Tensor, closed: ClosedForm | None, weight: Tensor, channels: int) -> Choice:
