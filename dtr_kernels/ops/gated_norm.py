@@ -148,7 +148,7 @@ def _first_kept(start, last, ALIGNMENT: tl.constexpr):
     return tl.multiple_of(min(start // ALIGNMENT * ALIGNMENT, last), ALIGNMENT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "width"])
 def gated_norm_forward_kernel(
     x_ptr,
     branch_ptr,
@@ -230,7 +230,7 @@ def gated_norm_forward_kernel(
     tl.store(rstd_ptr + token, rstd, mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N", "width"])
 def gated_norm_backward_kernel(
     du_ptr,
     dstream_ptr,
@@ -333,7 +333,7 @@ def gated_norm_backward_kernel(
             tl.store(dbranch_ptr + offsets, dbranch.to(dbranch_ptr.dtype.element_ty), mask=here & exists[None, :])
     # Stage one of the sums over tokens, in a fixed order; the launcher adds the chunks.
     part = (b * chunks + chunk) * C + c
-    plane = (b * 0 + B) * chunks * C  # 64-bit through b; B itself is a constant where it is 1
+    plane = B.to(tl.int64) * chunks * C
     tl.store(sums_ptr + part, shift_sum, mask=exists)
     tl.store(sums_ptr + plane + part, scale_sum, mask=exists)
     if HAS_BRANCH:
@@ -342,7 +342,14 @@ def gated_norm_backward_kernel(
 
 # --- launchers -------------------------------------------------------------------------------------------------------
 
-_FORWARD, _FORWARD_UPDATE = RowTiles("norm_forward", tensors=2), RowTiles("norm_forward_update", tensors=3)
+
+class _ForwardUpdateTiles(RowTiles):
+    """Tiles of the forward pass with a pending update."""
+
+    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> RowTile:
+        tile = super().default(dtype, rows, channels, arch)
+        # Two rows of fp32 this long spill, so that one more block fits a multiprocessor.
+        return tile._replace(rows=1) if dtype == torch.float32 and tile.block == 2048 else tile
 
 
 class _BackwardTiles(RowTiles):
@@ -356,6 +363,7 @@ class _BackwardTiles(RowTiles):
         return RowTile(1, tile.block, warps=32) if tile.block == 2048 else tile
 
 
+_FORWARD, _FORWARD_UPDATE = RowTiles("norm_forward", tensors=2), _ForwardUpdateTiles("norm_forward_update", tensors=3)
 _BACKWARD, _BACKWARD_UPDATE = _BackwardTiles("norm_backward", tensors=4), RowTiles("norm_backward_update", tensors=6)
 
 

@@ -115,7 +115,7 @@ def _store(desc, b, part, row, column, tile):
     desc.store([b, part, row, column], tile.reshape(1, 1, tile.shape[0], tile.shape[1]))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N", "O", "K", "part_rows"])
 def window_forward_kernel(
     u_desc,
     weight_desc,
@@ -190,7 +190,7 @@ def window_forward_kernel(
             _store(act_desc, b, part, row, piece, gelu(out.to(tl.float32)).to(u_desc.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N", "O", "part_rows"])
 def window_input_gradient_kernel(
     g_desc,
     weight_desc,
@@ -252,7 +252,7 @@ def window_input_gradient_kernel(
         _store(du_desc, b, 0, row, piece, du)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N", "O", "C", "splits"])
 def window_weight_gradient_kernel(
     g_desc,
     u_desc,
@@ -302,7 +302,7 @@ def window_weight_gradient_kernel(
         _store(sums_desc, split, part, row, column + i * pieces[i].shape[1], pieces[i])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def token_sums_kernel(
     g_ptr,
     mean_rstd_ptr,
@@ -334,7 +334,7 @@ def token_sums_kernel(
     tl.store(inactive_ptr + token, inactive, mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "width"])
 def closed_form_kernel(
     weight_desc,
     bias_ptr,
