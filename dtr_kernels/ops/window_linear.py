@@ -1,8 +1,9 @@
 """The linear layer that contracts over each sample's window only, with tanh-GELU in its epilogue.
 
-Its input is the compact u [B, N, W] of ``gated_norm``; where a dense GEMM is faster (``choose_gemm``), the norm
-writes all channels and the layer is an ordinary one. Deactivated channels reach a dense layer as
--mean * rstd * (1 + scale) + shift, so per sample their whole contribution is a rank-one term and a constant:
+Its input is the compact u [B, N, K] of ``gated_norm``, whose channels are the window here; where a dense GEMM is faster
+(``choose_gemm``), the norm writes all channels and the layer is an ordinary one. Deactivated channels, which u leaves
+out, reach a dense layer as -mean * rstd * (1 + scale) + shift, so per sample their whole contribution is a rank-one
+term and a constant:
 
     p   = W_lin[:, inactive] @ (1 + scale[inactive])              # [B, O], once per sample
     q   = W_lin[:, inactive] @ shift[inactive] + bias             # [B, O], once per sample
@@ -16,9 +17,9 @@ and with G = dL/dout the gradients never touch a deactivated channel per token e
     dW       = sum_b G_b^T u_b at b's window  +  dp^T (1 + scale) + dq^T shift at the deactivated channels
     dscale, dshift = dp @ W_lin, dq @ W_lin                       # at the deactivated channels; dbias = sum_b dq_b
 
-Three GEMM kernels (forward, input gradient, weight gradient) and one that reads G once for the sums over tokens. Tensor
-descriptors take any element offset, so a window that starts anywhere needs no realigned copy of the weight, and
-what a tile reads outside of u comes back as zeros.
+Three GEMM kernels (forward, input gradient, weight gradient), one for p and q, and one that reads G once for the sums
+over tokens. Tensor descriptors take any element offset, so a window that starts anywhere needs no realigned copy of the
+weight; what a tile reads outside of u comes back as zeros, and what it would write outside of a result is left out.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -453,7 +454,8 @@ _CROSSOVERS = {
 
 
 class ClosedForm(NamedTuple):
-    """Facts of the norm that give deactivated channels: mean * rstd [B, N]; shift, scale [B, C]; start int32 [B]."""
+    """Facts of the norm that give channels that u leaves out: mean * rstd [B, N]; shift, scale [B, C]; and u's first
+    channel, start int32 [B]."""
 
     mean_rstd: Tensor
     shift: Tensor
@@ -615,7 +617,7 @@ def window_linear_forward(u: Tensor, closed: ClosedForm | None, weight: Tensor, 
     """Return out [B, N, O] in weight's dtype.
 
     Args:
-        u: [B, N, W] in weight's dtype, from ``gated_norm_forward``; or [B, N, C] for a dense GEMM.
+        u: compact [B, N, K] in weight's dtype, from ``gated_norm_forward``; or [B, N, C] for a dense GEMM.
         closed: None if u has all channels.
         weight: [O, C]. bias: [O] or None.
     """
