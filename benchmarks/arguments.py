@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 
 
 def positive(text: str) -> int:
@@ -14,3 +15,15 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def share(text: str) -> float:
+    """An argument that is a part of a whole.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is no number above 0 and up to 1.
+    """
+    with suppress(ValueError):
+        if 0 < float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number above 0 and up to 1, got {text!r}")

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,8 @@ from dtr_kernels.ops.tuned_tiles import Crossover, Tuned, packaged
 
 WIDTHS = (384, 768, 1024, 1152)  # of DiT-S, B, L and XL
 TOKENS = (256, 16)  # of patches of 2 and of 8, in latents of 32 x 32
+# A thread may load an element of a bias.
+_MOST_NARROW = 2
 GEMMS = ("window_forward", "window_input_gradient", "window_weight_gradient")
 _RELATIVE = "benchmarks/results/static"
 REPORT = sources.ROOT / _RELATIVE
@@ -109,21 +112,24 @@ class Usage:
     """What one kernel takes of a multiprocessor, and how it uses it.
 
     Attributes:
-        threads: of a block. registers: of a thread.
+        threads: of a block. registers: of a thread. instructions: of its code.
         spilled: bytes of a thread's stack and local memory, where registers are spilled to.
         shared: bytes of a block. tensor_columns: of Blackwell's tensor memory that a block allocates.
         matrix, copies: how many instructions of ``MATRIX`` and ``COPIES`` it has.
         buffers: tiles of an operand that are on their way to shared memory or in use; 0 where loads are waited for.
+        narrow: how many instructions load or store single elements of 16 bits in global memory.
     """
 
     threads: int
     registers: int
+    instructions: int
     spilled: int
     shared: int
     tensor_columns: int
     matrix: Mapping[str, int]
     copies: Mapping[str, int]
     buffers: int
+    narrow: int
 
     def occupancy(self, arch: int) -> Occupancy:
         """How many of its blocks run on a multiprocessor of this architecture at a time."""
@@ -185,7 +191,10 @@ def functions(path: Path, arch: int) -> dict[str, Function]:
         # It waits until so many groups are left, which come after the tile that it goes on to use; one more is next.
         groups = [int(group, 16) for group in re.findall(r"\bDEPBAR\.LE SB0, (0x[0-9a-f]+)", code[name])]
         buffers = max(groups, default=0) + 2 if copies else 0
-        usage = Usage(threads[name], registers, stack + local, shared, 0, matrix, copies, buffers)
+        narrow = len(re.findall(r"^(?:LDG|STG)\.E\.[US]16\b", opcodes, re.MULTILINE))
+        usage = Usage(
+            threads[name], registers, len(instructions), stack + local, shared, 0, matrix, copies, buffers, narrow
+        )
         found[name] = Function(usage, opcodes)
     return found
 
@@ -200,13 +209,24 @@ def usage_of_binary(binary: Binary) -> Usage:
     return Usage(
         threads=32 * compiled.metadata.num_warps,
         registers=registers,
+        instructions=_instructions(compiled.asm["cubin"]),
         spilled=spilled,
         shared=compiled.metadata.shared,
         tensor_columns=getattr(compiled.metadata, "tmem_size", 0),
         matrix=matrix,
         copies=copies,
         buffers=max(map(int, buffers), default=0),
+        narrow=len(re.findall(r"\b(?:ld|st)\.global\S*\.b16\b", compiled.asm["ptx"])),
     )
+
+
+def _instructions(cubin: bytes) -> int:
+    """Instructions of the one kernel in a binary, 16 bytes each, by the size of its section: disassembling takes longer
+    than compiling."""
+    (headers,) = struct.unpack_from("<Q", cubin, 40)
+    size, number = struct.unpack_from("<HH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, headers + size * i) for i in range(number)]
+    return sum(length // 16 for _, _, flags, _, _, length in sections if flags & 4)  # executable
 
 
 def _found(known: Mapping[str, tuple[str, str]], text: str, in_code: bool) -> dict[str, int]:
@@ -333,6 +353,8 @@ class Row:
             said.append(f"{where} does not fit a multiprocessor")
         if self.kernel == "gram_tiled" and "cp.async" not in usage.copies:
             said.append(f"{where} does not copy asynchronously")
+        if usage.narrow > _MOST_NARROW:
+            said.append(f"{where} loads or stores {usage.narrow} times single elements of 16 bits")
         if self.kernel not in GEMMS:
             return said
         # Warpgroup instructions take 64 rows; samples of fewer tokens use the older ones.
@@ -574,7 +596,19 @@ def _table_of_cuda(rows: Sequence[Row]) -> str:
     return table([["kernel", "K", "threads", *_FIGURES], *lines])
 
 
-_FIGURES = ["registers", "spilled", "shared", "blocks", "occupancy", "limited by", "buffers", "matrix", "copies"]
+_FIGURES = [
+    "registers",
+    "instructions",
+    "16-bit accesses",
+    "spilled",
+    "shared",
+    "blocks",
+    "occupancy",
+    "limited by",
+    "buffers",
+    "matrix",
+    "copies",
+]
 
 
 def _figures(rows: Sequence[Row]) -> list[str]:
@@ -582,6 +616,8 @@ def _figures(rows: Sequence[Row]) -> list[str]:
     occupied = [row.usage.occupancy(row.arch) for row in rows]
     return [
         _range(usage.registers for usage in usages),
+        _range(usage.instructions for usage in usages),
+        _range(usage.narrow for usage in usages),
         _range(usage.spilled for usage in usages),
         _range(usage.shared for usage in usages),
         _range(each.blocks for each in occupied),

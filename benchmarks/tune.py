@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import triton
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from triton.compiler.compiler import max_shared_mem
 
 from benchmarks import environment, sources
-from benchmarks.arguments import positive
+from benchmarks.arguments import positive, share
 from benchmarks.cases import DTYPES, dtype_name
 from benchmarks.measure import BAR, one_line
 from benchmarks.timing import Spread, Stopwatch, copies, ratio
@@ -43,8 +43,11 @@ from dtr_kernels.ops.declaration import Draw, Kernel, Mode, Precision, Sizes, re
 from dtr_kernels.ops.dispatch import Launch, capability, recording
 from dtr_kernels.ops.tiles import KINDS, crossovers, forced, instead_of_users
 from dtr_kernels.ops.tuned_tiles import NEVER, Crossover, GemmTile, Measurement, RowTile, SumTile, Tile, Tuned
+from dtr_kernels.ops.window_linear import WindowsOp
 
 MODELS = ("DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2")
+# Shares of active channels that crossovers of windows are found for; everything else is tuned with 0.8.
+BETAS = (0.2, 0.5, 0.8)
 # A tile must be faster than the default by this share, and our GEMM than cuBLAS, in four of five rounds.
 MARGIN = 0.02
 # Rounds that choose the finalists among the candidates, and those that compare the finalists with the default.
@@ -62,30 +65,39 @@ class NotTuned(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """What a tile is chosen for: one op on a batch of ``batch`` samples with ``tokens`` tokens of ``channels``; and a
-    crossover, up to that batch."""
+    """What a tile is chosen for: one op on a batch of ``batch`` samples with ``tokens`` tokens of ``channels``, a share
+    ``beta`` of them active; and a crossover, up to that batch."""
 
     op: str
     dtype: torch.dtype
     channels: int
     tokens: int
     batch: int
+    beta: float = 0.8
 
     @property
-    def key(self) -> tuple[str, str, int, int]:
+    def sizes(self) -> Sizes:
+        """Of the batch."""
+        return Sizes(self.batch, self.tokens, self.channels, self.beta)
+
+    @property
+    def key(self) -> tuple[str, str, int, int, int]:
         """Of the entry that holds the result."""
-        # fc2's input gradient has no window: its rows are the tokens of all samples.
-        rows = self.tokens * (self.batch if self.op == "gelu_input_gradient" else 1)
+        # fc2's input gradient has no window: its rows are the tokens of all samples. Those of closed forms are samples.
+        own_rows = {"gelu_input_gradient": self.tokens * self.batch, "closed_form": self.batch}
+        rows = own_rows.get(self.op, self.tokens)
         channels = self.channels * (3 if self.op == "token_sums" else 1)
-        return self.op, str(self.dtype).removeprefix("torch."), channels, tuned_tiles.rows_class(rows)
+        active = tuned_tiles.active_share(self.sizes.W, self.channels) if self.op in get_args(WindowsOp) else 100
+        return self.op, str(self.dtype).removeprefix("torch."), channels, tuned_tiles.rows_class(rows), active
 
     def default(self, arch: int) -> Tile:
         """The tile that runs without tuning."""
-        op, _, channels, rows = self.key
-        return KINDS[op].default(self.dtype, rows, channels, arch)
+        op, _, channels, rows, active = self.key
+        return KINDS[op].default(self.dtype, rows, channels, arch, active)
 
     def __str__(self) -> str:
-        return f"{self.op} {dtype_name(self.dtype)}, {self.channels} channels, {self.tokens} tokens"
+        precision = dtype_name(self.dtype)
+        return f"{self.op} {precision}, {self.channels} channels, beta {self.beta:g}, {self.tokens} tokens"
 
 
 class Choice(NamedTuple):
@@ -110,6 +122,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help="samples in a batch, for crossovers also half of them, a quarter, ...; default: 32",
     )
+    parser.add_argument(
+        "--beta",
+        nargs="+",
+        type=share,
+        default=BETAS,
+        metavar="RATIO",
+        help="active channels over all channels, for crossovers of windows; default: 0.2 0.5 0.8",
+    )
     parser.add_argument("--ops", nargs="+", default=tuple(KINDS), choices=KINDS, metavar="OP", help=", ".join(KINDS))
     parser.add_argument("--seconds", type=positive, help="start nothing more after as long, and keep what is tuned")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to add to; default: in the user's cache")
@@ -121,7 +141,7 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: if there is no GPU, no model of a name, or nothing can be added to the file.
     """
-    problems = problems_of(arguments.model, arguments.dtype, arguments.ops, arguments.batch)
+    problems = problems_of(arguments.model, arguments.dtype, arguments.ops, arguments.batch, arguments.beta)
     if not torch.cuda.is_available():
         raise ValueError("PyTorch finds no CUDA device here, and tiles are what kernels on a GPU have")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -154,8 +174,11 @@ def cached_file(gpu: str) -> Path:
     return path
 
 
-def problems_of(models: Sequence[str], precisions: Sequence[str], names: Sequence[str], batch: int) -> list[Problem]:
-    """What is to be tuned, none of it twice, the crossovers of a model in a dtype after its tiles.
+def problems_of(
+    models: Sequence[str], precisions: Sequence[str], names: Sequence[str], batch: int, betas: Sequence[float]
+) -> list[Problem]:
+    """What is to be tuned, none of it twice, the crossovers of a model in a dtype after its tiles, those of windows for
+    each beta.
 
     Raises:
         ValueError: if there is no model of a name.
@@ -168,7 +191,9 @@ def problems_of(models: Sequence[str], precisions: Sequence[str], names: Sequenc
         size = DiT_models[model].keywords  # type: ignore[attr-defined]
         # Of latents of 32 x 32, which images of 256 x 256 have.
         problem = Problem(op, DTYPES[precision], size["hidden_size"], (32 // size["patch_size"]) ** 2, batch)
-        problems.setdefault(problem.key, problem)
+        for beta in betas if op in get_args(WindowsOp) else [problem.beta]:
+            tuned = replace(problem, beta=beta)
+            problems.setdefault(tuned.key, tuned)
     return list(problems.values())
 
 
@@ -234,8 +259,8 @@ class Tuning:
                 except (NotTuned, RuntimeError) as error:  # such as too little memory for the batch
                     self.failures[problem] = str(error).strip().partition("\n")[0]
                 else:
-                    op, dtype, channels, rows = problem.key
-                    self.found.append(Tuned(op, dtype, channels, rows, *choice, self.measurement))
+                    op, dtype, channels, rows, active = problem.key
+                    self.found.append(Tuned(op, dtype, channels, rows, active, *choice, self.measurement))
                     # Read again, for another process may have added to it.
                     tuned_tiles.write(self.path, tuned_tiles.merged(self._stored(), self.found))
         except KeyboardInterrupt:
@@ -246,15 +271,17 @@ class Tuning:
 
 def table(found: Sequence[Tuned]) -> str:
     """What was found, a line for each problem."""
-    lines = [f"{'op':22} {'dtype':9} {'width':>5} {'rows':>4} {'default':>10} {'best':>10} {'gain':>6}  tile"]
+    lines = [
+        f"{'op':22} {'dtype':9} {'width':>5} {'rows':>4} {'active':>6} {'default':>10} {'best':>10} {'gain':>6}  tile"
+    ]
     for entry in found:
         default, best = (f"{1e6 * seconds:.1f} µs" for seconds in (entry.default_seconds, entry.seconds))
         gain = f"{entry.default_seconds / entry.seconds - 1:.1%}"
         tile = " ".join(f"{name} {value}" for name, value in entry.tile._asdict().items())
         if isinstance(entry.tile, Crossover):
             tile = str(entry.tile)
-        op, dtype, width, rows = entry.key
-        lines.append(f"{op:22} {dtype:9} {width:5} {rows:4} {default:>10} {best:>10} {gain:>6}  {tile}")
+        op, dtype, width, rows, active = entry.key
+        lines.append(f"{op:22} {dtype:9} {width:5} {rows:4} {active:5}% {default:>10} {best:>10} {gain:>6}  {tile}")
     return "\n".join(lines)
 
 
@@ -347,7 +374,7 @@ def candidates(problem: Problem, arch: int, shared_memory: int) -> list[Tile]:
         arch: compute capability, 80, 90, ...
         shared_memory: bytes that one program may have.
     """
-    op, _, channels, rows = problem.key
+    op, _, channels, rows, _ = problem.key
     kind = KINDS[op].type
     tiles: Iterator[Tile]
     if kind is GemmTile:
@@ -492,6 +519,8 @@ def largest_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """The largest error of an element over the sum of its size and its tensor's root mean square; NaN if one is."""
 
     def error(a: Tensor, b: Tensor) -> Tensor:
+        if not b.is_floating_point():  # a place, where u begins
+            return (a != b).any().double()
         return ((a.double() - b).abs() / (b.abs() + b.square().mean().sqrt())).max()
 
     return torch.stack([error(a, b) for a, b in zip(found, exact, strict=True)]).max().item()
@@ -513,7 +542,7 @@ def kernels_of(op: str) -> list[tuple[Kernel, Mode]]:
 
 def calls_of(problem: Problem, device: torch.device) -> list[partial[Any]]:
     """Calls of these kernels, on arguments of their own."""
-    draw = Draw(Sizes(problem.batch, problem.tokens, problem.channels), Precision(problem.dtype, problem.dtype), device)
+    draw = Draw(problem.sizes, Precision(problem.dtype, problem.dtype), device)
     return [partial(kernel.launch, **kernel.inputs(draw, **mode)) for kernel, mode in kernels_of(problem.op)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 from collections.abc import Callable, Iterable, Sequence
@@ -23,8 +24,9 @@ __all__ = ["collect", "show"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Of ops that are tuned alike, the most that are named.
 _MOST_OPS = 3
-# What crossovers are told for: tokens of a sample, and channels, as the models DiT-S/2 to DiT-XL/2 have them.
-_TOKENS, _WIDTHS = 256, (384, 768, 1024, 1152)
+# What crossovers are told for: tokens of a sample, and channels, as the models DiT-S/2 to DiT-XL/2 have them; and per
+# cent of the channels that are active.
+_TOKENS, _WIDTHS, _ACTIVE = 256, (384, 768, 1024, 1152), (20, 50, 80)
 
 
 def collect() -> dict[str, Any]:
@@ -79,23 +81,27 @@ def _configuration(index: int) -> Configuration:
 
 def _crossovers(index: int) -> list[str]:
     """From how many tokens of a batch on our GEMMs run instead of cuBLAS on a GPU, and where that is from."""
+    dtypes_of: dict[tuple[str, str], list[str]] = {}
+    for op, dtype in itertools.product(crossovers(), (torch.bfloat16, torch.float16, torch.float32)):
+        betas: dict[str, list[str]] = {}
+        for active in _ACTIVE:
+            betas.setdefault(_crossover(index, op, dtype, active), []).append(f"{active / 100:g}")
+        for crossover, some in betas.items():
+            name = op if len(betas) == 1 else f"{op} at beta {_joined(some)}"
+            dtypes_of.setdefault((name, crossover), []).append(str(dtype).removeprefix("torch."))
     alike: dict[tuple[str, str], list[str]] = {}
-    for op in crossovers():
-        dtypes: dict[str, list[str]] = {}
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            dtypes.setdefault(_crossover(index, op, dtype), []).append(str(dtype).removeprefix("torch."))
-        for crossover, names in dtypes.items():
-            alike.setdefault((_joined(names), crossover), []).append(op)
-    return [f"{_joined(ops)} in {dtypes}: {crossover}" for (dtypes, crossover), ops in alike.items()]
+    for (name, crossover), dtypes in dtypes_of.items():
+        alike.setdefault((_joined(dtypes), crossover), []).append(name)
+    return [f"{_joined(names)} in {joined}: {crossover}" for (joined, crossover), names in alike.items()]
 
 
-def _crossover(index: int, op: str, dtype: torch.dtype) -> str:
+def _crossover(index: int, op: str, dtype: torch.dtype, active: int) -> str:
     gpu = _configuration(index)
     widths: dict[str, list[str]] = {}
     for channels in _WIDTHS:
-        tuned = tuned_for(gpu, op, dtype, _TOKENS, channels)
+        tuned = tuned_for(gpu, op, dtype, _TOKENS, channels, active)
         source = "default" if tuned is None else "user's file" if tuned in gpu.user else "packaged file"
-        default = KINDS[op].default(dtype, _TOKENS, channels, capability_of(index))
+        default = KINDS[op].default(dtype, _TOKENS, channels, capability_of(index), active)
         crossover = default if tuned is None else tuned.tile
         widths.setdefault(f"{crossover} ({source})", []).append(str(channels))
     if len(widths) == 1:

@@ -96,6 +96,15 @@ def test_16_bit_gemms_are_dense_on_a_cpu():
     assert "repacks a slice" in report["ops"]["routed_linear"] and "bfloat16" in report["input"]
 
 
+def test_on_a_gpu_says_at_what_width_products_are_dense(monkeypatch):
+    monkeypatch.setattr("dtr_kernels.ops.tiles._forced", {})
+    x, t, y = BATCH
+    with dispatch.recording(90):
+        ops = only(dtr.explain(make_model().bfloat16(), (x.bfloat16(), t, y)))["ops"]
+    assert ops["routed_linear"].startswith("Triton kernels; cuBLAS over all channels: with 25 of 32 channels active, ")
+    assert "not known to be faster for 32 tokens; measure it with python -m benchmarks tune" in ops["routed_linear"]
+
+
 def test_a_block_chooses_its_path_once(seed):
     """Its ops are handed what was chosen; inside, each chooses its GEMM."""
     block = make_model().blocks[0]

@@ -51,6 +51,63 @@ def test_no_spills_and_matrix_instructions(arch, dtype, channels, tokens):
             assert row.usage.buffers >= 2, f"{row.title} does not load ahead"
 
 
+@pytest.fixture(scope="module")
+def hopper():
+    """The kernels of DiT-XL/2 in bf16 for sm_90, with their machine code."""
+    found = {}
+    for binary in static.binaries(90, torch.bfloat16, Sizes(2, 256, 1152)):
+        found.setdefault((binary.kernel, binary.compiled.hash), binary)
+    return list(found.values())
+
+
+def opcodes_of(binary, path):
+    path.write_bytes(binary.compiled.asm["cubin"])
+    (function,) = static.functions(path, 90).values()
+    usage = static.usage_of_binary(binary)
+    assert (function.usage.registers, function.usage.instructions) == (usage.registers, usage.instructions)
+    return function
+
+
+# Of each GEMM: the most instructions after the last product, of which an epilogue consists, with GELU and without.
+EPILOGUES = {"window_forward": (400, 1900), "window_input_gradient": (300, 3100), "window_weight_gradient": (300, 0)}
+
+
+@pytest.mark.parametrize("kernel", EPILOGUES)
+def test_gemms_store_by_the_copy_engine_and_load_three_steps_ahead(hopper, kernel, tmp_path):
+    for binary in (each for each in hopper if each.kernel == kernel):
+        code = opcodes_of(binary, tmp_path / "cubin")
+        assert code.count("STG") == 0 and code.count("UTMASTG") > 0, binary.mode
+        epilogue = code.opcodes.split("\n")[::-1]
+        length = next(n for n, opcode in enumerate(epilogue) if "GMMA" in opcode)
+        assert length <= EPILOGUES[kernel][bool(binary.options.get("GELU"))], f"{binary.mode}: {length}"
+        assert static.usage_of_binary(binary).buffers == 3
+        assert code.count("LDSM") == 0 or binary.options.get("GELU"), f"{binary.mode}: operands go through registers"
+
+
+def test_norms_read_and_write_whole_vectors(hopper, tmp_path):
+    """A compact u too, since it begins at a whole vector: neither loads nor stores are of 16 bits."""
+    norms = [each for each in hopper if each.kernel.startswith("gated_norm")]
+    assert any(each.options["COMPACT"] for each in norms)
+    for binary in norms:
+        code = opcodes_of(binary, tmp_path / "cubin")
+        assert code.count(r"(LDG|STG)\.E\.U16") == 0 == static.usage_of_binary(binary).narrow, binary.mode
+        # Of two rows a thread's vectors have 8 bytes.
+        assert code.count(r"STG\.E\.(64|128)") > 0, binary.mode
+
+
+def test_batches_and_numbers_of_tokens_share_binaries():
+    """Nothing that is compiled depends on them: 1 and multiples of 16 would else have binaries of their own."""
+    sizes = [Sizes(1, 256, 384), Sizes(2, 250, 384), Sizes(16, 129, 384)]
+    found = [
+        {(binary.kernel, binary.compiled.hash) for binary in static.binaries(90, torch.bfloat16, size)}
+        for size in sizes
+    ]
+    # GELU's are of all elements at once, and the rows of a closed form are samples.
+    by_size = {"gelu_forward", "gelu_backward", "closed_form"}
+    found = [{pair for pair in pairs if pair[0] not in by_size} for pairs in found]
+    assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.parametrize("channels, tokens, batch", [(64, 40, 1), (64, 1, 3), (1, 8, 2)])
 def test_sizes_of_one_compile(channels, tokens, batch):
     """Triton makes an argument that is 1 a constant of another type, which the interpreter does not."""
@@ -68,7 +125,7 @@ def test_tf32_uses_the_matrix_units_where_pytorch_may(monkeypatch):
 
 def tuned(op, tile, rows, channels, dtype="float32"):
     measurement = tuned_tiles.Measurement("NVIDIA H0", 90, "2.13.0", "3.7.1", None, "2026-01-01", "tune", "0123")
-    return Tuned(op, dtype, channels, rows, tile, 1e-5, 2e-5, measurement)
+    return Tuned(op, dtype, channels, rows, 100, tile, 1e-5, 2e-5, measurement)
 
 
 def test_a_tuned_tile_that_spills_is_found(monkeypatch, tmp_path):

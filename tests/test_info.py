@@ -111,7 +111,7 @@ def test_says_why_pytorch_runs(monkeypatch, capsys):
 
 def tuned(capability=90, commit="0123456789abcdef", date="2026-11-01"):
     measurement = Measurement(GPU, capability, "2.13.0", "3.7.1", commit, date, "tune", "0")
-    return Tuned("forward", "bfloat16", 1152, 128, GemmTile(64, 64, 32, 4, 3), 1e-5, 2e-5, measurement)
+    return Tuned("forward", "bfloat16", 1152, 128, 100, GemmTile(64, 64, 32, 4, 3), 1e-5, 2e-5, measurement)
 
 
 ONE = "1 entry, forward in bfloat16 of 1152 channels"
@@ -156,14 +156,23 @@ def test_says_what_is_tuned():
 @pytest.mark.usefixtures("files")
 def test_says_from_how_many_tokens_on_our_gemms_run_and_which_are_tuned_where():
     assert info._crossovers(0) == [
-        "windows_forward and windows_backward in bfloat16, float16 and float32: never (default)",
+        "windows_forward at beta 0.2 in bfloat16 and float16: from 131,072 tokens on (default) with 384 channels, "
+        "from 8,192 tokens on (default) with 768 channels, from 4,096 tokens on (default) with 1024 and 1152 channels",
+        "windows_forward at beta 0.5 in bfloat16 and float16: never (default) with 384 channels, "
+        "from 16,384 tokens on (default) with 768 channels, from 8,192 tokens on (default) with 1024 and 1152 channels",
+        "windows_forward at beta 0.8 and windows_backward at beta 0.5 and 0.8 in bfloat16 and float16: never (default)",
+        "windows_forward, windows_backward, gelu_forward and gelu_backward in float32: never (default)",
+        "windows_backward at beta 0.2 in bfloat16 and float16: never (default) with 384 channels, "
+        "from 262,144 tokens on (default) with 768 channels, from 65,536 tokens on (default) with 1024 and "
+        "1152 channels",
         "gelu_forward and gelu_backward in bfloat16 and float16: always (default)",
-        "gelu_forward and gelu_backward in float32: never (default)",
     ]
     tiles.forget()
     forward = replace(tuned(), op="windows_forward", tile=Crossover(2048))
     packaged = [forward, replace(forward, channels=384, tile=Crossover(16384))]
     user = [replace(forward, tile=Crossover(1024)), replace(forward, op="gelu_forward", tile=Crossover(NEVER))]
+    user += [replace(forward, op="windows_backward", active=80, tile=Crossover(NEVER))]
+    user += [replace(forward, op="windows_backward", active=20, tile=Crossover(64))]
     other_samples = replace(forward, op="gelu_backward", rows=64, tile=Crossover(64))
     tuned_tiles.write(tuned_tiles.packaged_file(GPU), packaged)
     tuned_tiles.write(tuned_tiles.user_file(GPU), [*user, other_samples])
@@ -172,7 +181,8 @@ def test_says_from_how_many_tokens_on_our_gemms_run_and_which_are_tuned_where():
         "windows_forward in bfloat16: from 16,384 tokens on (packaged file) with 384 channels, "
         "from 1,024 tokens on (user's file) with 768, 1024 and 1152 channels"
     ) in said
-    assert "gelu_forward in bfloat16: never (user's file)" in said
+    assert "windows_backward at beta 0.2 in bfloat16: from 64 tokens on (user's file)" in said
+    assert "windows_backward at beta 0.5 and 0.8 and gelu_forward in bfloat16: never (user's file)" in said
     assert "gelu_backward in bfloat16 and float16: always (default)" in said
 
 

@@ -119,7 +119,8 @@ def test_the_norm_by_hand(seed, keep_branch, device):
     found = gated_norm_forward(inputs, window, 1e-6, torch.float32)
     expected = by_hand(*(t.cpu() for t in (x, branch, gate, shift, scale)), start.tolist(), W, keep_branch, 1e-6)
     declared = KERNELS["gated_norm_forward"].exact(inputs, window, 1e-6, torch.float32)
-    for a, b, c in zip(found, expected, declared, strict=True):
+    assert found.first is None and declared.first is None
+    for a, b, c in zip(found[:4], expected, declared[:4], strict=True):
         torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(c.cpu().double(), b, rtol=1e-5, atol=1e-5)
 

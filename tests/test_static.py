@@ -51,7 +51,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     ],
 )
 def test_occupancy(arch, threads, registers, shared, tensor_columns, expected):
-    usage = static.Usage(threads, registers, 0, shared, tensor_columns, {}, {}, 0)
+    usage = static.Usage(threads, registers, 0, 0, shared, tensor_columns, {}, {}, 0, 0)
     found = usage.occupancy(arch)
     assert found == expected
     assert found.share == expected[1] / 64
@@ -62,6 +62,7 @@ def test_occupancy(arch, threads, registers, shared, tensor_columns, expected):
 
 def row(**changes):
     usage = {"threads": 256, "registers": 100, "spilled": 0, "shared": 1024, "tensor_columns": 0, "buffers": 3}
+    usage |= {"instructions": 900, "narrow": 1}
     usage |= {"matrix": {"wgmma": 4}, "copies": {"cp.async.bulk": 2}}
     usage |= {name: changes.pop(name) for name in list(changes) if name in usage}
     tile = {"m": 128, "n": 256, "k": 64, "warps": 8, "stages": 3}
@@ -75,6 +76,7 @@ def row(**changes):
     [
         ({}, []),
         ({"spilled": 8}, ["spills: 100 registers and 8 bytes"]),
+        ({"narrow": 16, "kernel": "gated_norm_forward"}, ["16 times single elements of 16 bits"]),
         ({"shared": 1 << 18}, ["does not fit"]),
         ({"matrix": {"mma.sync": 4}}, ["has no wgmma"]),
         ({"matrix": {"wgmma": 4}, "arch": 100}, ["has no tcgen05"]),
@@ -131,6 +133,7 @@ def test_markdown_has_a_line_for_each_configuration():
     assert line["dtype"] == "bf16, fp16" and line["widths"] == "384, 1152" and line["modes"] == "2"
     assert line["tile"] == "128 x 256 x 64, 8 warps, 3 stages"
     assert (line["registers"], line["occupancy"]) == ("100 to 130", "12.5% to 25%")
+    assert (line["instructions"], line["16-bit accesses"]) == ("900", "1")
     assert (line["matrix"], line["copies"], line["buffers"]) == ("wgmma", "cp.async.bulk", "3")
     assert "sm_90" in text and "sm_80" not in text
     assert "**window_forward (routed), bf16" in report(row(spilled=8)).markdown()

@@ -235,7 +235,7 @@ def test_candidates_can_run_and_fit(op, arch):
                 problem = tune.Problem(op, dtype, channels, tokens, 4)
                 tiles = tune.candidates(problem, arch, SHARED_MEMORY[arch])
                 assert 3 <= len(tiles) == len(set(tiles)) <= 48, (problem, len(tiles))
-                *_, width, rows = problem.key
+                _, _, width, rows, _ = problem.key
                 for tile in tiles:
                     assert KINDS[op].problem(tile, rows, width) is None
                     if isinstance(tile, GemmTile):
@@ -244,26 +244,42 @@ def test_candidates_can_run_and_fit(op, arch):
                         assert loads * (tile.m + tile.n) * tile.k * dtype.itemsize <= SHARED_MEMORY[arch]
 
 
+def problems_of(models, names, precisions=("bf16",), betas=(0.2, 0.5, 0.8)):
+    return tune.problems_of(models, precisions, names, 8, betas)
+
+
 def test_problems_are_those_of_the_models_and_none_twice():
-    problems = tune.problems_of(["DiT-S/2", "DiT-S/4", "DiT-XL/2", "DiT-S/2"], ["bf16"], ["forward", "token_sums"], 8)
+    problems = problems_of(["DiT-S/2", "DiT-S/4", "DiT-XL/2", "DiT-S/2"], ["forward", "token_sums"])
     assert [problem.key for problem in problems] == [
-        ("forward", "bfloat16", 384, 128),
-        ("token_sums", "bfloat16", 1152, 128),
-        ("forward", "bfloat16", 384, 64),
-        ("token_sums", "bfloat16", 1152, 64),
-        ("forward", "bfloat16", 1152, 128),
-        ("token_sums", "bfloat16", 3456, 128),
+        ("forward", "bfloat16", 384, 128, 100),
+        ("token_sums", "bfloat16", 1152, 128, 100),
+        ("forward", "bfloat16", 384, 64, 100),
+        ("token_sums", "bfloat16", 1152, 64, 100),
+        ("forward", "bfloat16", 1152, 128, 100),
+        ("token_sums", "bfloat16", 3456, 128, 100),
     ]
+    assert {problem.beta for problem in problems} == {0.8}
     # Whatever the order they are given in, crossovers come after the tiles that they are timed with.
     given = ["gelu_backward", "windows_forward", "forward", "gelu_input_gradient"]
-    ordered = tune.problems_of(["DiT-S/2", "DiT-B/2"], ["bf16", "fp32"], given, 8)
+    ordered = problems_of(["DiT-S/2", "DiT-B/2"], given, ["bf16", "fp32"], betas=[0.5])
     assert [(problem.channels, problem.op) for problem in ordered if problem.dtype == torch.bfloat16] == [
         (channels, op) for channels in (384, 768) for op in (*given[2:], *given[:2])
     ]
     # fc2's input gradient has no windows: 16 tokens of 8 samples are 128 rows, as 256 tokens are.
-    assert len(tune.problems_of(["DiT-S/2", "DiT-S/8"], ["bf16"], ["gelu_input_gradient"], 8)) == 1
+    assert len(problems_of(["DiT-S/2", "DiT-S/8"], ["gelu_input_gradient"])) == 1
     with pytest.raises(ValueError, match=r"--model: there is no DiT-M/2; there are DiT-S/2"):
-        tune.problems_of(["DiT-M/2"], ["bf16"], ["forward"], 8)
+        problems_of(["DiT-M/2"], ["forward"])
+
+
+def test_crossovers_of_windows_are_found_for_each_share_and_for_none_twice():
+    ops = ["windows_backward", "gelu_forward"]
+    for betas, shares in [((0.2, 0.5, 0.8), [20, 50, 80]), ((0.8, 0.1, 0.8001), [80, 10])]:
+        problems = problems_of(["DiT-XL/2", "DiT-XL/2"], ops, betas=betas)
+        assert [problem.key[-1] for problem in problems] == [*shares, 100]
+        for problem, beta in zip(problems, [*betas[: len(shares)], 0.8], strict=True):
+            assert problem.beta == beta
+            call = tune.calls_of(replace(problem, batch=1, tokens=2), torch.device("meta"))[0]
+            assert call.keywords.get("width", 921) == int(beta * 1152)
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
@@ -375,9 +391,9 @@ def test_without_a_home_a_file_must_be_given(monkeypatch):
 def test_the_table():
     tuned_entry = replace(entry("norm_forward", tile=FAST), seconds=8e-6)
     header, line = tune.table([tuned_entry]).splitlines()
-    said = "norm_forward bfloat16 1152 128 20.0 µs 8.0 µs 150.0% rows 4 block 2048 warps 16"
+    said = "norm_forward bfloat16 1152 128 100% 20.0 µs 8.0 µs 150.0% rows 4 block 2048 warps 16"
     assert line.split() == said.split()
-    assert header.split() == ["op", "dtype", "width", "rows", "default", "best", "gain", "tile"]
+    assert header.split() == ["op", "dtype", "width", "rows", "active", "default", "best", "gain", "tile"]
     for way, words in ((Crossover(4096), "from 4,096 tokens on"), (CUBLAS, "never"), (OURS, "always")):
         assert tune.table([entry("gelu_forward", tile=way)]).splitlines()[1].endswith(f"100.0%  {words}")
 
@@ -414,7 +430,17 @@ def test_without_a_gpu_it_says_so():
 
 
 @pytest.mark.parametrize(
-    "given", [["--dtype", "autocast"], ["--ops", "attention"], ["--batch", "0"], ["--seconds", "x"]]
+    "given",
+    [
+        ["--dtype", "autocast"],
+        ["--ops", "attention"],
+        ["--batch", "0"],
+        ["--seconds", "x"],
+        ["--beta", "0.5", "0"],
+        ["--beta", "1.1"],
+        ["--beta", "nan"],
+        ["--beta", "half"],
+    ],
 )
 def test_arguments_that_do_not_fit_are_refused(given, capsys):
     with pytest.raises(SystemExit):
@@ -443,7 +469,8 @@ def test_the_command_line_from_end_to_end(monkeypatch, path, capsys):
     assert "100.0%  rows 1 block 2048 warps 16" in capsys.readouterr().out
     assert len(tuned_tiles.read(tuned_tiles.user_file("NVIDIA H200"))) == 2
     assert tune.main(arguments(*ops, "residual_backward", "--out", str(path))) == 1
-    assert "not tuned: residual_backward bf16, 1152 channels, 256 tokens: the default" in capsys.readouterr().err
+    told = "not tuned: residual_backward bf16, 1152 channels, beta 0.8, 256 tokens: the default"
+    assert told in capsys.readouterr().err
     assert len(tuned_tiles.read(path)) == 2
 
 
@@ -472,9 +499,9 @@ def asked(monkeypatch):
     """Questions for tiles and crossovers, of launchers for which the CPU stands in for a GPU."""
     questions, tile = [], Tiles.tile
 
-    def spy(kind, *question):
-        questions.append((kind.name, *question))
-        return tile(kind, *question)
+    def spy(kind, x, rows, channels, active=100):
+        questions.append((kind.name, x, rows, channels, active))
+        return tile(kind, x, rows, channels, active)
 
     monkeypatch.setattr(tiles, "_forced", {})  # what other tests of kernels want
     monkeypatch.setattr(Tiles, "tile", spy)
@@ -486,8 +513,9 @@ def assert_asked_as_keyed(asked, problem):
     """Launchers look an op up as its entry is keyed."""
     questions = [question for question in asked if question[0] == problem.op]
     assert questions
-    for name, x, rows, channels in questions:
-        assert (name, str(x.dtype).removeprefix("torch."), channels, tuned_tiles.rows_class(rows)) == problem.key
+    for name, x, rows, channels, active in questions:
+        dtype = str(x.dtype).removeprefix("torch.")
+        assert (name, dtype, channels, tuned_tiles.rows_class(rows), active) == problem.key
 
 
 @pytest.mark.parametrize("op", TILED)
@@ -502,8 +530,10 @@ def test_every_op_asks_for_its_own_tile(op, asked):
                 stack.enter_context(forced(crossover, OURS if "gelu" in op else CUBLAS))
             for call in calls:
                 call()
-        assert len(launches) == len(calls) > 0
-        for launch in launches:
+        # A GEMM over windows is preceded by the one for what they leave out.
+        own = [each for each in launches if op == "closed_form" or each.kernel.__name__ != "closed_form_kernel"]
+        assert len(own) == len(calls) > 0
+        for launch in own:
             assert tune.bytes_of(launch) > 0
             for side, value in tile._asdict().items():
                 assert launch.options[OPTIONS[side]] == value
@@ -512,21 +542,27 @@ def test_every_op_asks_for_its_own_tile(op, asked):
 
 NORM = {"gated_norm_forward_kernel"}
 BACKWARD = {*NORM, "gated_norm_backward_kernel"}
-WINDOW_GRADIENTS = {"token_sums_kernel", "window_input_gradient_kernel", "window_weight_gradient_kernel"}
+WINDOW = {"closed_form_kernel", "window_forward_kernel"}
+WINDOW_GRADIENTS = {
+    "closed_form_kernel",
+    "token_sums_kernel",
+    "window_input_gradient_kernel",
+    "window_weight_gradient_kernel",
+}
 
 
 @pytest.mark.parametrize(
     "op, ours, cublas",
     [
-        ("windows_forward", {*NORM, "window_forward_kernel"}, NORM),
+        ("windows_forward", {*NORM, *WINDOW}, NORM),
         ("windows_backward", {*BACKWARD, *WINDOW_GRADIENTS}, BACKWARD),
         # Behind a window the product is ours in either case.
-        ("gelu_forward", {"window_forward_kernel"}, {"window_forward_kernel", "gelu_forward_kernel"}),
+        ("gelu_forward", WINDOW, {*WINDOW, "gelu_forward_kernel"}),
         ("gelu_backward", {"window_input_gradient_kernel"}, {"gelu_backward_kernel"}),
     ],
 )
 def test_the_two_ways_of_an_op_run_other_kernels(op, ours, cublas, asked):
-    problem = tune.Problem(op, torch.bfloat16, 48, 130, 2)
+    problem = tune.Problem(op, torch.bfloat16, 48, 130, 2, beta=0.5)
     calls = tune.calls_of(problem, torch.device("cpu"))
 
     def kernels():

@@ -36,7 +36,7 @@ from dtr_kernels.ops.declaration import (
     spread,
     starts,
 )
-from dtr_kernels.ops.dispatch import Choice, compute_dtype, empty_rows, made, runs_on_cpu
+from dtr_kernels.ops.dispatch import Choice, compute_dtype, made, runs_on_cpu
 from dtr_kernels.ops.gelu import gelu_backward, gelu_forward, plain_gelu
 from dtr_kernels.ops.window_linear import (
     Band,

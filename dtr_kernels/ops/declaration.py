@@ -99,8 +99,8 @@ class Gradients(NamedTuple):
 #: Names of peers of kernels over windows: PyTorch on all channels, and on as many as are active, an upper bound.
 ALL_CHANNELS, ONE_SLICE = "PyTorch, all channels", "PyTorch, one slice"
 
-#: Odd sizes, more tokens than a tile has, and batches with nothing in them.
-SIZES = (Sizes(3, 70, 96), Sizes(2, 33, 67), Sizes(1, 1, 80), Sizes(2, 0, 32), Sizes(0, 4, 32))
+#: Windows with room beside them and odd sizes, more tokens than a tile has, and batches with nothing in them.
+SIZES = (Sizes(3, 70, 168, 0.55), Sizes(2, 33, 67), Sizes(1, 1, 80), Sizes(2, 0, 32), Sizes(0, 4, 32))
 
 
 # Means, sums over tokens and the like are fp32 in every precision; the first channel of a window is an int32.
@@ -164,9 +164,9 @@ class Draw:
         """Strided [B, C] views of one [B, 6C], as adaLN gives them."""
         return self(self.sizes.B, 6 * self.sizes.C, std=0.5).chunk(6, dim=1)[:count]
 
-    def compact(self) -> Tensor:
-        """Windows [B, N, W], in rows as one launcher leaves them for another."""
-        rows = self(self.sizes.B, self.sizes.N, self.sizes.W)
+    def compact(self, channels: int | None = None) -> Tensor:
+        """Windows [B, N, W], or of so many channels, in rows as one launcher leaves them for another."""
+        rows = self(self.sizes.B, self.sizes.N, self.sizes.W if channels is None else channels)
         return empty_rows(*rows.shape, like=rows, dtype=rows.dtype).copy_(rows)
 
 

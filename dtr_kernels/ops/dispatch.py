@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -178,7 +178,13 @@ def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
     if device.type != "cuda" and not _INTERPRETED:
         raise RuntimeError(f"no kernel runs on {device}: {extension.unavailable or 'Triton needs an NVIDIA GPU'}")
     triton_version.warn_of_mismatch()
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    if device.type != "cuda":
+        kernel[(programs,)](*args, **options)
+        return
+    with torch.cuda.device(device):
+        # Any call of the CUDA runtime makes a context current on this thread; this one is allowed while a graph is
+        # captured. Triton does so too, but after it has encoded descriptors, which needs one (pytorch#124565).
+        torch.cuda.is_current_stream_capturing()
         kernel[(programs,)](*args, **options)
 
 

@@ -7,10 +7,10 @@ For each token, over channels c, with m the sample's window (all ones when unrou
     mean   = sum(v) / C,   var = sum((v - mean)^2) / C,   rstd = (var + eps)^(-1/2)
     u      = (v - mean) * rstd * (1 + scale) + shift
 
-Deactivated channels leave the norm as -mean * rstd, the same for all of them. So u may be compact, [B, N, W] of active
-channels only, and the linear layer that follows adds what deactivated channels contribute in closed form
-(``window_linear``); or it has all C channels, for a dense GEMM where that is faster, and with ``keep_branch`` always.
-The sums over C need only the window: the C - W zeros add (C - W) * mean^2 to the variance.
+Deactivated channels leave the norm as -mean * rstd, the same for all of them. So u may be compact, [B, N, K] of the
+window's channels and, on a GPU, some neighbours, and the linear layer that follows adds what other channels contribute
+in closed form (``window_linear``); or it has all C channels, for a dense GEMM where that is faster, and with
+``keep_branch`` always. The sums over C need only a window: each deactivated channel adds mean^2 to the variance.
 
 ``reference.routed_norm`` is the reference. These functions are not differentiable by themselves; ``routed_linear`` and
 ``routed_mlp`` build the autograd ops from them and recompute u in the backward pass instead of storing it.
@@ -20,6 +20,7 @@ The sums over C need only the window: the C - W zeros add (C - W) * mean^2 to th
 # Triton's language has no types.
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -73,7 +74,7 @@ class NormWindow(NamedTuple):
     Attributes:
         start: int32 [B], the first channel of each sample's window; None when unrouted.
         width: W; C when unrouted.
-        compact: u has the active channels only.
+        compact: u has few channels besides the active ones (``kept_channels``).
         keep_branch: x alone is masked; not with ``compact``.
     """
 
@@ -84,12 +85,40 @@ class NormWindow(NamedTuple):
 
 
 class NormOutput(NamedTuple):
-    """stream [B, N, C] (None without a branch), u [B, N, W] (or C), mean and rstd [B, N] in the compute dtype."""
+    """stream [B, N, C] (None without a branch), u [B, N, C] (fewer channels if compact), mean and rstd [B, N] in the
+    compute dtype; first, int32 [B]: the channel that a compact u begins with (None for any other)."""
 
     stream: Tensor | None
     u: Tensor
     mean: Tensor
     rstd: Tensor
+    first: Tensor | None
+
+
+# Channels of a GEMM's step on large GPUs in 16-bit dtypes. A window seldom fills the last step.
+_STEP = 64
+
+
+def kept_channels(x: Tensor, window: NormWindow) -> tuple[int, int]:
+    """Return how many channels a compact u has, and a power of two that the first of them is a multiple of.
+
+    A window starts anywhere, and neither vectors nor memory sectors do. So on a GPU u begins before the window, as far
+    as the last step of a GEMM over it has room anyway; neighbours hold what they have in a dense layer's input.
+    """
+    C, width = x.shape[-1], window.width
+    if runs_on_cpu(x):
+        return width, 1
+    kept = min(triton.cdiv(width, _STEP) * _STEP, C)
+    room = 1 << ((kept - width + 1).bit_length() - 1)
+    return kept, math.gcd(room, C - kept)  # the last place that they have is C - kept
+
+
+def _first_kept_channel(x: Tensor, window: NormWindow) -> Tensor | None:
+    """Return the channel that a compact u begins with, int32 [B]; None for any other u."""
+    if window.start is None or not window.compact:
+        return None
+    kept, alignment = kept_channels(x, window)
+    return (window.start // alignment * alignment).clamp_max(x.shape[-1] - kept)
 
 
 class NormGradients(NamedTuple):
@@ -114,6 +143,12 @@ def _near(c, first, width):
 
 
 @triton.jit
+def _first_kept(start, last, ALIGNMENT: tl.constexpr):
+    """The first channel of a compact u: from the last whole ``ALIGNMENT`` before a window, where they end by C."""
+    return tl.multiple_of(min(start // ALIGNMENT * ALIGNMENT, last), ALIGNMENT)
+
+
+@triton.jit(do_not_specialize=["N", "width"])
 def gated_norm_forward_kernel(
     x_ptr,
     branch_ptr,
@@ -125,9 +160,11 @@ def gated_norm_forward_kernel(
     u_ptr,
     mean_ptr,
     rstd_ptr,
+    first_ptr,
     N,
     C,
     width,
+    kept,
     gate_stride,
     shift_stride,
     scale_stride,
@@ -137,6 +174,7 @@ def gated_norm_forward_kernel(
     KEEP_BRANCH: tl.constexpr,
     WINDOWED: tl.constexpr,
     COMPACT: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     WRITE_STREAM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -151,15 +189,20 @@ def gated_norm_forward_kernel(
     exists = c < C
     active = exists
     read = exists
-    first = 0
+    seen = exists
+    column = c
     if WINDOWED:
-        first = tl.load(start_ptr + b)
-        active = (c >= first) & (c < first + width) & exists
+        start = tl.load(start_ptr + b)
+        active = (c >= start) & (c < start + width) & exists
         if not HAS_BRANCH:  # only a residual update has to touch deactivated channels
-            read = _near(c, first, width) & exists
+            read = _near(c, start, width) & exists
+        if COMPACT:
+            first = _first_kept(start, C - kept, ALIGNMENT)
+            seen = (c >= first) & (c < first + kept)
+            column = c - first
+            tl.store(first_ptr + b, first, mask=pid % tiles == 0)
     offsets = token[:, None] * C + c[None, :]
     v = tl.load(x_ptr + offsets, mask=here & read[None, :], other=0.0).to(tl.float32)
-    seen = active if COMPACT else exists
     if HAS_BRANCH:
         gate = tl.load(gate_ptr + b * gate_stride + c, mask=exists, other=0.0).to(tl.float32)
         branch = tl.load(branch_ptr + offsets, mask=here & exists[None, :], other=0.0).to(tl.float32)
@@ -176,21 +219,18 @@ def gated_norm_forward_kernel(
     centred = tl.where(seen[None, :], v - mean[:, None], 0.0)
     squares = tl.sum(centred * centred, 1)
     if COMPACT:
-        squares += (C - width) * mean * mean
+        squares += (C - kept) * mean * mean
     rstd = 1.0 / tl.sqrt(squares / C + eps)
     shift = tl.load(shift_ptr + b * shift_stride + c, mask=exists, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr + b * scale_stride + c, mask=exists, other=0.0).to(tl.float32)
     u = centred * rstd[:, None] * (1.0 + scale[None, :]) + shift[None, :]
-    column = c
-    if COMPACT:
-        column = c - first
     u_offsets = token[:, None] * u_stride + column[None, :]
     tl.store(u_ptr + u_offsets, u.to(u_ptr.dtype.element_ty), mask=here & seen[None, :])
     tl.store(mean_ptr + token, mean, mask=n < N)
     tl.store(rstd_ptr + token, rstd, mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N", "width"])
 def gated_norm_backward_kernel(
     du_ptr,
     dstream_ptr,
@@ -209,6 +249,7 @@ def gated_norm_backward_kernel(
     N,
     C,
     width,
+    kept,
     gate_stride,
     scale_stride,
     du_stride,
@@ -217,6 +258,7 @@ def gated_norm_backward_kernel(
     X_IS_STREAM: tl.constexpr,
     WINDOWED: tl.constexpr,
     COMPACT: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     HAS_DSTREAM: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -230,15 +272,16 @@ def gated_norm_backward_kernel(
     exists = c < C
     active = exists
     read = exists
-    first = 0
-    if WINDOWED:
-        first = tl.load(start_ptr + b)
-        active = (c >= first) & (c < first + width) & exists
-        read = _near(c, first, width) & exists
-    seen = active if COMPACT else exists
+    seen = exists
     column = c
-    if COMPACT:
-        column = c - first
+    if WINDOWED:
+        start = tl.load(start_ptr + b)
+        active = (c >= start) & (c < start + width) & exists
+        read = _near(c, start, width) & exists
+        if COMPACT:
+            first = _first_kept(start, C - kept, ALIGNMENT)
+            seen = (c >= first) & (c < first + kept)
+            column = c - first
     scale = tl.load(scale_ptr + b * scale_stride + c, mask=exists, other=0.0).to(tl.float32)
     if HAS_BRANCH:
         gate = tl.load(gate_ptr + b * gate_stride + c, mask=exists, other=0.0).to(tl.float32)
@@ -290,7 +333,7 @@ def gated_norm_backward_kernel(
             tl.store(dbranch_ptr + offsets, dbranch.to(dbranch_ptr.dtype.element_ty), mask=here & exists[None, :])
     # Stage one of the sums over tokens, in a fixed order; the launcher adds the chunks.
     part = (b * chunks + chunk) * C + c
-    plane = (b * 0 + B) * chunks * C  # 64-bit through b; B itself is a constant where it is 1
+    plane = B.to(tl.int64) * chunks * C
     tl.store(sums_ptr + part, shift_sum, mask=exists)
     tl.store(sums_ptr + plane + part, scale_sum, mask=exists)
     if HAS_BRANCH:
@@ -299,13 +342,20 @@ def gated_norm_backward_kernel(
 
 # --- launchers -------------------------------------------------------------------------------------------------------
 
-_FORWARD, _FORWARD_UPDATE = RowTiles("norm_forward", tensors=2), RowTiles("norm_forward_update", tensors=3)
+
+class _ForwardUpdateTiles(RowTiles):
+    """Tiles of the forward pass with a pending update."""
+
+    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> RowTile:
+        tile = super().default(dtype, rows, channels, arch)
+        # Two rows of fp32 this long spill, so that one more block fits a multiprocessor.
+        return tile._replace(rows=1) if dtype == torch.float32 and tile.block == 2048 else tile
 
 
 class _BackwardTiles(RowTiles):
     """Tiles of the backward pass without a pending update."""
 
-    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int) -> RowTile:
+    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> RowTile:
         tile = super().default(dtype, rows, channels, arch)
         if dtype != torch.float32:  # a vector of 8 channels a thread, and few barriers
             return RowTile(1, tile.block, max(1, tile.block // 256))
@@ -313,6 +363,7 @@ class _BackwardTiles(RowTiles):
         return RowTile(1, tile.block, warps=32) if tile.block == 2048 else tile
 
 
+_FORWARD, _FORWARD_UPDATE = RowTiles("norm_forward", tensors=2), _ForwardUpdateTiles("norm_forward_update", tensors=3)
 _BACKWARD, _BACKWARD_UPDATE = _BackwardTiles("norm_backward", tensors=4), RowTiles("norm_backward_update", tensors=6)
 
 
@@ -333,19 +384,20 @@ def gated_norm_forward(
     start, width, compact, keep_branch = window
     B, N, C = x.shape
     stream = torch.empty_like(x) if branch is not None and write_stream else None
-    u = empty_rows(B, N, width, like=x, dtype=dtype) if compact else torch.empty(B, N, C, device=x.device, dtype=dtype)
+    kept, alignment = kept_channels(x, window)
+    u = empty_rows(B, N, kept, like=x, dtype=dtype) if compact else torch.empty(B, N, C, device=x.device, dtype=dtype)
     mean = torch.empty(B, N, device=x.device, dtype=compute_dtype(x))
     rstd = torch.empty_like(mean)
-    output = NormOutput(stream, u, mean, rstd)
     if B * N == 0:
-        return output
+        return NormOutput(stream, u, mean, rstd, _first_kept_channel(x, window))
     if runs_on_cpu(x):
         tensors = (x, branch, stream, u, gate, shift, scale, mean, rstd)
         shape = extension.shape(B, N, C, start, width)
         extension.kernels.norm_forward(
             shape, eps, compact, keep_branch, extension.dtype_code(x.dtype), *map(extension.rows, tensors)
         )
-        return output
+        return NormOutput(stream, u, mean, rstd, start if compact else None)
+    first = torch.empty_like(start) if start is not None and compact else None
     tile = (_FORWARD if branch is None else _FORWARD_UPDATE).tile(x, N, C)
     launch(
         gated_norm_forward_kernel,
@@ -360,9 +412,11 @@ def gated_norm_forward(
         u,
         mean,
         rstd,
+        first,
         N,
         C,
         width,
+        kept,
         0 if gate is None else gate.stride(0),
         shift.stride(0),
         scale.stride(0),
@@ -372,10 +426,11 @@ def gated_norm_forward(
         KEEP_BRANCH=keep_branch,
         WINDOWED=start is not None,
         COMPACT=compact,
+        ALIGNMENT=alignment,
         WRITE_STREAM=stream is not None,
         **options(tile),
     )
-    return output
+    return NormOutput(stream, u, mean, rstd, first)
 
 
 def gated_norm_backward(
@@ -412,6 +467,7 @@ def gated_norm_backward(
         extension.kernels.norm_backward(shape, compact, keep_branch, x_is_stream, *map(extension.rows, tensors))
     elif B * N > 0:
         tile = (_BACKWARD if branch is None else _BACKWARD_UPDATE).tile(x, N, C)
+        kept, alignment = kept_channels(x, window)
         launch(
             gated_norm_backward_kernel,
             B * chunks_of(N),
@@ -432,6 +488,7 @@ def gated_norm_backward(
             N,
             C,
             width,
+            kept,
             0 if gate is None else gate.stride(0),
             scale.stride(0),
             row_stride(du),
@@ -440,6 +497,7 @@ def gated_norm_backward(
             X_IS_STREAM=x_is_stream,
             WINDOWED=start is not None,
             COMPACT=compact,
+            ALIGNMENT=alignment,
             HAS_DSTREAM=dstream is not None,
             TOKENS=TOKENS_PER_SUM,
             **options(tile),
@@ -464,11 +522,12 @@ def plain_norm(
     seen = reference.masked(stream, mask)
     if branch is not None and gate is not None and window.keep_branch:
         seen = reference.masked(x, mask) + gate[:, None] * branch
-    if window.start is not None and window.compact:
-        u = in_window(u, window.start, window.width)
+    first = _first_kept_channel(x, window)
+    if first is not None:
+        u = in_window(u, first, kept_channels(x, window)[0])
     mean = seen.to(compute_dtype(x)).mean(2)
     rstd = ((seen - mean[..., None]).square().mean(2) + eps).rsqrt()
-    return NormOutput(stream if branch is not None and write_stream else None, u.to(dtype), mean, rstd)
+    return NormOutput(stream if branch is not None and write_stream else None, u.to(dtype), mean, rstd, first)
 
 
 def _of_backward(
@@ -514,9 +573,9 @@ def _backward_inputs(draw: Draw, x_is_stream: bool, without_dstream: bool, **mod
     B, N, C, _ = draw.sizes
     inputs, window = _drawn(draw, **mode)
     wide = widened(inputs)
-    _, _, mean, rstd = plain_norm(_before_update(wide) if x_is_stream else wide, window, EPS, torch.float64)
+    _, _, mean, rstd, _ = plain_norm(_before_update(wide) if x_is_stream else wide, window, EPS, torch.float64)
     return dict(
-        du=draw.compact() if window.compact else draw(B, N, C),
+        du=draw.compact(kept_channels(inputs.x, window)[0]) if window.compact else draw(B, N, C),
         dstream=None if without_dstream else draw.stream(B, N, C),
         inactive=draw.statistic(B, N) if window.compact else None,
         inputs=inputs,

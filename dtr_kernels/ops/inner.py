@@ -53,7 +53,7 @@ def _linear(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(stream, out, mean, rstd); stream is empty without a branch, where it would be x itself."""
     inputs = NormInputs(x, shift, scale, branch, gate)
-    stream, u, mean, rstd = gated_norm_forward(inputs, NormWindow(None, x.shape[-1]), eps, weight.dtype)
+    stream, u, mean, rstd, _ = gated_norm_forward(inputs, NormWindow(None, x.shape[-1]), eps, weight.dtype)
     order = order_by_window(u, start)
     band = Heads(in_order(start, order), width, heads).rows(weight, parts)
     out = out_of_order(band_forward(in_order(u, order), weight, bias, band), order)
@@ -258,7 +258,7 @@ def _mlp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(stream, out, pre, mean, rstd); pre, fc1's output in the order of windows, is empty unless ``write_pre``."""
     inputs = NormInputs(x, shift, scale, branch, gate)
-    stream, u, mean, rstd = gated_norm_forward(inputs, NormWindow(None, x.shape[-1]), eps, fc1_weight.dtype)
+    stream, u, mean, rstd, _ = gated_norm_forward(inputs, NormWindow(None, x.shape[-1]), eps, fc1_weight.dtype)
     order = order_by_window(u, start)
     active = Heads(in_order(start, order), width, heads)
     pre, act = band_gelu_forward(in_order(u, order), fc1_weight, fc1_bias, active.rows(fc1_weight), write_pre)

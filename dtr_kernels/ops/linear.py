@@ -19,6 +19,7 @@ from dtr_kernels.ops.dispatch import Choice, choose, compute_dtype, in_dtype_of
 from dtr_kernels.ops.gated_norm import (
     EPS,
     NormInputs,
+    NormOutput,
     NormWindow,
     gated_norm_backward,
     gated_norm_forward,
@@ -45,16 +46,16 @@ def _op(
     """(stream, out, mean, rstd); stream is empty without a branch, where it would be x itself."""
     compact = choose_gemm("windows_forward", x, start, width, weight).path == "windows"
     inputs, window = NormInputs(x, shift, scale, branch, gate), NormWindow(start, width, compact)
-    stream, u, mean, rstd = gated_norm_forward(inputs, window, eps, weight.dtype)
-    out = window_linear_forward(u, closed_form(window, inputs, mean, rstd), weight, bias)
-    return x.new_empty(0) if stream is None else stream, out, mean, rstd
+    norm = gated_norm_forward(inputs, window, eps, weight.dtype)
+    out = window_linear_forward(norm.u, closed_form(inputs, norm), weight, bias)
+    return x.new_empty(0) if norm.stream is None else norm.stream, out, norm.mean, norm.rstd
 
 
-def closed_form(window: NormWindow, inputs: NormInputs, mean: Tensor, rstd: Tensor) -> ClosedForm | None:
+def closed_form(inputs: NormInputs, norm: NormOutput) -> ClosedForm | None:
     """Return what the linear layer needs to know of channels that a compact norm left out; None if it left out none."""
-    if window.start is None or not window.compact:
+    if norm.first is None:
         return None
-    return ClosedForm(mean * rstd, inputs.shift, inputs.scale, window.start)
+    return ClosedForm(norm.mean * norm.rstd, inputs.shift, inputs.scale, norm.first)
 
 
 @_op.register_fake
@@ -94,9 +95,9 @@ def _backward_op(
     """Gradients of (x, shift, scale, weight, bias, branch, gate), empty where there is no such input or no need."""
     compact = choose_gemm("windows_backward", stream, start, width, weight).path == "windows"
     window = NormWindow(start, width, compact)
-    u = gated_norm_forward(NormInputs(stream, shift, scale), window, eps, weight.dtype).u
+    again = gated_norm_forward(NormInputs(stream, shift, scale), window, eps, weight.dtype)
     inputs = NormInputs(stream, shift, scale, branch, gate)
-    linear = window_linear_backward(dout, u, closed_form(window, inputs, mean, rstd), weight, need_weight, need_bias)
+    linear = window_linear_backward(dout, again.u, closed_form(inputs, again), weight, need_weight, need_bias)
     norm = gated_norm_backward(linear.u, dstream, linear.inactive, inputs, mean, rstd, window, x_is_stream=True)
     dshift = norm.shift if linear.shift is None else norm.shift + linear.shift
     dscale = norm.scale if linear.scale is None else norm.scale + linear.scale
@@ -258,7 +259,7 @@ def _backward_inputs(draw: Draw, **mode: bool) -> dict[str, Any]:
     layer = _drawn(draw, **mode)
     x = layer.pop("x")
     inputs = widened(NormInputs(x, layer["shift"], layer["scale"]))
-    _, _, mean, rstd = plain_norm(inputs, NormWindow(layer["start"], layer["width"]), EPS, torch.float64)
+    _, _, mean, rstd, _ = plain_norm(inputs, NormWindow(layer["start"], layer["width"]), EPS, torch.float64)
     statistics = dict(mean=mean.to(compute_dtype(x)), rstd=rstd.to(compute_dtype(x)))
     dout = draw(*x.shape[:2], len(layer["weight"]))
     needs = dict(need_weight=True, need_bias=True)

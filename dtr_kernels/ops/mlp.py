@@ -49,10 +49,10 @@ def _op(
     fc1 = choose_gemm("windows_forward", x, None if keep_branch else start, width, fc1_weight)
     inputs = NormInputs(x, shift, scale, branch, gate)
     window = NormWindow(start, width, fc1.path == "windows", keep_branch)
-    stream, u, mean, rstd = gated_norm_forward(inputs, window, eps, fc1_weight.dtype)
-    pre, act = linear_gelu_forward(u, closed_form(window, inputs, mean, rstd), fc1_weight, fc1_bias, write_pre)
-    assert stream is not None
-    return stream, F.linear(act, fc2_weight, fc2_bias), pre, mean, rstd
+    norm = gated_norm_forward(inputs, window, eps, fc1_weight.dtype)
+    pre, act = linear_gelu_forward(norm.u, closed_form(inputs, norm), fc1_weight, fc1_bias, write_pre)
+    assert norm.stream is not None
+    return norm.stream, F.linear(act, fc2_weight, fc2_bias), pre, norm.mean, norm.rstd
 
 
 @_op.register_fake
@@ -109,8 +109,8 @@ def _backward_op(
     choice = choose_gemm("windows_backward", x, None if keep_branch else start, width, fc1_weight)
     inputs = NormInputs(x, shift, scale, branch, gate)
     window = NormWindow(start, width, choice.path == "windows", keep_branch)
-    u = gated_norm_forward(inputs, window, eps, fc1_weight.dtype, write_stream=False).u
-    fc1 = window_linear_backward(dpre, u, closed_form(window, inputs, mean, rstd), fc1_weight, *needs[:2])
+    again = gated_norm_forward(inputs, window, eps, fc1_weight.dtype, write_stream=False)
+    fc1 = window_linear_backward(dpre, again.u, closed_form(inputs, again), fc1_weight, *needs[:2])
     norm = gated_norm_backward(fc1.u, dstream, fc1.inactive, inputs, mean, rstd, window)
     assert norm.branch is not None and norm.gate is not None
     dshift = norm.shift if fc1.shift is None else norm.shift + fc1.shift

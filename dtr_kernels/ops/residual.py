@@ -33,7 +33,7 @@ from dtr_kernels.ops.tiles import TOKENS_PER_SUM, RowTiles, options
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def gated_residual_forward_kernel(
     x_ptr, branch_ptr, gate_ptr, out_ptr, N, C, gate_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -50,7 +50,7 @@ def gated_residual_forward_kernel(
     tl.store(out_ptr + offsets, (x + gate[None, :] * branch).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def gated_residual_backward_kernel(
     dout_ptr,
     branch_ptr,

@@ -58,8 +58,9 @@ _instead: Path | None = None
 class Tiles(Kind[T]):
     """A family of tiles, one for each dtype, number of rows and of channels, and GPU."""
 
-    def tile(self, x: Tensor, rows: int, channels: int) -> T:
-        """Return the tile that a kernel runs with; x is an operand, for its device and dtype.
+    def tile(self, x: Tensor, rows: int, channels: int, active: int = 100) -> T:
+        """Return the tile that a kernel runs with; x is an operand, for its device and dtype, the rest as for
+        ``default``.
 
         Raises:
             ValueError: if a tile is forced that no kernel can run with.
@@ -69,16 +70,18 @@ class Tiles(Kind[T]):
             if problem := self.problem(tile, rows_class(rows), channels):
                 raise ValueError(f"{self.name} of {rows} rows and {channels} channels: {problem}")
             return tile  # type: ignore[return-value]
-        return _tile(self, x.get_device(), x.dtype, rows, channels, capability(x))
+        return _tile(self, x.get_device(), x.dtype, rows, channels, capability(x), active)
 
 
 @lru_cache(maxsize=4096)  # of batches of many shapes, those that were used last
-def _tile(kind: Tiles[T], device: int, dtype: torch.dtype, rows: int, channels: int, arch: int) -> T:
+def _tile(kind: Tiles[T], device: int, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int) -> T:
     tuned = None
     if device >= 0:  # Triton's interpreter runs on a CPU, whose number is -1
         gpu = configuration(torch.cuda.get_device_name(device), capability_of(device))
-        tuned = tuned_for(gpu, kind.name, dtype, rows, channels)
-    return kind.default(dtype, rows, channels, arch) if tuned is None else tuned.tile  # type: ignore[return-value]
+        tuned = tuned_for(gpu, kind.name, dtype, rows, channels, active)
+    if tuned is None:
+        return kind.default(dtype, rows, channels, arch, active)
+    return tuned.tile  # type: ignore[return-value]
 
 
 def has_large_tiles(arch: int) -> bool:
@@ -97,7 +100,7 @@ class GemmTiles(Tiles[GemmTile]):
 
     type = GemmTile
 
-    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int) -> GemmTile:
+    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> GemmTile:
         m = rows_class(rows)
         if dtype == torch.float32:  # fused multiply-adds, or tf32 where PyTorch is allowed it
             return GemmTile(min(m, 64), 64, 16, 8 if m >= 64 else 4, 2)
@@ -116,7 +119,7 @@ class TokenGemmTiles(Tiles[GemmTile]):
 
     type = GemmTile
 
-    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int) -> GemmTile:
+    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> GemmTile:
         k = min(64 if has_large_tiles(arch) else 32, power_of_two(rows))
         if dtype == torch.float32:
             return GemmTile(64, 64, 16, 8, 2)
@@ -137,7 +140,7 @@ class RowTiles(Tiles[RowTile]):
         super().__init__(name)
         self._tensors = tensors
 
-    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int) -> RowTile:
+    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> RowTile:
         block = power_of_two(channels)
         warps = min(max(block // 128, 1), 16)
         # About 32 registers a thread for the rows themselves.
@@ -156,7 +159,7 @@ class SumTiles(Tiles[SumTile]):
 
     type = SumTile
 
-    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int) -> SumTile:
+    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> SumTile:
         return SumTile(min(256, power_of_two(channels)), warps=4)
 
 
@@ -165,17 +168,21 @@ class Crossovers(Tiles[Crossover]):
 
     Args:
         name: of what has a crossover.
-        pays: whether ours is taken to be faster than cuBLAS at every size, for a dtype and a compute capability.
+        tokens: from how many on ours is taken to be faster than cuBLAS, in 16-bit dtypes on GPUs with large tiles, for
+            so many channels and per cent of them active. Elsewhere it is never.
     """
 
     type = Crossover
 
-    def __init__(self, name: str, pays: Callable[[torch.dtype, int], bool]) -> None:
+    def __init__(self, name: str, tokens: Callable[[int, int], int]) -> None:
         super().__init__(name)
-        self._pays = pays
+        self._tokens = tokens
 
-    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int) -> Crossover:
-        return Crossover(1 if self._pays(dtype, arch) else NEVER)
+    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> Crossover:
+        # In fp32 ours are fused multiply-adds in a simple loop; without Hopper's copy engine all loads are waited for.
+        if dtype == torch.float32 or not has_large_tiles(arch):
+            return Crossover(NEVER)
+        return Crossover(self._tokens(channels, active))
 
 
 def crossovers() -> list[str]:
@@ -261,18 +268,25 @@ def _usable(path: Path, arch: int) -> tuple[Tuned, ...]:
         return ()
 
 
-def tuned_for(gpu: Configuration, op: str, dtype: torch.dtype, rows: int, channels: int) -> Tuned | None:
-    """The entry of the nearest width, in proportion, or None; the arguments are those of ``Tiles.default``.
+def tuned_for(
+    gpu: Configuration, op: str, dtype: torch.dtype, rows: int, channels: int, active: int = 100
+) -> Tuned | None:
+    """The entry nearest in channels and in the share that is active, both in proportion, or None; the arguments are
+    those of ``Tiles.default``.
 
     A row kernel takes none whose registers would hold other rows.
     """
+
+    def distance(entry: Tuned) -> float:
+        return abs(math.log(entry.channels / channels)) + abs(math.log(entry.active / active))
+
     kind = op, str(dtype).removeprefix("torch."), rows_class(rows)
     alike = [
         entry
         for entry in gpu.entries
         if (entry.op, entry.dtype, entry.rows) == kind and KINDS[op].problem(entry.tile, entry.rows, channels) is None
     ]
-    return min(alike, key=lambda entry: abs(math.log(entry.channels / channels)), default=None)
+    return min(alike, key=distance, default=None)
 
 
 # --- defaults --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import triton
 from dtr_kernels.files import cache_folder, read_json, replacing
 from dtr_kernels.quoting import shortened
 
-FORMAT = 1
+FORMAT = 2
 PACKAGED = Path(__file__).parent.parent / "tuned"
 # Tokens that a backward kernel sums over before it writes a partial sum.
 TOKENS_PER_SUM = 32
@@ -94,6 +94,11 @@ def rows_class(tokens: int) -> int:
     return min(MOST_ROWS, power_of_two(tokens))
 
 
+def active_share(width: int, channels: int) -> int:
+    """Per cent of the channels in a window of ``width``, as entries are looked up."""
+    return max(1, round(100 * width / channels))
+
+
 class Kind(Generic[T]):
     """Something to choose a tile for, by the name that files and command lines have for it; enters itself in ``KINDS``.
 
@@ -107,7 +112,7 @@ class Kind(Generic[T]):
         self.name = name
         KINDS[name] = self
 
-    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int) -> T:
+    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> T:
         """Return the tile of a GPU that nobody has tuned.
 
         Args:
@@ -115,6 +120,7 @@ class Kind(Generic[T]):
             rows: tokens that share a window.
             channels: C of the residual stream; of "token_sums", columns of the gradient.
             arch: compute capability as 80, 90, 100, ...
+            active: per cent of the channels in a window, for the crossovers of windows.
         """
         raise NotImplementedError
 
@@ -174,6 +180,7 @@ class Tuned:
         op: of ``KINDS``. dtype: of its operands: "float32", "bfloat16" or "float16".
         channels: of the residual stream; for "token_sums" of the gradient that it reads.
         rows: tokens that share a window, as ``rows_class`` gives them.
+        active: per cent of the channels in a window, for the crossovers of windows; 100 for everything else.
         tile: of the op's kind.
         seconds, default_seconds: of a call with this tile, and with the one that is used without tuning; of a crossover
             on the largest batch that was timed.
@@ -187,6 +194,7 @@ class Tuned:
     dtype: str
     channels: int
     rows: int
+    active: int
     tile: Tile
     seconds: float
     default_seconds: float
@@ -198,9 +206,9 @@ class Tuned:
             raise ValueError(f"the entry {self.op!r}, {self.dtype!r}, {self.channels!r} channels: {problem}")
 
     @property
-    def key(self) -> tuple[str, str, int, int]:
+    def key(self) -> tuple[str, str, int, int, int]:
         """What tells entries of one file apart."""
-        return self.op, self.dtype, self.channels, self.rows
+        return self.op, self.dtype, self.channels, self.rows, self.active
 
     def _problem(self) -> str | None:
         if self.op not in KINDS:
@@ -211,6 +219,8 @@ class Tuned:
             return f"channels must be a whole number between 1 and {_MOST_CHANNELS:,}"
         if not _is_integer(self.rows) or self.rows != rows_class(self.rows):
             return f"rows must be 16, 32, 64 or {MOST_ROWS}, got {self.rows!r}"
+        if not _is_integer(self.active) or not 1 <= self.active <= 100:
+            return f"active must be a whole number of per cent between 1 and 100, got {self.active!r}"
         if not all(isinstance(s, float) and 0 < s < math.inf for s in (self.seconds, self.default_seconds)):
             return "seconds and default_seconds must be positive and finite"
         return KINDS[self.op].problem(self.tile, self.rows, self.channels)

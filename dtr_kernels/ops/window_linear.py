@@ -1,8 +1,9 @@
 """The linear layer that contracts over each sample's window only, with tanh-GELU in its epilogue.
 
-Its input is the compact u [B, N, W] of ``gated_norm``; where a dense GEMM is faster (``choose_gemm``), the norm
-writes all channels and the layer is an ordinary one. Deactivated channels reach a dense layer as
--mean * rstd * (1 + scale) + shift, so per sample their whole contribution is a rank-one term and a constant:
+Its input is the compact u [B, N, K] of ``gated_norm``, whose channels are the window here; where a dense GEMM is faster
+(``choose_gemm``), the norm writes all channels and the layer is an ordinary one. Deactivated channels, which u leaves
+out, reach a dense layer as -mean * rstd * (1 + scale) + shift, so per sample their whole contribution is a rank-one
+term and a constant:
 
     p   = W_lin[:, inactive] @ (1 + scale[inactive])              # [B, O], once per sample
     q   = W_lin[:, inactive] @ shift[inactive] + bias             # [B, O], once per sample
@@ -16,15 +17,16 @@ and with G = dL/dout the gradients never touch a deactivated channel per token e
     dW       = sum_b G_b^T u_b at b's window  +  dp^T (1 + scale) + dq^T shift at the deactivated channels
     dscale, dshift = dp @ W_lin, dq @ W_lin                       # at the deactivated channels; dbias = sum_b dq_b
 
-Three GEMM kernels (forward, input gradient, weight gradient) and one that reads G once for the sums over tokens. Tensor
-descriptors take any element offset, so a window that starts anywhere needs no realigned copy of the weight, and
-what a tile reads outside of u comes back as zeros.
+Three GEMM kernels (forward, input gradient, weight gradient), one for p and q, and one that reads G once for the sums
+over tokens. Tensor descriptors take any element offset, so a window that starts anywhere needs no realigned copy of the
+weight; what a tile reads outside of u comes back as zeros, and what it would write outside of a result is left out.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # Triton's language has no types.
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -60,19 +62,21 @@ from dtr_kernels.ops.dispatch import (
     made,
     matmul_accumulated,
     multiprocessors,
-    row_stride,
+    rows_contiguous,
     runs_on_cpu,
 )
 from dtr_kernels.ops.gelu import gelu, gelu_and_slope, gelu_backward, gelu_forward, plain_gelu
 from dtr_kernels.ops.tiles import (
     TOKENS_PER_SUM,
     Crossovers,
+    GemmTile,
     GemmTiles,
     SumTiles,
     TokenGemmTiles,
-    has_large_tiles,
     options,
+    rows_class,
 )
+from dtr_kernels.ops.tuned_tiles import NEVER, active_share, power_of_two
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
@@ -112,7 +116,7 @@ def _store(desc, b, part, row, column, tile):
     desc.store([b, part, row, column], tile.reshape(1, 1, tile.shape[0], tile.shape[1]))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N", "O", "K", "part_rows"])
 def window_forward_kernel(
     u_desc,
     weight_desc,
@@ -155,7 +159,7 @@ def window_forward_kernel(
         part = n_tile // tl.cdiv(O, BLOCK_N)
         column = (n_tile % tl.cdiv(O, BLOCK_N)) * BLOCK_N
         to_weight = part * part_rows + tl.load(start_ptr + b) * UNIT
-    # What is added to the product is loaded, and as far as registers allow added, before it: an epilogue waits for loads.
+    # The product's other summands are loaded, and as far as registers allow added, before it: epilogues wait for loads.
     o = column + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if CLOSED:
@@ -187,7 +191,7 @@ def window_forward_kernel(
             _store(act_desc, b, part, row, piece, gelu(out.to(tl.float32)).to(u_desc.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N", "O", "part_rows"])
 def window_input_gradient_kernel(
     g_desc,
     weight_desc,
@@ -217,21 +221,22 @@ def window_input_gradient_kernel(
     first = 0
     if WINDOWED:
         first = tl.load(start_ptr + b) * UNIT
-    first_row = 0
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if PARTS:
         first_row = tl.load(start_ptr + b) * UNIT
-    steps = tl.cdiv(O, BLOCK_K)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(0, steps * PARTS if PARTS else steps):
-        part = 0
-        o = step * BLOCK_K
-        if PARTS:
+        steps = tl.cdiv(O, BLOCK_K)
+        for step in range(0, steps * PARTS):
             part = step // steps
             o = (step % steps) * BLOCK_K
-        # Past the end of a band g reads as zero, whatever the weight holds there.
-        g = g_desc.load([b, part, row, o]).reshape(BLOCK_M, BLOCK_K)
-        w = weight_desc.load([part * part_rows + first_row + o, first + column])
-        acc = tl.dot(g, w, acc, input_precision=PRECISION)
+            # Past the band's end g reads as zero, whatever the weight holds there.
+            g = g_desc.load([b, part, row, o]).reshape(BLOCK_M, BLOCK_K)
+            w = weight_desc.load([part * part_rows + first_row + o, column])
+            acc = tl.dot(g, w, acc, input_precision=PRECISION)
+    else:
+        for o in range(0, O, BLOCK_K):
+            g = g_desc.load([b, 0, row, o]).reshape(BLOCK_M, BLOCK_K)
+            w = weight_desc.load([o, first + column])
+            acc = tl.dot(g, w, acc, input_precision=PRECISION)
     pieces = _pieces(acc)
     for i in tl.static_range(len(pieces)):
         piece = column + i * pieces[i].shape[1]
@@ -240,14 +245,15 @@ def window_input_gradient_kernel(
             n = row + tl.arange(0, BLOCK_M)
             c = piece + tl.arange(0, pieces[i].shape[1])
             token = b.to(tl.int64) * N + n
-            pre = tl.load(pre_ptr + token[:, None] * K + c[None, :], mask=(n < N)[:, None] & (c < K)[None, :], other=0.0)
+            inside = (n < N)[:, None] & (c < K)[None, :]
+            pre = tl.load(pre_ptr + token[:, None] * K + c[None, :], mask=inside, other=0.0)
             act, slope = gelu_and_slope(pre.to(tl.float32))
             du = (du.to(tl.float32) * slope).to(du.dtype)
             _store(act_desc, b, 0, row, piece, act.to(du.dtype))
         _store(du_desc, b, 0, row, piece, du)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N", "O", "C", "splits"])
 def window_weight_gradient_kernel(
     g_desc,
     u_desc,
@@ -297,7 +303,7 @@ def window_weight_gradient_kernel(
         _store(sums_desc, split, part, row, column + i * pieces[i].shape[1], pieces[i])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def token_sums_kernel(
     g_ptr,
     mean_rstd_ptr,
@@ -329,6 +335,55 @@ def token_sums_kernel(
     tl.store(inactive_ptr + token, inactive, mask=n < N)
 
 
+@triton.jit(do_not_specialize=["B", "width"])
+def closed_form_kernel(
+    weight_desc,
+    bias_ptr,
+    shift_ptr,
+    scale_ptr,
+    start_ptr,
+    p_ptr,
+    q_ptr,
+    B,
+    O,
+    C,
+    width,
+    shift_stride,
+    scale_stride,
+    HAS_BIAS: tl.constexpr,
+    WRITE_Q: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tiles = tl.cdiv(O, BLOCK_N)
+    b = (tl.program_id(0) // tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = (tl.program_id(0) % tiles) * BLOCK_N
+    sample = b.to(tl.int64)[:, None]
+    start = tl.load(start_ptr + b, mask=b < B, other=0)[:, None]
+    p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    q = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, C, BLOCK_K):
+        c = (k + tl.arange(0, BLOCK_K))[None, :]
+        exists = (c < C) & (b < B)[:, None]
+        inactive = ((c < start) | (c >= start + width)) & exists
+        w = weight_desc.load([column, k]).T
+        scale = tl.load(scale_ptr + sample * scale_stride + c, mask=exists, other=0.0).to(tl.float32)
+        p = tl.dot(tl.where(inactive, 1.0 + scale, 0.0).to(w.dtype), w, p, input_precision=PRECISION)
+        if WRITE_Q:
+            shift = tl.load(shift_ptr + sample * shift_stride + c, mask=exists, other=0.0)
+            q = tl.dot(tl.where(inactive, shift, 0.0).to(w.dtype), w, q, input_precision=PRECISION)
+    o = column + tl.arange(0, BLOCK_N)
+    into = sample * O + o[None, :]
+    inside = (b < B)[:, None] & (o < O)[None, :]
+    tl.store(p_ptr + into, p, mask=inside)
+    if WRITE_Q:
+        if HAS_BIAS:
+            q += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
+        tl.store(q_ptr + into, q, mask=inside)
+
+
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 WindowsOp = Literal["windows_forward", "windows_backward"]
@@ -345,22 +400,62 @@ _WEIGHT_GRADIENT = TokenGemmTiles("weight_gradient")
 _TOKEN_SUMS = SumTiles("token_sums")
 
 
-def _epilogue_pays(dtype: torch.dtype, arch: int) -> bool:
-    """GELU costs about as much in an epilogue as in a pass of its own, in half the launches."""
-    # In fp32 ours are fused multiply-adds in a simple loop; without Hopper's copy engine all loads are waited for.
-    return dtype != torch.float32 and has_large_tiles(arch)
+class _ClosedFormTiles(GemmTiles):
+    """Tiles of a GEMM whose rows are samples: a few of them, each with all of the weight, so many small ones."""
+
+    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> GemmTile:
+        return GemmTile(min(rows_class(rows), 64), 64, 16 if dtype == torch.float32 else 64, 4, 3)
+
+
+_CLOSED_FORM = _ClosedFormTiles("closed_form")
+
+
+# Predictions for QKV on an H200, which docs/performance.md derives, in steps of a tile of 128 x 256 outputs, 64 deep.
+
+
+def _product(channels: int) -> float:
+    """Steps that cuBLAS takes for 128 tokens."""
+    return 3 * channels / 256 * channels / 64
+
+
+def _pays_from(dense: float, windows: float, fixed: float) -> int:
+    """Tokens from which on windows are predicted to take a tenth less than cuBLAS: less is within what that is worth.
+
+    Args:
+        dense, windows: steps for 128 tokens. fixed: seconds that windows cost however few tokens there are.
+    """
+    # A step takes 0.78 µs, on each of 132 multiprocessors.
+    saved = (0.9 * dense - windows) * 0.78e-6 / (128 * 132)
+    return min(NEVER, power_of_two(math.ceil(fixed / saved))) if saved > 0 else NEVER
+
+
+def _forward_pays_from(channels: int, active: int) -> int:
+    tiles, steps = math.ceil(3 * channels / 256), math.ceil(channels * active / 6400)
+    # A tile's start and end take as long as two of its steps, and three launches 5 µs each.
+    return _pays_from(_product(channels), tiles * (steps + 2), fixed=15e-6)
+
+
+def _backward_pays_from(channels: int, active: int) -> int:
+    touched = 256 * math.ceil(channels * active / 25600) / channels  # of the columns, by tiles of the input gradient
+    # Sums, the bias' and those over tokens, grow with the channels, products with their square.
+    dense = 2 + 0.16 * 1152 / channels
+    windows = 1.09 * touched + 1.29 + 0.20 * 1152 / channels
+    # Ten launches, and the parts in which the weight gradient is summed.
+    fixed = 50e-6 + 60e-6 * (channels / 1152) ** 2
+    return _pays_from(dense * _product(channels), windows * _product(channels), fixed)
 
 
 _CROSSOVERS = {
-    # Contracting over windows: one of 0.8 saves less than cuBLAS is ahead of our GEMMs by.
-    **{op: Crossovers(op, lambda dtype, arch: False) for op in ("windows_forward", "windows_backward")},
-    # GELU in an epilogue.
-    **{op: Crossovers(op, _epilogue_pays) for op in ("gelu_forward", "gelu_backward")},
+    "windows_forward": Crossovers("windows_forward", _forward_pays_from),
+    "windows_backward": Crossovers("windows_backward", _backward_pays_from),
+    # GELU costs about as much in an epilogue as in a pass of its own, in half the launches.
+    **{op: Crossovers(op, lambda channels, active: 1) for op in ("gelu_forward", "gelu_backward")},
 }
 
 
 class ClosedForm(NamedTuple):
-    """Facts of the norm that give deactivated channels: mean * rstd [B, N]; shift, scale [B, C]; start int32 [B]."""
+    """Facts of the norm that give channels that u leaves out: mean * rstd [B, N]; shift, scale [B, C]; and u's first
+    channel, start int32 [B]."""
 
     mean_rstd: Tensor
     shift: Tensor
@@ -400,7 +495,7 @@ class LinearGradients(NamedTuple):
 
 
 class _Inactive(NamedTuple):
-    """The deactivated channels of a batch: mask [B, C], and 1 + scale, shift [B, C] with active channels zeroed."""
+    """The channels of a batch that a compact u leaves out: mask [B, C], and 1 + scale, shift [B, C] with u's zeroed."""
 
     mask: Tensor
     factor: Tensor
@@ -415,11 +510,49 @@ def _inactive_channels(closed: ClosedForm, width: int) -> _Inactive:
     return _Inactive(mask, (1 + scale.to(compute)) * mask, shift.to(compute) * mask)
 
 
-def _contributions(inactive: _Inactive, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """p and q [B, O] in the compute dtype."""
-    rows = torch.cat([inactive.factor, inactive.shift]).to(weight.dtype)
-    p, q = matmul_accumulated(rows, weight.t()).chunk(2)
-    return p, q if bias is None else q + bias
+def contributions(
+    closed: ClosedForm, width: int, weight: Tensor, bias: Tensor | None, need_q: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Return p and q [B, O] in the compute dtype; q is None where it is not needed.
+
+    Args:
+        closed: the norm's. width: how many channels u has. weight: [O, C]. bias: [O] or None.
+    """
+    if runs_on_cpu(weight):
+        inactive = _inactive_channels(closed, width)
+        if not need_q:
+            return matmul_accumulated(inactive.factor.to(weight.dtype), weight.t()), None
+        rows = torch.cat([inactive.factor, inactive.shift]).to(weight.dtype)
+        of_scale, of_shift = matmul_accumulated(rows, weight.t()).chunk(2)
+        return of_scale, of_shift if bias is None else of_shift + bias
+    (B, C), O = closed.scale.shape, len(weight)
+    shift, scale = rows_contiguous(closed.shift), rows_contiguous(closed.scale)
+    p = torch.empty(B, O, device=weight.device, dtype=torch.float32)
+    q = torch.empty_like(p) if need_q else None
+    tile = _CLOSED_FORM.tile(weight, B, C)
+    if B > 0:
+        launch(
+            closed_form_kernel,
+            triton.cdiv(B, tile.m) * triton.cdiv(O, tile.n),
+            descriptor(weight, [tile.n, tile.k]),
+            bias,
+            shift,
+            scale,
+            closed.start,
+            p,
+            q,
+            B,
+            O,
+            C,
+            width,
+            shift.stride(0),
+            scale.stride(0),
+            HAS_BIAS=bias is not None,
+            WRITE_Q=need_q,
+            PRECISION=dot_precision(weight.dtype),
+            **options(tile),
+        )
+    return p, q
 
 
 def choose_gemm(op: WindowsOp, x: Tensor, start: Tensor | None, width: int, weight: Tensor) -> Choice:
@@ -451,19 +584,20 @@ def _choose_on_cpu(op: WindowsOp, x: Tensor, start: Tensor | None, width: int, w
 def _choose_on_gpu(op: WindowsOp, x: Tensor, start: Tensor | None, width: int, weight: Tensor) -> Choice:
     if start is None:
         return Choice("dense", "cuBLAS: every channel is read")
-    if not _pays(op, x, weight, weight.shape[1]):
+    B, N, C = x.shape
+    if not _pays(op, x, weight, C, active_share(width, C)):
         return Choice(
             "dense",
-            "cuBLAS over all channels: GEMMs over windows are not known to be faster here; measure it with "
-            "python -m benchmarks tune from a checkout",
+            f"cuBLAS over all channels: with {width} of {C} channels active, GEMMs over windows are not known to be "
+            f"faster for {B * N:,} tokens; measure it with python -m benchmarks tune from a checkout",
         )
     return Choice("windows", "the Triton window GEMM")
 
 
-def _pays(op: str, x: Tensor, weight: Tensor, channels: int) -> bool:
+def _pays(op: str, x: Tensor, weight: Tensor, channels: int, active: int = 100) -> bool:
     """Whether a GPU runs our GEMM for the tokens of x [B, N, ...] and a stream of ``channels``, not cuBLAS."""
     B, N, _ = x.shape
-    return _CROSSOVERS[op].tile(weight, N, channels).tokens <= B * N
+    return _CROSSOVERS[op].tile(weight, N, channels, active).tokens <= B * N
 
 
 def choose_gelu(op: GeluOp, x: Tensor, closed: ClosedForm | None, weight: Tensor, channels: int) -> Choice:
@@ -483,14 +617,15 @@ def window_linear_forward(u: Tensor, closed: ClosedForm | None, weight: Tensor, 
     """Return out [B, N, O] in weight's dtype.
 
     Args:
-        u: [B, N, W] in weight's dtype, from ``gated_norm_forward``; or [B, N, C] for a dense GEMM.
+        u: compact [B, N, K] in weight's dtype, from ``gated_norm_forward``; or [B, N, C] for a dense GEMM.
         closed: None if u has all channels.
         weight: [O, C]. bias: [O] or None.
     """
     if closed is None:
         return F.linear(u, weight, bias)
-    p, q = _contributions(_inactive_channels(closed, u.shape[-1]), weight, bias)
+    p, q = contributions(closed, u.shape[-1], weight, bias)
     if runs_on_cpu(u):
+        assert q is not None
         out = torch.baddbmm(q[:, None], closed.mean_rstd[:, :, None], p[:, None], alpha=-1).to(u.dtype)
         for samples, channels in _slices(closed.start, u.shape[-1]):
             out[samples].view(-1, len(weight)).addmm_(u[samples].flatten(0, 1), weight[:, channels].t())
@@ -509,7 +644,7 @@ def linear_gelu_forward(
         )
     if closed is None:
         return product(u, weight, bias, None, None, None, gelu=True, write_out=write_pre)
-    p, q = _contributions(_inactive_channels(closed, u.shape[-1]), weight, bias)
+    p, q = contributions(closed, u.shape[-1], weight, bias)
     return product(u, weight, q, Band(closed.start, u.shape[-1]), closed.mean_rstd, p, gelu=True, write_out=write_pre)
 
 
@@ -591,8 +726,7 @@ def window_linear_backward(
         return LinearGradients(g @ weight, None, None, None, dweight, flat.sum(0) if need_bias else None)
     mean_rstd, start = closed.mean_rstd, closed.start
     g = g.contiguous()
-    inactive = _inactive_channels(closed, u.shape[-1])
-    p, _ = _contributions(inactive, weight, None)
+    p, _ = contributions(closed, u.shape[-1], weight, None, need_q=False)
     if runs_on_cpu(u):
         wide = g.to(mean_rstd.dtype)
         summed = torch.bmm(wide, p[:, :, None])[..., 0]
@@ -606,6 +740,7 @@ def window_linear_backward(
         band = Band(start, u.shape[-1])
         du, _ = input_gradient(g, weight, band, u.shape[-1], None)
         dweight = weight_gradient(g, u, band, C) if need_weight else None
+    inactive = _inactive_channels(closed, u.shape[-1])
     return _with_inactive(du, summed, dp, dq, dweight, inactive, weight, need_bias)
 
 
@@ -642,24 +777,24 @@ def gelu_linear_backward(g: Tensor, pre: Tensor, weight: Tensor) -> tuple[Tensor
         return dpre, gelu_backward(dpre, pre)
     B, N, K = pre.shape
     found = input_gradient(g.reshape(1, B * N, g.shape[-1]), weight, None, K, pre.view(1, B * N, K))
-    return tuple(x.view(B, N, K) for x in found)  # type: ignore[return-value, union-attr]
+    return tuple(x.view(B, N, K) for x in found)  # type: ignore[return-value]
 
 
 def input_gradient(
     g: Tensor, weight: Tensor, band: Band | None, width: int, pre: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """Launch du = g @ weight[:, band], or g @ weight[band] of rows, and where ``pre`` is given times GELU's derivative
     there; return du [B, N, width], whose rows may be padded, and GELU(pre) like it.
 
     Args:
         g: [B, N, O], of which a band of rows has its own alone. weight: [O, C]. band: None for all of it.
-        pre: [B, N, width] or None.
+        pre: [B, N, width]; or None, then du is returned twice.
     """
     start, unit, parts = (None, 1, 0) if band is None else (band.start, band.unit, band.parts)
     g = _by_part(g, parts)
     B, _, N, O = g.shape
     du = empty_rows(B, N, width, like=g, dtype=g.dtype)
-    act = None if pre is None else empty_rows(B, N, width, like=g, dtype=g.dtype)
+    act = du if pre is None else empty_rows(B, N, width, like=g, dtype=g.dtype)
     if pre is None:
         tile = _INPUT_GRADIENT.tile(g, N, weight.shape[1])
     else:
@@ -673,7 +808,7 @@ def input_gradient(
             descriptor(weight, [tile.k, tile.n]),
             start,
             pre,
-            *(None if x is None else descriptor(x[:, None], box) for x in (du, act)),
+            *(descriptor(x[:, None], box) for x in (du, act)),
             B,
             N,
             O,
@@ -865,6 +1000,14 @@ def _plain_token_sums(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor, 
     return (wide * p[:, None]).sum(2), -(mean_rstd[..., None] * wide).sum(1), wide.sum(1)
 
 
+def _plain_contributions(
+    closed: ClosedForm, width: int, weight: Tensor, bias: Tensor | None, need_q: bool
+) -> tuple[Tensor, ...]:
+    _, factor, shift = _inactive_channels(closed, width)
+    p, q = F.linear(factor.to(weight.dtype), weight), F.linear(shift.to(weight.dtype), weight, bias)
+    return (p, q) if need_q else (p,)
+
+
 def _input_gradient(g: Tensor, weight: Tensor, start: Tensor, width: int) -> Tensor:
     return input_gradient(g, weight, Band(start, width), width, None)[0]
 
@@ -1024,6 +1167,20 @@ KERNELS = [
         ),
         tiles=lambda: ("weight_gradient",),
         triton_only=True,
+    ),
+    Kernel(
+        "contributions",
+        contributions,
+        _plain_contributions,
+        lambda draw, bias, need_q: dict(
+            closed=_layer(draw, 3 * draw.sizes.C, True)["closed"],
+            width=draw.sizes.W,
+            weight=draw.weight(3 * draw.sizes.C, draw.sizes.C),
+            bias=draw(3 * draw.sizes.C) if bias else None,
+            need_q=need_q,
+        ),
+        modes(lambda bias, need_q: need_q or not bias, bias=(True, False), need_q=(True, False)),
+        tiles=lambda **_: ("closed_form",),
     ),
     Kernel(
         "token_sums",
