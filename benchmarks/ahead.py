@@ -109,7 +109,7 @@ def tests(which: str) -> Iterator[object]:
 def jobs() -> list[Job]:
     """Return everything, what takes longest first."""
     found: list[Job] = [partial(tests, "any_shape"), partial(tests, "not any_shape")]
-    found += [partial(tuning, problem) for problem in tune.problems_of([MODEL], ["bf16"], list(KINDS), 256)]
+    found += [partial(tuning, problem) for problem in tune.problems_of([MODEL], ["bf16"], list(KINDS), 256, tune.BETAS)]
     found += [partial(training, scope) for scope in reference.SCOPES]
     found += [partial(checks, kernel.name, name) for kernel in KERNELS.values() for name in kernel.precisions]
     found += [partial(smoke, name) for name in KERNELS]
