@@ -118,8 +118,9 @@ def outcome(
     failed = state == "FAILED" or (state == "stopped at its limit" and not measured)
     seconds = round(time.monotonic() - start, 1)
     print(f"{state:20} {f'{step.name} {name}':32} {seconds:6.1f} s  {why}", flush=True)
-    # Not for want of a GPU, which is status 2. What crashed or had to be stopped would stop a benchmark too.
-    wrong = child.returncode not in (0, 1, 2) or re.search(WRONG_AT_XL, text, re.MULTILINE) is not None
+    # A crash; not what ended in time, with status 1 or, for want of a GPU, 2.
+    crashed = state == "FAILED" and child.returncode not in (0, 1, 2)
+    wrong = crashed or re.search(WRONG_AT_XL, text, re.MULTILINE) is not None
     facts = {"step": step.name, "name": name, "state": state, "why": why, "seconds": seconds, "failed": failed}
     return facts | {"wrong": wrong, "log": log.name, "end": text.splitlines()[-4:]}
 
@@ -159,7 +160,11 @@ def checks(found: Path) -> list[Step]:
     tests = ["env", "OMP_NUM_THREADS=1", PYTHON, "-m", "pytest", "-q", "-rfEs", "-m", "gpu", "--hypothesis-seed=0"]
     smoke = {name: ["env", "CUDA_LAUNCH_BLOCKING=1", *EVERY_KERNEL, name, *SMOKE] for name in DECLARED}
     smoke["fresh thread"] = [*tests, "tests/test_ops.py", "-k", "fresh_thread"]
-    precisions = {name: [*EVERY_KERNEL, "--dtype", name] for name in ("bf16", "fp32", "fp16", "autocast")}
+    every = {
+        f"{name} {part}": [*EVERY_KERNEL, *DECLARED[part::3], "--dtype", name]
+        for name in ("bf16", "fp32", "fp16", "autocast")
+        for part in range(3)
+    }
     workers = ["-n", "8", "--maxschedchunk", "4"] if find_spec("xdist") else []
     workers += ["--timeout", "60", "--timeout-method", "thread"] if find_spec("pytest_timeout") else []
     first = [f"tests/test_{name}.py" for name in ("ops", "compile", "sampling")]
@@ -168,7 +173,7 @@ def checks(found: Path) -> list[Step]:
         *ready(),
         Step("facts", 30, facts),
         Step("smoke", 60, smoke, at_once=6, fails=bad),
-        Step("every kernel", 80, precisions),
+        Step("every kernel", 80, every, at_once=12),
         memcheck(),
         Step("gpu tests", 130, {"": [*tests, *workers, *first, "tests"]}, fails=bad),
     ]

@@ -102,15 +102,16 @@ def test_everything_is_kept_and_a_failure_said(monkeypatch, tmp_path, capsys, ke
         "gram": row(256),
         "combine_": row(33),
         "pcgrad_": "exit(2)",
-        "weighted_sum": SLEEP,
+        "weighted_sum": "import os; os.abort()",
+        "pcgrad_sum": SLEEP,
         "fresh thread": "exit(3)",
     }
     ignored = "import signal; print('it'); exit(3 * (signal.getsignal(signal.SIGINT) is not signal.SIG_IGN))"
     steps = [gpu.Step("facts", 5, python(it=ignored)), gpu.Step("smoke", 0, python(**smoke))]
     monkeypatch.setattr(gpu, "checks", lambda found: steps)
     assert gpu.main([str(tmp_path / "out"), "checks"]) == 1
-    assert "--- facts it\nit\n" in (said := capsys.readouterr().out) and "6 of 6 commands failed" in said
-    assert json.loads(gpu.WRONG.read_text()) == ["gram", "weighted_sum"], "in the sizes that are measured"
+    assert "--- facts it\nit\n" in (said := capsys.readouterr().out) and "7 of 7 commands failed" in said
+    assert json.loads(gpu.WRONG.read_text()) == ["weighted_sum", "gram"], "in the sizes that are measured"
     facts = json.loads((tmp_path / "out/checks.json").read_text())[0]
     assert [facts[name] for name in ("state", "why", "end")] == ["FAILED", "exit status 3", ["it"]]
     with tarfile.open(tmp_path / "out/checks.tar.xz") as archive:
