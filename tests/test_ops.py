@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.library import opcheck
 
 from benchmarks.memory import saved_bytes
 from dtr_kernels import DenoisingTaskRouting, ops, reference
@@ -252,6 +253,48 @@ def test_any_shape_and_window(seed, device, data):
     # A few tokens and a narrow window leave sums that nearly cancel.
     check_routed_linear(batch, tokens, channels, outputs, window, dtype, device, branch, conditioning=4)
     check_routed_mlp(batch, tokens, channels, outputs, window, keep_branch, dtype, device, conditioning=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ops_return_what_is_traced(seed, device, dtype):
+    """Rows that a kernel pads, of lengths that descriptors cannot describe, never leave an op: compiled graphs rely on
+    that."""
+    B, N, heads, active, C, H = 2, 3, 4, 3, 12, 20
+    registered = torch.ops.dtr_kernels
+
+    def new(*shape):
+        return random(*shape, dtype=dtype, device=device).detach()
+
+    def checked(op, *args):
+        opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+        return op(*args)
+
+    start = torch.tensor([1, 0], dtype=torch.int32, device=device)
+    x, shift, scale, branch, gate = new(B, N, C), new(B, C), new(B, C), new(B, N, C), new(B, C)
+    update, needed = (branch, gate), (True, True)
+    weight, mlp = new(3 * C, C), (new(H, C), new(H), new(C, H), new(C))
+    for window in (start, 9), (None, C):
+        stream, out, *statistics = checked(
+            registered.routed_linear, x, shift, scale, weight, new(3 * C), *window, *update, 1e-6
+        )
+        saved = stream, shift, scale, weight, *window, *update, 1e-6, *statistics
+        checked(registered.routed_linear_backward, branch, out, *saved, *needed)
+        stream, out, *saved = checked(registered.routed_mlp, x, shift, scale, *mlp, *update, *window, False, 1e-6, True)
+        given = x, shift, scale, mlp[0], mlp[2], *update, *window, False, 1e-6, *saved
+        checked(registered.routed_mlp_backward, branch, out, *given, [True] * 4)
+
+    window = start, active, heads
+    stream, out, *statistics = checked(
+        registered.inner_linear, x, shift, scale, weight, new(3 * C), *window, 3, *update, 1e-6
+    )
+    saved = stream, shift, scale, weight, *window, 3, *update, 1e-6, *statistics
+    checked(registered.inner_linear_backward, branch, out, *saved, *needed)
+    z, weight = new(B, N, 9), new(C, C)
+    out = checked(registered.inner_projection, z, weight, new(C), *window)
+    checked(registered.inner_projection_backward, out, z, weight, *window, *needed)
+    stream, out, *saved = checked(registered.inner_mlp, x, shift, scale, *mlp, *update, *window, 1e-6, True)
+    given = x, shift, scale, mlp[0], mlp[2], *update, *window, 1e-6, *saved
+    checked(registered.inner_mlp_backward, branch, out, *given, [True] * 4)
 
 
 def of_heads(x, window, parts=1):
