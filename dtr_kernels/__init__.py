@@ -3,6 +3,7 @@
 from dtr_kernels import nn, ops, reference, swap
 from dtr_kernels.analysis import TaskAffinity, negative_transfer_gaps, task_affinity
 from dtr_kernels.clusters import IntervalClusters, interval_clusters
+from dtr_kernels.continuous import ContinuousClusters, continuous_clusters
 from dtr_kernels.explanation import explain
 from dtr_kernels.plotting import plot_affinity, plot_clusters, plot_routing
 from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting, RandomRouting
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ChannelWindow",
+    "ContinuousClusters",
     "DenoisingTaskRouting",
     "GradientSurgery",
     "IntervalClusters",
@@ -21,6 +23,7 @@ __all__ = [
     "Sampler",
     "TaskAffinity",
     "UncertaintyWeighting",
+    "continuous_clusters",
     "explain",
     "interval_clusters",
     "negative_transfer_gaps",
