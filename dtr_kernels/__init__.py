@@ -8,7 +8,13 @@ from dtr_kernels.explanation import explain
 from dtr_kernels.plotting import plot_affinity, plot_clusters, plot_routing
 from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting, RandomRouting
 from dtr_kernels.sampling import Sampler
-from dtr_kernels.surgery import GradientSurgery, UncertaintyWeighting
+from dtr_kernels.surgery import (
+    GradientSurgery,
+    NoiseLevelUncertainty,
+    UncertaintyWeighting,
+    min_snr_weights,
+    p2_weights,
+)
 from dtr_kernels.swap import restore_blocks, swap_blocks
 
 __version__ = "0.1.0"
@@ -19,6 +25,7 @@ __all__ = [
     "DenoisingTaskRouting",
     "GradientSurgery",
     "IntervalClusters",
+    "NoiseLevelUncertainty",
     "RandomRouting",
     "Sampler",
     "TaskAffinity",
@@ -26,9 +33,11 @@ __all__ = [
     "continuous_clusters",
     "explain",
     "interval_clusters",
+    "min_snr_weights",
     "negative_transfer_gaps",
     "nn",
     "ops",
+    "p2_weights",
     "plot_affinity",
     "plot_clusters",
     "plot_routing",
