@@ -5,13 +5,14 @@ from dtr_kernels.analysis import TaskAffinity, negative_transfer_gaps, task_affi
 from dtr_kernels.clusters import IntervalClusters, interval_clusters
 from dtr_kernels.continuous import ContinuousClusters, continuous_clusters
 from dtr_kernels.explanation import explain
-from dtr_kernels.plotting import plot_affinity, plot_clusters, plot_routing
+from dtr_kernels.plotting import plot_affinity, plot_clusters, plot_conflicts, plot_routing
 from dtr_kernels.routing import ChannelWindow, DenoisingTaskRouting, RandomRouting
 from dtr_kernels.sampling import Sampler
 from dtr_kernels.surgery import (
     GradientSurgery,
     NoiseLevelUncertainty,
     UncertaintyWeighting,
+    conflict_fractions,
     min_snr_weights,
     p2_weights,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "Sampler",
     "TaskAffinity",
     "UncertaintyWeighting",
+    "conflict_fractions",
     "continuous_clusters",
     "explain",
     "interval_clusters",
@@ -40,6 +42,7 @@ __all__ = [
     "p2_weights",
     "plot_affinity",
     "plot_clusters",
+    "plot_conflicts",
     "plot_routing",
     "reference",
     "restore_blocks",

@@ -1,9 +1,10 @@
-"""Pictures of a routing (figure 3 of the DTR paper), of clusters of timesteps (ANT, section 4.1) and of the affinity of
-denoising tasks (ANT, observation O1)."""
+"""Pictures of a routing (figure 3 of the DTR paper), of clusters of timesteps (ANT, section 4.1), of the affinity of
+denoising tasks (ANT, observation O1) and of the conflicts between clusters in a training."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterable
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from dtr_kernels.clusters import Clusters, IntervalClusters, check_snr, real_numbers
 from dtr_kernels.continuous import ContinuousClusters
 from dtr_kernels.routing import DenoisingTaskRouting, RandomRouting
+from dtr_kernels.surgery import conflict_fractions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     from dtr_kernels.analysis import TaskAffinity
 
-__all__ = ["plot_affinity", "plot_clusters", "plot_routing"]
+__all__ = ["plot_affinity", "plot_clusters", "plot_conflicts", "plot_routing"]
 
 
 def plot_routing(
@@ -114,6 +116,57 @@ def _cell_edges(timesteps: Tensor, clusters: IntervalClusters | None) -> Tensor:
     elif len(timesteps) > 1:
         ends = (2 * timesteps[[0, -1]] - between[[0, -1]]).clamp_min(-0.5)
     return torch.cat([ends[:1], between, ends[1:]])
+
+
+# Of a training, in pictures of conflicts.
+_MOST_PARTS = 50
+
+
+def plot_conflicts(grams: Iterable[Tensor], path: str | Path | None = None) -> Figure:
+    """Draw how often every two clusters conflict over a training, which is cut into at most 50 parts.
+
+    Pairs are ordered by how far apart their clusters are, neighbours at the bottom. A part in which one of the two
+    never has a gradient stays white.
+
+    Args:
+        grams: the Gram matrices of all steps, as for ``conflict_fractions``, of at least two clusters.
+        path: where to save the picture (PNG, PDF, SVG by its ending); None returns it only.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ImportError: if matplotlib is not installed (``pip install matplotlib``).
+        TypeError, ValueError: if grams are not as described.
+    """
+    from matplotlib.figure import Figure
+
+    grams = list(grams)
+    K = len(conflict_fractions(grams))
+    pairs = sorted(combinations(range(K), 2), key=lambda pair: (pair[1] - pair[0], pair))
+    if not pairs:
+        raise ValueError("grams must be of at least two clusters, got those of one")
+    parts = torch.stack(grams).tensor_split(min(len(grams), _MOST_PARTS))
+    fractions = torch.stack([conflict_fractions(part) for part in parts]).cpu().numpy()
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(
+        [[fraction[pair] for fraction in fractions] for pair in pairs],
+        aspect="auto",
+        origin="lower",
+        cmap="Reds",
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+        extent=(0, len(grams), -0.5, len(pairs) - 0.5),
+    )
+    figure.colorbar(image, label="share of steps in conflict")
+    few = pairs if len(pairs) <= _MOST_LABELS else []
+    axes.set_yticks(range(len(few)), [f"{i} and {j}" for i, j in few], fontsize=7)
+    axes.set(xlabel="training step", ylabel="clusters", title=f"Conflicts between the gradients of {K} clusters")
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
 
 
 # In pictures of clusters, in inches: a line and a character of small print, the wedges below the boxes.

@@ -16,6 +16,7 @@ from dtr_kernels.files import expecting, read_json
 from dtr_kernels.quoting import quoted
 
 DOCS = Path("docs/study")
+NOT_RUN = "The study has not been run: `make study`."
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,22 @@ def readme_block(root: Path, others: Sequence[str] = ()) -> str:
         path = f"{DOCS}/{study['plan']['name']}"
         head = f"{setup(study)} ([all figures]({path}.md), by `{study['environment']['command']}`):"
         return "\n".join([head, "", *lines, "", f"![All of the study on one page]({path}.png)"])
-    return "The study has not been run: `make study`."
+    return NOT_RUN
+
+
+def methods_block(root: Path) -> str:
+    """Write the block of ``docs/methods.md``: each method of the largest committed study against vanilla, and which are
+    not in it yet."""
+    for study in committed(root):
+        rows = [["against vanilla", "denoising loss", "Frechet distance", "time of a step"]]
+        for method in list(study["methods"])[1:]:  # but for vanilla
+            changed = (f"{change.mean:+.1%}, {change.verdict}" for change in changes(study, method))
+            rows.append([method, *changed, _step(study, method)])
+        parts = [f"{setup(study)} ([all figures](study/{study['plan']['name']}.md)):", table(rows)]
+        if missing := [method for method in METHODS if method not in study["methods"]]:
+            parts.append(f"Newer than that run, and not in it: {', '.join(missing)}.")
+        return "\n\n".join(parts)
+    return NOT_RUN
 
 
 def markdown(study: Mapping[str, Any]) -> str:
