@@ -23,7 +23,8 @@ GRAMS = [
     gram(EAST, WEST, NONE),
     gram(EAST, EAST, WEST),
     gram(WEST, NORTH, WEST),
-    torch.full((3, 3), math.nan, dtype=torch.float64),  # of a step that GradScaler skipped
+    torch.full((3, 3), math.nan, dtype=torch.float64),  # of steps that GradScaler skipped
+    gram(EAST, NORTH, WEST) * math.inf,
 ]
 
 
@@ -67,10 +68,11 @@ def test_picture(tmp_path):
     figure = dtr.plot_conflicts(iter(GRAMS), tmp_path / "conflicts.png")
     axes = figure.axes[0]
     (image,) = axes.images
-    expected = [[0, 1, 0, 0, np.nan], [0, np.nan, 1, 0, np.nan], [1, np.nan, 1, 0, np.nan]]
+    no = np.nan
+    expected = [[0, 1, 0, 0, no, no], [0, no, 1, 0, no, no], [1, no, 1, 0, no, no]]
     np.testing.assert_array_equal(image.get_array().filled(np.nan), expected)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0 and 1", "1 and 2", "0 and 2"]
-    assert image.get_extent() == [0, 5, -0.5, 2.5] and "3 clusters" in axes.get_title()
+    assert image.get_extent() == [0, 6, -0.5, 2.5] and "3 clusters" in axes.get_title()
     assert (tmp_path / "conflicts.png").stat().st_size > 5000
     refused(lambda: dtr.plot_conflicts([torch.ones(1, 1)]), ValueError, ["at least two clusters"])
 

@@ -139,8 +139,7 @@ def _check_snr(snr: object) -> None:
     if not isinstance(snr, Tensor) or not snr.is_floating_point():
         given = getattr(snr, "dtype", type(snr).__name__)
         raise TypeError(f"snr must be a floating-point tensor of signal-to-noise ratios, got {given}")
-    if snr.numel():
-        check_range(snr, math.inf, "of a log SNR give the exponential", "snr")
+    check_range(snr, math.inf, "of a log SNR give the exponential", "snr")
 
 
 def _positive(name: str, value: object) -> float:
