@@ -139,7 +139,7 @@ def test_nothing_waits_for_the_gpu():
         (torch.tensor([True]), ["floating-point times", "torch.bool"]),
         (torch.tensor([1j]), ["floating-point times", "torch.complex64"]),
         (1, ["floating-point times", "got int", "IntervalClusters"]),
-        (torch.rand(2, 1), ["vector [B] of times", "[2, 1]"]),
+        (torch.full((2, 1), 0.5), ["vector [B] of times", "[2, 1]"]),
         (torch.tensor(0.5), ["vector [B] of times", "[]"]),
     ],
     ids=str,
