@@ -119,15 +119,15 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.doc() = "Compiled kernels of dtr_kernels.";
     py::enum_<Type>(m, "Type").value("f32", Type::f32).value("f64", Type::f64).value("bf16", Type::bf16).value("f16", Type::f16);
 
-    m.def("norm_forward", [](Shape shape, double eps, bool compact, bool keep_branch, Type stream_type, Rows x, Rows branch, Rows stream,
-                             Rows u, Rows gate, Rows shift, Rows scale, Rows mean, Rows rstd) {
+    m.def("norm_forward", [](Shape shape, double eps, bool compact, bool keep_branch, bool rms, Type stream_type, Rows x, Rows branch,
+                             Rows stream, Rows u, Rows gate, Rows shift, Rows scale, Rows mean, Rows rstd) {
         run(kernels().norm_forward, NormForward{shape, x, branch, stream, u, gate, shift, scale, mean, rstd, eps, compact, keep_branch,
-                                                stream_type});
+                                                rms, stream_type});
     });
-    m.def("norm_backward", [](Shape shape, bool compact, bool keep_branch, bool x_is_stream, Rows du, Rows dstream, Rows x, Rows branch,
-                              Rows dx, Rows dbranch, Rows gate, Rows scale, Rows mean, Rows rstd, Rows inactive, Rows sums) {
+    m.def("norm_backward", [](Shape shape, bool compact, bool keep_branch, bool rms, bool x_is_stream, Rows du, Rows dstream, Rows x,
+                              Rows branch, Rows dx, Rows dbranch, Rows gate, Rows scale, Rows mean, Rows rstd, Rows inactive, Rows sums) {
         run(kernels().norm_backward, NormBackward{shape, du, dstream, x, branch, dx, dbranch, gate, scale, mean, rstd, inactive, sums,
-                                                  compact, keep_branch, x_is_stream});
+                                                  compact, keep_branch, rms, x_is_stream});
     });
     m.def("residual_forward", [](Shape shape, Rows x, Rows branch, Rows out, Rows gate) {
         run(kernels().residual_forward, ResidualForward{shape, x, branch, out, gate});

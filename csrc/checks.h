@@ -153,8 +153,8 @@ public:
         memory_.writes(contiguous(name, x, planes * s_.B * ((s_.N + s_.chunk - 1) / s_.chunk), s_.C));
     }
     // For a kernel that has no use for the argument.
-    void absent(const char* name, const Rows& x, const char* unless) {
-        if (x.data) refuse(std::string(name) + " must be null without " + unless);
+    void absent(const char* name, const Rows& x, const char* when) {
+        if (x.data) refuse(std::string(name) + " must be null " + when);
     }
     void refuse_overlaps() { memory_.refuse_overlaps(); }
 
@@ -196,13 +196,14 @@ inline void check(const NormForward& a) {
         table.reads_vectors("gate", a.gate);
         if (a.stream.data) table.writes_tokens("stream", a.stream, s.C);
     } else {
-        table.absent("stream", a.stream, "branch");
+        table.absent("stream", a.stream, "without branch");
     }
     check_masking(a);
     table.writes_tokens("u", a.u, a.compact ? s.width : s.C);
     table.reads_vectors("shift", a.shift);
     table.reads_vectors("scale", a.scale);
-    table.writes_statistics("mean", a.mean);
+    if (a.rms) table.absent("mean", a.mean, "with rms");
+    else table.writes_statistics("mean", a.mean);
     table.writes_statistics("rstd", a.rstd);
     check_type("stream_type", a.stream_type);
     if (!(a.eps >= 0 && std::isfinite(a.eps))) refuse("eps must be finite and not negative, got " + std::to_string(a.eps));
@@ -222,13 +223,14 @@ inline void check(const NormBackward& a) {
         table.writes_tokens("dbranch", a.dbranch, s.C);
         table.reads_vectors("gate", a.gate);
     } else {
-        table.absent("dbranch", a.dbranch, "branch");
+        table.absent("dbranch", a.dbranch, "without branch");
     }
     table.reads_vectors("scale", a.scale);
-    table.reads_statistics("mean", a.mean);
+    if (a.rms) table.absent("mean", a.mean, "with rms");
+    else table.reads_statistics("mean", a.mean);
     table.reads_statistics("rstd", a.rstd);
-    if (a.compact) table.reads_statistics("inactive", a.inactive);
-    else table.absent("inactive", a.inactive, "compact");
+    if (a.compact && !a.rms) table.reads_statistics("inactive", a.inactive);
+    else table.absent("inactive", a.inactive, "without compact, and with rms");
     table.writes_sums("sums", a.sums, a.branch.data ? 3 : 2);
     if (a.keep_branch && a.x_is_stream) refuse("x_is_stream must be false with keep_branch");
     table.refuse_overlaps();

@@ -325,23 +325,34 @@ def norm_forward(draw: Draw) -> Call:
     stream = batch.tokens(batch.C, stream_type, result=True) if update and draw.flag() else None
     compact = batch.routed and not keep and draw.flag()
     u = batch.tokens(batch.width if compact else batch.C, result=True)
-    shift, scale = batch.vectors(), batch.vectors()
-    mean, rstd = batch.statistics(result=True), batch.statistics(result=True)
+    shift, scale, rms = batch.vectors(), batch.vectors(), draw.flag()
+    mean, rstd = None if rms else batch.statistics(result=True), batch.statistics(result=True)
     eps = draw.choice.uniform(0.05, 1)  # the variance of a channel alone is zero
 
     def expected() -> dict[str, np.ndarray]:
         x_, added = batch.read(x), batch.read(gate) * batch.read(branch)
         rounded = decoded(encoded(x_ + added, stream_type), stream_type)
         v = x_ * batch.mask + added if keep else (rounded if update else x_) * batch.mask
-        mu = v.mean(-1, keepdims=True)
-        r = 1 / np.sqrt(v.var(-1, keepdims=True) + eps)
+        mu = 0 if rms else v.mean(-1, keepdims=True)
+        r = 1 / np.sqrt(((v - mu) ** 2).mean(-1, keepdims=True) + eps)
         z = (v - mu) * r * (1 + batch.read(scale)) + batch.read(shift)
-        out = {"u": batch.compact(z) if compact else z, "mean": mu, "rstd": r}
+        out = {"u": batch.compact(z) if compact else z, "rstd": r} | ({} if rms else {"mean": mu})
         return out | {"stream": x_ + added} if stream else out
 
     stored = Enum(TYPES[stream_type])
-    arguments = dict(shape=batch.shape(), eps=eps, compact=compact, keep_branch=keep, stream_type=stored, x=x)
-    arguments |= dict(branch=branch, stream=stream, u=u, gate=gate, shift=shift, scale=scale, mean=mean, rstd=rstd)
+    arguments = dict(shape=batch.shape(), eps=eps, compact=compact, keep_branch=keep, rms=rms)
+    arguments |= dict(
+        stream_type=stored,
+        x=x,
+        branch=branch,
+        stream=stream,
+        u=u,
+        gate=gate,
+        shift=shift,
+        scale=scale,
+        mean=mean,
+        rstd=rstd,
+    )
     optional, through = frozenset({"branch", "stream"}), stream_type if update and not keep else None
     return Call("norm_forward", arguments, expected, optional, keeps=_kept(batch.start), through=through)
 
@@ -357,8 +368,9 @@ def norm_backward(draw: Draw) -> Call:
     x = batch.tokens(batch.C)
     branch, gate = (batch.tokens(batch.C), batch.vectors()) if update else (None, None)
     dx, dbranch = batch.tokens(batch.C, result=True), batch.tokens(batch.C, result=True) if update else None
-    scale, mean, rstd = batch.vectors(), batch.statistics(), batch.statistics()
-    inactive = batch.statistics() if compact else None
+    scale, rms, rstd = batch.vectors(), draw.flag(), batch.statistics()
+    mean = None if rms else batch.statistics()
+    inactive = batch.statistics() if compact and not rms else None
     sums = batch.sums(3 if update else 2)
 
     def expected() -> dict[str, np.ndarray]:
@@ -370,7 +382,7 @@ def norm_backward(draw: Draw) -> Call:
         z = (v - mu) * r
         d = batch.dense(batch.read(du)) if compact else batch.read(du)
         dz = d * (1 + batch.read(scale))
-        total = dz.sum(-1, keepdims=True) + extra
+        total = 0 if rms else dz.sum(-1, keepdims=True) + extra
         along = (dz * z).sum(-1, keepdims=True) - mu * r * extra
         dv = r * (dz - (total + z * along) / batch.C) * (batch.mask | keep)
         onto = np.broadcast_to(batch.read(dstream), dv.shape)
@@ -380,7 +392,7 @@ def norm_backward(draw: Draw) -> Call:
         planes = [d, d * z] + ([(onto + dv) * b] if update else [])
         return out | {"sums": batch.summed(*planes)}
 
-    arguments = dict(shape=batch.shape(), compact=compact, keep_branch=keep, x_is_stream=x_is_stream)
+    arguments = dict(shape=batch.shape(), compact=compact, keep_branch=keep, rms=rms, x_is_stream=x_is_stream)
     arguments |= dict(du=du, dstream=dstream, x=x, branch=branch, dx=dx, dbranch=dbranch, gate=gate, scale=scale)
     arguments |= dict(mean=mean, rstd=rstd, inactive=inactive, sums=sums)
     return Call("norm_backward", arguments, expected, frozenset({"dstream"}), keeps=_kept(batch.start))
@@ -598,8 +610,9 @@ def wrong(call: Call) -> Iterator[tuple[str, list[Any]]]:
         for what, shape in _wrong_shapes(right["shape"], needed=bool(right.get("compact"))):
             yield what, with_("shape", shape)
     if "compact" in right and not empty:
-        compact, keep = right["compact"], right["keep_branch"]
-        if "inactive" in right:  # given to the one, missing for the other
+        compact, keep, rms = right["compact"], right["keep_branch"], right["rms"]
+        yield f"mean with rms={not rms}", with_("rms", not rms)
+        if "inactive" in right and not rms:  # given to the one, missing for the other
             yield f"inactive with compact={not compact}", with_("compact", not compact)
         elif keep or not right["shape"].start:
             yield "compact with keep_branch, or without windows", with_("compact", True)

@@ -195,6 +195,7 @@ STREAM_CASES = [
     (WINDOWED, "window", lambda w: ROUTING.window(starts(1, 2), 16), ValueError, ["window", "16 channels", "32"]),
     (ROUTED, "window", lambda w: ROUTING.window(starts(1, 2, 3), C), ValueError, ["window", "3 samples", "2"]),
     (ROUTED, "window", lambda w: window_on("meta"), ValueError, ["window", "meta", "cpu"]),
+    (ROUTED, "norm", lambda _: "batch", ValueError, ["norm must be one of 'layer', 'rms'", "'batch'"]),
     (ALL, "x", lambda x: x.to(torch.float8_e4m3fn), TypeError, ["x must", "torch.float8_e4m3fn"]),
 ]
 
@@ -241,7 +242,7 @@ WEIGHT_CASES = [
 @pytest.mark.parametrize("op, name, change, error, fragments", table(STREAM_CASES + WEIGHT_CASES))
 def test_streams_modulation_windows_and_weights(op, name, change, error, fragments):
     inputs = inputs_of(op)
-    inputs[name] = change(inputs[name])
+    inputs[name] = change(inputs.get(name))
     refused(lambda: op(**inputs), error, fragments)
 
 

@@ -14,7 +14,7 @@ from benchmarks.counts import ITEMSIZES, Work
 from benchmarks.suite.models import TINY, make_dit
 from dtr_kernels import nn, reference
 from dtr_kernels.ops import window_linear as linear_ops
-from dtr_kernels.ops.gated_norm import NormInputs, NormWindow, gated_norm_backward, gated_norm_forward
+from dtr_kernels.ops.gated_norm import Norm, NormInputs, NormWindow, gated_norm_backward, gated_norm_forward
 from dtr_kernels.ops.residual import gated_residual_backward, gated_residual_forward
 from dtr_kernels.sampling import Sampler
 
@@ -254,7 +254,7 @@ class Launched:
 
     def forward(self, branch: bool, compact: bool, keep_branch: bool):
         window = NormWindow(self.start, self.W, compact, keep_branch)
-        return gated_norm_forward(self.inputs(branch), window, 1e-6, self.operand)
+        return gated_norm_forward(self.inputs(branch), window, Norm(1e-6), self.operand)
 
     def backward(self, out, branch: bool, compact: bool, keep_branch: bool):
         self.inactive = torch.randn(self.B, self.N) if compact else None

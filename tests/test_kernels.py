@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtr_kernels import ops, verify
+from dtr_kernels import ops, reference, verify
 from dtr_kernels.ops import extension, tiles
 from dtr_kernels.ops.declaration import SIZES, Draw, Gradient, Gradients, Kernel, Precision, Sizes, mode_name, results
-from dtr_kernels.ops.gated_norm import NormInputs, NormWindow, gated_norm_forward
+from dtr_kernels.ops.gated_norm import Norm, NormInputs, NormWindow, gated_norm_forward
 from dtr_kernels.ops.window_linear import ClosedForm, window_linear_forward
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
@@ -84,7 +84,7 @@ def test_what_is_slightly_wrong_is_found(seed, kernel, mode, device):
 # --- by hand ---------------------------------------------------------------------------------------------------------
 
 
-def by_hand(x, branch, gate, shift, scale, start, width, keep_branch, eps):
+def by_hand(x, branch, gate, shift, scale, start, width, keep_branch, eps, norm):
     """The second norm of a block, token by token: (stream, u, mean, rstd) as nested lists."""
     B, N, C = x.shape
     stream, u, mean, rstd = (
@@ -98,7 +98,7 @@ def by_hand(x, branch, gate, shift, scale, start, width, keep_branch, eps):
                 stream[b, n, c] = float(x[b, n, c]) + update
                 active = start[b] <= c < start[b] + width
                 v.append((float(x[b, n, c]) * active + update) if keep_branch else float(stream[b, n, c]) * active)
-            mean[b, n] = sum(v) / C
+            mean[b, n] = 0 if norm == "rms" else sum(v) / C
             rstd[b, n] = (sum((value - float(mean[b, n])) ** 2 for value in v) / C + eps) ** -0.5
             for c in range(C):
                 z = (v[c] - float(mean[b, n])) * float(rstd[b, n])
@@ -106,18 +106,22 @@ def by_hand(x, branch, gate, shift, scale, start, width, keep_branch, eps):
     return stream, u, mean, rstd
 
 
+@pytest.mark.parametrize("norm", reference.NORMS)
 @pytest.mark.parametrize("keep_branch", [False, True])
-def test_the_norm_by_hand(seed, keep_branch, device):
+def test_the_norm_by_hand(seed, keep_branch, norm, device):
     B, N, C, W = 2, 3, 8, 5
     x, branch = (torch.randn(B, N, C, device=device) for _ in range(2))
     gate, shift, scale = torch.randn(B, 3 * C, device=device).chunk(3, dim=1)
     start = torch.tensor([0, 3], dtype=torch.int32, device=device)
     inputs, window = NormInputs(x, shift, scale, branch, gate), NormWindow(start, W, False, keep_branch)
-    found = gated_norm_forward(inputs, window, 1e-6, torch.float32)
-    expected = by_hand(*(t.cpu() for t in (x, branch, gate, shift, scale)), start.tolist(), W, keep_branch, 1e-6)
-    declared = KERNELS["gated_norm_forward"].exact(inputs, window, 1e-6, torch.float32)
+    found = gated_norm_forward(inputs, window, Norm(1e-6, norm), torch.float32)
+    expected = by_hand(*(t.cpu() for t in (x, branch, gate, shift, scale)), start.tolist(), W, keep_branch, 1e-6, norm)
+    declared = KERNELS["gated_norm_forward"].exact(inputs, window, Norm(1e-6, norm), torch.float32)
     assert found.first is None and declared.first is None
+    assert (found.mean is None) == (declared.mean is None) == (norm == "rms")
     for a, b, c in zip(found[:4], expected, declared[:4], strict=True):
+        if a is None:
+            continue
         torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(c.cpu().double(), b, rtol=1e-5, atol=1e-5)
 

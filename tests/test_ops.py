@@ -60,16 +60,16 @@ def linear_inputs(name, outputs, inputs, dtype, device, bias=True):
 
 
 def check_routed_linear(
-    batch, tokens, channels, outputs, window, dtype, device, branch=True, bias=True, conditioning=1
+    batch, tokens, channels, outputs, window, dtype, device, branch=True, bias=True, norm="layer", conditioning=1
 ):
     mask = None if window is None else window.for_batch(batch, device).mask()
 
     def fused(bias=None, **inputs):
-        stream, out = ops.routed_linear(**inputs, bias=bias, window=window)
+        stream, out = ops.routed_linear(**inputs, bias=bias, window=window, norm=norm)
         return (stream, out) if branch else (out,)
 
     def oracle(branch=None, gate=None, bias=None, **inputs):
-        stream, out = reference.routed_linear(**inputs, bias=bias, branch=branch, gate=gate, mask=mask)
+        stream, out = reference.routed_linear(**inputs, bias=bias, branch=branch, gate=gate, mask=mask, norm=norm)
         return (stream, out) if branch is not None else (out,)
 
     inputs = stream_inputs(batch, tokens, channels, dtype, device, branch)
@@ -77,16 +77,19 @@ def check_routed_linear(
     assert_within_bound(compare(fused, oracle, inputs, dtype, conditioning=conditioning))
 
 
-def check_routed_mlp(batch, tokens, channels, hidden, window, keep_branch, dtype, device, bias=True, conditioning=1):
+def check_routed_mlp(
+    batch, tokens, channels, hidden, window, keep_branch, dtype, device, bias=True, norm="layer", conditioning=1
+):
+    biases = ("fc1_bias", "fc2_bias")
     mask = None if window is None else window.for_batch(batch, device).mask()
 
-    def fused(fc1_bias=None, fc2_bias=None, **inputs):
-        return ops.routed_mlp(**inputs, fc1_bias=fc1_bias, fc2_bias=fc2_bias, window=window, keep_branch=keep_branch)
+    def fused(**inputs):
+        inputs = dict.fromkeys(biases) | inputs
+        return ops.routed_mlp(**inputs, window=window, keep_branch=keep_branch, norm=norm)
 
-    def oracle(fc1_bias=None, fc2_bias=None, **inputs):
-        return reference.routed_mlp(
-            **inputs, fc1_bias=fc1_bias, fc2_bias=fc2_bias, mask=mask, keep_branch=keep_branch and mask is not None
-        )
+    def oracle(**inputs):
+        inputs = dict.fromkeys(biases) | inputs
+        return reference.routed_mlp(**inputs, mask=mask, keep_branch=keep_branch and mask is not None, norm=norm)
 
     inputs = stream_inputs(batch, tokens, channels, dtype, device, branch=True)
     inputs |= linear_inputs("fc1_", hidden, channels, dtype, device, bias)
@@ -98,23 +101,25 @@ def check_routed_mlp(batch, tokens, channels, hidden, window, keep_branch, dtype
 @pytest.mark.parametrize("branch", [False, True])
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("tokens", [1, 130] if not INTERPRETED else [37])
-def test_routed_linear(seed, device, dtype, branch, beta, tokens):
-    check_routed_linear(3, tokens, 96, 200, windows(3, 96, beta, device), dtype, device, branch)
+@pytest.mark.parametrize("norm", reference.NORMS)
+def test_routed_linear(seed, device, dtype, branch, beta, tokens, norm):
+    check_routed_linear(3, tokens, 96, 200, windows(3, 96, beta, device), dtype, device, branch, norm=norm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keep_branch", [False, True])
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("tokens", [1, 130] if not INTERPRETED else [37])
-def test_routed_mlp(seed, device, dtype, keep_branch, beta, tokens):
-    check_routed_mlp(3, tokens, 96, 264, windows(3, 96, beta, device), keep_branch, dtype, device)
+@pytest.mark.parametrize("norm", reference.NORMS)
+def test_routed_mlp(seed, device, dtype, keep_branch, beta, tokens, norm):
+    check_routed_mlp(3, tokens, 96, 264, windows(3, 96, beta, device), keep_branch, dtype, device, norm=norm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("branch", [False, True])
-@pytest.mark.parametrize("beta", [0.8, 1.0])
-def test_routed_linear_on_all_channels(seed, device, dtype, branch, beta, dense_products):
-    check_routed_linear(3, 37, 96, 200, windows(3, 96, beta, device), dtype, device, branch)
+@pytest.mark.parametrize("norm, beta", [("layer", 0.8), ("layer", 1.0), ("rms", 0.8)])
+def test_routed_linear_on_all_channels(seed, device, dtype, branch, norm, beta, dense_products):
+    check_routed_linear(3, 37, 96, 200, windows(3, 96, beta, device), dtype, device, branch, norm=norm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -247,9 +252,34 @@ def test_any_shape_and_window(seed, device, data):
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
     window = ChannelWindow(torch.tensor(starts, dtype=torch.int32, device=device), width, channels)
     branch, keep_branch = data.draw(st.booleans(), "branch"), data.draw(st.booleans(), "keep_branch")
+    norm = data.draw(st.sampled_from(reference.NORMS), "norm")
     # A few tokens and a narrow window leave sums that nearly cancel.
-    check_routed_linear(batch, tokens, channels, outputs, window, dtype, device, branch, conditioning=4)
-    check_routed_mlp(batch, tokens, channels, outputs, window, keep_branch, dtype, device, conditioning=4)
+    how = dict(norm=norm, conditioning=4)
+    check_routed_linear(batch, tokens, channels, outputs, window, dtype, device, branch, **how)
+    check_routed_mlp(batch, tokens, channels, outputs, window, keep_branch, dtype, device, **how)
+
+
+@pytest.mark.parametrize("norm", reference.NORMS)
+@pytest.mark.parametrize("given", ["weight", "bias", "weight, bias"])
+def test_a_norm_with_weight_and_bias(seed, device, norm, given):
+    """Folded into the modulation, with the gradients of all; the smallest weights are what 1 + scale cancels to."""
+    window = windows(3, 96, 0.8, device)
+    inputs = stream_inputs(3, 37, 96, torch.bfloat16, device, branch=True)
+    inputs |= linear_inputs("", 200, 96, torch.bfloat16, device)
+    inputs |= {f"norm_{name}": random(96, dtype=torch.bfloat16, device=device, scale=0.1) for name in given.split(", ")}
+
+    def fused(shift, scale, norm_weight=None, norm_bias=None, **inputs):
+        shift, scale = ops.fold_affine(shift, scale, norm_weight, norm_bias)
+        return ops.routed_linear(**inputs, shift=shift, scale=scale, window=window, norm=norm)
+
+    def oracle(x, branch, gate, shift, scale, weight, bias, norm_weight=None, norm_bias=None):
+        stream = x + gate[:, None] * branch
+        z = reference.normalize(reference.masked(stream, window.mask()), norm=norm)
+        z = z if norm_weight is None else z * norm_weight
+        z = z if norm_bias is None else z + norm_bias
+        return stream, torch.nn.functional.linear(reference.modulate(z, shift, scale), weight, bias)
+
+    assert_within_bound(compare(fused, oracle, inputs, torch.bfloat16))
 
 
 def of_heads(x, window, parts=1):
@@ -258,13 +288,15 @@ def of_heads(x, window, parts=1):
     return torch.stack([sample[:, :, s : s + window.width].flatten(1) for sample, s in samples])
 
 
-def check_inner_linear(batch, tokens, channels, outputs, parts, window, dtype, device, branch=True, bias=True):
+def check_inner_linear(
+    batch, tokens, channels, outputs, parts, window, dtype, device, branch=True, bias=True, norm="layer"
+):
     def fused(bias=None, **inputs):
-        stream, out = ops.inner_linear(**inputs, bias=bias, window=window, parts=parts)
+        stream, out = ops.inner_linear(**inputs, bias=bias, window=window, parts=parts, norm=norm)
         return (stream, out) if branch else (out,)
 
     def oracle(branch=None, gate=None, bias=None, **inputs):
-        stream, out = reference.routed_linear(**inputs, bias=bias, branch=branch, gate=gate)
+        stream, out = reference.routed_linear(**inputs, bias=bias, branch=branch, gate=gate, norm=norm)
         out = of_heads(out, window, parts)
         return (stream, out) if branch is not None else (out,)
 
@@ -288,14 +320,14 @@ def check_inner_projection(batch, tokens, size, outputs, window, dtype, device, 
     assert_within_bound(compare(fused, oracle, inputs, dtype, conditioning=4))
 
 
-def check_inner_mlp(batch, tokens, channels, hidden, window, dtype, device, bias=True):
+def check_inner_mlp(batch, tokens, channels, hidden, window, dtype, device, bias=True, norm="layer"):
     mask = window.mask()[:, None].repeat_interleave(hidden // window.channels, 2)
 
     def fused(fc1_bias=None, fc2_bias=None, **inputs):
-        return ops.inner_mlp(**inputs, fc1_bias=fc1_bias, fc2_bias=fc2_bias, window=window)
+        return ops.inner_mlp(**inputs, fc1_bias=fc1_bias, fc2_bias=fc2_bias, window=window, norm=norm)
 
     def oracle(x, shift, scale, branch, gate, fc1_weight, fc2_weight, fc1_bias=None, fc2_bias=None):
-        stream, u = reference.routed_norm(x, shift, scale, None, branch, gate)
+        stream, u = reference.routed_norm(x, shift, scale, None, branch, gate, norm=norm)
         act = torch.nn.functional.gelu(torch.nn.functional.linear(u, fc1_weight, fc1_bias), approximate="tanh")
         return stream, torch.nn.functional.linear(act * mask, fc2_weight, fc2_bias)
 
@@ -322,9 +354,10 @@ def test_any_shape_and_window_over_heads(seed, device, data):
     window = ChannelWindow(torch.tensor(starts, dtype=torch.int32, device=device), width, heads)
     branch, bias = data.draw(st.booleans(), "branch"), data.draw(st.booleans(), "bias")
     parts = data.draw(st.sampled_from([1, 3]), "parts")
-    check_inner_linear(batch, tokens, channels, parts * heads * size, parts, window, dtype, device, branch, bias)
+    norm = data.draw(st.sampled_from(reference.NORMS), "norm")
+    check_inner_linear(batch, tokens, channels, parts * heads * size, parts, window, dtype, device, branch, bias, norm)
     check_inner_projection(batch, tokens, size, channels, window, dtype, device, bias)
-    check_inner_mlp(batch, tokens, channels, heads * size, window, dtype, device, bias)
+    check_inner_mlp(batch, tokens, channels, heads * size, window, dtype, device, bias, norm)
 
 
 @pytest.mark.parametrize("scope", reference.SCOPES)

@@ -25,22 +25,22 @@ struct Shape {
 };
 
 // Token tensors [B, N, *] first, then vectors [B, *] in the compute type. u and du hold the window alone where `compact`,
-// else all channels; with `keep_branch` the window masks x alone.
+// else all channels; with `keep_branch` the window masks x alone; with `rms` nothing is subtracted, and mean is null.
 struct NormForward {
     Shape shape;
     Rows x, branch, stream, u;
     Rows gate, shift, scale, mean, rstd;
     double eps;
-    bool compact, keep_branch;
+    bool compact, keep_branch, rms;
     Type stream_type;  // what the sum is rounded to, also where it is not written
 };
 
 struct NormBackward {
     Shape shape;
     Rows du, dstream, x, branch, dx, dbranch;
-    Rows gate, scale, mean, rstd, inactive;  // inactive with `compact` alone
+    Rows gate, scale, mean, rstd, inactive;  // inactive with `compact` and without `rms` alone
     Rows sums;  // [2 or 3 (with a branch), B, chunks, C]: shift, scale, gate
-    bool compact, keep_branch, x_is_stream;
+    bool compact, keep_branch, rms, x_is_stream;
 };
 
 struct ResidualForward {

@@ -198,7 +198,7 @@ void norm_forward(const NormForward& a) {
                 load_row(a.x, token, seen.lo, seen.size(), v + seen.lo);
             }
             const T* x = v + seen.lo;
-            const T mean = sum<T>(seen.size(), [=](int64_t i) { return x[i]; }) / s.C;
+            const T mean = a.rms ? 0 : sum<T>(seen.size(), [=](int64_t i) { return x[i]; }) / s.C;
             T squares = sum<T>(seen.size(), [=](int64_t i) { return (x[i] - mean) * (x[i] - mean); });
             squares += static_cast<T>(s.C - seen.size()) * mean * mean;
             const T rstd = 1 / std::sqrt(squares / s.C + static_cast<T>(a.eps));
@@ -206,7 +206,7 @@ void norm_forward(const NormForward& a) {
             const T *shift = vector_at<T>(a.shift, b), *scale = vector_at<T>(a.scale, b);
             for (int64_t c = held.lo; c < held.hi; ++c) v[c] = (v[c] - mean) * rstd * (1 + scale[c]) + shift[c];
             store_row(v + held.lo, a.u, token, held.size());
-            static_cast<T*>(a.mean.data)[token] = mean;
+            if (!a.rms) static_cast<T*>(a.mean.data)[token] = mean;
             static_cast<T*>(a.rstd.data)[token] = rstd;
         }
     }
@@ -230,7 +230,7 @@ void norm_backward(const NormBackward& a) {
             const T* scale = vector_at<T>(a.scale, b);
             std::fill(shift_sum, gate_sum + s.C, T(0));
             for (int64_t token = b * s.N + first; token < b * s.N + std::min(first + s.chunk, s.N); ++token) {
-                const T mean = static_cast<const T*>(a.mean.data)[token];
+                const T mean = a.rms ? 0 : static_cast<const T*>(a.mean.data)[token];
                 const T rstd = static_cast<const T*>(a.rstd.data)[token];
                 load_row(a.x, token, window.lo, window.size(), v + window.lo);
                 if (!a.compact) keep_only(v, window, s.C);
@@ -247,9 +247,9 @@ void norm_backward(const NormBackward& a) {
                     g[c] *= 1 + scale[c];
                 }
                 const T *z = v + held.lo, *dz = g + held.lo;
-                T total = sum<T>(held.size(), [=](int64_t i) { return dz[i]; });
+                T total = a.rms ? 0 : sum<T>(held.size(), [=](int64_t i) { return dz[i]; });
                 T along = sum<T>(held.size(), [=](int64_t i) { return dz[i] * z[i]; });
-                if (a.compact) {
+                if (a.inactive.data) {
                     const T inactive = static_cast<const T*>(a.inactive.data)[token];
                     total += inactive;
                     along -= mean * rstd * inactive;

@@ -12,7 +12,7 @@ from dtr_kernels.ops.combine import combine_, weighted_sum
 from dtr_kernels.ops.conv import routed_conv
 from dtr_kernels.ops.gram_matrix import gram
 from dtr_kernels.ops.inner import inner_linear, inner_mlp, inner_projection
-from dtr_kernels.ops.linear import routed_linear
+from dtr_kernels.ops.linear import fold_affine, routed_linear
 from dtr_kernels.ops.mlp import routed_mlp
 from dtr_kernels.ops.pcgrad import pcgrad_, pcgrad_coefficients, pcgrad_sum, random_order
 from dtr_kernels.ops.residual import gated_residual
@@ -26,6 +26,7 @@ KERNELS = [
 
 __all__ = [
     "combine_",
+    "fold_affine",
     "gated_residual",
     "gram",
     "inner_linear",

@@ -6,15 +6,16 @@ functions.
 
 from dtr_kernels.reference.surgery import gram, pcgrad, pcgrad_coefficients, uncertainty_loss
 from dtr_kernels.reference.transformer import (
+    NORMS,
     SCOPES,
     attention,
     dit,
     dit_block,
     gated_residual,
-    layer_norm,
     masked,
     mlp,
     modulate,
+    normalize,
     routed_linear,
     routed_mlp,
     routed_norm,
@@ -23,6 +24,7 @@ from dtr_kernels.reference.transformer import (
 from dtr_kernels.reference.unet import group_norm, res_block, routed_conv
 
 __all__ = [
+    "NORMS",
     "SCOPES",
     "attention",
     "dit",
@@ -30,10 +32,10 @@ __all__ = [
     "gated_residual",
     "gram",
     "group_norm",
-    "layer_norm",
     "masked",
     "mlp",
     "modulate",
+    "normalize",
     "pcgrad",
     "pcgrad_coefficients",
     "res_block",
