@@ -20,7 +20,7 @@ endif
 # Python compiles what is imported, and no more: compiling all packages takes longer than installing them.
 INSTALL := $(RUN) -m pip install --quiet --no-compile
 
-.PHONY: demo study test test-kernels test-sanitize lint gpu gpu-benchmarks verify docs linkcheck wheel wheels test-wheel clean
+.PHONY: demo study test test-kernels test-sanitize lint gpu-prepare gpu gpu-benchmarks verify docs linkcheck wheel wheels test-wheel clean
 
 demo: $(READY)  ## train a small DTR-DiT on real digits, sample from it, compare fused and plain blocks: out/demo
 	$(RUN) -m examples.demo --out out/demo
@@ -55,10 +55,13 @@ linkcheck: $(READY)  ## are the documentation's links to other sites alive? need
 
 # On a machine that has CUDA PyTorch, Triton, pytest and nvcc and can install nothing. OUT gets results and a summary.
 OUT ?= out/gpu
-gpu:  ## builds in the checkout, tests, checks every kernel with compute-sanitizer; in under 10 minutes
+gpu-prepare:  ## before, without a GPU, in a like environment: builds and compiles for Hopper what the next two run
+	$(PYTHON) .ci/gpu.py $(OUT) prepare
+
+gpu:  ## checks every kernel, with compute-sanitizer too, and runs the GPU tests; in under 7 minutes
 	$(PYTHON) .ci/gpu.py $(OUT) checks
 
-gpu-benchmarks:  ## builds in the checkout and measures; in under 10 minutes
+gpu-benchmarks:  ## measures and tunes what the checks have not found wrong; in under 7 minutes
 	$(PYTHON) .ci/gpu.py $(OUT) benchmarks
 
 # CUDA is a version like 13.0, or none. Without it, wheel takes that of the nvcc here, and wheels those of its matrix.

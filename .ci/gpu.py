@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
-"""Run everything that needs a GPU, in two parts of less than ten minutes each.
+"""Run everything that needs a GPU, in two parts of less than seven minutes each.
 
-Usage: .ci/gpu.py OUT checks      build the extension, run every kernel, compute-sanitizer and the GPU tests
-       .ci/gpu.py OUT benchmarks  build the extension, measure, make the tables
+Usage: .ci/gpu.py OUT prepare     on any machine, before: build and compile for Hopper, into build/gpu
+       .ci/gpu.py OUT checks      run every kernel, compute-sanitizer and the GPU tests
+       .ci/gpu.py OUT benchmarks  measure, and tune, what the checks have not found wrong
 
 Needs CUDA PyTorch, Triton, pytest and nvcc, and installs nothing. A step that fails or reaches its time limit does not
-stop the others, and the exit status is 1. After each, OUT/<part>.json has its output; OUT/results/<GPU> has results.
+stop the others, and the exit status is 1. After each, OUT/<part>.json says what became of its commands, and
+OUT/<part>.tar.xz has their logs and results.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import hashlib
 import json
 import os
 import re
@@ -18,131 +20,247 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
+import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
-TOTAL, GRACE = 560.0, 10.0  # seconds for a part; from SIGINT to SIGKILL: pytest-xdist takes six to report failures
-EVERY_KERNEL = [PYTHON, "-m", "dtr_kernels", "verify", "--kernels", "--device", "cuda"]
-TRITON = "\n".join(path.read_text() for path in sorted((ROOT / "dtr_kernels" / "ops").glob("*.py")))
+GRACE = 10.0  # seconds from SIGINT to SIGKILL: pytest-xdist takes six to report failures
+KEPT = ROOT / "build/gpu"  # from one part to the next
+# Triton writes absolute paths into its cache, which so can only be unpacked where it was.
+CACHE, ARCHIVE = Path("/tmp/dtr-kernels-triton"), KEPT / "triton-cache.tar.xz"
+UNPACK = f"{PYTHON} -m tarfile -e {ARCHIVE} {CACHE.parent}"
+OPS = "\n".join(path.read_text() for path in sorted((ROOT / "dtr_kernels/ops").glob("*.py")))
 # Parts of kernel names: the CUDA kernels' namespace as C++ mangles it, and Triton's kernels.
-OUR_KERNELS = ["dtr4cuda", *re.findall(r"^def (\w+_kernel)\(", TRITON, re.MULTILINE)]
-BENCHMARKS = {"block": 170, "window_linear": 36, "gated_norm": 24, "surgery_projection": 24, "model": 60}
-BENCHMARKS |= {"gelu_linear": 12, "surgery_step": 24}  # by importance; seconds if each takes all of its time
+OUR_KERNELS = ["dtr4cuda", *re.findall(r"^def (\w+_kernel)\(", OPS, re.MULTILINE)]
+DECLARED = re.findall(r'^    Kernel\(\s+"(\w+)"', OPS, re.MULTILINE)
+SURGERY = [name for name in DECLARED if re.match("gram|combine|weighted|pcgrad", name)]
+BANDS = [name for name in DECLARED if "band" in name]  # of scope "inner" alone
+BLOCKS = [name for name in DECLARED if name not in SURGERY + BANDS]
+EVERY_KERNEL = [PYTHON, "-m", "dtr_kernels", "verify", "--device", "cuda", "--kernels"]
+# DiT-XL/2; and samples smaller than a tile, where tensor descriptors have boxes larger than their tensor.
+SMOKE = ["--dtype", "bf16", "--sizes", "4x256x1152", "4x33x1152", "4x1x1152"]
+WRONG_AT_XL, WRONG = r"^(?!.* 4 x (?:33|1) x ).* FAILED$", KEPT / "checks/wrong.json"
 
 
 class Step(NamedTuple):
-    """A command, its weight in sharing the time, and regular expressions that say what its output means."""
+    """Commands by name, how many run at a time, and regular expressions that say what their output means."""
 
     name: str
-    command: Sequence[str]
-    weight: float = 1
+    seconds: float  # and what earlier steps have left
+    commands: Mapping[str, Sequence[str]]
+    at_once: int = 8
     fails: str = "(?!)"
-    unable: str = "(?!)"  # cannot run here, which is no failure
-    results: Path | None = None  # a benchmark that has written this file need not end
+    unable: str = "^env: .*: No such file.*"  # cannot run here, which is no failure
+    results: Path | None = None  # folder of a benchmark, which need not end if it has left something there
+    rests_on: Sequence[str] = ()  # kernels of which none may be wrong
 
 
-def run(step: Step, limit: float) -> dict[str, Any]:
-    """Run a step, interrupt it at its limit, end all processes that it has started, and return what became of it."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    start, state, why = time.monotonic(), "ok", ""
-    with tempfile.TemporaryFile() as output:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-        child = subprocess.Popen(step.command, cwd=ROOT, env=environment, start_new_session=True, **streams)
-        try:
-            child.wait(limit)
-        except subprocess.TimeoutExpired:
-            state = "stopped at its limit"
-        finally:  # also when this script is interrupted
-            with suppress(subprocess.TimeoutExpired, ProcessLookupError):
-                os.killpg(child.pid, signal.SIGINT)
-                child.wait(GRACE)
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-        output.seek(max(0, output.seek(0, os.SEEK_END) - 200_000))
-        log = re.sub(r"(?m)^[^\n]*\r(?!\n)", "", output.read().decode(errors="replace"))  # overwritten progress bars
+def run(step: Step, until: float, logs: Path) -> list[dict[str, Any]]:
+    """Run a step's commands, interrupt those that still run at a time, and return what became of each."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "TRITON_CACHE_DIR": str(CACHE)}
+    waiting, running, outcomes = dict(step.commands), {}, []
+    try:
+        while (waiting or running) and time.monotonic() < until:
+            for name in list(waiting)[: step.at_once - len(running)]:
+                log = logs / (f"{step.name} {name}".strip().replace(" ", "-") + ".log")
+                with log.open("wb") as output:
+                    streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+                    options = {"cwd": ROOT, "env": environment, "start_new_session": True, **streams}
+                    running[name] = log, time.monotonic(), subprocess.Popen(waiting.pop(name), **options)
+            time.sleep(0.05)
+            for name, (*_, child) in list(running.items()):
+                if child.poll() is not None:
+                    outcomes.append(outcome(step, name, "ok", *running.pop(name)))
+    finally:  # also when this script is interrupted
+        end([child for *_, child in running.values()])
+    outcomes += [outcome(step, name, "stopped at its limit", *facts) for name, facts in running.items()]
+    for name in waiting:
+        print(f"{'not started':20} {step.name} {name}", flush=True)
+        facts = {"step": step.name, "name": name, "state": "not started", "failed": True, "wrong": False, "end": []}
+        outcomes.append(facts)
+    return outcomes
+
+
+def end(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Interrupt processes and all that they have started, then kill what is left of them."""
+    until = time.monotonic() + GRACE
+    for child in children:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGINT)
+    for child in children:
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(max(0, until - time.monotonic()))
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def outcome(
+    step: Step, name: str, state: str, log: Path, start: float, child: subprocess.Popen[bytes]
+) -> dict[str, Any]:
+    """Say what became of a command; of its log the end is kept, without overwritten progress bars."""
+    end([child])
+    text = log.read_bytes()[-200_000:].decode(errors="replace")
+    log.write_text(text := re.sub(r"(?m)^[^\n]*\r(?!\n)", "", text))
+    why = ""
     if state == "ok" and child.returncode:
         state, why = "FAILED", f"exit status {child.returncode}"
     for pattern, meaning in (step.fails, "FAILED"), (step.unable, "missing"):
-        if found := re.search(pattern, log, re.MULTILINE):
+        if found := re.search(pattern, text, re.MULTILINE):
             state, why = meaning, found[0].strip()
-    failed = state == "FAILED" or (state == "stopped at its limit" and not (step.results and step.results.exists()))
-    print(f"{state:20} {step.name:20} {time.monotonic() - start:6.1f} s  {why}", flush=True)
-    facts = {"name": step.name, "state": state, "why": why, "failed": failed, "command": step.command}
-    return facts | {"log": log.splitlines()}
+    measured = step.results is not None and any(step.results.glob("*.json*"))
+    failed = state == "FAILED" or (state == "stopped at its limit" and not measured)
+    seconds = round(time.monotonic() - start, 1)
+    print(f"{state:20} {f'{step.name} {name}':32} {seconds:6.1f} s  {why}", flush=True)
+    # A crash; not what ended in time, with status 1 or, for want of a GPU, 2.
+    crashed = state == "FAILED" and child.returncode not in (0, 1, 2)
+    wrong = crashed or re.search(WRONG_AT_XL, text, re.MULTILINE) is not None
+    facts = {"step": step.name, "name": name, "state": state, "why": why, "seconds": seconds, "failed": failed}
+    return facts | {"wrong": wrong, "log": log.name, "end": text.splitlines()[-4:]}
 
 
-def checks() -> list[Step]:
-    """Return the steps by importance."""
-    workers = ["-n", "8", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
-    tests = ["env", "OMP_NUM_THREADS=1", PYTHON, "-m", "pytest", "-q", "-rfEs", "-m", "gpu", *workers, "tests"]
+def ready() -> list[Step]:
+    """Unpack what was prepared, and build the extension unless that was done from the same sources."""
+    sources = b"".join(path.read_bytes() for path in sorted((ROOT / "csrc").rglob("*.*")))
+    mark, built = f"{sys.implementation.cache_tag} {hashlib.sha256(sources).hexdigest()}", KEPT / "built"
+    build = f"{PYTHON} setup.py build_ext --inplace && echo {mark} > {built}"
+    steps = [Step("unpack", 10, {"": ["sh", "-c", UNPACK]})] if ARCHIVE.exists() else []
+    if not built.exists() or built.read_text().strip() != mark:
+        steps.append(Step("build", 30, {"": ["sh", "-c", build]}, fails="dtr_kernels: built without .*"))
+    return steps
+
+
+def prepare(found: Path) -> list[Step]:
+    """Return the steps; the last sees whether a fresh process finds every kernel in the unpacked archive."""
+    shutil.rmtree(CACHE, ignore_errors=True)
+    for earlier in ARCHIVE, KEPT / "built":
+        earlier.unlink(missing_ok=True)
+    build = ["env", "TORCH_CUDA_ARCH_LIST=9.0", *ready()[0].commands[""]]
+    compile_all = ["env", "TRITON_STORE_BINARY_ONLY=1", PYTHON, "-m", "benchmarks.ahead"]
+    pack = ["tar", "-C", str(CACHE.parent), "--exclude", "*.source", "-cJf", str(ARCHIVE), CACHE.name]
+    prove = f"rm -rf {CACHE} && {UNPACK} && exec {PYTHON} -m benchmarks.ahead"
     return [
-        Step("info", [PYTHON, "-m", "dtr_kernels", "info", "--json"], 40),
-        Step("every kernel", EVERY_KERNEL, 80),
-        sanitizer("memcheck", "--report-api-errors", "no"),  # PyTorch asks the driver for what it may not have
-        Step("gpu tests", tests, 140, "^(FAILED|ERROR) .*|NOT RUN: needs an NVIDIA GPU"),
-        Step("verify", [PYTHON, "-m", "dtr_kernels", "verify", "--device", "cuda"], 50),
-        sanitizer("racecheck", "--racecheck-detect-level", "error"),
+        Step("build", 300, {"": build}, fails="dtr_kernels: built without .*"),
+        Step("compile", 3000, {"": compile_all}),
+        Step("pack", 300, {"": pack}),
+        Step("prove", 900, {"": ["sh", "-c", prove]}, fails="[1-9][0-9]* compiled.*"),
     ]
 
 
-def sanitizer(tool: str, *options: str) -> Step:
-    """Return the step that runs every kernel under a tool of compute-sanitizer."""
+def checks(found: Path) -> list[Step]:
+    """Return the steps, which take six minutes."""
+    facts = {"info": [PYTHON, "-m", "dtr_kernels", "info", "--json"], "packages": [PYTHON, "-m", "pip", "list"]}
+    facts |= {"gpu": ["env", "nvidia-smi"], "nvcc": ["env", "nvcc", "--version"]}
+    tests = ["env", "OMP_NUM_THREADS=1", PYTHON, "-m", "pytest", "-q", "-rfEs", "-m", "gpu", "--hypothesis-seed=0"]
+    smoke = {name: ["env", "CUDA_LAUNCH_BLOCKING=1", *EVERY_KERNEL, name, *SMOKE] for name in DECLARED}
+    smoke["fresh thread"] = [*tests, "tests/test_ops.py", "-k", "fresh_thread"]
+    every = {
+        f"{name} {part}": [*EVERY_KERNEL, *DECLARED[part::3], "--dtype", name]
+        for name in ("bf16", "fp32", "fp16", "autocast")
+        for part in range(3)
+    }
+    workers = ["-n", "8", "--maxschedchunk", "4"] if find_spec("xdist") else []
+    workers += ["--timeout", "60", "--timeout-method", "thread"] if find_spec("pytest_timeout") else []
+    first = [f"tests/test_{name}.py" for name in ("ops", "compile", "sampling")]
+    bad = "^(FAILED|ERROR) .*|NOT RUN: needs an NVIDIA GPU"
+    return [
+        *ready(),
+        Step("facts", 30, facts),
+        Step("smoke", 60, smoke, at_once=6, fails=bad),
+        Step("every kernel", 80, every, at_once=12),
+        memcheck(),
+        Step("gpu tests", 130, {"": [*tests, *workers, *first, "tests"]}, fails=bad),
+    ]
+
+
+def memcheck() -> Step:
+    """Return the step that runs every kernel, in one dtype and size, under compute-sanitizer."""
     beside_nvcc = os.path.dirname(os.path.realpath(shutil.which("nvcc") or ""))
     path = os.pathsep.join([os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '')}/bin", beside_nvcc])
     # Each tensor is an allocation of its own, so that accesses beyond it are found.
-    program = ["env", f"PATH={path}", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", tool, *options]
-    # Python takes long to import PyTorch; the processes that Triton starts are ptxas.
-    program += ["--error-exitcode", "99", "--launch-timeout", "60", "--target-processes", "application-only"]
-    kernels = [word for name in OUR_KERNELS for word in ("--kernel-name", f"kns={name}")]
+    program = ["env", f"PATH={path}", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", "memcheck"]
+    # PyTorch asks the driver for what it may not have, and takes long to import; the processes of Triton are ptxas.
+    program += ["--report-api-errors", "no", "--launch-timeout", "60", "--target-processes", "application-only"]
+    program += ["--error-exitcode", "99", *(word for name in OUR_KERNELS for word in ("--kernel-name", f"kns={name}"))]
+    one = ["--dtype", "bf16", "--sizes", "2x33x67"]
+    commands = {"blocks": [*program, *EVERY_KERNEL, *BLOCKS, *BANDS, *one]}
+    commands["surgery"] = [*program, *EVERY_KERNEL, *SURGERY, *one]
     # Errors are printed at once, the summary at the end, which a tool that is stopped does not reach.
-    fails = r"^=+ (Invalid __|Misaligned |Error: |Race reported ).*|SUMMARY: [1-9].*"
+    fails = r"^=+ (Invalid __|Misaligned |Error: ).*|SUMMARY: [1-9].*"
     unable = "Device not supported.*|env: .*compute-sanitizer.*: No such file.*"
-    return Step(tool, [*program, *kernels, *EVERY_KERNEL], 45, fails, unable)
+    return Step("memcheck", 30, commands, fails=fails, unable=unable)
 
 
-def benchmarks(out: Path, scratch: str) -> list[Step]:
-    """Return the steps by importance; the report, which can be made again, goes to ``scratch``."""
-    script = "import torch; from benchmarks.environment import folder_name; print(folder_name(torch.device('cuda')))"
-    named = subprocess.run([PYTHON, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    results = out / "results" / (named.stdout.strip() or "unknown-gpu")
-    command, steps = [PYTHON, "-m", "benchmarks"], []
-    for name, weight in BENCHMARKS.items():
-        for earlier in results.glob(f"{name}.json*"):
-            earlier.unlink()
-        # Compiling with max-autotune takes as long as the rest of a case, and compiling a whole model longer.
-        skipped = ["max-autotune", "compiled"] if name == "model" else ["max-autotune"]
-        options = ["--device", "cuda", "--seconds", "5", "--skip", *skipped, "--out", str(results)]
-        steps.append(Step(name, [*command, "run", name, *options], weight, results=results / f"{name}.json"))
-    return [*steps, Step("report", [*command, "report", str(results), "--out", scratch], 30)]
+def benchmarks(found: Path) -> list[Step]:
+    """Return the steps, which take six and a half minutes, without those that rest on a wrong kernel."""
+    wrong = json.loads(WRONG.read_text()) if WRONG.exists() else []
+    command = ["env", f"DTR_KERNELS_CACHE={found / 'tune'}", PYTHON, "-m", "benchmarks"]  # where tune leaves its tiles
+    xl = ["--model", "DiT-XL/2", "--dtype", "bf16", "--batch", "256"]
+    training = ["block", *xl, "--pass", "training", "--scope"]
+
+    def measured(name: str, seconds: float, rests_on: Sequence[str], *what: str) -> Step:
+        options = ["--device", "cuda", "--seconds", "5", "--skip", "max-autotune", "--out", str(found / name)]
+        return Step(name, seconds, {"": [*command, "run", *what, *options]}, results=found / name, rests_on=rests_on)
+
+    steps = [
+        measured("block", 130, BLOCKS, "block", *xl, "32"),
+        # It also times other numbers of stages.
+        Step("tune", 160, {"": [*command, "tune", *xl, *tiles_without(wrong)]}, results=found / "tune/tuned"),
+        measured("tuned", 35, BLOCKS, *training, "block", "branch"),
+        measured("tuned-inner", 15, BLOCKS + BANDS, *training, "inner"),
+        measured("surgery", 30, SURGERY, "surgery_projection"),
+    ]
+    spoilt = {step.name: [name for name in step.rests_on if name in wrong] for step in steps}
+    for name in filter(spoilt.get, spoilt):
+        print(f"{'left out':20} {name}, which needs {', '.join(spoilt[name])}", flush=True)
+    return ready() + [step for step in steps if not spoilt[step.name]]
+
+
+def tiles_without(wrong: Sequence[str]) -> list[str]:
+    """Return the option that tunes the tiles and crossovers that no wrong kernel runs with."""
+    if not wrong:
+        return []
+    sys.path.append(str(ROOT))
+    from dtr_kernels import ops
+    from dtr_kernels.ops.tiles import KINDS
+
+    bad = [kernel for kernel in ops.KERNELS if kernel.name in wrong]
+    spoilt = {op for kernel in bad for mode in kernel.modes for op in (*kernel.tiles(**mode), kernel.crossover)}
+    print(f"{'left out':20} tune of {', '.join(op for op in KINDS if op in spoilt)}", flush=True)
+    return ["--ops", *(op for op in KINDS if op not in spoilt)]
 
 
 def main(arguments: Sequence[str]) -> int:
-    if len(arguments) != 2 or arguments[0].startswith("-") or arguments[1] not in ("checks", "benchmarks"):
+    parts = {"prepare": prepare, "checks": checks, "benchmarks": benchmarks}
+    if len(arguments) != 2 or arguments[0].startswith("-") or arguments[1] not in parts:
         sys.exit(__doc__)
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore SIGINT, and so would children
         signal.signal(number, signal.default_int_handler)
-    start, out, part = time.monotonic(), Path(arguments[0]).resolve(), arguments[1]
-    out.mkdir(parents=True, exist_ok=True)
+    out, part, until = Path(arguments[0]).resolve(), arguments[1], time.monotonic()
+    shutil.rmtree(found := KEPT / part, ignore_errors=True)
+    for folder in out, found / "logs":
+        folder.mkdir(parents=True, exist_ok=True)
     outcomes: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        build = Step("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 90, "dtr_kernels: built without .*")
-        steps = [build, *(checks() if part == "checks" else benchmarks(out, scratch))]
-        for number, step in enumerate(steps):
-            # A step may take its share of the time that is left; later steps get what it does not need.
-            left = TOTAL - (time.monotonic() - start) - GRACE * len(steps[number:])
-            outcomes.append(run(step, left * step.weight / sum(later.weight for later in steps[number:])))
-            (out / f"{part}.json").write_text(json.dumps(outcomes, indent=1) + "\n")
-    bad = [outcome for outcome in outcomes if outcome["failed"]]
-    for outcome in bad:
-        print(f"\n--- the end of the output of {outcome['name']}", *outcome["log"][-10:], sep="\n")
-    print(f"\n{len(bad)} of {len(outcomes)} steps failed or did not end; {out / part}.json has their output")
+    for step in parts[part](found):
+        until += step.seconds
+        outcomes += run(step, until, found / "logs")
+        if step.name == "smoke":
+            wrong = {facts["name"] for facts in outcomes if facts["wrong"]}
+            WRONG.write_text(json.dumps([name for name in DECLARED if name in wrong]))
+        (out / f"{part}.json").write_text(json.dumps(outcomes, indent=1) + "\n")
+        with tarfile.open(draft := KEPT / f"{part}.tar.xz", "w:xz") as archive:
+            archive.add(found, part)
+        shutil.copy(draft, out)
+    bad = [facts for facts in outcomes if facts["failed"]]
+    for facts in bad:
+        print(f"\n--- {facts['step']} {facts['name']}", *facts["end"], sep="\n")
+    print(f"\n{len(bad)} of {len(outcomes)} commands failed or did not end; their logs are in {out / part}.tar.xz")
     return int(bool(bad))
 
 

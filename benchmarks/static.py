@@ -274,7 +274,7 @@ def cuobjdump(*arguments: str | Path) -> str:
 # --- compiling instead of launching ----------------------------------------------------------------------------------
 
 
-class _Target:
+class Target:
     """Stands in for Triton's GPU driver: names the architecture to compile for."""
 
     def __init__(self, arch: int) -> None:
@@ -311,7 +311,7 @@ def binaries(arch: int, dtype: torch.dtype, sizes: Sizes, tile: str | None = Non
     draw = Draw(sizes, Precision(dtype, dtype), torch.device("meta"))
     kernels = [replace(kernel, sizes=[sizes]) for kernel in ops.KERNELS if kernel.sizes is SIZES]
     found = []
-    triton.runtime.driver.set_active(_Target(arch))
+    triton.runtime.driver.set_active(Target(arch))
     try:
         with recording(arch) as launches:
             for call in verify.calls(draw.device, kernels):

@@ -5,10 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 
 import torch
 
-from dtr_kernels import info, just_in_time, verify
+from dtr_kernels import info, just_in_time, ops, verify
+from dtr_kernels.ops.declaration import PRECISIONS, SIZES, Sizes
+
+
+def sizes(text: str) -> Sizes:
+    """Return B, N and C of a text such as 4x256x1152."""
+    return Sizes(*map(int, text.split("x")))
 
 
 def main() -> int:
@@ -21,8 +28,22 @@ def main() -> int:
         "verify", help="compare the kernels with the reference here and print a table of errors"
     )
     check.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
-    check.add_argument("--kernels", action="store_true", help="every kernel in each of its modes, instead of blocks")
+    check.add_argument(
+        "--kernels",
+        nargs="*",
+        metavar="NAME",
+        help="each mode of every kernel, or of those named, instead of blocks; a process that CUDA fails starts again",
+    )
+    check.add_argument("--dtype", choices=[*PRECISIONS, "autocast"], help="of --kernels; default: all")
+    check.add_argument(
+        "--sizes",
+        nargs="+",
+        type=sizes,
+        metavar="BxNxC",
+        help="samples, tokens and channels for --kernels of blocks; default: small and odd ones",
+    )
     check.add_argument("--seed", type=int, help="of the random inputs; default: a fresh one, printed")
+    check.add_argument("--after", nargs=2, type=int, default=(0, 0), help=argparse.SUPPRESS)
     commands.add_parser(
         "build",
         help="compile the extension for this machine, to be used in place of the installed one",
@@ -45,10 +66,20 @@ def main() -> int:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {arguments.device} cannot be used here: {str(error).splitlines()[0]}")
+    kernels = None
+    if arguments.kernels is not None:
+        known = {kernel.name: kernel for kernel in ops.KERNELS}
+        if unknown := set(arguments.kernels) - set(known):
+            parser.error(f"--kernels: there is no {unknown.pop()}; there are {', '.join(known)}")
+        kernels = [known[name] for name in arguments.kernels or known]
+        if arguments.sizes:
+            kernels = [replace(k, sizes=arguments.sizes) if k.sizes is SIZES else k for k in kernels]
+    elif arguments.dtype or arguments.sizes:
+        parser.error("--dtype and --sizes are for single kernels; add --kernels")
     seed = torch.seed() % 2**31 if arguments.seed is None else arguments.seed
     torch.manual_seed(seed)
     print(f"device {device}, seed {seed}\n")
-    passed = verify.run(device, arguments.kernels)
+    passed = verify.run(device, kernels, arguments.dtype, arguments.after)
     print("\nevery error is within its bound" if passed else "\nFAILED: an error is above its bound")
     return 0 if passed else 1
 

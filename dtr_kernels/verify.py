@@ -5,22 +5,29 @@ that plain PyTorch makes in the same dtype, plus a few rounding units of the lar
 and for every gradient, with a window, timestep and modulation of its own for every sample.
 
 By default whole blocks and gradient surgery are compared; with ``--kernels`` instead every declared kernel in each of
-its modes and on odd sizes, with NaN in uninitialised memory. That is made to run under compute-sanitizer too.
+its modes and on odd sizes, with NaN in uninitialised memory. That is made to run under compute-sanitizer too. A call
+that raises is wrong, and the next one is made all the same: a CUDA error spoils the process, which then starts again.
 """
 
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dtr_kernels import nn, ops, reference
+from dtr_kernels.analysis.bar import ticking
 from dtr_kernels.ops.declaration import (
     PRECISIONS,
     Draw,
@@ -233,10 +240,16 @@ def _unit(dtype: torch.dtype) -> float:
     return _SLACK[dtype] * torch.finfo(dtype).eps
 
 
-def _kernel_cases(device: torch.device) -> Iterable[tuple[str, list[Comparison]]]:
-    for call in calls(device):
-        for name, precision in call.kernel.precisions.items():
-            yield f"{name:13}  {call}", check(call, precision, device)
+# A name, and what compares.
+Case = tuple[str, Callable[[], list[Comparison]]]
+
+
+def kernel_cases(device: torch.device, kernels: Sequence[Kernel], precision: str | None = None) -> Iterator[Case]:
+    """Yield a case for each call of kernels, in one precision or in all that a kernel takes."""
+    for call in calls(device, kernels):
+        for name, dtypes in call.kernel.precisions.items():
+            if precision in (None, name):
+                yield f"{name:13}  {call}", partial(check, call, dtypes, device)
 
 
 @contextmanager
@@ -259,41 +272,60 @@ def nan_in_uninitialised_memory() -> Iterator[None]:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def _cases(device: torch.device) -> Iterable[tuple[str, list[Comparison]]]:
-    yield from _block_cases(device)
-    of_surgery = [kernel for kernel in ops.KERNELS if kernel.sizes is CLUSTERS]
-    for (name, precision), clusters in itertools.product(PRECISIONS.items(), (5, 8, 64)):
-        found = [
-            replace(comparison, name=f"{call.kernel.name} {comparison.name}")
-            for call in calls(device, of_surgery)
-            if clusters == call.sizes.K
-            for comparison in check(call, precision, device)
-        ]
-        yield f"{name:13}  gradient surgery, {clusters} clusters", found
+_TIMESTEPS = (3, 612, 999)
+# t of each sample, one t for all, or none.
+_WAYS: dict[str, tuple[int, ...] | int | None] = {
+    "one window per sample": _TIMESTEPS,
+    "one shared window": 700,
+    "unrouted": None,
+}
+_DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "fp32": (torch.float32, None),
+    "bf16": (torch.bfloat16, None),
+    "fp16": (torch.float16, None),
+    "autocast bf16": (torch.float32, torch.bfloat16),
+}
 
 
-def _block_cases(device: torch.device) -> Iterable[tuple[str, list[Comparison]]]:
-    samples, tokens, channels, heads = 3, 190, 384, 6  # large enough that the CPU runs its kernels
-    routing = DenoisingTaskRouting()
-    t = torch.tensor([3, 612, 999], device=device)
-    ways: dict[str, Tensor | int | None] = {"one window per sample": t, "one shared window": 700, "unrouted": None}
-    precisions: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
-        "fp32": (torch.float32, None),
-        "bf16": (torch.bfloat16, None),
-        "fp16": (torch.float16, None),
-        "autocast bf16": (torch.float32, torch.bfloat16),
-    }
-    for precision, (dtype, autocast) in precisions.items():
-        for scope, (name, way), products in itertools.product(reference.SCOPES, ways.items(), _products(device)):
-            block = random_block(channels, heads, scope, device, dtype)
-            window = None if way is None else routing.window(way, block.routed_channels)
-            with _from_the_first_token(products):
-                comparisons = check_block(block, window, samples, tokens, autocast)
-            yield f"{precision:13}  scope {scope:6}  {name}" + (f", {products}" if products else ""), comparisons
+def cases(device: torch.device) -> Iterator[Case]:
+    """Yield routed blocks, for each precision, scope and kind of window, then gradient surgery."""
+    for precision, scope, way, products in itertools.product(_DTYPES, reference.SCOPES, _WAYS, _products(device)):
+        name = f"{precision:13}  scope {scope:6}  {way}" + (f", {products}" if products else "")
+        yield name, partial(_check_scope, scope, _WAYS[way], products, *_DTYPES[precision], device)
     # So narrow and long that a CPU too multiplies with slices of the weight, in both passes.
-    block = random_block(channels, heads, "branch", device, torch.float32)
-    narrow = check_block(block, DenoisingTaskRouting(beta=0.5).window(t, channels), samples, 1030)
+    narrow = partial(_check_scope, "branch", _TIMESTEPS, "", *_DTYPES["fp32"], device, beta=0.5, tokens=1030)
     yield f"{'fp32':13}  scope branch  one window per sample, beta 0.5, 1030 tokens", narrow
+    for precision, clusters in itertools.product(PRECISIONS, (5, 8, 64)):
+        name = f"{precision:13}  gradient surgery, {clusters} clusters"
+        yield name, partial(_check_surgery, precision, clusters, device)
+
+
+def _check_scope(
+    scope: str,
+    way: tuple[int, ...] | int | None,
+    products: str,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None,
+    device: torch.device,
+    beta: float = 0.8,
+    tokens: int = 190,
+) -> list[Comparison]:
+    samples, channels, heads = len(_TIMESTEPS), 384, 6  # large enough that the CPU runs its kernels
+    block = random_block(channels, heads, scope, device, dtype)
+    t = torch.tensor(way, device=device) if isinstance(way, tuple) else way
+    window = None if t is None else DenoisingTaskRouting(beta=beta).window(t, block.routed_channels)
+    with _from_the_first_token(products):
+        return check_block(block, window, samples, tokens, autocast)
+
+
+def _check_surgery(precision: str, clusters: int, device: torch.device) -> list[Comparison]:
+    of_surgery = [kernel for kernel in ops.KERNELS if kernel.sizes is CLUSTERS]
+    return [
+        replace(comparison, name=f"{call.kernel.name} {comparison.name}")
+        for call in calls(device, of_surgery)
+        if clusters == call.sizes.K
+        for comparison in check(call, PRECISIONS[precision], device)
+    ]
 
 
 def _products(device: torch.device) -> list[str]:
@@ -310,27 +342,78 @@ def _from_the_first_token(products: str) -> Iterator[None]:
         yield
 
 
-def run(device: torch.device, kernels: bool = False) -> bool:
+def run(
+    device: torch.device,
+    kernels: Sequence[Kernel] | None = None,
+    precision: str | None = None,
+    after: tuple[int, int] = (0, 0),
+) -> bool:
     """Print a table of errors and return whether all are within their bounds.
 
     Its rows are routed blocks, for each precision, scope and kind of window, and gradient surgery, for each precision
-    and number of clusters; with ``kernels`` they are the calls of declared kernels, of which only those that fail are
-    printed. A row shows the comparison that comes closest to its bound, of all that were made.
+    and number of clusters; with ``kernels`` they are the calls of these, in one precision or in all, of which only
+    those that fail are printed. A row shows the comparison that comes closest to its bound, of all that were made.
+
+    Args:
+        after: how many calls have been made before, and how many of them were wrong.
     """
+    given = list(cases(device) if kernels is None else kernel_cases(device, kernels, precision))
+    done, wrong = after
+    found = partial(_found, torch.initial_seed())
     print(f"{'case':69} {'closest to its bound':28} {'kernel':>9} {'PyTorch':>9} {'bound':>9}")
-    failed = total = 0
-    with nan_in_uninitialised_memory() if kernels else nullcontext():
-        for name, comparisons in _kernel_cases(device) if kernels else _cases(device):
+    with ExitStack() as stack:
+        tick = stack.enter_context(ticking(len(given), done, "calls", shown=kernels is not None))
+        at_once: Callable[..., Iterable[list[Comparison] | str]] = map
+        if kernels is not None:
+            stack.enter_context(nan_in_uninitialised_memory())
+        elif device.type == "cuda":  # where compiling takes most of the time; a scope's cases share kernels
+            pool = ProcessPoolExecutor(min(8, os.cpu_count() or 1), multiprocessing.get_context("spawn"))
+            at_once = partial(stack.enter_context(pool).map, chunksize=len(_WAYS) * len(_products(device)))
+        rest = given[done:]
+        for (name, _), comparisons in zip(rest, at_once(found, [attempt for _, attempt in rest]), strict=True):
+            tick()
+            done += 1
+            if isinstance(comparisons, str):
+                wrong += 1
+                print(f"{name:69} {comparisons}  FAILED", flush=True)
+                if not usable(device):
+                    _start_again(done, wrong)
+                continue
             worst = max(comparisons, key=lambda c: c.error / c.bound if c.passed and c.bound else 1e9 * (not c.passed))
-            passed = all(c.passed for c in comparisons)
-            failed, total = failed + (not passed), total + 1
-            if passed and kernels:
+            wrong += not worst.passed
+            if worst.passed and kernels is not None:
                 continue
             print(
                 f"{name:69} {worst.name.replace('__', '.'):28} {worst.error:9.1e} {worst.plain_error:9.1e} "
                 f"{worst.bound:9.1e}  {'ok' if worst.passed else 'FAILED'}",
                 flush=True,
             )
-    if kernels:
-        print(f"{total} calls of {len(ops.KERNELS)} kernels, {failed} wrong")
-    return not failed
+    if kernels is not None:
+        print(f"{done} calls of {len(kernels)} kernels, {wrong} wrong")
+    return not wrong
+
+
+def _found(seed: int, attempt: Callable[[], list[Comparison]]) -> list[Comparison] | str:
+    """What a case finds, or a line about the error that it ends with."""
+    torch.manual_seed(seed)
+    try:
+        return attempt()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def usable(device: torch.device) -> bool:
+    """Return False after a CUDA error, which spoils all later calls of the process."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _start_again(done: int, wrong: int) -> None:
+    """Replace the process by one like it that goes on after as many calls."""
+    sys.stdout.flush()
+    again = ["--seed", str(torch.initial_seed()), "--after", str(done), str(wrong)]
+    os.execv(sys.executable, [*sys.orig_argv, *again])

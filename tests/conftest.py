@@ -19,6 +19,7 @@ if os.environ.get("TRITON_INTERPRET"):
 
 from dtr_kernels.ops import tiles
 from dtr_kernels.ops.tiles import NEVER, Crossover, RowTiles, Tiles, crossovers
+from dtr_kernels.verify import usable
 
 # Files with fixtures that take long, such as builds. They come first, so that with --dist worksteal no process takes
 # over a part of one at the end and makes its fixtures again.
@@ -32,6 +33,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="NOT RUN: needs an NVIDIA GPU"))
+
+
+def pytest_runtest_teardown(item):
+    """After a CUDA error every later test of the process would fail: under pytest-xdist another takes its place."""
+    on_gpu = item.get_closest_marker("gpu") and torch.cuda.is_available() and "PYTEST_XDIST_WORKER" in os.environ
+    if on_gpu and not usable(torch.device("cuda")):
+        os._exit(1)
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -15,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtr_kernels import ops, reference, verify
+from dtr_kernels import __main__, ops, reference, verify
 from dtr_kernels.ops import extension, tiles
 from dtr_kernels.ops.declaration import SIZES, Draw, Gradient, Gradients, Kernel, Precision, Sizes, mode_name, results
 from dtr_kernels.ops.gated_norm import Norm, NormInputs, NormWindow, gated_norm_forward
@@ -184,20 +187,65 @@ def test_gradients_of_backward_kernels_are_differences(seed, kernel, mode):
 
 
 @pytest.mark.skipif(INTERPRETED or extension.kernels is None, reason="NOT RUN: the launchers have no kernels here")
-def test_verify_names_the_kernels_that_are_wrong(monkeypatch, capsys):
+def test_verify_names_the_kernels_that_are_wrong(capsys):
     """``python -m dtr_kernels verify --kernels``."""
     right = KERNELS["gated_residual_forward"]
     small = [replace(right, sizes=[Sizes(2, 3, 20)]), replace(KERNELS["gram"], sizes=[Gradients(3, 50)])]
-    monkeypatch.setattr(verify.ops, "KERNELS", small)
     cpu = torch.device("cpu")
-    assert verify.run(cpu, kernels=True)
-    assert "10 calls of 2 kernels, 0 wrong" in capsys.readouterr().out
+    assert verify.run(cpu, small) and verify.run(cpu, small, "bf16")
+    said = capsys.readouterr().out
+    assert "10 calls of 2 kernels, 0 wrong" in said and "\n3 calls of 2 kernels, 0 wrong" in said
     small[0] = replace(small[0], launch=lambda **inputs: right.launch(**inputs) * 1.1)
-    assert not verify.run(cpu, kernels=True)
+    assert not verify.run(cpu, small)
     said = capsys.readouterr().out
     assert said.count("FAILED") == 4 and "10 calls of 2 kernels, 4 wrong" in said and "gram" not in said
     small[0] = replace(small[0], launch=lambda **inputs: torch.empty_like(right.launch(**inputs)))
-    assert not verify.run(cpu, kernels=True), "what is left unwritten is NaN"
+    assert not verify.run(cpu, small), "what is left unwritten is NaN"
+    small[0] = replace(small[0], launch=lambda **inputs: 1 / 0)
+    assert not verify.run(cpu, small)
+    said = capsys.readouterr().out
+    assert said.count("ZeroDivisionError: division by zero  FAILED") == 4 and "10 calls of 2 kernels, 4 wrong" in said
+
+
+FAILING = """
+import sys
+from dataclasses import replace
+from dtr_kernels import __main__, ops, verify
+
+def launch(**inputs):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered\\nand more")
+
+first, second, *_ = ops.KERNELS
+ops.KERNELS[:2] = [replace(first, launch=launch, modes=first.modes[:2]), second]
+verify.usable = lambda device: False
+sys.exit(__main__.main())
+"""
+
+
+@pytest.mark.skipif(INTERPRETED or extension.kernels is None, reason="NOT RUN: the launchers have no kernels here")
+def test_verify_goes_on_in_a_new_process_after_a_cuda_error():
+    names = [kernel.name for kernel in ops.KERNELS[:2]]
+    options = ["--kernels", *names, "--dtype", "fp32", "--sizes", "2x3x20", "1x1x8", "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-c", FAILING, "verify", *options], capture_output=True, text=True)
+    calls, seeds = 2 * (2 + len(ops.KERNELS[1].modes)), set(re.findall(r"seed (\d+)", done.stdout))
+    assert done.returncode == 1 and f"{calls} calls of 2 kernels, 4 wrong" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("illegal memory access was encountered  FAILED") == 4 and len(seeds) == 1
+    assert done.stdout.count("closest to its bound") == 5, "each error ends a process"
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--dtype", "bf16"], "add --kernels"),
+        (["--kernels", "norm"], "there is no norm; there are gated_norm_forward"),
+        (["--kernels", "--sizes", "2x3"], "invalid sizes value: '2x3'"),
+    ],
+)
+def test_verify_refuses(monkeypatch, capsys, options, said):
+    monkeypatch.setattr(sys, "argv", ["dtr_kernels", "verify", *options])
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main()
+    assert said in capsys.readouterr().err
 
 
 # --- what is declared ------------------------------------------------------------------------------------------------

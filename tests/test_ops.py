@@ -7,6 +7,8 @@ The file runs three times: with the compiled CPU kernels, with the Triton kernel
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -454,6 +456,34 @@ def test_windows_that_the_host_knows_on_a_gpu(seed, shared):
     outs = [block(x, c, each) for each in (window, on_gpu)]
     torch.testing.assert_close(*outs)
     torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), leaves) for out in outs))
+
+
+FRESH_THREAD = """
+import sys, threading
+import torch
+from dtr_kernels import ops
+from dtr_kernels.ops.declaration import PRECISIONS, Draw, Sizes, widened
+
+kernel = next(kernel for kernel in ops.KERNELS if kernel.name == "input_gradient")
+arguments = kernel.inputs(Draw(Sizes(2, 130, 96), PRECISIONS["bf16"], torch.device("cuda")))
+torch.empty_like(arguments["g"])  # leaves memory that a thread gets without a call of CUDA
+found = []
+thread = threading.Thread(target=lambda: found.append(kernel.launch(**arguments)))
+if sys.argv[1] == "fresh":
+    thread.start()
+    thread.join()
+else:
+    thread.run()
+torch.testing.assert_close(found[0].double(), kernel.exact(**widened(arguments)), rtol=0.02, atol=0.02)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", ["main", "fresh"])
+def test_tensor_descriptors_are_the_first_that_a_fresh_thread_asks_of_cuda(which):
+    """Triton fills them in before the launch, which makes a CUDA context current."""
+    done = subprocess.run([sys.executable, "-c", FRESH_THREAD, which], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_strided_inputs(seed, device):

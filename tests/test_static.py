@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,3 +205,23 @@ def test_committed_report_knows_every_packaged_tile():
     for entry in packaged():
         if entry.measurement.capability in static.PROCESSORS and not isinstance(entry.tile, Crossover):
             assert (entry.measurement.capability, entry.measurement.gpu, entry.tile._asdict()) in known, entry
+
+
+# ---- compiling ahead
+
+AHEAD = """
+from functools import partial
+from benchmarks import ahead
+
+if __name__ == "__main__":
+    name = "gated_residual_forward"
+    ahead.jobs = lambda: [partial(ahead.smoke, name), partial(ahead.checks, name, "fp32")]
+    ahead.main()
+    ahead.main()
+"""
+
+
+def test_what_is_compiled_ahead_is_found_by_other_processes(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(static.sources.ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    said = subprocess.check_output([sys.executable, "-c", AHEAD], env=environment, text=True)
+    assert re.fullmatch(r"(\d\d?) (.*): 0 found, \1 compiled\n\1 \2: \1 found, 0 compiled\n", said), said

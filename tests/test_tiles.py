@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -404,6 +405,17 @@ def launched():
 def weight_gradient(dtype=bf16, tokens=256):
     g, u = torch.zeros(2, tokens, 96, dtype=dtype), torch.zeros(2, tokens, 48, dtype=dtype)
     window_linear.weight_gradient(g, u, Band(torch.zeros(2, dtype=torch.int32), u.shape[2]), 64)
+
+
+def test_a_launch_makes_a_context_current_before_descriptors_are_encoded(monkeypatch):
+    """Triton makes one current too, but later, which is too late on a thread that has not used the GPU."""
+    done = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: done.append("context"))
+    kernel = {(3,): lambda *args, **options: done.append((args, options))}
+    descriptor = SimpleNamespace(base=SimpleNamespace(device=torch.device("cuda")))
+    dispatch.launch(kernel, 3, descriptor, 7, BLOCK=16)
+    assert done == ["context", ((descriptor, 7), {"BLOCK": 16})]
 
 
 def test_a_forced_tile_reaches_the_launch(launched):
