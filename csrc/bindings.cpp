@@ -135,8 +135,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("residual_backward", [](Shape shape, Rows dout, Rows branch, Rows dbranch, Rows gate, Rows sums) {
         run(kernels().residual_backward, ResidualBackward{shape, dout, branch, dbranch, gate, sums});
     });
-    m.def("gelu", [](int64_t size, Rows pre, Rows act, Rows dact, Rows dpre) {
-        run(kernels().gelu, Gelu{size, pre, act, dact, dpre});
+    m.def("activation", [](const std::string& kind, int64_t rows, int64_t width, Rows pre, Rows act, Rows dact, Rows dpre) {
+        run(kernels().activation, ActivationPass{activation_named(kind), rows, width, pre, act, dact, dpre});
     });
 
     // Without a constructor: where memory is short, what pybind11 does after one would end the process.

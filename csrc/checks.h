@@ -257,29 +257,42 @@ inline void check(const ResidualBackward& a) {
     table.refuse_overlaps();
 }
 
-// act may be pre itself, and dpre may be dact.
-inline void check(const Gelu& a) {
+inline Activation activation_named(const std::string& name) {
+    if (name == "gelu_tanh") return Activation::gelu_tanh;
+    if (name == "gelu") return Activation::gelu;
+    if (name == "silu") return Activation::silu;
+    if (name == "swiglu") return Activation::swiglu;
+    refuse("kind must be gelu_tanh, gelu, silu or swiglu, got " + name);
+}
+
+// act may be pre itself, and dpre may be dact, but not of swiglu, where they have other sizes.
+inline void check(const ActivationPass& a) {
     Memory memory;
-    const auto elements = [&](const char* name, const Rows& x) {
+    const bool gated = a.kind == Activation::swiglu;
+    const auto rows = [&](const char* name, const Rows& x, int64_t columns) {
         check_type(name, x.type);
-        return span(name, x.data, size_of(x.type), 1, a.size, 0);
+        if (x.stride != columns && a.rows > 1)
+            refuse(std::string(name) + " must be contiguous, with stride " + std::to_string(columns) + ", got " + std::to_string(x.stride));
+        return span(name, x.data, size_of(x.type), a.rows, columns, columns);
     };
-    const auto same = [](const Rows& x, const Rows& y) { return x.data == y.data && x.type == y.type; };
-    const Span pre = elements("pre", a.pre);
-    memory.writes(elements("act", a.act));
+    const auto same = [=](const Rows& x, const Rows& y) { return !gated && x.data == y.data && x.type == y.type; };
+    const int64_t before = gated ? 2 * a.width : a.width;
+    const Span pre = rows("pre", a.pre, before);
+    memory.writes(rows("act", a.act, a.width));
     if (!same(a.act, a.pre)) memory.reads(pre);
     if (a.dact.data || a.dpre.data) {
-        const Span dact = elements("dact", a.dact);
-        memory.writes(elements("dpre", a.dpre));
+        const Span dact = rows("dact", a.dact, a.width);
+        memory.writes(rows("dpre", a.dpre, before));
         if (!same(a.dpre, a.dact)) memory.reads(dact);
     }
     memory.refuse_overlaps();
 }
 
 // Checks the sizes and says whether there is anything to compute; without, addresses are of no interest.
-inline bool has_work(const Gelu& a) {
-    check_range("size", a.size, 0, kMostElements);
-    return a.size > 0;
+inline bool has_work(const ActivationPass& a) {
+    check_range("width", a.width, 0, kMostElements);
+    check_range("rows", a.rows, 0, kMostElements / std::max<int64_t>(a.width, 1));
+    return a.rows > 0 && a.width > 0;
 }
 template <class Args>
 bool has_work(const Args& a) {

@@ -8,6 +8,8 @@ AddressSanitizer as it is.
 from __future__ import annotations
 
 import ctypes
+import itertools
+import math
 import operator
 import random
 from collections.abc import Callable, Iterator
@@ -424,27 +426,41 @@ def residual_backward(draw: Draw) -> Call:
     return Call("residual_backward", arguments, expected)
 
 
-def gelu(draw: Draw) -> Call:
-    size = draw.choice.choice([0, draw.size(5000), draw.size(50)])
+def activation(draw: Draw) -> Call:
+    kind = draw.choice.choice(["gelu_tanh", "gelu", "silu", "swiglu"])
+    gated = kind == "swiglu"
+    width = draw.choice.choice([0, draw.size(5000), draw.size(50)])
+    rows = draw.size(4) if width else 0
     leading = draw.choice.choice(["f32", "f64", "bf16", "f16"])
-    pre = Operand(3 * draw.values(1, size), leading, "tokens", shift=draw.choice.randint(0, 1))
-    backward, in_place = draw.flag(), draw.flag()
+    pre = Operand(3 * draw.values(rows, (1 + gated) * width), leading, "tokens", shift=draw.choice.randint(0, 1))
+    backward, in_place = draw.flag(), draw.flag() and not gated
     type = "f64" if leading == "f64" else draw.type()
-    act = pre if in_place else draw.result(1, size, type)
-    dact = draw.input(1, size, type) if backward else None
-    dpre = None if dact is None else dact if in_place else draw.result(1, size, draw.type())
+
+    def result(columns: int, type: str) -> Operand:
+        return Operand((rows, columns), type, "tokens", shift=draw.choice.choice([0, 1, 3]))
+
+    act = pre if in_place else result(width, type)
+    dact = Operand(draw.values(rows, width), type, "tokens") if backward else None
+    dpre = None if dact is None else dact if in_place else result(pre.columns, draw.type())
 
     def expected() -> dict[str, np.ndarray]:
-        x = pre.read()
-        a, cubic = 1.5957691216057308, 0.044715
-        gate = 1 / (1 + np.exp(-a * (x + cubic * x**3)))
-        out = {"act": x * gate}
+        x, other = pre.read(), 1.0
+        if gated:
+            x, other = x[:, :width], x[:, width:]
+        linear, cubic = (1.5957691216057308, 0.07135481627260025) if kind == "gelu_tanh" else (1.0, 0.0)
+        share = 1 / (1 + np.exp(-x * (linear + cubic * x**2)))
+        slope = share + x * share * (1 - share) * (linear + 3 * cubic * x * x)
+        if kind == "gelu":
+            share = 0.5 + 0.5 * np.vectorize(math.erf, otypes=[float])(x * 0.5**0.5)
+            slope = share + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+        out = {"act": x * share * other}
         if dact is not None:
-            out["dpre"] = dact.read() * (gate + x * gate * (1 - gate) * a * (1 + 3 * cubic * x * x))
+            g = dact.read()
+            out["dpre"] = np.concatenate([g * slope * other, g * x * share], 1) if gated else g * slope
         return out
 
-    arguments = {"size": size, "pre": pre, "act": act, "dact": dact, "dpre": dpre}
-    return Call("gelu", arguments, expected, in_place=(("act", "pre"), ("dpre", "dact")))
+    arguments = {"kind": kind, "rows": rows, "width": width, "pre": pre, "act": act, "dact": dact, "dpre": dpre}
+    return Call("activation", arguments, expected, in_place=() if gated else (("act", "pre"), ("dpre", "dact")))
 
 
 class Surgery:
@@ -568,7 +584,7 @@ def _gpu_workspace(draw: Draw) -> Call:
 
 def calls(kernels: Any) -> dict[str, Callable[[Draw], Call]]:
     """What makes a random call of each function; those of the submodule only where the extension has it."""
-    ours = [norm_forward, norm_backward, residual_forward, residual_backward, gelu]
+    ours = [norm_forward, norm_backward, residual_forward, residual_backward, activation]
     surgery = [gram, combine, weighted_sum, pcgrad_coefficients]
     makers = {make.__name__: make for make in [*ours, *surgery]}
     makers["build_config"] = lambda draw: Call("build_config", {})
@@ -605,7 +621,7 @@ def wrong(call: Call) -> Iterator[tuple[str, list[Any]]]:
                     yield f"{name} is {bad}", with_(name, bad)
         if isinstance(value, Enum) and right["shape"].N:
             yield f"{name} is no type", with_(name, Enum(7))
-    empty = right["shape"].N == 0 if "shape" in right else right.get("size") == 0
+    empty = right["shape"].N == 0 if "shape" in right else right.get("width") == 0
     if "shape" in right:
         for what, shape in _wrong_shapes(right["shape"], needed=bool(right.get("compact"))):
             yield what, with_("shape", shape)
@@ -620,9 +636,10 @@ def wrong(call: Call) -> Iterator[tuple[str, list[Any]]]:
             yield "keep_branch with compact, or without a branch", with_("keep_branch", True)
         if keep and "x_is_stream" in right:
             yield "x_is_stream with keep_branch", with_("x_is_stream", True)
-    if "size" in right:
-        for size in (-1, _HUGE, 1 << 70):
-            yield f"size {size}", with_("size", size)
+    if "kind" in right:
+        yield "an unknown kind", with_("kind", "relu")
+        for name, size in itertools.product(("rows", "width"), (-1, _HUGE, 1 << 70)):
+            yield f"{name} {size}", with_(name, size)
     if "clusters" in right:
         for clusters in (0, -1, 65, _HUGE):
             yield f"{clusters} clusters", with_("clusters", clusters)

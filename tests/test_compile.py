@@ -66,15 +66,30 @@ def test_routed_linear_is_a_proper_op(device, norm, window, branch, dtype):
 
 @DTYPES
 @pytest.mark.parametrize("window, keep_branch", [("unrouted", False), ("windowed", False), ("windowed", True)])
-@pytest.mark.parametrize("norm", dtr.reference.NORMS)
-def test_routed_mlp_is_a_proper_op(device, norm, window, keep_branch, dtype):
+@pytest.mark.parametrize("norm, activation", [("layer", "gelu_tanh"), ("layer", "silu"), ("rms", "swiglu")])
+def test_routed_mlp_is_a_proper_op(device, norm, activation, window, keep_branch, dtype):
     inputs = Inputs(device, dtype)
     shift, scale, gate = inputs.modulation()
-    weights = inputs(H, C), inputs(H), inputs(C, H), inputs(C)
+    rows = 2 * H if activation == "swiglu" else H
+    weights = inputs(rows, C), inputs(rows), inputs(C, H), inputs(C)
     start, width = windows(device)[window]
     opcheck(
         OPS.routed_mlp,
-        (inputs(B, N, C), shift, scale, *weights, inputs(B, N, C), gate, start, width, keep_branch, 1e-6, norm, True),
+        (
+            inputs(B, N, C),
+            shift,
+            scale,
+            *weights,
+            inputs(B, N, C),
+            gate,
+            start,
+            width,
+            keep_branch,
+            1e-6,
+            norm,
+            activation,
+            True,
+        ),
     )
 
 
@@ -90,7 +105,10 @@ def test_ops_without_biases_and_with_frozen_inputs(device, train, window):
     opcheck(OPS.routed_linear, (x, shift, scale, frozen(H, C), bias, None, None, *start_width, 1e-6, "layer"))
     weights = frozen(H, C), fc1_bias, frozen(C, H), fc2_bias
     training = train != "nothing"
-    opcheck(OPS.routed_mlp, (x, shift, scale, *weights, branch, gate, *start_width, False, 1e-6, "layer", training))
+    opcheck(
+        OPS.routed_mlp,
+        (x, shift, scale, *weights, branch, gate, *start_width, False, 1e-6, "layer", "gelu_tanh", training),
+    )
 
 
 @pytest.mark.parametrize("needed", [False, True], ids=["frozen", "trained"])
@@ -111,7 +129,7 @@ def test_backward_ops_are_proper_ops(device, kind, window, needed):
     opcheck(OPS.routed_linear_backward, (dstream, dout, stream, *saved, needed, needed), **checks)
 
     fc1, fc2 = new(H, C), new(C, H)
-    settings = *update, start, width, False, 1e-6, kind
+    settings = *update, start, width, False, 1e-6, kind, "gelu_tanh"
     _, _, pre, mean, rstd = OPS.routed_mlp(*norm, fc1, None, fc2, None, *settings, True)
     saved = *norm, fc1, fc2, *settings, pre, mean, rstd
     opcheck(OPS.routed_mlp_backward, (dstream, dout, *saved, [needed] * 4), **checks)

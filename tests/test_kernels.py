@@ -15,7 +15,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dtr_kernels import __main__, ops, reference, verify
@@ -151,15 +150,31 @@ def test_the_layer_over_a_window_by_hand(seed, device):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_gelu_by_hand():
+def activation_by_hand(kind, v):
+    if kind == "gelu":
+        return v / 2 * (1 + math.erf(v / math.sqrt(2)))
+    if kind == "gelu_tanh":
+        return v / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
+    return v / (1 + math.exp(-v))
+
+
+@pytest.mark.parametrize("kind", reference.ACTIVATIONS)
+def test_activations_by_hand(kind):
     x = torch.linspace(-6, 6, 101, dtype=torch.float64)
-    tanh = [math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)) for v in x.tolist()]
-    expected = torch.tensor([v / 2 * (1 + t) for v, t in zip(x.tolist(), tanh, strict=True)], dtype=torch.float64)
-    torch.testing.assert_close(KERNELS["gelu_forward"].exact(x, None), expected)
+    expected = torch.tensor([activation_by_hand(kind, v) for v in x.tolist()], dtype=torch.float64)
+    exact, backward = KERNELS["activation_forward"].exact, KERNELS["activation_backward"].exact
+    if kind == "swiglu":
+        b = torch.linspace(-2, 3, 101, dtype=torch.float64)
+        torch.testing.assert_close(exact(torch.cat([x, b]), kind, True), expected * b)
+        dpre, _ = backward(dact=torch.ones_like(x), pre=torch.cat([x, b]), kind=kind)
+        torch.testing.assert_close(dpre[101:], expected)
+        return
+    torch.testing.assert_close(exact(x, kind, True), expected)
     for value in (-2.0, 0.3, 1.7):
         pre, step = torch.tensor([value], dtype=torch.float64), 1e-6
-        slope = (F.gelu(pre + step, approximate="tanh") - F.gelu(pre - step, approximate="tanh")) / (2 * step)
-        torch.testing.assert_close(KERNELS["gelu_backward"].exact(torch.ones_like(pre), pre)[0], slope)
+        slope = (activation_by_hand(kind, value + step) - activation_by_hand(kind, value - step)) / (2 * step)
+        found = backward(dact=torch.ones_like(pre), pre=pre, kind=kind)[0]
+        torch.testing.assert_close(found, torch.tensor([slope], dtype=torch.float64))
 
 
 def directional_derivative(function, leaves, directions, cotangents, step=1e-5):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from benchmarks.memory import saved_bytes
 from dtr_kernels import DenoisingTaskRouting, ops, reference
 from dtr_kernels.ops import tiles
-from dtr_kernels.ops.gelu import gelu_backward
+from dtr_kernels.ops.activations import activation_backward, parts_of
 from dtr_kernels.ops.tiles import Crossover
 from dtr_kernels.ops.window_linear import _splits, slice_gain
 from dtr_kernels.routing import ChannelWindow
@@ -80,21 +80,22 @@ def check_routed_linear(
 
 
 def check_routed_mlp(
-    batch, tokens, channels, hidden, window, keep_branch, dtype, device, bias=True, norm="layer", conditioning=1
+    batch, tokens, channels, hidden, window, keep_branch, dtype, device, bias=True, conditioning=1, **kind
 ):
     biases = ("fc1_bias", "fc2_bias")
     mask = None if window is None else window.for_batch(batch, device).mask()
 
     def fused(**inputs):
         inputs = dict.fromkeys(biases) | inputs
-        return ops.routed_mlp(**inputs, window=window, keep_branch=keep_branch, norm=norm)
+        return ops.routed_mlp(**inputs, window=window, keep_branch=keep_branch, **kind)
 
     def oracle(**inputs):
         inputs = dict.fromkeys(biases) | inputs
-        return reference.routed_mlp(**inputs, mask=mask, keep_branch=keep_branch and mask is not None, norm=norm)
+        return reference.routed_mlp(**inputs, mask=mask, keep_branch=keep_branch and mask is not None, **kind)
 
     inputs = stream_inputs(batch, tokens, channels, dtype, device, branch=True)
-    inputs |= linear_inputs("fc1_", hidden, channels, dtype, device, bias)
+    rows = hidden * parts_of(kind.get("activation", "gelu_tanh"))
+    inputs |= linear_inputs("fc1_", rows, channels, dtype, device, bias)
     inputs |= linear_inputs("fc2_", channels, hidden, dtype, device, bias)
     assert_within_bound(compare(fused, oracle, inputs, dtype, conditioning=conditioning))
 
@@ -115,6 +116,14 @@ def test_routed_linear(seed, device, dtype, branch, beta, tokens, norm):
 @pytest.mark.parametrize("norm", reference.NORMS)
 def test_routed_mlp(seed, device, dtype, keep_branch, beta, tokens, norm):
     check_routed_mlp(3, tokens, 96, 264, windows(3, 96, beta, device), keep_branch, dtype, device, norm=norm)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS[1:])
+@pytest.mark.parametrize("keep_branch", [False, True])
+def test_routed_mlp_with_other_activations(seed, device, dtype, activation, keep_branch):
+    window, kind = windows(3, 96, 0.8, device), {"norm": "rms", "activation": activation}
+    check_routed_mlp(3, 37, 96, 131, window, keep_branch, dtype, device, **kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -195,15 +204,16 @@ def test_the_largest_tiles(seed, device):
     check_routed_mlp(2, 150, 96, 300, window, True, torch.bfloat16, device)
 
 
+@pytest.mark.parametrize("kind", reference.ACTIVATIONS[:3])
 @pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.float64])
-def test_gelu_of_extreme_values(dtype):
-    """Far from zero neither GELU nor its slope overflows on the way to 0 or 1."""
+def test_activations_of_extreme_values(dtype, kind):
+    """Far from zero neither an activation nor its slope overflows on the way to 0 or 1."""
     extremes = [-1e15, -1e4, -200.0, -25.0, -5.0, 0.0, 5.0, 25.0, 200.0, 1e4, 1e15]
     pre = torch.tensor(extremes, dtype=dtype, requires_grad=True)
-    expected = torch.nn.functional.gelu(pre, approximate="tanh")
+    expected = reference.activate(pre, kind)
     (slope,) = torch.autograd.grad(expected.sum(), pre)
     dact = torch.ones_like(pre)
-    act = gelu_backward(dact, pre.detach())
+    dact, act = activation_backward(dact, pre.detach(), kind)
     torch.testing.assert_close(act, expected.detach())
     torch.testing.assert_close(dact, slope)
 
@@ -258,6 +268,7 @@ def test_any_shape_and_window(seed, device, data):
     # A few tokens and a narrow window leave sums that nearly cancel.
     how = dict(norm=norm, conditioning=4)
     check_routed_linear(batch, tokens, channels, outputs, window, dtype, device, branch, **how)
+    how["activation"] = data.draw(st.sampled_from(reference.ACTIVATIONS), "activation")
     check_routed_mlp(batch, tokens, channels, outputs, window, keep_branch, dtype, device, **how)
 
 
@@ -322,19 +333,22 @@ def check_inner_projection(batch, tokens, size, outputs, window, dtype, device, 
     assert_within_bound(compare(fused, oracle, inputs, dtype, conditioning=4))
 
 
-def check_inner_mlp(batch, tokens, channels, hidden, window, dtype, device, bias=True, norm="layer"):
+def check_inner_mlp(
+    batch, tokens, channels, hidden, window, dtype, device, bias=True, norm="layer", activation="gelu_tanh"
+):
     mask = window.mask()[:, None].repeat_interleave(hidden // window.channels, 2)
+    kind = {"norm": norm, "activation": activation}
 
     def fused(fc1_bias=None, fc2_bias=None, **inputs):
-        return ops.inner_mlp(**inputs, fc1_bias=fc1_bias, fc2_bias=fc2_bias, window=window, norm=norm)
+        return ops.inner_mlp(**inputs, fc1_bias=fc1_bias, fc2_bias=fc2_bias, window=window, **kind)
 
     def oracle(x, shift, scale, branch, gate, fc1_weight, fc2_weight, fc1_bias=None, fc2_bias=None):
         stream, u = reference.routed_norm(x, shift, scale, None, branch, gate, norm=norm)
-        act = torch.nn.functional.gelu(torch.nn.functional.linear(u, fc1_weight, fc1_bias), approximate="tanh")
+        act = reference.activate(torch.nn.functional.linear(u, fc1_weight, fc1_bias), activation)
         return stream, torch.nn.functional.linear(act * mask, fc2_weight, fc2_bias)
 
     inputs = stream_inputs(batch, tokens, channels, dtype, device, branch=True)
-    inputs |= linear_inputs("fc1_", hidden, channels, dtype, device, bias)
+    inputs |= linear_inputs("fc1_", hidden * parts_of(activation), channels, dtype, device, bias)
     inputs |= linear_inputs("fc2_", channels, hidden, dtype, device, bias)
     assert_within_bound(compare(fused, oracle, inputs, dtype, conditioning=4))
 
@@ -359,7 +373,8 @@ def test_any_shape_and_window_over_heads(seed, device, data):
     norm = data.draw(st.sampled_from(reference.NORMS), "norm")
     check_inner_linear(batch, tokens, channels, parts * heads * size, parts, window, dtype, device, branch, bias, norm)
     check_inner_projection(batch, tokens, size, channels, window, dtype, device, bias)
-    check_inner_mlp(batch, tokens, channels, heads * size, window, dtype, device, bias, norm)
+    activation = data.draw(st.sampled_from(reference.ACTIVATIONS), "activation")
+    check_inner_mlp(batch, tokens, channels, heads * size, window, dtype, device, bias, norm, activation)
 
 
 @pytest.mark.parametrize("scope", reference.SCOPES)

@@ -55,9 +55,12 @@ struct ResidualBackward {
     Rows gate, sums;  // sums [B, chunks, C]
 };
 
-// Contiguous tensors of `size` elements; dact and dpre are null in the forward pass.
-struct Gelu {
-    int64_t size;
+enum class Activation { gelu_tanh, gelu, silu, swiglu };
+
+// Contiguous rows of `width` channels, of swiglu twice as many in pre and dpre; dact and dpre are null in the forward pass.
+struct ActivationPass {
+    Activation kind;
+    int64_t rows, width;
     Rows pre, act, dact, dpre;
 };
 
@@ -67,7 +70,7 @@ struct Kernels {
     void (*norm_backward)(const NormBackward&);
     void (*residual_forward)(const ResidualForward&);
     void (*residual_backward)(const ResidualBackward&);
-    void (*gelu)(const Gelu&);
+    void (*activation)(const ActivationPass&);
 };
 
 extern const Kernels baseline_kernels;

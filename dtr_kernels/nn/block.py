@@ -98,7 +98,7 @@ def _advance(
     x, qkv = routed_linear_by(choice, x, s1, k1, attn.qkv.weight, attn.qkv.bias, window, branch, gate, norm1)
     weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
     branch = attn.proj(_attend(attn, qkv, attn.num_heads))
-    x, hidden = routed_mlp_by(choice, x, s2, k2, weights, branch, g1, window, keep_branch, norm2)
+    x, hidden = routed_mlp_by(choice, x, s2, k2, weights, branch, g1, window, keep_branch, norm2, "gelu_tanh")
     return Stream(x, hidden, g2)
 
 
@@ -125,7 +125,7 @@ def _advance_inner(block: Any, stream: Stream, c: Tensor, window: ChannelWindow 
         d = z.shape[2] // window.width
         branch = attn.proj(among_all(z, Band(window.start, z.shape[2], d), d * attn.num_heads))
     weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-    x, hidden = inner_mlp_by(choice, x, s2, k2, weights, branch, g1, window, Norm(block.norm2.eps))
+    x, hidden = inner_mlp_by(choice, x, s2, k2, weights, branch, g1, window, Norm(block.norm2.eps), "gelu_tanh")
     return Stream(x, hidden, g2)
 
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dtr_kernels import reference
+from dtr_kernels.ops.activations import parts_of
 from dtr_kernels.ops.band_linear import (
     Heads,
+    activation_band_backward,
+    band_activation_forward,
     band_backward,
     band_forward,
-    band_gelu_forward,
-    gelu_band_backward,
     in_order,
     order_by_window,
     out_of_order,
@@ -26,16 +26,15 @@ from dtr_kernels.ops.band_linear import (
     plain_band,
 )
 from dtr_kernels.ops.checks import check_heads, check_linear, check_norm, check_stream
-from dtr_kernels.ops.dispatch import Choice, choose, in_dtype_of
+from dtr_kernels.ops.dispatch import Choice, choose, in_dtype_of, or_empty
 from dtr_kernels.ops.gated_norm import Norm, NormInputs, NormWindow, gated_norm_backward, gated_norm_forward
 from dtr_kernels.ops.linear import (
     fake_linear_gradients,
     fake_statistics,
     linear_gradients,
-    or_empty,
     register_linear_autograd,
 )
-from dtr_kernels.ops.mlp import fake_mlp, fake_mlp_gradients, mlp_gradients, register_mlp_autograd
+from dtr_kernels.ops.mlp import check_mlp, fake_mlp, fake_mlp_gradients, mlp_gradients, register_mlp_autograd
 from dtr_kernels.ops.registration import op
 from dtr_kernels.routing import ChannelWindow
 
@@ -217,6 +216,7 @@ def _mlp(
     heads: int,
     eps: float,
     norm: str,
+    activation: str,
     write_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(stream, out, pre, mean, rstd); pre, fc1's output in the order of windows, is empty unless ``write_pre``, and
@@ -225,7 +225,8 @@ def _mlp(
     stream, u, mean, rstd, _ = gated_norm_forward(inputs, window, Norm(eps, norm), fc1_weight.dtype)
     order = order_by_window(u, start)
     active = Heads(in_order(start, order), width, heads)
-    pre, act = band_gelu_forward(in_order(u, order), fc1_weight, fc1_bias, active.rows(fc1_weight), write_pre)
+    rows = active.rows(fc1_weight, parts_of(activation))
+    pre, act = band_activation_forward(in_order(u, order), fc1_weight, fc1_bias, rows, activation, write_pre)
     out = out_of_order(band_forward(act, fc2_weight, fc2_bias, active.columns(fc2_weight)), order)
     return or_empty(stream, x), out, pre, or_empty(mean, rstd), rstd
 
@@ -234,16 +235,16 @@ def _mlp(
 def _(
     x: Tensor, shift: Any, scale: Any, fc1_weight: Tensor, fc1_bias: Any, fc2_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    width, heads, _eps, norm, write_pre = rest[-5:]
+    width, heads, _eps, norm, _activation, write_pre = rest[-6:]
     return fake_mlp(x, fc1_weight, fc2_weight, len(fc1_weight) // heads * width, norm, write_pre)
 
 
 @_mlp.register_flops
 def _(x: Any, shift: Any, scale: Any, fc1_weight: Any, fc1_bias: Any, fc2_weight: Any, *rest: Any) -> int:
-    width, heads, *_ = rest[-5:]
+    width, heads, *_ = rest[-6:]
     B, N, C = x
     O, hidden = fc2_weight
-    return 2 * B * N * (hidden // heads * width) * (C + O)
+    return 2 * B * N * (fc1_weight[0] // heads * width * C + hidden // heads * width * O)
 
 
 @op("inner_mlp_backward")
@@ -262,6 +263,7 @@ def _mlp_backward(
     heads: int,
     eps: float,
     norm: str,
+    activation: str,
     pre: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -272,12 +274,12 @@ def _mlp_backward(
     order = order_by_window(dout, start)
     active, dout = Heads(in_order(start, order), width, heads), in_order(dout.contiguous(), order)
     columns = active.columns(fc2_weight)
-    dpre, act = gelu_band_backward(dout, pre, fc2_weight, columns)
+    dpre, act = activation_band_backward(dout, pre, fc2_weight, columns, activation)
     fc2 = parameter_gradients(dout, act, fc2_weight, columns, *needs[2:])
     del act
     inputs, window = NormInputs(x, shift, scale, branch, gate), NormWindow(None, x.shape[-1])
     u = gated_norm_forward(inputs, window, Norm(eps, norm), fc1_weight.dtype, write_stream=False).u
-    fc1 = band_backward(dpre, in_order(u, order), fc1_weight, active.rows(fc1_weight), *needs[:2])
+    fc1 = band_backward(dpre, in_order(u, order), fc1_weight, active.rows(fc1_weight, parts_of(activation)), *needs[:2])
     du, mean_of_layer = out_of_order(fc1.u, order), None if norm == "rms" else mean
     found = gated_norm_backward(du, dstream, None, inputs, mean_of_layer, rstd, window)
     return mlp_gradients(found.of(inputs), fc1_weight, fc2_weight, (*fc1[1:], *fc2))
@@ -291,7 +293,8 @@ def _(dstream: Any, dout: Any, x: Any, shift: Any, scale: Any, fc1_weight: Any, 
     _branch, _gate, _start, width, heads, *_, needs = rest
     B, N, C = x
     O, hidden = fc2_weight
-    return 2 * B * N * (hidden // heads * width) * (C * (1 + needs[0]) + O * (1 + needs[2]))
+    fc1, fc2 = fc1_weight[0] // heads * width * C, hidden // heads * width * O
+    return 2 * B * N * (fc1 * (1 + needs[0]) + fc2 * (1 + needs[2]))
 
 
 register_mlp_autograd(_mlp, _mlp_backward)
@@ -414,8 +417,9 @@ def inner_mlp(
     window: ChannelWindow,
     eps: float = 1e-6,
     norm: str = "layer",
+    activation: str = "gelu_tanh",
 ) -> tuple[Tensor, Tensor]:
-    """stream = x + gate * branch, and fc2(m * GELU(fc1(modulate(LN(stream), shift, scale)))), GELU in its tanh form.
+    """stream = x + gate * branch, and fc2(m * GELU(fc1(modulate(LN(stream), shift, scale)))).
 
     m is 1 for the hidden channels that go with active heads, F / H for each of H heads, and 0 for others.
 
@@ -423,23 +427,24 @@ def inner_mlp(
         x: residual stream [B, N, C], fp32, bf16, fp16 or fp64.
         shift, scale: adaLN modulation [B, C], any floating dtype; rows may be strided views of one [B, 6C].
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: [F, C], [F], [O, F], [O], biases may be None; in x's dtype,
-            autocast casts them and leaves x alone.
+            autocast casts them and leaves x alone. With "swiglu" the first two are [2F, C], [2F].
         branch, gate: the update of the stream, [B, N, C] and [B, C].
         window: as in ``inner_linear``.
-        eps, norm: as in ``routed_linear``.
+        eps, norm, activation: as in ``routed_mlp``.
 
     Returns:
         stream [B, N, C] in x's dtype and the MLP's output [B, N, O] in the weights' dtype.
 
     Raises:
         TypeError: if a tensor is not floating point, or window not a window.
-        ValueError: if shapes, dtypes, devices or the window do not fit x, norm is unknown, or F is not divisible by H.
+        ValueError: if shapes, dtypes, devices or the window do not fit x, norm or activation is unknown, or F is not
+            divisible by H.
     """
     if branch is None or gate is None:
         raise ValueError("branch and gate must both be given, got None")
     choice = choose(x, fc1_weight, fc2_weight)
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    return inner_mlp_by(choice, x, shift, scale, weights, branch, gate, window, Norm(eps, norm))
+    return inner_mlp_by(choice, x, shift, scale, weights, branch, gate, window, Norm(eps, norm), activation)
 
 
 def inner_mlp_by(
@@ -452,23 +457,23 @@ def inner_mlp_by(
     gate: Tensor,
     window: ChannelWindow,
     norm: Norm,
+    activation: str,
 ) -> tuple[Tensor, Tensor]:
     """``inner_mlp`` by a choice that was made for it or for its block; weights and biases of fc1 and fc2 together."""
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
     check_stream(x, branch, gate, shift=shift, scale=scale)
-    check_linear(x, "fc1_", fc1_weight, fc1_bias, x.shape[-1])
-    check_linear(x, "fc2_", fc2_weight, fc2_bias, fc1_weight.shape[0])
-    heads = _heads(x, window)
     check_norm(norm.kind)
-    _check_divisible("fc1_weight", len(fc1_weight), heads.total)
+    check_mlp(x, weights, activation)
+    heads = _heads(x, window)
+    _check_divisible("fc2_weight's inputs", fc2_weight.shape[1], heads.total)
     if choice.path == "plain":
         branch, gate, shift, scale = in_dtype_of(x, branch, gate, shift, scale)
         stream, u = reference.routed_norm(x, shift, scale, None, branch, gate, False, *norm)
-        hidden = F.gelu(plain_band(u, fc1_weight, fc1_bias, heads.rows(fc1_weight)), approximate="tanh")
-        return stream, plain_band(hidden, fc2_weight, fc2_bias, heads.columns(fc2_weight))
+        pre = plain_band(u, fc1_weight, fc1_bias, heads.rows(fc1_weight, parts_of(activation)))
+        return stream, plain_band(reference.activate(pre, activation), fc2_weight, fc2_bias, heads.columns(fc2_weight))
     inputs = (x, shift, scale, *weights, branch, gate)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    stream, out, *_ = _mlp(*inputs, *heads, *norm, training)
+    stream, out, *_ = _mlp(*inputs, *heads, *norm, activation, training)
     return stream, out
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dtr_kernels import reference
 from dtr_kernels.ops.checks import check_linear, check_norm, check_stream, check_window
 from dtr_kernels.ops.declaration import Draw, Gradient, Kernel, modes, widened
-from dtr_kernels.ops.dispatch import Choice, choose, compute_dtype, in_dtype_of
+from dtr_kernels.ops.dispatch import Choice, choose, compute_dtype, in_dtype_of, or_empty
 from dtr_kernels.ops.gated_norm import (
     EPS,
     Norm,
@@ -60,11 +60,6 @@ def closed_form(inputs: NormInputs, norm: NormOutput) -> ClosedForm | None:
         return None
     mean_rstd = None if norm.mean is None else norm.mean * norm.rstd
     return ClosedForm(mean_rstd, inputs.shift, inputs.scale, norm.first)
-
-
-def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
-    """Return x, or an empty tensor where an op's fixed number of outputs has no use for one."""
-    return like.new_empty(0) if x is None else x
 
 
 def fake_statistics(x: Tensor, norm: str) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""fc2(GELU(fc1(modulate(LN(...))))) after a gated residual: the second half of a block.
+"""fc2(GELU(fc1(modulate(LN(...))))) after a gated residual, or another activation: the second half of a block.
 
 Of the hidden layer only fc1's output is kept for the backward pass; the activation, the norm's output and the stream
 are recomputed.
@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtr_kernels import reference
-from dtr_kernels.ops.checks import check_linear, check_norm, check_stream, check_window
-from dtr_kernels.ops.dispatch import Choice, choose, in_dtype_of
+from dtr_kernels.ops.activations import parts_of
+from dtr_kernels.ops.checks import check_linear, check_norm, check_one_of, check_stream, check_window
+from dtr_kernels.ops.dispatch import Choice, choose, in_dtype_of, or_empty
 from dtr_kernels.ops.gated_norm import (
     Norm,
     NormGradients,
@@ -24,12 +25,12 @@ from dtr_kernels.ops.gated_norm import (
     gated_norm_backward,
     gated_norm_forward,
 )
-from dtr_kernels.ops.linear import closed_form, fake_statistics, or_empty
+from dtr_kernels.ops.linear import closed_form, fake_statistics
 from dtr_kernels.ops.registration import Op, op
 from dtr_kernels.ops.window_linear import (
+    activation_linear_backward,
     choose_gemm,
-    gelu_linear_backward,
-    linear_gelu_forward,
+    linear_activation_forward,
     window_linear_backward,
 )
 from dtr_kernels.routing import ChannelWindow
@@ -51,6 +52,7 @@ def _op(
     keep_branch: bool,
     eps: float,
     norm: str,
+    activation: str,
     write_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(stream, out, pre, mean, rstd); pre, fc1's output, is empty unless ``write_pre``, and mean of RMSNorm."""
@@ -59,7 +61,9 @@ def _op(
     inputs = NormInputs(x, shift, scale, branch, gate)
     window = NormWindow(start, width, fc1.path == "windows", keep_branch)
     normed = gated_norm_forward(inputs, window, Norm(eps, norm), fc1_weight.dtype)
-    pre, act = linear_gelu_forward(normed.u, closed_form(inputs, normed), fc1_weight, fc1_bias, write_pre)
+    pre, act = linear_activation_forward(
+        normed.u, closed_form(inputs, normed), fc1_weight, fc1_bias, activation, write_pre
+    )
     out = F.linear(act, fc2_weight, fc2_bias)
     return or_empty(normed.stream, x), out, pre, or_empty(normed.mean, normed.rstd), normed.rstd
 
@@ -68,7 +72,7 @@ def _op(
 def _(
     x: Tensor, shift: Any, scale: Any, fc1_weight: Tensor, fc1_bias: Any, fc2_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    norm, write_pre = rest[-2:]
+    norm, _activation, write_pre = rest[-3:]
     return fake_mlp(x, fc1_weight, fc2_weight, len(fc1_weight), norm, write_pre)
 
 
@@ -86,10 +90,9 @@ def fake_mlp(
 
 @_op.register_flops
 def _(x: Any, shift: Any, scale: Any, fc1_weight: Any, fc1_bias: Any, fc2_weight: Any, *rest: Any) -> int:
-    width, keep_branch, *_ = rest[-5:]
+    width, keep_branch, *_ = rest[-6:]
     B, N, C = x
-    O, H = fc2_weight
-    return 2 * B * N * H * ((C if keep_branch else width) + O)
+    return 2 * B * N * (fc1_weight[0] * (C if keep_branch else width) + fc2_weight[0] * fc2_weight[1])
 
 
 @op("routed_mlp_backward")
@@ -108,6 +111,7 @@ def _backward_op(
     keep_branch: bool,
     eps: float,
     norm: str,
+    activation: str,
     pre: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -115,7 +119,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, shift, scale, fc1's and fc2's weight and bias, branch, gate); parameters only where
     ``needs``."""
-    dpre, act = gelu_linear_backward(dout, pre, fc2_weight)
+    dpre, act = activation_linear_backward(dout, pre, fc2_weight, activation)
     flat = dout.reshape(-1, dout.shape[-1])
     dfc2_weight = flat.t() @ act.reshape(-1, act.shape[-1]) if needs[2] else None
     dfc2_bias = flat.sum(0) if needs[3] else None
@@ -170,9 +174,8 @@ def fake_mlp_gradients(
 def _(dstream: Any, dout: Any, x: Any, shift: Any, scale: Any, fc1_weight: Any, fc2_weight: Any, *rest: Any) -> int:
     _start, width, keep_branch, *_, needs = rest[2:]
     B, N, C = x
-    O, H = fc2_weight
-    fc1, fc2 = (C if keep_branch else width) * (1 + needs[0]), O * (1 + needs[2])
-    return 2 * B * N * H * (fc1 + fc2)
+    fc1 = fc1_weight[0] * (C if keep_branch else width) * (1 + needs[0])
+    return 2 * B * N * (fc1 + fc2_weight[0] * fc2_weight[1] * (1 + needs[2]))
 
 
 def register_mlp_autograd(forward: Op, backward: Op) -> None:
@@ -216,6 +219,7 @@ def routed_mlp(
     keep_branch: bool = False,
     eps: float = 1e-6,
     norm: str = "layer",
+    activation: str = "gelu_tanh",
 ) -> tuple[Tensor, Tensor]:
     """stream = x + gate * branch, and fc2(GELU(fc1(modulate(LN(v), shift, scale)))), GELU in its tanh form.
 
@@ -226,24 +230,38 @@ def routed_mlp(
         x: residual stream [B, N, C], fp32, bf16, fp16 or fp64.
         shift, scale: adaLN modulation [B, C], any floating dtype; rows may be strided views of one [B, 6C].
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: [H, C], [H], [O, H], [O], biases may be None; in x's dtype,
-            autocast casts them and leaves x alone.
+            autocast casts them and leaves x alone. With "swiglu" the first two are [2H, C], [2H].
         branch, gate: the update of the stream, [B, N, C] and [B, C].
         window: active channels of each sample; None for all.
         keep_branch: as above.
         eps, norm: as in ``routed_linear``.
+        activation: "gelu_tanh"; "gelu", its exact form; "silu"; or "swiglu", SiLU of the first half of fc1's outputs
+            times the second.
 
     Returns:
         stream [B, N, C] in x's dtype and the MLP's output [B, N, O] in the weights' dtype.
 
     Raises:
         TypeError: if a tensor is not floating point.
-        ValueError: if shapes, dtypes, devices or the window do not fit x, or norm is unknown.
+        ValueError: if shapes, dtypes, devices or the window do not fit x, or norm or activation is unknown.
     """
     if branch is None or gate is None:
         raise ValueError("branch and gate must both be given, got None")
     choice = choose(x, fc1_weight, fc2_weight)
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    return routed_mlp_by(choice, x, shift, scale, weights, branch, gate, window, keep_branch, Norm(eps, norm))
+    return routed_mlp_by(
+        choice, x, shift, scale, weights, branch, gate, window, keep_branch, Norm(eps, norm), activation
+    )
+
+
+def check_mlp(x: Tensor, weights: tuple[Tensor, Tensor | None, Tensor, Tensor | None], activation: str) -> None:
+    """Raise ValueError or TypeError unless weights and biases of fc1 and fc2 fit x and the activation between them."""
+    check_one_of("activation", activation, reference.ACTIVATIONS)
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
+    check_linear(x, "fc1_", fc1_weight, fc1_bias, x.shape[-1])
+    if len(fc1_weight) % parts_of(activation):
+        raise ValueError(f'fc1_weight must have two halves for "swiglu", an even number of rows, got {len(fc1_weight)}')
+    check_linear(x, "fc2_", fc2_weight, fc2_bias, len(fc1_weight) // parts_of(activation))
 
 
 def routed_mlp_by(
@@ -257,19 +275,19 @@ def routed_mlp_by(
     window: ChannelWindow | None,
     keep_branch: bool,
     norm: Norm,
+    activation: str,
 ) -> tuple[Tensor, Tensor]:
     """``routed_mlp`` by a choice that was made for it or for its block; weights and biases of fc1 and fc2 together."""
     check_stream(x, branch, gate, shift=shift, scale=scale)
-    check_linear(x, "fc1_", weights[0], weights[1], x.shape[-1])
-    check_linear(x, "fc2_", weights[2], weights[3], weights[0].shape[0])
     check_norm(norm.kind)
+    check_mlp(x, weights, activation)
     window = check_window(x, window)
     if choice.path == "plain":
         mask = None if window is None else window.mask()
         branch, gate, shift, scale = in_dtype_of(x, branch, gate, shift, scale)
-        return reference.routed_mlp(x, shift, scale, *weights, branch, gate, mask, keep_branch, *norm)
+        return reference.routed_mlp(x, shift, scale, *weights, branch, gate, mask, keep_branch, *norm, activation)
     inputs = (x, shift, scale, *weights, branch, gate)
     start, width = (None, x.shape[-1]) if window is None else (window.start, window.width)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    stream, out, *_ = _op(*inputs, start, width, keep_branch and window is not None, *norm, training)
+    stream, out, *_ = _op(*inputs, start, width, keep_branch and window is not None, *norm, activation, training)
     return stream, out

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dtr_kernels import reference
+from dtr_kernels.ops.activations import activation_backward, activation_forward, gelu, gelu_and_slope
 from dtr_kernels.ops.declaration import (
     ALL_CHANNELS,
     ONE_SLICE,
@@ -63,10 +65,10 @@ from dtr_kernels.ops.dispatch import (
     made,
     matmul_accumulated,
     multiprocessors,
+    or_empty,
     rows_contiguous,
     runs_on_cpu,
 )
-from dtr_kernels.ops.gelu import gelu, gelu_and_slope, gelu_backward, gelu_forward, plain_gelu
 from dtr_kernels.ops.tiles import (
     TOKENS_PER_SUM,
     Crossovers,
@@ -606,15 +608,21 @@ def _pays(op: str, x: Tensor, weight: Tensor, channels: int, active: int = 100) 
     return _CROSSOVERS[op].tile(weight, N, channels, active).tokens <= B * N
 
 
-def choose_gelu(op: GeluOp, x: Tensor, closed: ClosedForm | None, weight: Tensor, channels: int) -> Choice:
-    """Choose whether our GEMM computes GELU, or its gradient, in its "epilogue", or a "pass" of its own does.
+_NAMES = {"gelu_tanh": "GELU", "gelu": "exact GELU", "silu": "SiLU", "swiglu": "SwiGLU"}
+
+
+def choose_activation(
+    op: GeluOp, kind: str, x: Tensor, closed: ClosedForm | None, weight: Tensor, channels: int
+) -> Choice:
+    """Choose whether our GEMM computes GELU in its tanh form, or its gradient, in its "epilogue", or a "pass" of its
+    own does, as for other activations always.
 
     Args:
-        op: which pass. x: [B, N, ...], for its tokens. closed: None for a dense layer. weight: the GEMM's.
-        channels: C of the residual stream.
+        op: which pass. kind: of the activation. x: [B, N, ...], for its tokens. closed: None for a dense layer.
+        weight: the GEMM's. channels: C of the residual stream.
     """
-    if runs_on_cpu(x) or not _pays(op, x, weight, channels):
-        return made(Choice("pass", "GELU in a pass of its own"))
+    if kind != "gelu_tanh" or runs_on_cpu(x) or not _pays(op, x, weight, channels):
+        return made(Choice("pass", f"{_NAMES[kind]} in a pass of its own"))
     read = "all channels" if closed is None else "windows"
     return made(Choice("epilogue", f"the Triton GEMM over {read}, with GELU in its epilogue"))
 
@@ -642,15 +650,13 @@ def window_linear_forward(u: Tensor, closed: ClosedForm | None, weight: Tensor, 
     return product(u, weight, q, Band(closed.start, u.shape[-1]), closed.mean_rstd, p, gelu=False, write_out=True)[0]
 
 
-def linear_gelu_forward(
-    u: Tensor, closed: ClosedForm | None, weight: Tensor, bias: Tensor | None, write_pre: bool
+def linear_activation_forward(
+    u: Tensor, closed: ClosedForm | None, weight: Tensor, bias: Tensor | None, kind: str, write_pre: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return (pre, GELU(pre)) [B, N, O] of the same layer; pre is left empty unless ``write_pre`` (training)."""
-    if choose_gelu("gelu_forward", u, closed, weight, weight.shape[1]).path == "pass":
+    """Return pre [B, N, O] of the same layer and its activation; pre is left empty unless ``write_pre`` (training)."""
+    if choose_activation("gelu_forward", kind, u, closed, weight, weight.shape[1]).path == "pass":
         pre = window_linear_forward(u, closed, weight, bias)
-        return (
-            (pre, gelu_forward(pre, torch.empty_like(pre))) if write_pre else (pre.new_empty(0), gelu_forward(pre, pre))
-        )
+        return or_empty(pre if write_pre else None, pre), activation_forward(pre, kind, write_pre)
     if closed is None:
         return product(u, weight, bias, None, None, None, gelu=True, write_out=write_pre)
     p, q = contributions(closed, u.shape[-1], weight, bias)
@@ -775,16 +781,15 @@ def _with_inactive(
     return LinearGradients(du, summed, dshift * inactive.mask, of_scale, dweight, dbias)
 
 
-def gelu_linear_backward(g: Tensor, pre: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(dpre, act) of out = GELU(pre) @ weight^T: the gradient of pre [B, N, K] and the activation, recomputed beside
-    it.
+def activation_linear_backward(g: Tensor, pre: Tensor, weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """(dpre, act) of out = act @ weight^T: the gradient of pre and its activation [B, N, K], recomputed beside it.
 
     Args:
-        g: gradient of out [B, N, O]. pre: [B, N, K]. weight: [O, K], in g's dtype.
+        g: gradient of out [B, N, O]. pre: [B, N, K], of "swiglu" [B, N, 2K]. weight: [O, K], in g's dtype.
+        kind: of the activation.
     """
-    if choose_gelu("gelu_backward", g, None, weight, weight.shape[0]).path == "pass":
-        dpre = g @ weight
-        return dpre, gelu_backward(dpre, pre)
+    if choose_activation("gelu_backward", kind, g, None, weight, weight.shape[0]).path == "pass":
+        return activation_backward(g @ weight, pre, kind)
     B, N, K = pre.shape
     found = input_gradient(g.reshape(1, B * N, g.shape[-1]), weight, None, K, pre.view(1, B * N, K))
     return tuple(x.view(B, N, K) for x in found)  # type: ignore[return-value]
@@ -987,11 +992,11 @@ def _plain_gelu_forward(
     u: Tensor, closed: ClosedForm | None, weight: Tensor, bias: Tensor | None, write_pre: bool
 ) -> tuple[Tensor | None, Tensor]:
     pre = _plain_forward(u, closed, weight, bias)
-    return pre if write_pre else None, plain_gelu(pre)
+    return pre if write_pre else None, reference.activate(pre)
 
 
 def _gelu_forward(write_pre: bool, **layer: Any) -> tuple[Tensor | None, Tensor]:
-    pre, act = linear_gelu_forward(**layer, write_pre=write_pre)
+    pre, act = linear_activation_forward(**layer, kind="gelu_tanh", write_pre=write_pre)
     return pre if write_pre else None, act
 
 
@@ -1014,7 +1019,7 @@ def _of_backward(
 
 
 def _plain_gelu_backward(g: Tensor, pre: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten.gelu_backward(g @ weight, pre, approximate="tanh"), plain_gelu(pre)
+    return torch.ops.aten.gelu_backward(g @ weight, pre, approximate="tanh"), reference.activate(pre)
 
 
 def _plain_weight_gradient(g: Tensor, u: Tensor, start: Tensor, channels: int) -> Tensor:
@@ -1249,7 +1254,7 @@ KERNELS = [
     ),
     Kernel(
         "gelu_linear_backward",
-        gelu_linear_backward,
+        partial(activation_linear_backward, kind="gelu_tanh"),
         _plain_gelu_backward,
         lambda draw: dict(
             g=draw(*draw.sizes[:3]),

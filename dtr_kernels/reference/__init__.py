@@ -6,8 +6,10 @@ functions.
 
 from dtr_kernels.reference.surgery import gram, pcgrad, pcgrad_coefficients, uncertainty_loss
 from dtr_kernels.reference.transformer import (
+    ACTIVATIONS,
     NORMS,
     SCOPES,
+    activate,
     attention,
     dit,
     dit_block,
@@ -24,8 +26,10 @@ from dtr_kernels.reference.transformer import (
 from dtr_kernels.reference.unet import group_norm, res_block, routed_conv
 
 __all__ = [
+    "ACTIVATIONS",
     "NORMS",
     "SCOPES",
+    "activate",
     "attention",
     "dit",
     "dit_block",

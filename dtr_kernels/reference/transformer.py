@@ -16,6 +16,7 @@ from torch import Tensor
 
 SCOPES = ("block", "branch", "inner")
 NORMS = ("layer", "rms")
+ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "swiglu")
 
 
 def routing_mask(t: Tensor, channels: int, num_timesteps: int = 1000, alpha: float = 4.0, beta: float = 0.8) -> Tensor:
@@ -42,6 +43,16 @@ def masked(x: Tensor, mask: Tensor | None) -> Tensor:
 def normalize(x: Tensor, eps: float = 1e-6, norm: str = "layer") -> Tensor:
     """LayerNorm or RMSNorm ("rms") over all C channels, deactivated zeros included, without affine parameters."""
     return (F.rms_norm if norm == "rms" else F.layer_norm)(x, x.shape[-1:], eps=eps)
+
+
+def activate(x: Tensor, activation: str = "gelu_tanh") -> Tensor:
+    """One of ``ACTIVATIONS``; "swiglu" is SiLU(a) * b of the two halves a and b of the channels."""
+    if activation == "swiglu":
+        a, b = x.chunk(2, dim=-1)
+        return F.silu(a) * b
+    if activation == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def routed_norm(
@@ -100,10 +111,12 @@ def routed_mlp(
     keep_branch: bool = False,
     eps: float = 1e-6,
     norm: str = "layer",
+    activation: str = "gelu_tanh",
 ) -> tuple[Tensor, Tensor]:
-    """The new residual stream, and fc2(GELU(fc1(modulate(LN(...))))) with the tanh form of GELU."""
+    """The new residual stream, and fc2(GELU(fc1(modulate(LN(...))))) with the tanh form of GELU, or another of
+    ``ACTIVATIONS``."""
     stream, u = routed_norm(x, shift, scale, mask, branch, gate, keep_branch, eps, norm)
-    hidden = F.gelu(F.linear(u, fc1_weight, fc1_bias), approximate="tanh")
+    hidden = activate(F.linear(u, fc1_weight, fc1_bias), activation)
     return stream, F.linear(hidden, fc2_weight, fc2_bias)
 
 

@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dtr_kernels.ops.activations import parts_of
 from dtr_kernels.ops.band_linear import (
     Heads,
+    activation_band_backward,
     among_all,
     band_input_gradient,
-    gelu_band_backward,
     in_order,
     order_by_window,
     out_of_order,
 )
 from dtr_kernels.ops.gated_norm import Norm, NormInputs, NormWindow, gated_norm_backward, gated_norm_forward
-from dtr_kernels.ops.window_linear import gelu_linear_backward
+from dtr_kernels.ops.window_linear import activation_linear_backward
 from dtr_kernels.surgery.interception import Interception, Refusal, Rule, in_autocast_dtype, take_linear
 
 
@@ -123,12 +124,12 @@ class _RoutedMlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
         *tensors, fc1_weight, fc2_weight, start, pre, mean, rstd = ctx.saved_tensors
-        width, keep_branch, eps, norm = ctx.settings
+        width, keep_branch, eps, norm, activation = ctx.settings
         inputs, window = NormInputs(*tensors), NormWindow(start, width, keep_branch=keep_branch)
         with torch._C.DisableTorchFunction():
             if dout is None:
                 dout = inputs.x.new_zeros(*inputs.x.shape[:2], len(fc2_weight), dtype=fc2_weight.dtype)
-            dpre, act = gelu_linear_backward(dout, pre, fc2_weight)
+            dpre, act = activation_linear_backward(dout, pre, fc2_weight, activation)
             fc2 = ctx.run.collect(ctx.weights[2:], take_linear, dout, act)
             del act
             u = gated_norm_forward(inputs, window, Norm(eps, norm), dpre.dtype, write_stream=False).u
@@ -165,15 +166,16 @@ class _InnerMlp(_RoutedMlp):
     @once_differentiable
     def backward(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
         *tensors, fc1_weight, fc2_weight, start, pre, mean, rstd = ctx.saved_tensors
-        width, total, eps, norm = ctx.settings
+        width, total, eps, norm, activation = ctx.settings
         inputs, window = NormInputs(*tensors), NormWindow(None, tensors[0].shape[2])
         with torch._C.DisableTorchFunction():
             if dout is None:
                 dout = inputs.x.new_zeros(*inputs.x.shape[:2], len(fc2_weight), dtype=fc2_weight.dtype)
             order = order_by_window(dout, start)  # in which the samples of pre are
             heads = Heads(in_order(start, order), width, total)
-            rows, columns = heads.rows(fc1_weight), heads.columns(fc2_weight)
-            dpre, act = gelu_band_backward(in_order(dout.contiguous(), order), pre, fc2_weight, columns)
+            rows, columns = heads.rows(fc1_weight, parts_of(activation)), heads.columns(fc2_weight)
+            dout_in_order = in_order(dout.contiguous(), order)
+            dpre, act = activation_band_backward(dout_in_order, pre, fc2_weight, columns, activation)
             every = out_of_order(among_all(act, columns, fc2_weight.shape[1]), order)
             fc2 = ctx.run.collect(ctx.weights[2:], take_linear, dout, every)
             del act, every
