@@ -63,7 +63,7 @@ def _value_and_slope(x, KIND: tl.constexpr):
         share = 0.5 + 0.5 * tl.erf(x * _SQRT_HALF)
         value, slope = x * share, share + x * (_DENSITY * tl.exp2(x * x * (-0.5 * _LOG2_E)))
     else:
-        r = tl.rsqrt(1.0 + tl.exp2(-_LOG2_E * x))
+        r = tl.rsqrt(1.0 + tl.exp2(x * -_LOG2_E))
         value, slope = x * (r * r), r * r + x * (r * r) * (1.0 - r * r)
     return value, slope
 
@@ -118,7 +118,12 @@ def activation_forward(pre: Tensor, kind: str, keep_pre: bool = True) -> Tensor:
     channels, unless ``keep_pre``."""
     shape = (*pre.shape[:-1], pre.shape[-1] // parts_of(kind))
     act = pre if pre.shape == shape and not keep_pre else pre.new_empty(shape)
-    _launch(activation_forward_kernel, kind, pre=pre, act=act)
+    rows, width = _shape(act, kind)
+    if runs_on_cpu(pre):
+        _run_on_cpu(kind, rows, width, pre, act)
+    elif act.numel() > 0:
+        options = dict(KIND=kind, GATED=parts_of(kind) > 1, BLOCK=_BLOCK)
+        launch(activation_forward_kernel, rows * triton.cdiv(width, _BLOCK), pre, act, width, **options)
     return act
 
 
@@ -127,25 +132,25 @@ def activation_backward(dact: Tensor, pre: Tensor, kind: str) -> tuple[Tensor, T
     it; both arguments contiguous."""
     dpre = dact if dact.shape == pre.shape else torch.empty_like(pre)
     act = torch.empty_like(dact)
-    _launch(activation_backward_kernel, kind, dact=dact, pre=pre, dpre=dpre, act=act)
+    rows, width = _shape(act, kind)
+    if runs_on_cpu(pre):
+        _run_on_cpu(kind, rows, width, pre, act, dact, dpre)
+    elif act.numel() > 0:
+        options = dict(KIND=kind, GATED=parts_of(kind) > 1, BLOCK=_BLOCK)
+        programs = rows * triton.cdiv(width, _BLOCK)
+        launch(activation_backward_kernel, programs, dact, pre, dpre, act, width, **options)
     return dpre, act
 
 
-def _launch(kernel: Any, kind: str, act: Tensor, **tensors: Tensor) -> None:
-    # Without halves all rows are one.
-    gated = parts_of(kind) > 1
-    width = act.shape[-1] if gated else act.numel()
-    if act.numel() == 0:
-        return
-    rows = act.numel() // width
-    tensors["act"] = act
-    if runs_on_cpu(act):
-        names = ("pre", "act", "dact", "dpre")
-        flat = (None if name not in tensors else tensors[name].view(rows, -1) for name in names)
-        extension.kernels.activation(kind, rows, width, *map(extension.rows, flat))
-        return
-    programs = rows * triton.cdiv(width, _BLOCK)
-    launch(kernel, programs, *tensors.values(), width, KIND=kind, GATED=gated, BLOCK=_BLOCK)
+def _shape(act: Tensor, kind: str) -> tuple[int, int]:
+    """Rows and channels of a pass; without halves all rows are one."""
+    width = act.shape[-1] if parts_of(kind) > 1 else act.numel()
+    return act.numel() // max(width, 1), width
+
+
+def _run_on_cpu(kind: str, rows: int, width: int, *tensors: Tensor) -> None:
+    flat = [extension.rows(tensor.view(rows, -1) if rows else None) for tensor in tensors]
+    extension.kernels.activation(kind, rows, width, *flat, *[extension.rows(None)] * (4 - len(flat)))
 
 
 # --- declarations ----------------------------------------------------------------------------------------------------
