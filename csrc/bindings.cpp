@@ -119,15 +119,15 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.doc() = "Compiled kernels of dtr_kernels.";
     py::enum_<Type>(m, "Type").value("f32", Type::f32).value("f64", Type::f64).value("bf16", Type::bf16).value("f16", Type::f16);
 
-    m.def("norm_forward", [](Shape shape, double eps, bool compact, bool keep_branch, Type stream_type, Rows x, Rows branch, Rows stream,
-                             Rows u, Rows gate, Rows shift, Rows scale, Rows mean, Rows rstd) {
+    m.def("norm_forward", [](Shape shape, double eps, bool compact, bool keep_branch, bool rms, Type stream_type, Rows x, Rows branch,
+                             Rows stream, Rows u, Rows gate, Rows shift, Rows scale, Rows mean, Rows rstd) {
         run(kernels().norm_forward, NormForward{shape, x, branch, stream, u, gate, shift, scale, mean, rstd, eps, compact, keep_branch,
-                                                stream_type});
+                                                rms, stream_type});
     });
-    m.def("norm_backward", [](Shape shape, bool compact, bool keep_branch, bool x_is_stream, Rows du, Rows dstream, Rows x, Rows branch,
-                              Rows dx, Rows dbranch, Rows gate, Rows scale, Rows mean, Rows rstd, Rows inactive, Rows sums) {
+    m.def("norm_backward", [](Shape shape, bool compact, bool keep_branch, bool rms, bool x_is_stream, Rows du, Rows dstream, Rows x,
+                              Rows branch, Rows dx, Rows dbranch, Rows gate, Rows scale, Rows mean, Rows rstd, Rows inactive, Rows sums) {
         run(kernels().norm_backward, NormBackward{shape, du, dstream, x, branch, dx, dbranch, gate, scale, mean, rstd, inactive, sums,
-                                                  compact, keep_branch, x_is_stream});
+                                                  compact, keep_branch, rms, x_is_stream});
     });
     m.def("residual_forward", [](Shape shape, Rows x, Rows branch, Rows out, Rows gate) {
         run(kernels().residual_forward, ResidualForward{shape, x, branch, out, gate});
@@ -135,8 +135,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("residual_backward", [](Shape shape, Rows dout, Rows branch, Rows dbranch, Rows gate, Rows sums) {
         run(kernels().residual_backward, ResidualBackward{shape, dout, branch, dbranch, gate, sums});
     });
-    m.def("gelu", [](int64_t size, Rows pre, Rows act, Rows dact, Rows dpre) {
-        run(kernels().gelu, Gelu{size, pre, act, dact, dpre});
+    m.def("activation", [](const std::string& kind, int64_t rows, int64_t width, Rows pre, Rows act, Rows dact, Rows dpre) {
+        run(kernels().activation, ActivationPass{activation_named(kind), rows, width, pre, act, dact, dpre});
     });
 
     // Without a constructor: where memory is short, what pybind11 does after one would end the process.

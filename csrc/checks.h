@@ -153,8 +153,8 @@ public:
         memory_.writes(contiguous(name, x, planes * s_.B * ((s_.N + s_.chunk - 1) / s_.chunk), s_.C));
     }
     // For a kernel that has no use for the argument.
-    void absent(const char* name, const Rows& x, const char* unless) {
-        if (x.data) refuse(std::string(name) + " must be null without " + unless);
+    void absent(const char* name, const Rows& x, const char* when) {
+        if (x.data) refuse(std::string(name) + " must be null " + when);
     }
     void refuse_overlaps() { memory_.refuse_overlaps(); }
 
@@ -196,13 +196,14 @@ inline void check(const NormForward& a) {
         table.reads_vectors("gate", a.gate);
         if (a.stream.data) table.writes_tokens("stream", a.stream, s.C);
     } else {
-        table.absent("stream", a.stream, "branch");
+        table.absent("stream", a.stream, "without branch");
     }
     check_masking(a);
     table.writes_tokens("u", a.u, a.compact ? s.width : s.C);
     table.reads_vectors("shift", a.shift);
     table.reads_vectors("scale", a.scale);
-    table.writes_statistics("mean", a.mean);
+    if (a.rms) table.absent("mean", a.mean, "with rms");
+    else table.writes_statistics("mean", a.mean);
     table.writes_statistics("rstd", a.rstd);
     check_type("stream_type", a.stream_type);
     if (!(a.eps >= 0 && std::isfinite(a.eps))) refuse("eps must be finite and not negative, got " + std::to_string(a.eps));
@@ -222,13 +223,14 @@ inline void check(const NormBackward& a) {
         table.writes_tokens("dbranch", a.dbranch, s.C);
         table.reads_vectors("gate", a.gate);
     } else {
-        table.absent("dbranch", a.dbranch, "branch");
+        table.absent("dbranch", a.dbranch, "without branch");
     }
     table.reads_vectors("scale", a.scale);
-    table.reads_statistics("mean", a.mean);
+    if (a.rms) table.absent("mean", a.mean, "with rms");
+    else table.reads_statistics("mean", a.mean);
     table.reads_statistics("rstd", a.rstd);
-    if (a.compact) table.reads_statistics("inactive", a.inactive);
-    else table.absent("inactive", a.inactive, "compact");
+    if (a.compact && !a.rms) table.reads_statistics("inactive", a.inactive);
+    else table.absent("inactive", a.inactive, "without compact, and with rms");
     table.writes_sums("sums", a.sums, a.branch.data ? 3 : 2);
     if (a.keep_branch && a.x_is_stream) refuse("x_is_stream must be false with keep_branch");
     table.refuse_overlaps();
@@ -255,29 +257,42 @@ inline void check(const ResidualBackward& a) {
     table.refuse_overlaps();
 }
 
-// act may be pre itself, and dpre may be dact.
-inline void check(const Gelu& a) {
+inline Activation activation_named(const std::string& name) {
+    if (name == "gelu_tanh") return Activation::gelu_tanh;
+    if (name == "gelu") return Activation::gelu;
+    if (name == "silu") return Activation::silu;
+    if (name == "swiglu") return Activation::swiglu;
+    refuse("kind must be gelu_tanh, gelu, silu or swiglu, got " + name);
+}
+
+// act may be pre itself, and dpre may be dact, but not of swiglu, where they have other sizes.
+inline void check(const ActivationPass& a) {
     Memory memory;
-    const auto elements = [&](const char* name, const Rows& x) {
+    const bool gated = a.kind == Activation::swiglu;
+    const auto rows = [&](const char* name, const Rows& x, int64_t columns) {
         check_type(name, x.type);
-        return span(name, x.data, size_of(x.type), 1, a.size, 0);
+        if (x.stride != columns && a.rows > 1)
+            refuse(std::string(name) + " must be contiguous, with stride " + std::to_string(columns) + ", got " + std::to_string(x.stride));
+        return span(name, x.data, size_of(x.type), a.rows, columns, columns);
     };
-    const auto same = [](const Rows& x, const Rows& y) { return x.data == y.data && x.type == y.type; };
-    const Span pre = elements("pre", a.pre);
-    memory.writes(elements("act", a.act));
+    const auto same = [=](const Rows& x, const Rows& y) { return !gated && x.data == y.data && x.type == y.type; };
+    const int64_t before = gated ? 2 * a.width : a.width;
+    const Span pre = rows("pre", a.pre, before);
+    memory.writes(rows("act", a.act, a.width));
     if (!same(a.act, a.pre)) memory.reads(pre);
     if (a.dact.data || a.dpre.data) {
-        const Span dact = elements("dact", a.dact);
-        memory.writes(elements("dpre", a.dpre));
+        const Span dact = rows("dact", a.dact, a.width);
+        memory.writes(rows("dpre", a.dpre, before));
         if (!same(a.dpre, a.dact)) memory.reads(dact);
     }
     memory.refuse_overlaps();
 }
 
 // Checks the sizes and says whether there is anything to compute; without, addresses are of no interest.
-inline bool has_work(const Gelu& a) {
-    check_range("size", a.size, 0, kMostElements);
-    return a.size > 0;
+inline bool has_work(const ActivationPass& a) {
+    check_range("width", a.width, 0, kMostElements);
+    check_range("rows", a.rows, 0, kMostElements / std::max<int64_t>(a.width, 1));
+    return a.rows > 0 && a.width > 0;
 }
 template <class Args>
 bool has_work(const Args& a) {

@@ -23,6 +23,7 @@ def norm_forward(
     eps: float,
     compact: bool,
     keep_branch: bool,
+    rms: bool,
     stream_type: Type,
     x: Rows,
     branch: Rows,
@@ -38,6 +39,7 @@ def norm_backward(
     shape: Shape,
     compact: bool,
     keep_branch: bool,
+    rms: bool,
     x_is_stream: bool,
     du: Rows,
     dstream: Rows,
@@ -54,7 +56,7 @@ def norm_backward(
 ) -> None: ...
 def residual_forward(shape: Shape, x: Rows, branch: Rows, out: Rows, gate: Rows) -> None: ...
 def residual_backward(shape: Shape, dout: Rows, branch: Rows, dbranch: Rows, gate: Rows, sums: Rows) -> None: ...
-def gelu(size: int, pre: Rows, act: Rows, dact: Rows, dpre: Rows) -> None: ...
+def activation(kind: str, rows: int, width: int, pre: Rows, act: Rows, dact: Rows, dpre: Rows) -> None: ...
 
 class Gradients:
     sizes: list[int]

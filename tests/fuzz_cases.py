@@ -8,6 +8,8 @@ AddressSanitizer as it is.
 from __future__ import annotations
 
 import ctypes
+import itertools
+import math
 import operator
 import random
 from collections.abc import Callable, Iterator
@@ -325,23 +327,34 @@ def norm_forward(draw: Draw) -> Call:
     stream = batch.tokens(batch.C, stream_type, result=True) if update and draw.flag() else None
     compact = batch.routed and not keep and draw.flag()
     u = batch.tokens(batch.width if compact else batch.C, result=True)
-    shift, scale = batch.vectors(), batch.vectors()
-    mean, rstd = batch.statistics(result=True), batch.statistics(result=True)
+    shift, scale, rms = batch.vectors(), batch.vectors(), draw.flag()
+    mean, rstd = None if rms else batch.statistics(result=True), batch.statistics(result=True)
     eps = draw.choice.uniform(0.05, 1)  # the variance of a channel alone is zero
 
     def expected() -> dict[str, np.ndarray]:
         x_, added = batch.read(x), batch.read(gate) * batch.read(branch)
         rounded = decoded(encoded(x_ + added, stream_type), stream_type)
         v = x_ * batch.mask + added if keep else (rounded if update else x_) * batch.mask
-        mu = v.mean(-1, keepdims=True)
-        r = 1 / np.sqrt(v.var(-1, keepdims=True) + eps)
+        mu = 0 if rms else v.mean(-1, keepdims=True)
+        r = 1 / np.sqrt(((v - mu) ** 2).mean(-1, keepdims=True) + eps)
         z = (v - mu) * r * (1 + batch.read(scale)) + batch.read(shift)
-        out = {"u": batch.compact(z) if compact else z, "mean": mu, "rstd": r}
+        out = {"u": batch.compact(z) if compact else z, "rstd": r} | ({} if rms else {"mean": mu})
         return out | {"stream": x_ + added} if stream else out
 
     stored = Enum(TYPES[stream_type])
-    arguments = dict(shape=batch.shape(), eps=eps, compact=compact, keep_branch=keep, stream_type=stored, x=x)
-    arguments |= dict(branch=branch, stream=stream, u=u, gate=gate, shift=shift, scale=scale, mean=mean, rstd=rstd)
+    arguments = dict(shape=batch.shape(), eps=eps, compact=compact, keep_branch=keep, rms=rms)
+    arguments |= dict(
+        stream_type=stored,
+        x=x,
+        branch=branch,
+        stream=stream,
+        u=u,
+        gate=gate,
+        shift=shift,
+        scale=scale,
+        mean=mean,
+        rstd=rstd,
+    )
     optional, through = frozenset({"branch", "stream"}), stream_type if update and not keep else None
     return Call("norm_forward", arguments, expected, optional, keeps=_kept(batch.start), through=through)
 
@@ -357,8 +370,9 @@ def norm_backward(draw: Draw) -> Call:
     x = batch.tokens(batch.C)
     branch, gate = (batch.tokens(batch.C), batch.vectors()) if update else (None, None)
     dx, dbranch = batch.tokens(batch.C, result=True), batch.tokens(batch.C, result=True) if update else None
-    scale, mean, rstd = batch.vectors(), batch.statistics(), batch.statistics()
-    inactive = batch.statistics() if compact else None
+    scale, rms, rstd = batch.vectors(), draw.flag(), batch.statistics()
+    mean = None if rms else batch.statistics()
+    inactive = batch.statistics() if compact and not rms else None
     sums = batch.sums(3 if update else 2)
 
     def expected() -> dict[str, np.ndarray]:
@@ -370,7 +384,7 @@ def norm_backward(draw: Draw) -> Call:
         z = (v - mu) * r
         d = batch.dense(batch.read(du)) if compact else batch.read(du)
         dz = d * (1 + batch.read(scale))
-        total = dz.sum(-1, keepdims=True) + extra
+        total = 0 if rms else dz.sum(-1, keepdims=True) + extra
         along = (dz * z).sum(-1, keepdims=True) - mu * r * extra
         dv = r * (dz - (total + z * along) / batch.C) * (batch.mask | keep)
         onto = np.broadcast_to(batch.read(dstream), dv.shape)
@@ -380,7 +394,7 @@ def norm_backward(draw: Draw) -> Call:
         planes = [d, d * z] + ([(onto + dv) * b] if update else [])
         return out | {"sums": batch.summed(*planes)}
 
-    arguments = dict(shape=batch.shape(), compact=compact, keep_branch=keep, x_is_stream=x_is_stream)
+    arguments = dict(shape=batch.shape(), compact=compact, keep_branch=keep, rms=rms, x_is_stream=x_is_stream)
     arguments |= dict(du=du, dstream=dstream, x=x, branch=branch, dx=dx, dbranch=dbranch, gate=gate, scale=scale)
     arguments |= dict(mean=mean, rstd=rstd, inactive=inactive, sums=sums)
     return Call("norm_backward", arguments, expected, frozenset({"dstream"}), keeps=_kept(batch.start))
@@ -412,27 +426,41 @@ def residual_backward(draw: Draw) -> Call:
     return Call("residual_backward", arguments, expected)
 
 
-def gelu(draw: Draw) -> Call:
-    size = draw.choice.choice([0, draw.size(5000), draw.size(50)])
+def activation(draw: Draw) -> Call:
+    kind = draw.choice.choice(["gelu_tanh", "gelu", "silu", "swiglu"])
+    gated = kind == "swiglu"
+    width = draw.choice.choice([0, draw.size(5000), draw.size(50)])
+    rows = draw.size(4) if width else 0
     leading = draw.choice.choice(["f32", "f64", "bf16", "f16"])
-    pre = Operand(3 * draw.values(1, size), leading, "tokens", shift=draw.choice.randint(0, 1))
-    backward, in_place = draw.flag(), draw.flag()
+    pre = Operand(3 * draw.values(rows, (1 + gated) * width), leading, "tokens", shift=draw.choice.randint(0, 1))
+    backward, in_place = draw.flag(), draw.flag() and not gated
     type = "f64" if leading == "f64" else draw.type()
-    act = pre if in_place else draw.result(1, size, type)
-    dact = draw.input(1, size, type) if backward else None
-    dpre = None if dact is None else dact if in_place else draw.result(1, size, draw.type())
+
+    def result(columns: int, type: str) -> Operand:
+        return Operand((rows, columns), type, "tokens", shift=draw.choice.choice([0, 1, 3]))
+
+    act = pre if in_place else result(width, type)
+    dact = Operand(draw.values(rows, width), type, "tokens") if backward else None
+    dpre = None if dact is None else dact if in_place else result(pre.columns, draw.type())
 
     def expected() -> dict[str, np.ndarray]:
-        x = pre.read()
-        a, cubic = 1.5957691216057308, 0.044715
-        gate = 1 / (1 + np.exp(-a * (x + cubic * x**3)))
-        out = {"act": x * gate}
+        x, other = pre.read(), 1.0
+        if gated:
+            x, other = x[:, :width], x[:, width:]
+        linear, cubic = (1.5957691216057308, 0.07135481627260025) if kind == "gelu_tanh" else (1.0, 0.0)
+        share = 1 / (1 + np.exp(-x * (linear + cubic * x**2)))
+        slope = share + x * share * (1 - share) * (linear + 3 * cubic * x * x)
+        if kind == "gelu":
+            share = 0.5 + 0.5 * np.vectorize(math.erf, otypes=[float])(x * 0.5**0.5)
+            slope = share + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+        out = {"act": x * share * other}
         if dact is not None:
-            out["dpre"] = dact.read() * (gate + x * gate * (1 - gate) * a * (1 + 3 * cubic * x * x))
+            g = dact.read()
+            out["dpre"] = np.concatenate([g * slope * other, g * x * share], 1) if gated else g * slope
         return out
 
-    arguments = {"size": size, "pre": pre, "act": act, "dact": dact, "dpre": dpre}
-    return Call("gelu", arguments, expected, in_place=(("act", "pre"), ("dpre", "dact")))
+    arguments = {"kind": kind, "rows": rows, "width": width, "pre": pre, "act": act, "dact": dact, "dpre": dpre}
+    return Call("activation", arguments, expected, in_place=() if gated else (("act", "pre"), ("dpre", "dact")))
 
 
 class Surgery:
@@ -556,7 +584,7 @@ def _gpu_workspace(draw: Draw) -> Call:
 
 def calls(kernels: Any) -> dict[str, Callable[[Draw], Call]]:
     """What makes a random call of each function; those of the submodule only where the extension has it."""
-    ours = [norm_forward, norm_backward, residual_forward, residual_backward, gelu]
+    ours = [norm_forward, norm_backward, residual_forward, residual_backward, activation]
     surgery = [gram, combine, weighted_sum, pcgrad_coefficients]
     makers = {make.__name__: make for make in [*ours, *surgery]}
     makers["build_config"] = lambda draw: Call("build_config", {})
@@ -593,13 +621,14 @@ def wrong(call: Call) -> Iterator[tuple[str, list[Any]]]:
                     yield f"{name} is {bad}", with_(name, bad)
         if isinstance(value, Enum) and right["shape"].N:
             yield f"{name} is no type", with_(name, Enum(7))
-    empty = right["shape"].N == 0 if "shape" in right else right.get("size") == 0
+    empty = right["shape"].N == 0 if "shape" in right else right.get("width") == 0
     if "shape" in right:
         for what, shape in _wrong_shapes(right["shape"], needed=bool(right.get("compact"))):
             yield what, with_("shape", shape)
     if "compact" in right and not empty:
-        compact, keep = right["compact"], right["keep_branch"]
-        if "inactive" in right:  # given to the one, missing for the other
+        compact, keep, rms = right["compact"], right["keep_branch"], right["rms"]
+        yield f"mean with rms={not rms}", with_("rms", not rms)
+        if "inactive" in right and not rms:  # given to the one, missing for the other
             yield f"inactive with compact={not compact}", with_("compact", not compact)
         elif keep or not right["shape"].start:
             yield "compact with keep_branch, or without windows", with_("compact", True)
@@ -607,9 +636,10 @@ def wrong(call: Call) -> Iterator[tuple[str, list[Any]]]:
             yield "keep_branch with compact, or without a branch", with_("keep_branch", True)
         if keep and "x_is_stream" in right:
             yield "x_is_stream with keep_branch", with_("x_is_stream", True)
-    if "size" in right:
-        for size in (-1, _HUGE, 1 << 70):
-            yield f"size {size}", with_("size", size)
+    if "kind" in right:
+        yield "an unknown kind", with_("kind", "relu")
+        for name, size in itertools.product(("rows", "width"), (-1, _HUGE, 1 << 70)):
+            yield f"{name} {size}", with_(name, size)
     if "clusters" in right:
         for clusters in (0, -1, 65, _HUGE):
             yield f"{clusters} clusters", with_("clusters", clusters)

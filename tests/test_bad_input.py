@@ -169,6 +169,7 @@ INNER = [ops.inner_linear, ops.inner_mlp, ops.inner_projection]
 WINDOWED = [ops.routed_linear, ops.routed_mlp]
 ROUTED = WINDOWED + INNER[:2]
 ALL = [*ROUTED, ops.gated_residual]
+MLPS = [ops.routed_mlp, ops.inner_mlp]
 
 STREAM_CASES = [
     (ALL, "x", lambda x: x.long(), TypeError, ["x must", "floating point", "torch.int64", "x.float()"]),
@@ -195,6 +196,9 @@ STREAM_CASES = [
     (WINDOWED, "window", lambda w: ROUTING.window(starts(1, 2), 16), ValueError, ["window", "16 channels", "32"]),
     (ROUTED, "window", lambda w: ROUTING.window(starts(1, 2, 3), C), ValueError, ["window", "3 samples", "2"]),
     (ROUTED, "window", lambda w: window_on("meta"), ValueError, ["window", "meta", "cpu"]),
+    (ROUTED, "norm", lambda _: "batch", ValueError, ["norm must be one of 'layer', 'rms'", "'batch'"]),
+    (MLPS, "activation", lambda _: "relu", ValueError, ["activation must be one of 'gelu_tanh'", "'swiglu'", "'relu'"]),
+    (MLPS, "activation", lambda _: "swiglu", ValueError, ["fc2_weight must have shape [O, 24]", "[32, 48]"]),
     (ALL, "x", lambda x: x.to(torch.float8_e4m3fn), TypeError, ["x must", "torch.float8_e4m3fn"]),
 ]
 
@@ -211,7 +215,7 @@ def table(cases):
     ]
 
 
-LINEAR, MLP = [ops.routed_linear, ops.inner_linear], [ops.routed_mlp, ops.inner_mlp]
+LINEAR = [ops.routed_linear, ops.inner_linear]
 WEIGHT_CASES = [
     (LINEAR, "weight", lambda w: w[:, :5], ValueError, ["weight", "[O, 32]", "[48, 5]"]),
     (LINEAR, "weight", lambda w: w[0], ValueError, ["weight", "[O, 32]", "[32]"]),
@@ -221,13 +225,13 @@ WEIGHT_CASES = [
     (LINEAR, "bias", lambda b: b[:5], ValueError, ["bias", "[48]", "[5]"]),
     (LINEAR, "bias", lambda b: b[None], ValueError, ["bias", "[48]", "[1, 48]"]),
     (LINEAR, "bias", lambda b: b.half(), ValueError, ["bias", "torch.float32", "autocast", "torch.float16"]),
-    (MLP, "fc1_weight", lambda w: w[:, :5], ValueError, ["fc1_weight", "[O, 32]", "[48, 5]"]),
-    (MLP, "fc1_weight", lambda w: w.bfloat16(), ValueError, ["fc1_weight", "torch.float32", "torch.bfloat16"]),
-    (MLP, "fc1_bias", lambda b: b[:1], ValueError, ["fc1_bias", "[48]", "[1]"]),
-    (MLP, "fc2_weight", lambda w: w.t(), ValueError, ["fc2_weight", "[O, 48]", "[48, 32]"]),
-    (MLP, "fc2_weight", lambda w: w.to("meta"), ValueError, ["fc2_weight", "cpu", "meta"]),
-    (MLP, "fc2_bias", lambda b: b[:1], ValueError, ["fc2_bias", "[32]", "[1]"]),
-    (MLP, "fc2_bias", lambda b: b.double(), ValueError, ["fc2_bias", "torch.float32", "torch.float64"]),
+    (MLPS, "fc1_weight", lambda w: w[:, :5], ValueError, ["fc1_weight", "[O, 32]", "[48, 5]"]),
+    (MLPS, "fc1_weight", lambda w: w.bfloat16(), ValueError, ["fc1_weight", "torch.float32", "torch.bfloat16"]),
+    (MLPS, "fc1_bias", lambda b: b[:1], ValueError, ["fc1_bias", "[48]", "[1]"]),
+    (MLPS, "fc2_weight", lambda w: w.t(), ValueError, ["fc2_weight", "[O, 48]", "[48, 32]"]),
+    (MLPS, "fc2_weight", lambda w: w.to("meta"), ValueError, ["fc2_weight", "cpu", "meta"]),
+    (MLPS, "fc2_bias", lambda b: b[:1], ValueError, ["fc2_bias", "[32]", "[1]"]),
+    (MLPS, "fc2_bias", lambda b: b.double(), ValueError, ["fc2_bias", "torch.float32", "torch.float64"]),
     (ROUTED[2:], "window", lambda w: ROUTING.window(starts(1, 2), 5), ValueError, ["weight", "48", "5 do not divide"]),
     (INNER[2:], "x", lambda x: x.long(), TypeError, ["x must", "torch.int64"]),
     (INNER[2:], "x", lambda x: x[..., :8], ValueError, ["x must", "24", "3 heads", "[2, 3, 8]"]),
@@ -241,8 +245,14 @@ WEIGHT_CASES = [
 @pytest.mark.parametrize("op, name, change, error, fragments", table(STREAM_CASES + WEIGHT_CASES))
 def test_streams_modulation_windows_and_weights(op, name, change, error, fragments):
     inputs = inputs_of(op)
-    inputs[name] = change(inputs[name])
+    inputs[name] = change(inputs.get(name))
     refused(lambda: op(**inputs), error, fragments)
+
+
+@pytest.mark.parametrize("op", MLPS)
+def test_halves_of_swiglu(op):
+    inputs = inputs_of(op) | {"activation": "swiglu", "fc1_weight": torch.randn(H + 1, C), "fc1_bias": None}
+    refused(lambda: op(**inputs), ValueError, ["fc1_weight", "two halves", "even", "49"])
 
 
 @pytest.mark.parametrize("op", [ops.routed_mlp, ops.gated_residual])

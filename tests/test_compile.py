@@ -53,26 +53,43 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 @DTYPES
 @pytest.mark.parametrize("branch", [False, True], ids=["", "branch"])
 @pytest.mark.parametrize("window", ["unrouted", "windowed", "shared"])
-def test_routed_linear_is_a_proper_op(device, window, branch, dtype):
+@pytest.mark.parametrize("norm", dtr.reference.NORMS)
+def test_routed_linear_is_a_proper_op(device, norm, window, branch, dtype):
     inputs = Inputs(device, dtype)
     shift, scale, gate = inputs.modulation()
     residual = (inputs(B, N, C), gate) if branch else (None, None)
     opcheck(
         OPS.routed_linear,
-        (inputs(B, N, C), shift, scale, inputs(H, C), inputs(H), *windows(device)[window], *residual, 1e-6),
+        (inputs(B, N, C), shift, scale, inputs(H, C), inputs(H), *residual, *windows(device)[window], 1e-6, norm),
     )
 
 
 @DTYPES
 @pytest.mark.parametrize("window, keep_branch", [("unrouted", False), ("windowed", False), ("windowed", True)])
-def test_routed_mlp_is_a_proper_op(device, window, keep_branch, dtype):
+@pytest.mark.parametrize("norm, activation", [("layer", "gelu_tanh"), ("layer", "silu"), ("rms", "swiglu")])
+def test_routed_mlp_is_a_proper_op(device, norm, activation, window, keep_branch, dtype):
     inputs = Inputs(device, dtype)
     shift, scale, gate = inputs.modulation()
-    weights = inputs(H, C), inputs(H), inputs(C, H), inputs(C)
+    rows = 2 * H if activation == "swiglu" else H
+    weights = inputs(rows, C), inputs(rows), inputs(C, H), inputs(C)
     start, width = windows(device)[window]
     opcheck(
         OPS.routed_mlp,
-        (inputs(B, N, C), shift, scale, *weights, inputs(B, N, C), gate, start, width, keep_branch, 1e-6, True),
+        (
+            inputs(B, N, C),
+            shift,
+            scale,
+            *weights,
+            inputs(B, N, C),
+            gate,
+            start,
+            width,
+            keep_branch,
+            1e-6,
+            norm,
+            activation,
+            True,
+        ),
     )
 
 
@@ -85,15 +102,19 @@ def test_ops_without_biases_and_with_frozen_inputs(device, train, window):
     shift, scale, gate = inputs.modulation()
     x, branch, start_width = frozen(B, N, C), frozen(B, N, C), windows(device)[window]
     bias, fc1_bias, fc2_bias = [frozen(size, grad=True) if train == "biases" else None for size in (H, H, C)]
-    opcheck(OPS.routed_linear, (x, shift, scale, frozen(H, C), bias, *start_width, None, None, 1e-6))
+    opcheck(OPS.routed_linear, (x, shift, scale, frozen(H, C), bias, None, None, *start_width, 1e-6, "layer"))
     weights = frozen(H, C), fc1_bias, frozen(C, H), fc2_bias
     training = train != "nothing"
-    opcheck(OPS.routed_mlp, (x, shift, scale, *weights, branch, gate, *start_width, False, 1e-6, training))
+    opcheck(
+        OPS.routed_mlp,
+        (x, shift, scale, *weights, branch, gate, *start_width, False, 1e-6, "layer", "gelu_tanh", training),
+    )
 
 
 @pytest.mark.parametrize("needed", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("window", ["unrouted", "windowed"])
-def test_backward_ops_are_proper_ops(device, window, needed):
+@pytest.mark.parametrize("kind", dtr.reference.NORMS)
+def test_backward_ops_are_proper_ops(device, kind, window, needed):
     """Without autograd of their own, and with outputs that are empty where a parameter needs no gradient."""
     checks = {"test_utils": ("test_schema", "test_faketensor")}
     new, (start, width) = Inputs(device, torch.float32, grad=False), windows(device)[window]
@@ -103,12 +124,12 @@ def test_backward_ops_are_proper_ops(device, window, needed):
     opcheck(OPS.gated_residual_backward, (dout, branch, gate), **checks)
 
     weight = new(C, C)
-    stream, _, mean, rstd = OPS.routed_linear(*norm, weight, None, start, width, *update, 1e-6)
-    saved = *norm[1:], weight, start, width, *update, 1e-6, mean, rstd
+    stream, _, mean, rstd = OPS.routed_linear(*norm, weight, None, *update, start, width, 1e-6, kind)
+    saved = *norm[1:], weight, *update, start, width, 1e-6, kind, mean, rstd
     opcheck(OPS.routed_linear_backward, (dstream, dout, stream, *saved, needed, needed), **checks)
 
     fc1, fc2 = new(H, C), new(C, H)
-    settings = *update, start, width, False, 1e-6
+    settings = *update, start, width, False, 1e-6, kind, "gelu_tanh"
     _, _, pre, mean, rstd = OPS.routed_mlp(*norm, fc1, None, fc2, None, *settings, True)
     saved = *norm, fc1, fc2, *settings, pre, mean, rstd
     opcheck(OPS.routed_mlp_backward, (dstream, dout, *saved, [needed] * 4), **checks)

@@ -14,7 +14,7 @@ from benchmarks.counts import ITEMSIZES, Work
 from benchmarks.suite.models import TINY, make_dit
 from dtr_kernels import nn, reference
 from dtr_kernels.ops import window_linear as linear_ops
-from dtr_kernels.ops.gated_norm import NormInputs, NormWindow, gated_norm_backward, gated_norm_forward
+from dtr_kernels.ops.gated_norm import Norm, NormInputs, NormWindow, gated_norm_backward, gated_norm_forward
 from dtr_kernels.ops.residual import gated_residual_backward, gated_residual_forward
 from dtr_kernels.sampling import Sampler
 
@@ -254,7 +254,7 @@ class Launched:
 
     def forward(self, branch: bool, compact: bool, keep_branch: bool):
         window = NormWindow(self.start, self.W, compact, keep_branch)
-        return gated_norm_forward(self.inputs(branch), window, 1e-6, self.operand)
+        return gated_norm_forward(self.inputs(branch), window, Norm(1e-6), self.operand)
 
     def backward(self, out, branch: bool, compact: bool, keep_branch: bool):
         self.inactive = torch.randn(self.B, self.N) if compact else None
@@ -376,15 +376,15 @@ def test_work_of_the_gelu_launchers(layer):
     inputs = (layer.out.u, layer.closed, layer.weight, layer.bias)
     read = (layer.out.u, layer.mean_rstd, *layer.of_inactive, layer.weight, layer.bias, layer.start)
     for write_pre in (False, True):
-        written = linear_ops.linear_gelu_forward(*inputs, write_pre)
+        written = linear_ops.linear_activation_forward(*inputs, "gelu_tanh", write_pre)
         work = counts.gelu_linear_forward(*layer.sizes, write_pre)
         assert work == Work(counts.window_linear_forward(*layer.sizes).flops, nbytes(*read, *written))
 
     pre, g = written[0], torch.randn(B, N, C)
     weight = torch.randn(C, O)
-    written = linear_ops.gelu_linear_backward(g, pre, weight)
+    written = linear_ops.activation_linear_backward(g, pre, weight, "gelu_tanh")
     work = counts.gelu_linear_backward(B, N, O, C, FP32, write_act=True)
-    spent = counted(lambda: linear_ops.gelu_linear_backward(g, pre, weight))
+    spent = counted(lambda: linear_ops.activation_linear_backward(g, pre, weight, "gelu_tanh"))
     assert work == Work(spent, nbytes(g, pre, weight, *written))
     assert counts.gelu_linear_backward(B, N, O, C, FP32, write_act=False).bytes == work.bytes - written[1].nbytes
 

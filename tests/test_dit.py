@@ -52,7 +52,7 @@ def oracle(model, x, t, y, mask):
     for block in model.blocks:
         tokens = dtr.reference.dit_block(block, tokens, c, mask, block.scope)
     shift, scale = model.final_layer.adaLN_modulation(c).chunk(2, dim=1)
-    out = model.final_layer.linear(dtr.reference.modulate(dtr.reference.layer_norm(tokens), shift, scale))
+    out = model.final_layer.linear(dtr.reference.modulate(dtr.reference.normalize(tokens), shift, scale))
     out = out.reshape(B, TOKENS, PATCH * PATCH, model.out_channels).permute(0, 3, 2, 1)
     return F.fold(out.reshape(B, -1, TOKENS), SIZE, PATCH, stride=PATCH)
 

@@ -15,14 +15,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dtr_kernels import __main__, ops, verify
+from dtr_kernels import __main__, ops, reference, verify
 from dtr_kernels.ops import extension, tiles
 from dtr_kernels.ops.declaration import SIZES, Draw, Gradient, Gradients, Kernel, Precision, Sizes, mode_name, results
 from dtr_kernels.ops.dispatch import recording
-from dtr_kernels.ops.gated_norm import NormInputs, NormWindow, gated_norm_forward, kept_channels
+from dtr_kernels.ops.gated_norm import Norm, NormInputs, NormWindow, gated_norm_forward, kept_channels
 from dtr_kernels.ops.window_linear import ClosedForm, window_linear_forward
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
@@ -89,7 +88,7 @@ def test_what_is_slightly_wrong_is_found(seed, kernel, mode, device):
 # --- by hand ---------------------------------------------------------------------------------------------------------
 
 
-def by_hand(x, branch, gate, shift, scale, start, width, keep_branch, eps):
+def by_hand(x, branch, gate, shift, scale, start, width, keep_branch, eps, norm):
     """The second norm of a block, token by token: (stream, u, mean, rstd) as nested lists."""
     B, N, C = x.shape
     stream, u, mean, rstd = (
@@ -103,7 +102,7 @@ def by_hand(x, branch, gate, shift, scale, start, width, keep_branch, eps):
                 stream[b, n, c] = float(x[b, n, c]) + update
                 active = start[b] <= c < start[b] + width
                 v.append((float(x[b, n, c]) * active + update) if keep_branch else float(stream[b, n, c]) * active)
-            mean[b, n] = sum(v) / C
+            mean[b, n] = 0 if norm == "rms" else sum(v) / C
             rstd[b, n] = (sum((value - float(mean[b, n])) ** 2 for value in v) / C + eps) ** -0.5
             for c in range(C):
                 z = (v[c] - float(mean[b, n])) * float(rstd[b, n])
@@ -111,18 +110,22 @@ def by_hand(x, branch, gate, shift, scale, start, width, keep_branch, eps):
     return stream, u, mean, rstd
 
 
+@pytest.mark.parametrize("norm", reference.NORMS)
 @pytest.mark.parametrize("keep_branch", [False, True])
-def test_the_norm_by_hand(seed, keep_branch, device):
+def test_the_norm_by_hand(seed, keep_branch, norm, device):
     B, N, C, W = 2, 3, 8, 5
     x, branch = (torch.randn(B, N, C, device=device) for _ in range(2))
     gate, shift, scale = torch.randn(B, 3 * C, device=device).chunk(3, dim=1)
     start = torch.tensor([0, 3], dtype=torch.int32, device=device)
     inputs, window = NormInputs(x, shift, scale, branch, gate), NormWindow(start, W, False, keep_branch)
-    found = gated_norm_forward(inputs, window, 1e-6, torch.float32)
-    expected = by_hand(*(t.cpu() for t in (x, branch, gate, shift, scale)), start.tolist(), W, keep_branch, 1e-6)
-    declared = KERNELS["gated_norm_forward"].exact(inputs, window, 1e-6, torch.float32)
+    found = gated_norm_forward(inputs, window, Norm(1e-6, norm), torch.float32)
+    expected = by_hand(*(t.cpu() for t in (x, branch, gate, shift, scale)), start.tolist(), W, keep_branch, 1e-6, norm)
+    declared = KERNELS["gated_norm_forward"].exact(inputs, window, Norm(1e-6, norm), torch.float32)
     assert found.first is None and declared.first is None
+    assert (found.mean is None) == (declared.mean is None) == (norm == "rms")
     for a, b, c in zip(found[:4], expected, declared[:4], strict=True):
+        if a is None:
+            continue
         torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(c.cpu().double(), b, rtol=1e-5, atol=1e-5)
 
@@ -149,15 +152,31 @@ def test_the_layer_over_a_window_by_hand(seed, device):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_gelu_by_hand():
+def activation_by_hand(kind, v):
+    if kind == "gelu":
+        return v / 2 * (1 + math.erf(v / math.sqrt(2)))
+    if kind == "gelu_tanh":
+        return v / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
+    return v / (1 + math.exp(-v))
+
+
+@pytest.mark.parametrize("kind", reference.ACTIVATIONS)
+def test_activations_by_hand(kind):
     x = torch.linspace(-6, 6, 101, dtype=torch.float64)
-    tanh = [math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)) for v in x.tolist()]
-    expected = torch.tensor([v / 2 * (1 + t) for v, t in zip(x.tolist(), tanh, strict=True)], dtype=torch.float64)
-    torch.testing.assert_close(KERNELS["gelu_forward"].exact(x, None), expected)
+    expected = torch.tensor([activation_by_hand(kind, v) for v in x.tolist()], dtype=torch.float64)
+    exact, backward = KERNELS["activation_forward"].exact, KERNELS["activation_backward"].exact
+    if kind == "swiglu":
+        b = torch.linspace(-2, 3, 101, dtype=torch.float64)
+        torch.testing.assert_close(exact(torch.cat([x, b]), kind, True), expected * b)
+        dpre, _ = backward(dact=torch.ones_like(x), pre=torch.cat([x, b]), kind=kind)
+        torch.testing.assert_close(dpre[101:], expected)
+        return
+    torch.testing.assert_close(exact(x, kind, True), expected)
     for value in (-2.0, 0.3, 1.7):
         pre, step = torch.tensor([value], dtype=torch.float64), 1e-6
-        slope = (F.gelu(pre + step, approximate="tanh") - F.gelu(pre - step, approximate="tanh")) / (2 * step)
-        torch.testing.assert_close(KERNELS["gelu_backward"].exact(torch.ones_like(pre), pre)[0], slope)
+        slope = (activation_by_hand(kind, value + step) - activation_by_hand(kind, value - step)) / (2 * step)
+        found = backward(dact=torch.ones_like(pre), pre=pre, kind=kind)[0]
+        torch.testing.assert_close(found, torch.tensor([slope], dtype=torch.float64))
 
 
 def test_a_compact_window_begins_at_a_whole_vector_and_has_every_active_channel():

@@ -103,6 +103,30 @@ class Tricks(nn.Module):
         return x.mul_(self.gain).addcmul(x, self.bias.detach() + self.scale)
 
 
+class Steps(nn.Module):
+    """The steps of routed blocks, with a window over channels or over heads."""
+
+    def __init__(self, inner, norm, activation):
+        super().__init__()
+        self.inner, self.kind = inner, {"norm": norm, "activation": activation}
+        self.modulation, self.layer = nn.Linear(8, 48), nn.Linear(8, 8)
+        self.fc1, self.fc2 = nn.Linear(8, 24), nn.Linear(12 if activation == "swiglu" else 24, 8)
+
+    def forward(self, x, c, t):
+        s1, k1, g1, s2, k2, g2 = self.modulation(c).chunk(6, 1)
+        window = dtr.DenoisingTaskRouting(num_timesteps=50, beta=0.5).window(t, 4 if self.inner else 8)
+        weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        layer, norm = (self.layer.weight, self.layer.bias), self.kind["norm"]
+        if self.inner:
+            x, z = dtr.ops.inner_linear(x, s1, k1, *layer, window, norm=norm)
+            branch = dtr.ops.inner_projection(z, *layer, window)
+            x, out = dtr.ops.inner_mlp(x, s2, k2, *weights, branch, g1, window, **self.kind)
+        else:
+            x, branch = dtr.ops.routed_linear(x, s1, k1, *layer, window, norm=norm)
+            x, out = dtr.ops.routed_mlp(x, s2, k2, *weights, branch, g1, window, **self.kind)
+        return dtr.ops.gated_residual(x, out, g2)
+
+
 def double(model):
     return copy.deepcopy(model).double()
 
@@ -240,6 +264,15 @@ def test_layers_and_parameters_in_other_places(seed, sizes):
 def test_dit(seed, sizes, scope):
     routing = {} if scope is None else {"routing": dtr.DenoisingTaskRouting(num_timesteps=50), "scope": scope}
     check_equal_to_per_cluster(dit(**routing), dit_batch(sum(sizes)), sizes)
+
+
+@by_sizes
+@pytest.mark.parametrize("norm, activation", [("layer", "gelu"), ("layer", "silu"), ("rms", "swiglu")])
+@pytest.mark.parametrize("inner", [False, True])
+def test_steps_of_blocks(seed, sizes, inner, norm, activation):
+    samples = sum(sizes)
+    batch = torch.randn(samples, 5, 8), torch.randn(samples, 8), torch.randint(50, (samples,))
+    check_equal_to_per_cluster(Steps(inner, norm, activation), batch, sizes)
 
 
 def test_dit_with_random_routing(seed):

@@ -19,7 +19,7 @@ from torch.library import opcheck
 from benchmarks.memory import saved_bytes
 from dtr_kernels import DenoisingTaskRouting, ops, reference
 from dtr_kernels.ops import tiles
-from dtr_kernels.ops.gelu import gelu_backward
+from dtr_kernels.ops.activations import activation_backward, parts_of
 from dtr_kernels.ops.tiles import Crossover
 from dtr_kernels.ops.window_linear import _splits, slice_gain
 from dtr_kernels.routing import ChannelWindow
@@ -63,16 +63,16 @@ def linear_inputs(name, outputs, inputs, dtype, device, bias=True):
 
 
 def check_routed_linear(
-    batch, tokens, channels, outputs, window, dtype, device, branch=True, bias=True, conditioning=1
+    batch, tokens, channels, outputs, window, dtype, device, branch=True, bias=True, norm="layer", conditioning=1
 ):
     mask = None if window is None else window.for_batch(batch, device).mask()
 
     def fused(bias=None, **inputs):
-        stream, out = ops.routed_linear(**inputs, bias=bias, window=window)
+        stream, out = ops.routed_linear(**inputs, bias=bias, window=window, norm=norm)
         return (stream, out) if branch else (out,)
 
     def oracle(branch=None, gate=None, bias=None, **inputs):
-        stream, out = reference.routed_linear(**inputs, bias=bias, branch=branch, gate=gate, mask=mask)
+        stream, out = reference.routed_linear(**inputs, bias=bias, branch=branch, gate=gate, mask=mask, norm=norm)
         return (stream, out) if branch is not None else (out,)
 
     inputs = stream_inputs(batch, tokens, channels, dtype, device, branch)
@@ -80,19 +80,23 @@ def check_routed_linear(
     assert_within_bound(compare(fused, oracle, inputs, dtype, conditioning=conditioning))
 
 
-def check_routed_mlp(batch, tokens, channels, hidden, window, keep_branch, dtype, device, bias=True, conditioning=1):
+def check_routed_mlp(
+    batch, tokens, channels, hidden, window, keep_branch, dtype, device, bias=True, conditioning=1, **kind
+):
+    biases = ("fc1_bias", "fc2_bias")
     mask = None if window is None else window.for_batch(batch, device).mask()
 
-    def fused(fc1_bias=None, fc2_bias=None, **inputs):
-        return ops.routed_mlp(**inputs, fc1_bias=fc1_bias, fc2_bias=fc2_bias, window=window, keep_branch=keep_branch)
+    def fused(**inputs):
+        inputs = dict.fromkeys(biases) | inputs
+        return ops.routed_mlp(**inputs, window=window, keep_branch=keep_branch, **kind)
 
-    def oracle(fc1_bias=None, fc2_bias=None, **inputs):
-        return reference.routed_mlp(
-            **inputs, fc1_bias=fc1_bias, fc2_bias=fc2_bias, mask=mask, keep_branch=keep_branch and mask is not None
-        )
+    def oracle(**inputs):
+        inputs = dict.fromkeys(biases) | inputs
+        return reference.routed_mlp(**inputs, mask=mask, keep_branch=keep_branch and mask is not None, **kind)
 
     inputs = stream_inputs(batch, tokens, channels, dtype, device, branch=True)
-    inputs |= linear_inputs("fc1_", hidden, channels, dtype, device, bias)
+    rows = hidden * parts_of(kind.get("activation", "gelu_tanh"))
+    inputs |= linear_inputs("fc1_", rows, channels, dtype, device, bias)
     inputs |= linear_inputs("fc2_", channels, hidden, dtype, device, bias)
     assert_within_bound(compare(fused, oracle, inputs, dtype, conditioning=conditioning))
 
@@ -101,23 +105,33 @@ def check_routed_mlp(batch, tokens, channels, hidden, window, keep_branch, dtype
 @pytest.mark.parametrize("branch", [False, True])
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("tokens", [1, 130] if not INTERPRETED else [37])
-def test_routed_linear(seed, device, dtype, branch, beta, tokens):
-    check_routed_linear(3, tokens, 136, 200, windows(3, 136, beta, device), dtype, device, branch)
+@pytest.mark.parametrize("norm", reference.NORMS)
+def test_routed_linear(seed, device, dtype, branch, beta, tokens, norm):
+    check_routed_linear(3, tokens, 136, 200, windows(3, 136, beta, device), dtype, device, branch, norm=norm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keep_branch", [False, True])
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("tokens", [1, 130] if not INTERPRETED else [37])
-def test_routed_mlp(seed, device, dtype, keep_branch, beta, tokens):
-    check_routed_mlp(3, tokens, 136, 264, windows(3, 136, beta, device), keep_branch, dtype, device)
+@pytest.mark.parametrize("norm", reference.NORMS)
+def test_routed_mlp(seed, device, dtype, keep_branch, beta, tokens, norm):
+    check_routed_mlp(3, tokens, 136, 264, windows(3, 136, beta, device), keep_branch, dtype, device, norm=norm)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS[1:])
+@pytest.mark.parametrize("keep_branch", [False, True])
+def test_routed_mlp_with_other_activations(seed, device, dtype, activation, keep_branch):
+    window, kind = windows(3, 136, 0.8, device), {"norm": "rms", "activation": activation}
+    check_routed_mlp(3, 37, 136, 131, window, keep_branch, dtype, device, **kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("branch", [False, True])
-@pytest.mark.parametrize("beta", [0.8, 1.0])
-def test_routed_linear_on_all_channels(seed, device, dtype, branch, beta, dense_products):
-    check_routed_linear(3, 37, 136, 200, windows(3, 136, beta, device), dtype, device, branch)
+@pytest.mark.parametrize("norm, beta", [("layer", 0.8), ("layer", 1.0), ("rms", 0.8)])
+def test_routed_linear_on_all_channels(seed, device, dtype, branch, norm, beta, dense_products):
+    check_routed_linear(3, 37, 136, 200, windows(3, 136, beta, device), dtype, device, branch, norm=norm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -191,15 +205,16 @@ def test_the_largest_tiles(seed, device):
     check_routed_mlp(2, 150, 136, 300, window, True, torch.bfloat16, device)
 
 
+@pytest.mark.parametrize("kind", reference.ACTIVATIONS[:3])
 @pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.float64])
-def test_gelu_of_extreme_values(dtype):
-    """Far from zero neither GELU nor its slope overflows on the way to 0 or 1."""
+def test_activations_of_extreme_values(dtype, kind):
+    """Far from zero neither an activation nor its slope overflows on the way to 0 or 1."""
     extremes = [-1e15, -1e4, -200.0, -25.0, -5.0, 0.0, 5.0, 25.0, 200.0, 1e4, 1e15]
     pre = torch.tensor(extremes, dtype=dtype, requires_grad=True)
-    expected = torch.nn.functional.gelu(pre, approximate="tanh")
+    expected = reference.activate(pre, kind)
     (slope,) = torch.autograd.grad(expected.sum(), pre)
     dact = torch.ones_like(pre)
-    act = gelu_backward(dact, pre.detach())
+    dact, act = activation_backward(dact, pre.detach(), kind)
     torch.testing.assert_close(act, expected.detach())
     torch.testing.assert_close(dact, slope)
 
@@ -250,17 +265,46 @@ def test_any_shape_and_window(seed, device, data):
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
     window = ChannelWindow(torch.tensor(starts, dtype=torch.int32, device=device), width, channels)
     branch, keep_branch = data.draw(st.booleans(), "branch"), data.draw(st.booleans(), "keep_branch")
+    norm = data.draw(st.sampled_from(reference.NORMS), "norm")
     # A few tokens and a narrow window leave sums that nearly cancel.
-    check_routed_linear(batch, tokens, channels, outputs, window, dtype, device, branch, conditioning=4)
-    check_routed_mlp(batch, tokens, channels, outputs, window, keep_branch, dtype, device, conditioning=4)
+    how = dict(norm=norm, conditioning=4)
+    check_routed_linear(batch, tokens, channels, outputs, window, dtype, device, branch, **how)
+    how["activation"] = data.draw(st.sampled_from(reference.ACTIVATIONS), "activation")
+    check_routed_mlp(batch, tokens, channels, outputs, window, keep_branch, dtype, device, **how)
+
+
+@pytest.mark.parametrize("norm", reference.NORMS)
+@pytest.mark.parametrize("given", ["weight", "bias", "weight, bias"])
+def test_a_norm_with_weight_and_bias(seed, device, norm, given):
+    """Folded into the modulation, with the gradients of all; the smallest weights are what 1 + scale cancels to."""
+    window = windows(3, 136, 0.8, device)
+    inputs = stream_inputs(3, 37, 136, torch.bfloat16, device, branch=True)
+    inputs |= linear_inputs("", 200, 136, torch.bfloat16, device)
+    inputs |= {
+        f"norm_{name}": random(136, dtype=torch.bfloat16, device=device, scale=0.1) for name in given.split(", ")
+    }
+
+    def fused(shift, scale, norm_weight=None, norm_bias=None, **inputs):
+        shift, scale = ops.fold_affine(shift, scale, norm_weight, norm_bias)
+        return ops.routed_linear(**inputs, shift=shift, scale=scale, window=window, norm=norm)
+
+    def oracle(x, branch, gate, shift, scale, weight, bias, norm_weight=None, norm_bias=None):
+        stream = x + gate[:, None] * branch
+        z = reference.normalize(reference.masked(stream, window.mask()), norm=norm)
+        z = z if norm_weight is None else z * norm_weight
+        z = z if norm_bias is None else z + norm_bias
+        return stream, torch.nn.functional.linear(reference.modulate(z, shift, scale), weight, bias)
+
+    assert_within_bound(compare(fused, oracle, inputs, torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ops_return_what_is_traced(seed, device, dtype):
+@pytest.mark.parametrize("norm, activation", [("layer", "gelu_tanh"), ("rms", "swiglu")])
+def test_ops_return_what_is_traced(seed, device, dtype, norm, activation):
     """Rows that a kernel pads, of lengths that descriptors cannot describe, never leave an op: compiled graphs rely on
     that."""
-    B, N, heads, active, C, H = 2, 3, 4, 3, 12, 20
-    registered = torch.ops.dtr_kernels
+    B, N, heads, C, H = 2, 3, 4, 12, 20
+    registered, needed = torch.ops.dtr_kernels, (True, True)
 
     def new(*shape):
         return random(*shape, dtype=dtype, device=device).detach()
@@ -271,30 +315,28 @@ def test_ops_return_what_is_traced(seed, device, dtype):
 
     start = torch.tensor([1, 0], dtype=torch.int32, device=device)
     x, shift, scale, branch, gate = new(B, N, C), new(B, C), new(B, C), new(B, N, C), new(B, C)
-    update, needed = (branch, gate), (True, True)
-    weight, mlp = new(3 * C, C), (new(H, C), new(H), new(C, H), new(C))
-    for window in (start, 9), (None, C):
-        stream, out, *statistics = checked(
-            registered.routed_linear, x, shift, scale, weight, new(3 * C), *window, *update, 1e-6
-        )
-        saved = stream, shift, scale, weight, *window, *update, 1e-6, *statistics
-        checked(registered.routed_linear_backward, branch, out, *saved, *needed)
-        stream, out, *saved = checked(registered.routed_mlp, x, shift, scale, *mlp, *update, *window, False, 1e-6, True)
-        given = x, shift, scale, mlp[0], mlp[2], *update, *window, False, 1e-6, *saved
-        checked(registered.routed_mlp_backward, branch, out, *given, [True] * 4)
+    weight, (fc1, fc2) = new(3 * C, C), (new(H * (1 + (activation == "swiglu")), C), new(C, H))
 
-    window = start, active, heads
-    stream, out, *statistics = checked(
-        registered.inner_linear, x, shift, scale, weight, new(3 * C), *window, 3, *update, 1e-6
-    )
-    saved = stream, shift, scale, weight, *window, 3, *update, 1e-6, *statistics
-    checked(registered.inner_linear_backward, branch, out, *saved, *needed)
+    def check(name, window, parts=()):
+        """Forward and backward op of a linear layer and of an MLP over a window."""
+        linear = *window, *parts, 1e-6, norm
+        stream, out, *statistics = checked(
+            getattr(registered, f"{name}_linear"), x, shift, scale, weight, new(3 * C), branch, gate, *linear
+        )
+        saved = stream, shift, scale, weight, branch, gate, *linear, *statistics
+        checked(getattr(registered, f"{name}_linear_backward"), branch, out, *saved, *needed)
+        mlp = branch, gate, *window, *([] if parts else [False]), 1e-6, norm, activation
+        weights = fc1, new(len(fc1)), fc2, new(C)
+        _, out, *saved = checked(getattr(registered, f"{name}_mlp"), x, shift, scale, *weights, *mlp, True)
+        given = x, shift, scale, fc1, fc2, *mlp, *saved
+        checked(getattr(registered, f"{name}_mlp_backward"), branch, out, *given, [True] * 4)
+
+    check("routed", (start, 9))
+    check("routed", (None, C))
+    check("inner", (start, 3, heads), parts=(3,))
     z, weight = new(B, N, 9), new(C, C)
-    out = checked(registered.inner_projection, z, weight, new(C), *window)
-    checked(registered.inner_projection_backward, out, z, weight, *window, *needed)
-    stream, out, *saved = checked(registered.inner_mlp, x, shift, scale, *mlp, *update, *window, 1e-6, True)
-    given = x, shift, scale, mlp[0], mlp[2], *update, *window, 1e-6, *saved
-    checked(registered.inner_mlp_backward, branch, out, *given, [True] * 4)
+    out = checked(registered.inner_projection, z, weight, new(C), start, 3, heads)
+    checked(registered.inner_projection_backward, out, z, weight, start, 3, heads, *needed)
 
 
 def of_heads(x, window, parts=1):
@@ -303,13 +345,15 @@ def of_heads(x, window, parts=1):
     return torch.stack([sample[:, :, s : s + window.width].flatten(1) for sample, s in samples])
 
 
-def check_inner_linear(batch, tokens, channels, outputs, parts, window, dtype, device, branch=True, bias=True):
+def check_inner_linear(
+    batch, tokens, channels, outputs, parts, window, dtype, device, branch=True, bias=True, norm="layer"
+):
     def fused(bias=None, **inputs):
-        stream, out = ops.inner_linear(**inputs, bias=bias, window=window, parts=parts)
+        stream, out = ops.inner_linear(**inputs, bias=bias, window=window, parts=parts, norm=norm)
         return (stream, out) if branch else (out,)
 
     def oracle(branch=None, gate=None, bias=None, **inputs):
-        stream, out = reference.routed_linear(**inputs, bias=bias, branch=branch, gate=gate)
+        stream, out = reference.routed_linear(**inputs, bias=bias, branch=branch, gate=gate, norm=norm)
         out = of_heads(out, window, parts)
         return (stream, out) if branch is not None else (out,)
 
@@ -333,19 +377,22 @@ def check_inner_projection(batch, tokens, size, outputs, window, dtype, device, 
     assert_within_bound(compare(fused, oracle, inputs, dtype, conditioning=4))
 
 
-def check_inner_mlp(batch, tokens, channels, hidden, window, dtype, device, bias=True):
+def check_inner_mlp(
+    batch, tokens, channels, hidden, window, dtype, device, bias=True, norm="layer", activation="gelu_tanh"
+):
     mask = window.mask()[:, None].repeat_interleave(hidden // window.channels, 2)
+    kind = {"norm": norm, "activation": activation}
 
     def fused(fc1_bias=None, fc2_bias=None, **inputs):
-        return ops.inner_mlp(**inputs, fc1_bias=fc1_bias, fc2_bias=fc2_bias, window=window)
+        return ops.inner_mlp(**inputs, fc1_bias=fc1_bias, fc2_bias=fc2_bias, window=window, **kind)
 
     def oracle(x, shift, scale, branch, gate, fc1_weight, fc2_weight, fc1_bias=None, fc2_bias=None):
-        stream, u = reference.routed_norm(x, shift, scale, None, branch, gate)
-        act = torch.nn.functional.gelu(torch.nn.functional.linear(u, fc1_weight, fc1_bias), approximate="tanh")
+        stream, u = reference.routed_norm(x, shift, scale, None, branch, gate, norm=norm)
+        act = reference.activate(torch.nn.functional.linear(u, fc1_weight, fc1_bias), activation)
         return stream, torch.nn.functional.linear(act * mask, fc2_weight, fc2_bias)
 
     inputs = stream_inputs(batch, tokens, channels, dtype, device, branch=True)
-    inputs |= linear_inputs("fc1_", hidden, channels, dtype, device, bias)
+    inputs |= linear_inputs("fc1_", hidden * parts_of(activation), channels, dtype, device, bias)
     inputs |= linear_inputs("fc2_", channels, hidden, dtype, device, bias)
     assert_within_bound(compare(fused, oracle, inputs, dtype, conditioning=4))
 
@@ -367,9 +414,11 @@ def test_any_shape_and_window_over_heads(seed, device, data):
     window = ChannelWindow(torch.tensor(starts, dtype=torch.int32, device=device), width, heads)
     branch, bias = data.draw(st.booleans(), "branch"), data.draw(st.booleans(), "bias")
     parts = data.draw(st.sampled_from([1, 3]), "parts")
-    check_inner_linear(batch, tokens, channels, parts * heads * size, parts, window, dtype, device, branch, bias)
+    norm = data.draw(st.sampled_from(reference.NORMS), "norm")
+    check_inner_linear(batch, tokens, channels, parts * heads * size, parts, window, dtype, device, branch, bias, norm)
     check_inner_projection(batch, tokens, size, channels, window, dtype, device, bias)
-    check_inner_mlp(batch, tokens, channels, heads * size, window, dtype, device, bias)
+    activation = data.draw(st.sampled_from(reference.ACTIVATIONS), "activation")
+    check_inner_mlp(batch, tokens, channels, heads * size, window, dtype, device, bias, norm, activation)
 
 
 @pytest.mark.parametrize("scope", reference.SCOPES)

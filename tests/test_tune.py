@@ -557,8 +557,8 @@ WINDOW_GRADIENTS = {
         ("windows_forward", {*NORM, *WINDOW}, NORM),
         ("windows_backward", {*BACKWARD, *WINDOW_GRADIENTS}, BACKWARD),
         # Behind a window the product is ours in either case.
-        ("gelu_forward", WINDOW, {*WINDOW, "gelu_forward_kernel"}),
-        ("gelu_backward", {"window_input_gradient_kernel"}, {"gelu_backward_kernel"}),
+        ("gelu_forward", WINDOW, {*WINDOW, "activation_forward_kernel"}),
+        ("gelu_backward", {"window_input_gradient_kernel"}, {"activation_backward_kernel"}),
     ],
 )
 def test_the_two_ways_of_an_op_run_other_kernels(op, ours, cublas, asked):

@@ -110,7 +110,7 @@ def slices(pass_: str, sizes: Sizes) -> Case:
     """A norm and its linear layer by GEMMs on each sample's slice of the weight, and by one dense GEMM for all: the
     forward pass, or the gradients without it."""
     B, N, C, beta = sizes
-    mode = {"routed": True, "update": False}
+    mode = {"routed": True, "update": False, "rms": False}
     if pass_ == "backward":
         kernel = _KERNELS["routed_linear_backward"]
         work = norm_backward(B, N, C, sizes.W, _FP32, compact=True, dstream=False)

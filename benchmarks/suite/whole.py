@@ -188,7 +188,9 @@ class Gate:
     def error(self, found: Sequence[Tensor]) -> float:
         """The largest error of a tensor relative to its norm; NaN if one holds NaN."""
         tiny = torch.finfo(torch.float64).tiny  # where all is zero, anything else is wrong
-        errors = [(f.double() - e).norm() / e.norm().clamp(tiny) for f, e in zip(found, self._exact, strict=True)]
+        errors = [
+            (f.double() - e).norm() / e.double().norm().clamp(tiny) for f, e in zip(found, self._exact, strict=True)
+        ]
         return torch.stack(errors).max().item()
 
 

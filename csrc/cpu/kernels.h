@@ -25,22 +25,22 @@ struct Shape {
 };
 
 // Token tensors [B, N, *] first, then vectors [B, *] in the compute type. u and du hold the window alone where `compact`,
-// else all channels; with `keep_branch` the window masks x alone.
+// else all channels; with `keep_branch` the window masks x alone; with `rms` nothing is subtracted, and mean is null.
 struct NormForward {
     Shape shape;
     Rows x, branch, stream, u;
     Rows gate, shift, scale, mean, rstd;
     double eps;
-    bool compact, keep_branch;
+    bool compact, keep_branch, rms;
     Type stream_type;  // what the sum is rounded to, also where it is not written
 };
 
 struct NormBackward {
     Shape shape;
     Rows du, dstream, x, branch, dx, dbranch;
-    Rows gate, scale, mean, rstd, inactive;  // inactive with `compact` alone
+    Rows gate, scale, mean, rstd, inactive;  // inactive with `compact` and without `rms` alone
     Rows sums;  // [2 or 3 (with a branch), B, chunks, C]: shift, scale, gate
-    bool compact, keep_branch, x_is_stream;
+    bool compact, keep_branch, rms, x_is_stream;
 };
 
 struct ResidualForward {
@@ -55,9 +55,12 @@ struct ResidualBackward {
     Rows gate, sums;  // sums [B, chunks, C]
 };
 
-// Contiguous tensors of `size` elements; dact and dpre are null in the forward pass.
-struct Gelu {
-    int64_t size;
+enum class Activation { gelu_tanh, gelu, silu, swiglu };
+
+// Contiguous rows of `width` channels, of swiglu twice as many in pre and dpre; dact and dpre are null in the forward pass.
+struct ActivationPass {
+    Activation kind;
+    int64_t rows, width;
     Rows pre, act, dact, dpre;
 };
 
@@ -67,7 +70,7 @@ struct Kernels {
     void (*norm_backward)(const NormBackward&);
     void (*residual_forward)(const ResidualForward&);
     void (*residual_backward)(const ResidualBackward&);
-    void (*gelu)(const Gelu&);
+    void (*activation)(const ActivationPass&);
 };
 
 extern const Kernels baseline_kernels;

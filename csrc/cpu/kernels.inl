@@ -198,7 +198,7 @@ void norm_forward(const NormForward& a) {
                 load_row(a.x, token, seen.lo, seen.size(), v + seen.lo);
             }
             const T* x = v + seen.lo;
-            const T mean = sum<T>(seen.size(), [=](int64_t i) { return x[i]; }) / s.C;
+            const T mean = a.rms ? 0 : sum<T>(seen.size(), [=](int64_t i) { return x[i]; }) / s.C;
             T squares = sum<T>(seen.size(), [=](int64_t i) { return (x[i] - mean) * (x[i] - mean); });
             squares += static_cast<T>(s.C - seen.size()) * mean * mean;
             const T rstd = 1 / std::sqrt(squares / s.C + static_cast<T>(a.eps));
@@ -206,7 +206,7 @@ void norm_forward(const NormForward& a) {
             const T *shift = vector_at<T>(a.shift, b), *scale = vector_at<T>(a.scale, b);
             for (int64_t c = held.lo; c < held.hi; ++c) v[c] = (v[c] - mean) * rstd * (1 + scale[c]) + shift[c];
             store_row(v + held.lo, a.u, token, held.size());
-            static_cast<T*>(a.mean.data)[token] = mean;
+            if (!a.rms) static_cast<T*>(a.mean.data)[token] = mean;
             static_cast<T*>(a.rstd.data)[token] = rstd;
         }
     }
@@ -230,7 +230,7 @@ void norm_backward(const NormBackward& a) {
             const T* scale = vector_at<T>(a.scale, b);
             std::fill(shift_sum, gate_sum + s.C, T(0));
             for (int64_t token = b * s.N + first; token < b * s.N + std::min(first + s.chunk, s.N); ++token) {
-                const T mean = static_cast<const T*>(a.mean.data)[token];
+                const T mean = a.rms ? 0 : static_cast<const T*>(a.mean.data)[token];
                 const T rstd = static_cast<const T*>(a.rstd.data)[token];
                 load_row(a.x, token, window.lo, window.size(), v + window.lo);
                 if (!a.compact) keep_only(v, window, s.C);
@@ -247,9 +247,9 @@ void norm_backward(const NormBackward& a) {
                     g[c] *= 1 + scale[c];
                 }
                 const T *z = v + held.lo, *dz = g + held.lo;
-                T total = sum<T>(held.size(), [=](int64_t i) { return dz[i]; });
+                T total = a.rms ? 0 : sum<T>(held.size(), [=](int64_t i) { return dz[i]; });
                 T along = sum<T>(held.size(), [=](int64_t i) { return dz[i] * z[i]; });
-                if (a.compact) {
+                if (a.inactive.data) {
                     const T inactive = static_cast<const T*>(a.inactive.data)[token];
                     total += inactive;
                     along -= mean * rstd * inactive;
@@ -348,48 +348,86 @@ inline float exponential(float x) {
     return p * power;
 }
 
-// GELU(x) = x * gate with gate = sigmoid(x * (kLinear + kCubic * x^2)), see gelu.py.
+// Every activation is x * gate(x), see activations.py.
 template <class T> constexpr T kLinear = static_cast<T>(1.5957691216057308);
 template <class T> constexpr T kCubic = static_cast<T>(0.07135481627260025);
+template <class T> constexpr T kSqrtHalf = static_cast<T>(0.7071067811865476);
+template <class T> constexpr T kDensity = static_cast<T>(0.3989422804014327);
 
+inline double normal_share(double x, double) { return 0.5 * std::erfc(-x * kSqrtHalf<double>); }
+
+// The normal distribution to 1e-7 (Abramowitz and Stegun 7.1.26), branch-free; e = exp(-x^2 / 2).
+inline float normal_share(float x, float e) {
+    const float t = 1 / (1 + 0.3275911f * kSqrtHalf<float> * std::abs(x));
+    const float p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+    const float tail = 0.5f * p * e;
+    return x < 0 ? tail : 1 - tail;
+}
+
+// `rest` is what the slope is made of beside the gate: 1 - gate, without its cancellation, and of gelu the density.
 template <class T>
-void gate_row(const T* __restrict x, T* __restrict gate, T* __restrict rest, int64_t n) {
+void gate_row(Activation kind, const T* __restrict x, T* __restrict gate, T* __restrict rest, int64_t n) {
+    if (kind == Activation::gelu) {
+        for (int64_t i = 0; i < n; ++i) {
+            const T e = exponential(T(-0.5) * x[i] * x[i]);
+            gate[i] = normal_share(x[i], e);
+            rest[i] = kDensity<T> * e;
+        }
+        return;
+    }
+    const bool tanh = kind == Activation::gelu_tanh;
+    const T linear = tanh ? kLinear<T> : T(1), cubic = tanh ? kCubic<T> : T(0);
     for (int64_t i = 0; i < n; ++i) {
-        const T e = exponential(-x[i] * (kLinear<T> + kCubic<T> * x[i] * x[i]));
+        const T e = exponential(-x[i] * (linear + cubic * x[i] * x[i]));
         gate[i] = 1 / (1 + e);
-        rest[i] = e * gate[i];  // 1 - gate, without its cancellation
+        rest[i] = e * gate[i];
     }
 }
 
-// g becomes the gradient times the slope, gate + x gate (1 - gate) (kLinear + 3 kCubic x^2). A loop of its own: with the
-// gate computed in it, GCC 12 splits the clamps of the exponential into paths and the loop runs 7 times slower.
+// `rest` becomes the slope, gate + x gate (1 - gate) (linear + 3 cubic x^2), or gate + x density. A loop of its own: with
+// the gate computed in it, GCC 12 splits the clamps of the exponential into paths and the loop runs 7 times slower.
 template <class T>
-void slope_row(const T* __restrict x, const T* __restrict gate, const T* __restrict rest, T* __restrict g, int64_t n) {
+void slope_row(Activation kind, const T* __restrict x, const T* __restrict gate, T* __restrict rest, int64_t n) {
+    if (kind == Activation::gelu) {
+        for (int64_t i = 0; i < n; ++i) rest[i] = gate[i] + x[i] * rest[i];
+        return;
+    }
+    const bool tanh = kind == Activation::gelu_tanh;
+    const T linear = tanh ? kLinear<T> : T(1), cubic = tanh ? kCubic<T> : T(0);
     for (int64_t i = 0; i < n; ++i) {
         const T y = std::min(std::max(x[i], T(-10)), T(10));  // beyond, the slope is 0 or 1, and the square may be huge
-        g[i] *= gate[i] + x[i] * gate[i] * rest[i] * (kLinear<T> + 3 * kCubic<T> * y * y);
+        rest[i] = gate[i] + x[i] * gate[i] * rest[i] * (linear + 3 * cubic * y * y);
     }
 }
 
 template <class T>
-void gelu(const Gelu& a) {
+void activation(const ActivationPass& a) {
     constexpr int64_t kBlock = 2048;
-    const Scratch<T> scratch(4 * kBlock);
+    const bool gated = a.kind == Activation::swiglu;
+    const int64_t blocks = divided_up(a.width, kBlock);
+    const Scratch<T> scratch(5 * kBlock);
 #pragma omp parallel
     {
-        T *x = scratch.mine(), *gate = x + kBlock, *rest = gate + kBlock, *g = rest + kBlock;
+        T *x = scratch.mine(), *gate = x + kBlock, *rest = gate + kBlock, *g = rest + kBlock, *other = g + kBlock;
 #pragma omp for schedule(static)
-        for (int64_t block = 0; block < divided_up(a.size, kBlock); ++block) {
-            const int64_t first = block * kBlock, n = std::min(kBlock, a.size - first);
-            load_row(a.pre, 0, first, n, x);
-            gate_row(x, gate, rest, n);
+        for (int64_t unit = 0; unit < a.rows * blocks; ++unit) {
+            const int64_t row = unit / blocks, first = unit % blocks * kBlock, n = std::min(kBlock, a.width - first);
+            load_row(a.pre, row, first, n, x);
+            if (gated) load_row(a.pre, row, a.width + first, n, other);
+            else std::fill(other, other + n, T(1));
+            gate_row(a.kind, x, gate, rest, n);
             if (a.dact.data) {
-                load_row(a.dact, 0, first, n, g);
-                slope_row(x, gate, rest, g, n);
-                store(g, n, a.dpre.type, at(a.dpre, 0, first));
+                load_row(a.dact, row, first, n, g);
+                slope_row(a.kind, x, gate, rest, n);
+                for (int64_t i = 0; i < n; ++i) rest[i] *= g[i] * other[i];
+                store(rest, n, a.dpre.type, at(a.dpre, row, first));
+                if (gated) {
+                    for (int64_t i = 0; i < n; ++i) g[i] *= x[i] * gate[i];
+                    store(g, n, a.dpre.type, at(a.dpre, row, a.width + first));
+                }
             }
-            for (int64_t i = 0; i < n; ++i) x[i] *= gate[i];
-            store(x, n, a.act.type, at(a.act, 0, first));
+            for (int64_t i = 0; i < n; ++i) x[i] *= gate[i] * other[i];
+            store(x, n, a.act.type, at(a.act, row, first));
         }
     }
 }
@@ -403,7 +441,7 @@ DTR_DISPATCH(norm_forward, NormForward, x)
 DTR_DISPATCH(norm_backward, NormBackward, x)
 DTR_DISPATCH(residual_forward, ResidualForward, x)
 DTR_DISPATCH(residual_backward, ResidualBackward, dout)
-DTR_DISPATCH(gelu, Gelu, pre)
+DTR_DISPATCH(activation, ActivationPass, pre)
 #undef DTR_DISPATCH
 
 }  // namespace
@@ -414,7 +452,7 @@ DTR_DISPATCH(gelu, Gelu, pre)
 #define DTR_NAME(x) DTR_QUOTE(x)
 extern const Kernels DTR_TABLE(DTR_ISA);
 const Kernels DTR_TABLE(DTR_ISA) = {
-    DTR_NAME(DTR_ISA), norm_forward_any, norm_backward_any, residual_forward_any, residual_backward_any, gelu_any,
+    DTR_NAME(DTR_ISA), norm_forward_any, norm_backward_any, residual_forward_any, residual_backward_any, activation_any,
 };
 
 }  // namespace dtr

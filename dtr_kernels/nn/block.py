@@ -11,8 +11,9 @@ from dtr_kernels import ops, reference
 from dtr_kernels.nn.parts import ReadParts, is_plain_linear
 from dtr_kernels.nn.torchscript import NoTorchScript
 from dtr_kernels.ops.band_linear import among_all
-from dtr_kernels.ops.checks import check_block, check_heads, check_shape, check_window
+from dtr_kernels.ops.checks import check_block, check_heads, check_one_of, check_shape, check_window
 from dtr_kernels.ops.dispatch import Choice, choose
+from dtr_kernels.ops.gated_norm import Norm
 from dtr_kernels.ops.inner import inner_linear_by, inner_mlp_by, inner_projection_by
 from dtr_kernels.ops.linear import routed_linear_by
 from dtr_kernels.ops.mlp import routed_mlp_by
@@ -42,8 +43,7 @@ class Stream(NamedTuple):
 
 def check_scope(scope: str) -> None:
     """Raises ValueError unless scope is "block", "branch" or "inner"."""
-    if scope not in reference.SCOPES:
-        raise ValueError(f"scope must be one of {', '.join(map(repr, reference.SCOPES))}, got {scope!r}")
+    check_one_of("scope", scope, reference.SCOPES)
 
 
 def _attend(attn: Any, qkv: Tensor, heads: int) -> Tensor:
@@ -94,10 +94,11 @@ def _advance(
     s1, k1, g1, s2, k2, g2 = block.adaLN_modulation(c).chunk(6, dim=1)
     attn, fc1, fc2 = block.attn, block.mlp.fc1, block.mlp.fc2
     x, branch, gate = stream
-    x, qkv = routed_linear_by(choice, x, s1, k1, attn.qkv.weight, attn.qkv.bias, window, branch, gate, block.norm1.eps)
+    norm1, norm2 = Norm(block.norm1.eps), Norm(block.norm2.eps)
+    x, qkv = routed_linear_by(choice, x, s1, k1, attn.qkv.weight, attn.qkv.bias, window, branch, gate, norm1)
     weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
     branch = attn.proj(_attend(attn, qkv, attn.num_heads))
-    x, hidden = routed_mlp_by(choice, x, s2, k2, weights, branch, g1, window, keep_branch, block.norm2.eps)
+    x, hidden = routed_mlp_by(choice, x, s2, k2, weights, branch, g1, window, keep_branch, norm2, "gelu_tanh")
     return Stream(x, hidden, g2)
 
 
@@ -116,7 +117,7 @@ def _advance_inner(block: Any, stream: Stream, c: Tensor, window: ChannelWindow 
     s1, k1, g1, s2, k2, g2 = block.adaLN_modulation(c).chunk(6, dim=1)
     x, branch, gate = stream
     qkv = attn.qkv
-    x, qkv = inner_linear_by(choice, x, s1, k1, qkv.weight, qkv.bias, window, branch, gate, 3, block.norm1.eps)
+    x, qkv = inner_linear_by(choice, x, s1, k1, qkv.weight, qkv.bias, window, branch, gate, 3, Norm(block.norm1.eps))
     z = _attend(attn, qkv, window.width)
     if is_plain_linear(attn.proj):
         branch = inner_projection_by(choice, z, attn.proj.weight, attn.proj.bias, window)
@@ -124,7 +125,7 @@ def _advance_inner(block: Any, stream: Stream, c: Tensor, window: ChannelWindow 
         d = z.shape[2] // window.width
         branch = attn.proj(among_all(z, Band(window.start, z.shape[2], d), d * attn.num_heads))
     weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-    x, hidden = inner_mlp_by(choice, x, s2, k2, weights, branch, g1, window, block.norm2.eps)
+    x, hidden = inner_mlp_by(choice, x, s2, k2, weights, branch, g1, window, Norm(block.norm2.eps), "gelu_tanh")
     return Stream(x, hidden, g2)
 
 

@@ -7,12 +7,22 @@ steps are ``inner_linear``, ``inner_projection`` and ``inner_mlp``, built from `
 ``gram``, ``pcgrad_``, ``pcgrad_sum``, ``combine_`` and ``weighted_sum`` act on the gradients of K timestep clusters.
 """
 
-from dtr_kernels.ops import band_linear, combine, gated_norm, gelu, gram_matrix, linear, pcgrad, residual, window_linear
+from dtr_kernels.ops import (
+    activations,
+    band_linear,
+    combine,
+    gated_norm,
+    gram_matrix,
+    linear,
+    pcgrad,
+    residual,
+    window_linear,
+)
 from dtr_kernels.ops.combine import combine_, weighted_sum
 from dtr_kernels.ops.conv import routed_conv
 from dtr_kernels.ops.gram_matrix import gram
 from dtr_kernels.ops.inner import inner_linear, inner_mlp, inner_projection
-from dtr_kernels.ops.linear import routed_linear
+from dtr_kernels.ops.linear import fold_affine, routed_linear
 from dtr_kernels.ops.mlp import routed_mlp
 from dtr_kernels.ops.pcgrad import pcgrad_, pcgrad_coefficients, pcgrad_sum, random_order
 from dtr_kernels.ops.residual import gated_residual
@@ -20,12 +30,13 @@ from dtr_kernels.ops.residual import gated_residual
 #: Every kernel, as it declares itself.
 KERNELS = [
     kernel
-    for module in (gated_norm, window_linear, band_linear, gelu, linear, residual, gram_matrix, combine, pcgrad)
+    for module in (gated_norm, window_linear, band_linear, activations, linear, residual, gram_matrix, combine, pcgrad)
     for kernel in module.KERNELS
 ]
 
 __all__ = [
     "combine_",
+    "fold_affine",
     "gated_residual",
     "gram",
     "inner_linear",

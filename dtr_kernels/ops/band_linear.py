@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtr_kernels import reference
+from dtr_kernels.ops.activations import activation_backward, activation_forward
 from dtr_kernels.ops.declaration import (
     ALL_CHANNELS,
     ONE_SLICE,
@@ -36,11 +39,10 @@ from dtr_kernels.ops.declaration import (
     spread,
     starts,
 )
-from dtr_kernels.ops.dispatch import Choice, compute_dtype, made, runs_on_cpu
-from dtr_kernels.ops.gelu import gelu_backward, gelu_forward, plain_gelu
+from dtr_kernels.ops.dispatch import Choice, compute_dtype, made, or_empty, runs_on_cpu
 from dtr_kernels.ops.window_linear import (
     Band,
-    choose_gelu,
+    choose_activation,
     input_gradient,
     linear_gradients_work,
     linear_work,
@@ -133,15 +135,15 @@ def band_forward(u: Tensor, weight: Tensor, bias: Tensor | None, band: Band) -> 
     return out
 
 
-def band_gelu_forward(
-    u: Tensor, weight: Tensor, bias: Tensor | None, band: Band, write_pre: bool
+def band_activation_forward(
+    u: Tensor, weight: Tensor, bias: Tensor | None, band: Band, kind: str, write_pre: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return (pre, GELU(pre)) of ``band_forward``; pre is left empty unless ``write_pre`` (training)."""
-    in_epilogue = choose_gelu("gelu_forward", u, None, weight, weight.shape[1]).path == "epilogue"
+    """Return pre of ``band_forward`` and its activation; pre is left empty unless ``write_pre`` (training)."""
+    in_epilogue = choose_activation("gelu_forward", kind, u, None, weight, weight.shape[1]).path == "epilogue"
     if in_epilogue and choose_bands(u, band.start).path == "bands":
         return product(u, weight, bias, band, None, None, gelu=True, write_out=write_pre)
     pre = band_forward(u, weight, bias, band)
-    return (pre, gelu_forward(pre, torch.empty_like(pre))) if write_pre else (pre.new_empty(0), gelu_forward(pre, pre))
+    return or_empty(pre if write_pre else None, pre), activation_forward(pre, kind, write_pre)
 
 
 def band_backward(
@@ -164,13 +166,13 @@ def band_input_gradient(g: Tensor, weight: Tensor, band: Band) -> Tensor:
     return du
 
 
-def gelu_band_backward(g: Tensor, pre: Tensor, weight: Tensor, band: Band) -> tuple[Tensor, Tensor]:
-    """(dpre, act) of out = GELU(pre) @ weight[:, columns]^T, both [B, N, width]; the activation is recomputed."""
-    in_epilogue = choose_gelu("gelu_backward", g, None, weight, weight.shape[0]).path == "epilogue"
+def activation_band_backward(g: Tensor, pre: Tensor, weight: Tensor, band: Band, kind: str) -> tuple[Tensor, Tensor]:
+    """(dpre, act) of out = act @ weight[:, columns]^T, like pre and [B, N, width]; the activation is recomputed."""
+    in_epilogue = choose_activation("gelu_backward", kind, g, None, weight, weight.shape[0]).path == "epilogue"
     if in_epilogue and choose_bands(g, band.start).path == "bands":
         return input_gradient(g, weight, band, pre.shape[2], pre)
-    dpre = band_input_gradient(g, weight, band).contiguous()  # whose rows may be padded
-    return dpre, gelu_backward(dpre, pre)
+    dact = band_input_gradient(g, weight, band).contiguous()  # whose rows may be padded
+    return activation_backward(dact, pre, kind)
 
 
 def parameter_gradients(
@@ -284,17 +286,17 @@ def _plain_gelu(
     u: Tensor, weight: Tensor, bias: Tensor | None, band: Band, write_pre: bool
 ) -> tuple[Tensor | None, Tensor]:
     pre = plain_band(u, weight, bias, band)
-    return pre if write_pre else None, plain_gelu(pre)
+    return pre if write_pre else None, reference.activate(pre)
 
 
 def _gelu(write_pre: bool, **layer: Any) -> tuple[Tensor | None, Tensor]:
-    pre, act = band_gelu_forward(**layer, write_pre=write_pre)
+    pre, act = band_activation_forward(**layer, kind="gelu_tanh", write_pre=write_pre)
     return pre if write_pre else None, act
 
 
 def _plain_gelu_backward(g: Tensor, pre: Tensor, weight: Tensor, band: Band) -> tuple[Tensor, Tensor]:
     dact = in_window(g @ weight, (band.start * band.unit).to(g.device), band.width)
-    return torch.ops.aten.gelu_backward(dact, pre, approximate="tanh"), plain_gelu(pre)
+    return torch.ops.aten.gelu_backward(dact, pre, approximate="tanh"), reference.activate(pre)
 
 
 def _of_backward(
@@ -407,7 +409,7 @@ KERNELS = [
     ),
     Kernel(
         "gelu_band_backward",
-        gelu_band_backward,
+        partial(activation_band_backward, kind="gelu_tanh"),
         _plain_gelu_backward,
         _gelu_backward_inputs,
         modes(on_host=(False, True)),

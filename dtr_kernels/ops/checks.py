@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from dtr_kernels import reference
 from dtr_kernels.routing import ChannelWindow
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -72,6 +76,17 @@ def check_parameters(x: Tensor, name: str, weight: Tensor, bias: Tensor | None) 
             raise ValueError(
                 f"{name}{kind} is {tensor.dtype} but x is {x.dtype}; convert one of them or use torch.autocast"
             )
+
+
+def check_norm(norm: str) -> None:
+    """Raise ValueError unless norm is one of ``reference.NORMS``."""
+    check_one_of("norm", norm, reference.NORMS)
+
+
+def check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless value is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def check_window(x: Tensor, window: ChannelWindow | None) -> ChannelWindow | None:

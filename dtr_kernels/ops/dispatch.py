@@ -237,6 +237,11 @@ def empty_rows(*shape: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(*shape[:-1], padded, device=like.device, dtype=dtype)[..., :width]
 
 
+def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
+    """Return x, or an empty tensor where a fixed number of outputs has no use for one."""
+    return like.new_empty(0) if x is None else x
+
+
 def descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
     """A tensor descriptor of x for tiles of shape ``block``, copying x only if its layout cannot be described."""
     size = x.element_size()

@@ -1,4 +1,4 @@
-"""Residual + gate, routed layer norm and modulation in one pass, and its backward pass.
+"""Residual + gate, routed norm and modulation in one pass, and its backward pass.
 
 For each token, over channels c, with m the sample's window (all ones when unrouted), W its width:
 
@@ -7,10 +7,11 @@ For each token, over channels c, with m the sample's window (all ones when unrou
     mean   = sum(v) / C,   var = sum((v - mean)^2) / C,   rstd = (var + eps)^(-1/2)
     u      = (v - mean) * rstd * (1 + scale) + shift
 
-Deactivated channels leave the norm as -mean * rstd, the same for all of them. So u may be compact, [B, N, K] of the
-window's channels and, on a GPU, some neighbours, and the linear layer that follows adds what other channels contribute
-in closed form (``window_linear``); or it has all C channels, for a dense GEMM where that is faster, and with
-``keep_branch`` always. The sums over C need only a window: each deactivated channel adds mean^2 to the variance.
+RMSNorm is the same with mean = 0. Deactivated channels leave the norm as -mean * rstd, the same for all of them. So u
+may be compact, [B, N, K] of the window's channels and, on a GPU, some neighbours, and the linear layer that follows
+adds what other channels contribute in closed form (``window_linear``); or it has all C channels, for a dense GEMM where
+that is faster, and with ``keep_branch`` always. The sums over C need only a window: each deactivated channel adds
+mean^2 to the variance.
 
 ``reference.routed_norm`` is the reference. These functions are not differentiable by themselves; ``routed_linear`` and
 ``routed_mlp`` build the autograd ops from them and recompute u in the backward pass instead of storing it.
@@ -84,13 +85,21 @@ class NormWindow(NamedTuple):
     keep_branch: bool = False
 
 
+class Norm(NamedTuple):
+    """Which of ``reference.NORMS`` it is; eps is added to the variance, or to the mean square."""
+
+    eps: float
+    kind: str = "layer"
+
+
 class NormOutput(NamedTuple):
-    """stream [B, N, C] (None without a branch), u [B, N, C] (fewer channels if compact), mean and rstd [B, N] in the
-    compute dtype; first, int32 [B]: the channel that a compact u begins with (None for any other)."""
+    """stream [B, N, C] (None without a branch), u [B, N, C] (fewer channels if compact), mean (None of RMSNorm) and
+    rstd [B, N] in the compute dtype; first, int32 [B]: the channel that a compact u begins with (None for any other).
+    """
 
     stream: Tensor | None
     u: Tensor
-    mean: Tensor
+    mean: Tensor | None
     rstd: Tensor
     first: Tensor | None
 
@@ -130,6 +139,13 @@ class NormGradients(NamedTuple):
     scale: Tensor
     branch: Tensor | None
     gate: Tensor | None
+
+    def of(self, inputs: NormInputs, shift: Tensor | None = None, scale: Tensor | None = None) -> NormGradients:
+        """Return them in the inputs' dtypes, with the gradients of shift and scale at channels that u left out."""
+        dshift = self.shift if shift is None else self.shift + shift
+        dscale = self.scale if scale is None else self.scale + scale
+        dgate = None if self.gate is None or inputs.gate is None else self.gate.to(inputs.gate.dtype)
+        return self._replace(shift=dshift.to(inputs.shift.dtype), scale=dscale.to(inputs.scale.dtype), gate=dgate)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -174,6 +190,7 @@ def gated_norm_forward_kernel(
     KEEP_BRANCH: tl.constexpr,
     WINDOWED: tl.constexpr,
     COMPACT: tl.constexpr,
+    RMS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     WRITE_STREAM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -215,7 +232,10 @@ def gated_norm_forward_kernel(
     v = tl.where(active[None, :], v, 0.0)
     if KEEP_BRANCH:
         v = tl.fma(branch, gate[None, :], v)
-    mean = tl.sum(v, 1) / C
+    mean = tl.zeros([ROWS], tl.float32)
+    if not RMS:
+        mean = tl.sum(v, 1) / C
+        tl.store(mean_ptr + token, mean, mask=n < N)
     centred = tl.where(seen[None, :], v - mean[:, None], 0.0)
     squares = tl.sum(centred * centred, 1)
     if COMPACT:
@@ -226,7 +246,6 @@ def gated_norm_forward_kernel(
     u = centred * rstd[:, None] * (1.0 + scale[None, :]) + shift[None, :]
     u_offsets = token[:, None] * u_stride + column[None, :]
     tl.store(u_ptr + u_offsets, u.to(u_ptr.dtype.element_ty), mask=here & seen[None, :])
-    tl.store(mean_ptr + token, mean, mask=n < N)
     tl.store(rstd_ptr + token, rstd, mask=n < N)
 
 
@@ -258,6 +277,7 @@ def gated_norm_backward_kernel(
     X_IS_STREAM: tl.constexpr,
     WINDOWED: tl.constexpr,
     COMPACT: tl.constexpr,
+    RMS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     HAS_DSTREAM: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -293,7 +313,9 @@ def gated_norm_backward_kernel(
         token = b * N + n
         here = (n < N)[:, None]
         offsets = token[:, None] * C + c[None, :]
-        mean = tl.load(mean_ptr + token, mask=n < N, other=0.0)
+        mean = tl.zeros([ROWS], tl.float32)
+        if not RMS:
+            mean = tl.load(mean_ptr + token, mask=n < N, other=0.0)
         rstd = tl.load(rstd_ptr + token, mask=n < N, other=0.0)
         v = tl.load(x_ptr + offsets, mask=here & read[None, :], other=0.0).to(tl.float32)
         if HAS_BRANCH:
@@ -310,12 +332,14 @@ def gated_norm_backward_kernel(
         shift_sum += tl.sum(du, 0)
         scale_sum += tl.sum(du * z, 0)
         dz = du * (1.0 + scale[None, :])
-        total = tl.sum(dz, 1)
+        total = tl.zeros([ROWS], tl.float32)
         along = tl.sum(dz * z, 1)
-        if COMPACT:
-            inactive = tl.load(inactive_ptr + token, mask=n < N, other=0.0)
-            total += inactive
-            along -= mean * rstd * inactive
+        if not RMS:
+            total = tl.sum(dz, 1)
+            if COMPACT:
+                inactive = tl.load(inactive_ptr + token, mask=n < N, other=0.0)
+                total += inactive
+                along -= mean * rstd * inactive
         dv = rstd[:, None] * (dz - (total[:, None] + z * along[:, None]) / C)
         # Of an update that is not masked every channel was seen; x is masked below.
         dv = tl.where((exists if KEEP_BRANCH else active)[None, :], dv, 0.0)
@@ -369,14 +393,14 @@ _BACKWARD, _BACKWARD_UPDATE = _BackwardTiles("norm_backward", tensors=4), RowTil
 
 
 def gated_norm_forward(
-    inputs: NormInputs, window: NormWindow, eps: float, dtype: torch.dtype, write_stream: bool = True
+    inputs: NormInputs, window: NormWindow, norm: Norm, dtype: torch.dtype, write_stream: bool = True
 ) -> NormOutput:
     """Run the forward pass.
 
     Args:
         inputs: x and branch [B, N, C]; shift, scale and gate [B, C], rows may be strided.
         window: active channels.
-        eps: added to the variance.
+        norm: its kind.
         dtype: of u, the dtype of the GEMM that reads it.
         write_stream: False in the backward pass, which recomputes u only.
     """
@@ -387,15 +411,16 @@ def gated_norm_forward(
     stream = torch.empty_like(x) if branch is not None and write_stream else None
     kept, alignment = kept_channels(x, window)
     u = empty_rows(B, N, kept, like=x, dtype=dtype) if compact else torch.empty(B, N, C, device=x.device, dtype=dtype)
-    mean = torch.empty(B, N, device=x.device, dtype=compute_dtype(x))
-    rstd = torch.empty_like(mean)
+    rstd = torch.empty(B, N, device=x.device, dtype=compute_dtype(x))
+    rms = norm.kind == "rms"
+    mean = None if rms else torch.empty_like(rstd)
     if B * N == 0:
         return NormOutput(stream, u, mean, rstd, _first_kept_channel(x, window))
     if runs_on_cpu(x):
         tensors = (x, branch, stream, u, gate, shift, scale, mean, rstd)
         shape = extension.shape(B, N, C, start, width)
         extension.kernels.norm_forward(
-            shape, eps, compact, keep_branch, extension.dtype_code(x.dtype), *map(extension.rows, tensors)
+            shape, norm.eps, compact, keep_branch, rms, extension.dtype_code(x.dtype), *map(extension.rows, tensors)
         )
         return NormOutput(stream, u, mean, rstd, start if compact else None)
     first = torch.empty_like(start) if start is not None and compact else None
@@ -422,11 +447,12 @@ def gated_norm_forward(
         shift.stride(0),
         scale.stride(0),
         row_stride(u),
-        eps,
+        norm.eps,
         HAS_BRANCH=branch is not None,
         KEEP_BRANCH=keep_branch,
         WINDOWED=start is not None,
         COMPACT=compact,
+        RMS=rms,
         ALIGNMENT=alignment,
         WRITE_STREAM=stream is not None,
         **options(tile),
@@ -439,7 +465,7 @@ def gated_norm_backward(
     dstream: Tensor | None,
     inactive: Tensor | None,
     inputs: NormInputs,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     window: NormWindow,
     x_is_stream: bool = False,
@@ -449,8 +475,8 @@ def gated_norm_backward(
     Args:
         du: gradient of u, shaped like it. dstream: gradient of the stream [B, N, C], or None.
         inactive: [B, N] in the compute dtype, per token the sum over deactivated channels of the gradient of the norm's
-            output, which the linear layer knows in closed form; None unless compact.
-        inputs, window: as in ``gated_norm_forward``. mean, rstd: its results.
+            output, which the linear layer knows in closed form; None unless compact, and of RMSNorm.
+        inputs, window: as in ``gated_norm_forward``. mean, rstd: its results; without mean it was RMSNorm.
         x_is_stream: x holds the forward pass's stream instead of its input (not with ``keep_branch``).
     """
     x, branch = inputs.x.contiguous(), None if inputs.branch is None else inputs.branch.contiguous()
@@ -465,7 +491,8 @@ def gated_norm_backward(
     if B * N > 0 and runs_on_cpu(x):
         tensors = (du, dstream, x, branch, dx, dbranch, gate, scale, mean, rstd, inactive, sums)
         shape = extension.shape(B, N, C, start, width, TOKENS_PER_SUM)
-        extension.kernels.norm_backward(shape, compact, keep_branch, x_is_stream, *map(extension.rows, tensors))
+        flags = (compact, keep_branch, mean is None, x_is_stream)
+        extension.kernels.norm_backward(shape, *flags, *map(extension.rows, tensors))
     elif B * N > 0:
         tile = (_BACKWARD if branch is None else _BACKWARD_UPDATE).tile(x, N, C)
         kept, alignment = kept_channels(x, window)
@@ -498,6 +525,7 @@ def gated_norm_backward(
             X_IS_STREAM=x_is_stream,
             WINDOWED=start is not None,
             COMPACT=compact,
+            RMS=mean is None,
             ALIGNMENT=alignment,
             HAS_DSTREAM=dstream is not None,
             TOKENS=TOKENS_PER_SUM,
@@ -514,20 +542,21 @@ EPS = 1e-6
 
 
 def plain_norm(
-    inputs: NormInputs, window: NormWindow, eps: float, dtype: torch.dtype, write_stream: bool = True
+    inputs: NormInputs, window: NormWindow, norm: Norm, dtype: torch.dtype, write_stream: bool = True
 ) -> NormOutput:
     """``gated_norm_forward`` in plain PyTorch."""
     x, shift, scale, branch, gate = inputs
     mask = None if window.start is None else ChannelWindow(window.start, window.width, x.shape[2]).mask()
-    stream, u = reference.routed_norm(x, shift, scale, mask, branch, gate, window.keep_branch, eps)
+    stream, u = reference.routed_norm(x, shift, scale, mask, branch, gate, window.keep_branch, *norm)
     seen = reference.masked(stream, mask)
     if branch is not None and gate is not None and window.keep_branch:
         seen = reference.masked(x, mask) + gate[:, None] * branch
     first = _first_kept_channel(x, window)
     if first is not None:
         u = in_window(u, first, kept_channels(x, window)[0])
-    mean = seen.to(compute_dtype(x)).mean(2)
-    rstd = ((seen - mean[..., None]).square().mean(2) + eps).rsqrt()
+    seen = seen.to(compute_dtype(x))
+    mean = None if norm.kind == "rms" else seen.mean(2)
+    rstd = ((seen if mean is None else seen - mean[..., None]).square().mean(2) + norm.eps).rsqrt()
     return NormOutput(stream if branch is not None and write_stream else None, u.to(dtype), mean, rstd, first)
 
 
@@ -536,7 +565,7 @@ def _of_backward(
     dstream: Tensor | None,
     inactive: Tensor | None,
     inputs: NormInputs,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     window: NormWindow,
     x_is_stream: bool,
@@ -544,11 +573,12 @@ def _of_backward(
     inputs = _before_update(inputs) if x_is_stream else inputs
 
     def function(*inputs: Tensor) -> tuple[Tensor, ...]:
-        out = plain_norm(NormInputs(*inputs), window, EPS, du.dtype)
-        # Every deactivated channel leaves the norm as -mean * rstd.
-        return inputs[0] if out.stream is None else out.stream, out.u, -out.mean * out.rstd
+        out = plain_norm(NormInputs(*inputs), window, _kind(mean is None), du.dtype)
+        outputs = inputs[0] if out.stream is None else out.stream, out.u
+        # Every deactivated channel leaves the layer norm as -mean * rstd.
+        return outputs if out.mean is None else (*outputs, -out.mean * out.rstd)
 
-    return function, [t for t in inputs if t is not None], (dstream, du, inactive)
+    return function, [t for t in inputs if t is not None], (dstream, du, inactive)[: 2 if mean is None else 3]
 
 
 def _before_update(inputs: NormInputs) -> NormInputs:
@@ -565,35 +595,43 @@ def _drawn(draw: Draw, routed: bool, update: bool, compact: bool, keep_branch: b
     return NormInputs(draw.stream(B, N, C), shift, scale, *pending), window
 
 
-def _forward_inputs(draw: Draw, without_stream: bool, **mode: bool) -> dict[str, Any]:
+def _kind(rms: bool) -> Norm:
+    return Norm(EPS, "rms" if rms else "layer")
+
+
+def _forward_inputs(draw: Draw, rms: bool, without_stream: bool, **mode: bool) -> dict[str, Any]:
     inputs, window = _drawn(draw, **mode)
-    return dict(inputs=inputs, window=window, eps=EPS, dtype=inputs.shift.dtype, write_stream=not without_stream)
+    return dict(
+        inputs=inputs, window=window, norm=_kind(rms), dtype=inputs.shift.dtype, write_stream=not without_stream
+    )
 
 
-def _backward_inputs(draw: Draw, x_is_stream: bool, without_dstream: bool, **mode: bool) -> dict[str, Any]:
+def _backward_inputs(draw: Draw, rms: bool, x_is_stream: bool, without_dstream: bool, **mode: bool) -> dict[str, Any]:
     B, N, C, _ = draw.sizes
     inputs, window = _drawn(draw, **mode)
     wide = widened(inputs)
-    _, _, mean, rstd, _ = plain_norm(_before_update(wide) if x_is_stream else wide, window, EPS, torch.float64)
+    _, _, mean, rstd, _ = plain_norm(_before_update(wide) if x_is_stream else wide, window, _kind(rms), torch.float64)
     return dict(
         du=draw.compact(kept_channels(inputs.x, window)[0]) if window.compact else draw(B, N, C),
         dstream=None if without_dstream else draw.stream(B, N, C),
-        inactive=draw.statistic(B, N) if window.compact else None,
+        inactive=draw.statistic(B, N) if window.compact and not rms else None,
         inputs=inputs,
-        mean=mean.to(compute_dtype(inputs.x)),
+        mean=None if mean is None else mean.to(compute_dtype(inputs.x)),
         rstd=rstd.to(compute_dtype(inputs.x)),
         window=window,
         x_is_stream=x_is_stream,
     )
 
 
-def forward_work(B: int, N: int, C: int, W: int, items: Itemsizes, branch: bool = False, compact: bool = False) -> Work:
+def forward_work(
+    B: int, N: int, C: int, W: int, items: Itemsizes, branch: bool = False, compact: bool = False, rms: bool = False
+) -> Work:
     """Count the stream (with a branch), the next layer's input on all channels (on active ones if ``compact``), and
-    each token's mean and rstd."""
+    each token's mean (not of RMSNorm) and rstd."""
     T, written = B * N, W if compact else C
     work = T * (C if branch else W) * items.stream  # x
     work += (T + 2 * B) * written * items.operand  # u, shift and scale
-    work += 2 * T * STATISTIC + starts(B, C, W)
+    work += (2 - rms) * T * STATISTIC + starts(B, C, W)
     if branch:
         work += T * C * (items.operand + items.stream) + B * C * items.operand  # branch, stream, gate
     return Work(bytes=work)
@@ -608,19 +646,21 @@ def backward_work(
     branch: bool = False,
     compact: bool = False,
     dstream: bool = True,
+    rms: bool = False,
 ) -> Work:
     """Count gradients of x, branch, gate, shift and scale.
 
     Args:
         compact: whether the gradient that it is given has active channels only, and of the others their sum.
         dstream: whether the gradient of the stream is added, on the way to that of x.
+        rms: whether there is no mean, and so nothing that deactivated channels sum up to.
     """
     T, seen = B * N, W if compact else C
     work = T * (W + C) * items.stream  # x and its gradient
     work += (T + B) * seen * items.operand  # du, scale
-    work += 2 * T * STATISTIC + starts(B, C, W)
+    work += (2 - rms) * T * STATISTIC + starts(B, C, W)
     work += 2 * B * C * STATISTIC  # gradients of shift and scale
-    if seen < C:
+    if seen < C and not rms:
         work += T * STATISTIC  # what deactivated channels sum up to
     if dstream:
         work += T * C * items.stream
@@ -634,12 +674,12 @@ def _valid(routed: bool, update: bool, compact: bool, keep_branch: bool, **other
     return (routed or not (compact or keep_branch)) and (update or not keep_branch) and not (compact and keep_branch)
 
 
-def _layer_norm(inputs: NormInputs, eps: float, **_: Any) -> Callable[[], Tensor]:
+def _layer_norm(inputs: NormInputs, norm: Norm, **_: Any) -> Callable[[], Tensor]:
     """Another function, of all channels and without residual, gate and modulation."""
-    return lambda: F.layer_norm(inputs.x, inputs.x.shape[2:], eps=eps)
+    return lambda: F.layer_norm(inputs.x, inputs.x.shape[2:], eps=norm.eps)
 
 
-_NORM = dict.fromkeys(("routed", "update", "compact", "keep_branch"), (False, True))
+_NORM = dict.fromkeys(("routed", "update", "compact", "keep_branch", "rms"), (False, True))
 
 KERNELS = [
     Kernel(
@@ -652,10 +692,10 @@ KERNELS = [
             **_NORM,
             without_stream=(False, True),
         ),
-        work=lambda s, items, routed, update, compact, **_: forward_work(
-            s.B, s.N, s.C, s.W if routed else s.C, items, update, compact
+        work=lambda s, items, routed, update, compact, rms, **_: forward_work(
+            s.B, s.N, s.C, s.W if routed else s.C, items, update, compact, rms
         ),
-        timed=lambda routed, without_stream, **_: routed and not without_stream,
+        timed=lambda routed, update, rms, without_stream, **_: routed and not without_stream and (update or not rms),
         tiles=lambda update, **_: ("norm_forward_update",) if update else ("norm_forward",),
         peers={"F.layer_norm of x": _layer_norm},
         under_autocast=True,
@@ -674,10 +714,10 @@ KERNELS = [
             x_is_stream=(False, True),
             without_dstream=(False, True),
         ),
-        work=lambda s, items, routed, update, compact, without_dstream, **_: backward_work(
-            s.B, s.N, s.C, s.W if routed else s.C, items, update, compact, not without_dstream
+        work=lambda s, items, routed, update, compact, rms, without_dstream, **_: backward_work(
+            s.B, s.N, s.C, s.W if routed else s.C, items, update, compact, not without_dstream, rms
         ),
-        timed=lambda routed, without_dstream, **_: routed and not without_dstream,
+        timed=lambda routed, update, rms, without_dstream, **_: routed and not without_dstream and (update or not rms),
         tiles=lambda update, **_: ("norm_backward_update",) if update else ("norm_backward",),
         under_autocast=True,
     ),

@@ -9,27 +9,32 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dtr_kernels import reference
+from dtr_kernels.ops.activations import parts_of
 from dtr_kernels.ops.band_linear import (
     Heads,
+    activation_band_backward,
+    band_activation_forward,
     band_backward,
     band_forward,
-    band_gelu_forward,
-    gelu_band_backward,
     in_order,
     order_by_window,
     out_of_order,
     parameter_gradients,
     plain_band,
 )
-from dtr_kernels.ops.checks import check_heads, check_linear, check_stream
-from dtr_kernels.ops.dispatch import Choice, choose, in_dtype_of
-from dtr_kernels.ops.gated_norm import NormInputs, NormWindow, gated_norm_backward, gated_norm_forward
-from dtr_kernels.ops.linear import or_empty
-from dtr_kernels.ops.mlp import fake_gradients
+from dtr_kernels.ops.checks import check_heads, check_linear, check_norm, check_stream
+from dtr_kernels.ops.dispatch import Choice, choose, in_dtype_of, or_empty
+from dtr_kernels.ops.gated_norm import Norm, NormInputs, NormWindow, gated_norm_backward, gated_norm_forward
+from dtr_kernels.ops.linear import (
+    fake_linear_gradients,
+    fake_statistics,
+    linear_gradients,
+    register_linear_autograd,
+)
+from dtr_kernels.ops.mlp import check_mlp, fake_mlp, fake_mlp_gradients, mlp_gradients, register_mlp_autograd
 from dtr_kernels.ops.registration import op
 from dtr_kernels.routing import ChannelWindow
 
@@ -43,40 +48,37 @@ def _linear(
     scale: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    branch: Tensor | None,
+    gate: Tensor | None,
     start: Tensor,
     width: int,
     heads: int,
     parts: int,
-    branch: Tensor | None,
-    gate: Tensor | None,
     eps: float,
+    norm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(stream, out, mean, rstd); stream is empty without a branch, where it would be x itself."""
-    inputs = NormInputs(x, shift, scale, branch, gate)
-    stream, u, mean, rstd, _ = gated_norm_forward(inputs, NormWindow(None, x.shape[-1]), eps, weight.dtype)
+    """(stream, out, mean, rstd); stream is empty without a branch, where it would be x itself, and mean of RMSNorm."""
+    inputs, window = NormInputs(x, shift, scale, branch, gate), NormWindow(None, x.shape[-1])
+    stream, u, mean, rstd, _ = gated_norm_forward(inputs, window, Norm(eps, norm), weight.dtype)
     order = order_by_window(u, start)
     band = Heads(in_order(start, order), width, heads).rows(weight, parts)
     out = out_of_order(band_forward(in_order(u, order), weight, bias, band), order)
-    return x.new_empty(0) if stream is None else stream, out, mean, rstd
+    return or_empty(stream, x), out, or_empty(mean, rstd), rstd
 
 
 @_linear.register_fake
 def _(
-    x: Tensor, shift: Any, scale: Any, weight: Tensor, bias: Any, start: Any, width: Any, heads: Any, *rest: Any
+    x: Tensor, shift: Any, scale: Any, weight: Tensor, bias: Any, branch: Any, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _parts, branch, *_ = rest
-    stream = x.new_empty(0) if branch is None else x.new_empty(x.shape)
-    statistics = _statistics(x)
+    width, heads, *_, norm = rest[2:]
+    stream = x.new_empty(0 if branch is None else x.shape)
     out = x.new_empty(*x.shape[:2], weight.shape[0] // heads * width, dtype=weight.dtype)
-    return stream, out, statistics, torch.empty_like(statistics)
-
-
-def _statistics(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[:2], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return stream, out, *fake_statistics(x, norm)
 
 
 @_linear.register_flops
-def _(x: Any, shift: Any, scale: Any, weight: Any, bias: Any, start: Any, width: int, heads: int, *_: Any) -> int:
+def _(x: Any, shift: Any, scale: Any, weight: Any, *rest: Any) -> int:
+    width, heads, *_ = rest[4:]
     B, N, C = x
     return 2 * B * N * C * (weight[0] // heads * width)
 
@@ -89,13 +91,14 @@ def _linear_backward(
     shift: Tensor,
     scale: Tensor,
     weight: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
     start: Tensor,
     width: int,
     heads: int,
     parts: int,
-    branch: Tensor | None,
-    gate: Tensor | None,
     eps: float,
+    norm: str,
     mean: Tensor,
     rstd: Tensor,
     need_weight: bool,
@@ -103,40 +106,19 @@ def _linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, shift, scale, weight, bias, branch, gate), empty where there is no such input or no need."""
     window = NormWindow(None, stream.shape[-1])
-    u = gated_norm_forward(NormInputs(stream, shift, scale), window, eps, weight.dtype).u
+    u = gated_norm_forward(NormInputs(stream, shift, scale), window, Norm(eps, norm), weight.dtype).u
     order = order_by_window(u, start)
     band = Heads(in_order(start, order), width, heads).rows(weight, parts)
     dout, u = in_order(dout.contiguous(), order), in_order(u, order)
     linear = band_backward(dout, u, weight, band, need_weight, need_bias)
+    du = out_of_order(linear.u, order)
     inputs = NormInputs(stream, shift, scale, branch, gate)
-    norm = gated_norm_backward(
-        out_of_order(linear.u, order), dstream, None, inputs, mean, rstd, window, x_is_stream=True
-    )
-    return (
-        norm.x,
-        norm.shift.to(shift.dtype),
-        norm.scale.to(scale.dtype),
-        or_empty(linear.weight, weight),
-        or_empty(linear.bias, weight),
-        or_empty(norm.branch, stream),
-        or_empty(None if norm.gate is None or gate is None else norm.gate.to(gate.dtype), stream),
-    )
+    mean_of_layer = None if norm == "rms" else mean
+    found = gated_norm_backward(du, dstream, None, inputs, mean_of_layer, rstd, window, x_is_stream=True)
+    return linear_gradients(found.of(inputs), weight, linear.weight, linear.bias)
 
 
-@_linear_backward.register_fake
-def _(
-    dstream: Any, dout: Any, stream: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _start, _width, _heads, _parts, branch, gate, *_, need_weight, need_bias = rest
-    return (
-        stream.new_empty(stream.shape),
-        shift.new_empty(shift.shape),
-        scale.new_empty(scale.shape),
-        weight.new_empty(weight.shape if need_weight else 0),
-        weight.new_empty(weight.shape[0] if need_bias else 0),
-        stream.new_empty(0 if branch is None else branch.shape),
-        stream.new_empty(0) if gate is None else gate.new_empty(gate.shape),
-    )
+_linear_backward.register_fake(fake_linear_gradients)
 
 
 @_linear_backward.register_flops
@@ -146,28 +128,7 @@ def _(dstream: Any, dout: Any, stream: Any, shift: Any, scale: Any, weight: Any,
     return 2 * B * N * weight[1] * outputs * (1 + need_weight)
 
 
-def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, shift, scale, weight, _, start, ctx.width, ctx.heads, ctx.parts, branch, gate, ctx.eps = inputs
-    stream, _, mean, rstd = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x if branch is None else stream, shift, scale, weight, start, branch, gate, mean, rstd)
-
-
-def _of_linear(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    stream, shift, scale, weight, start, branch, gate, mean, rstd = ctx.saved_tensors
-    if dout is None:
-        outputs = len(weight) // ctx.heads * ctx.width
-        dout = stream.new_zeros(*stream.shape[:2], outputs, dtype=weight.dtype)
-    needs = ctx.needs_input_grad
-    inputs = (stream, shift, scale, weight, start, ctx.width, ctx.heads, ctx.parts, branch, gate, ctx.eps)
-    gradients = _linear_backward(dstream if branch is not None else None, dout, *inputs, mean, rstd, *needs[3:5])
-    wanted = [g if need else None for g, need in zip(gradients, needs[:5] + needs[9:11], strict=True)]
-    return *wanted[:5], None, None, None, None, *wanted[5:], None
-
-
-_linear.register_autograd(_of_linear, setup_context=_setup_linear)
-_linear_backward.refuse_autograd()
-_linear.register_autocast(casts=(3, 4))
+register_linear_autograd(_linear, _linear_backward)
 
 
 # --- columns ---------------------------------------------------------------------------------------------------------
@@ -254,41 +215,36 @@ def _mlp(
     width: int,
     heads: int,
     eps: float,
+    norm: str,
+    activation: str,
     write_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(stream, out, pre, mean, rstd); pre, fc1's output in the order of windows, is empty unless ``write_pre``."""
-    inputs = NormInputs(x, shift, scale, branch, gate)
-    stream, u, mean, rstd, _ = gated_norm_forward(inputs, NormWindow(None, x.shape[-1]), eps, fc1_weight.dtype)
+    """(stream, out, pre, mean, rstd); pre, fc1's output in the order of windows, is empty unless ``write_pre``, and
+    mean of RMSNorm."""
+    inputs, window = NormInputs(x, shift, scale, branch, gate), NormWindow(None, x.shape[-1])
+    stream, u, mean, rstd, _ = gated_norm_forward(inputs, window, Norm(eps, norm), fc1_weight.dtype)
     order = order_by_window(u, start)
     active = Heads(in_order(start, order), width, heads)
-    pre, act = band_gelu_forward(in_order(u, order), fc1_weight, fc1_bias, active.rows(fc1_weight), write_pre)
+    rows = active.rows(fc1_weight, parts_of(activation))
+    pre, act = band_activation_forward(in_order(u, order), fc1_weight, fc1_bias, rows, activation, write_pre)
     out = out_of_order(band_forward(act, fc2_weight, fc2_bias, active.columns(fc2_weight)), order)
-    assert stream is not None
-    return stream, out, pre, mean, rstd
+    return or_empty(stream, x), out, pre, or_empty(mean, rstd), rstd
 
 
 @_mlp.register_fake
 def _(
     x: Tensor, shift: Any, scale: Any, fc1_weight: Tensor, fc1_bias: Any, fc2_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    width, heads, _eps, write_pre = rest[-4:]
-    statistics = _statistics(x)
-    hidden = (*x.shape[:2], fc1_weight.shape[0] // heads * width)
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(*x.shape[:2], fc2_weight.shape[0], dtype=fc2_weight.dtype),
-        fc1_weight.new_empty(hidden if write_pre else 0),
-        statistics,
-        torch.empty_like(statistics),
-    )
+    width, heads, _eps, norm, _activation, write_pre = rest[-6:]
+    return fake_mlp(x, fc1_weight, fc2_weight, len(fc1_weight) // heads * width, norm, write_pre)
 
 
 @_mlp.register_flops
 def _(x: Any, shift: Any, scale: Any, fc1_weight: Any, fc1_bias: Any, fc2_weight: Any, *rest: Any) -> int:
-    width, heads, *_ = rest[-4:]
+    width, heads, *_ = rest[-6:]
     B, N, C = x
     O, hidden = fc2_weight
-    return 2 * B * N * (hidden // heads * width) * (C + O)
+    return 2 * B * N * (fc1_weight[0] // heads * width * C + hidden // heads * width * O)
 
 
 @op("inner_mlp_backward")
@@ -306,6 +262,8 @@ def _mlp_backward(
     width: int,
     heads: int,
     eps: float,
+    norm: str,
+    activation: str,
     pre: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -316,28 +274,18 @@ def _mlp_backward(
     order = order_by_window(dout, start)
     active, dout = Heads(in_order(start, order), width, heads), in_order(dout.contiguous(), order)
     columns = active.columns(fc2_weight)
-    dpre, act = gelu_band_backward(dout, pre, fc2_weight, columns)
-    dfc2_weight, dfc2_bias = parameter_gradients(dout, act, fc2_weight, columns, *needs[2:])
+    dpre, act = activation_band_backward(dout, pre, fc2_weight, columns, activation)
+    fc2 = parameter_gradients(dout, act, fc2_weight, columns, *needs[2:])
     del act
     inputs, window = NormInputs(x, shift, scale, branch, gate), NormWindow(None, x.shape[-1])
-    u = gated_norm_forward(inputs, window, eps, fc1_weight.dtype, write_stream=False).u
-    fc1 = band_backward(dpre, in_order(u, order), fc1_weight, active.rows(fc1_weight), *needs[:2])
-    norm = gated_norm_backward(out_of_order(fc1.u, order), dstream, None, inputs, mean, rstd, window)
-    assert norm.branch is not None and norm.gate is not None
-    return (
-        norm.x,
-        norm.shift.to(shift.dtype),
-        norm.scale.to(scale.dtype),
-        or_empty(fc1.weight, fc1_weight),
-        or_empty(fc1.bias, fc1_weight),
-        or_empty(dfc2_weight, fc2_weight),
-        or_empty(dfc2_bias, fc2_weight),
-        norm.branch,
-        norm.gate.to(gate.dtype),
-    )
+    u = gated_norm_forward(inputs, window, Norm(eps, norm), fc1_weight.dtype, write_stream=False).u
+    fc1 = band_backward(dpre, in_order(u, order), fc1_weight, active.rows(fc1_weight, parts_of(activation)), *needs[:2])
+    du, mean_of_layer = out_of_order(fc1.u, order), None if norm == "rms" else mean
+    found = gated_norm_backward(du, dstream, None, inputs, mean_of_layer, rstd, window)
+    return mlp_gradients(found.of(inputs), fc1_weight, fc2_weight, (*fc1[1:], *fc2))
 
 
-_mlp_backward.register_fake(fake_gradients)
+_mlp_backward.register_fake(fake_mlp_gradients)
 
 
 @_mlp_backward.register_flops
@@ -345,31 +293,11 @@ def _(dstream: Any, dout: Any, x: Any, shift: Any, scale: Any, fc1_weight: Any, 
     _branch, _gate, _start, width, heads, *_, needs = rest
     B, N, C = x
     O, hidden = fc2_weight
-    return 2 * B * N * (hidden // heads * width) * (C * (1 + needs[0]) + O * (1 + needs[2]))
+    fc1, fc2 = fc1_weight[0] // heads * width * C, hidden // heads * width * O
+    return 2 * B * N * (fc1 * (1 + needs[0]) + fc2 * (1 + needs[2]))
 
 
-def _setup_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, shift, scale, fc1_weight, _, fc2_weight, _, branch, gate, start = inputs[:10]
-    ctx.width, ctx.heads, ctx.eps, _ = inputs[10:]
-    _, _, pre, mean, rstd = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, shift, scale, fc1_weight, fc2_weight, branch, gate, start, pre, mean, rstd)
-
-
-def _of_mlp(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    *inputs, pre, mean, rstd = ctx.saved_tensors
-    x, fc2_weight = inputs[0], inputs[4]
-    if dout is None:
-        dout = x.new_zeros(*x.shape[:2], fc2_weight.shape[0], dtype=fc2_weight.dtype)
-    needs = list(ctx.needs_input_grad)
-    settings = (ctx.width, ctx.heads, ctx.eps)
-    gradients = _mlp_backward(dstream, dout, *inputs, *settings, pre, mean, rstd, needs[3:7])
-    return *(g if need else None for g, need in zip(gradients, needs, strict=False)), None, None, None, None, None
-
-
-_mlp.register_autograd(_of_mlp, setup_context=_setup_mlp)
-_mlp_backward.refuse_autograd()
-_mlp.register_autocast(casts=(3, 4, 5, 6))
+register_mlp_autograd(_mlp, _mlp_backward)
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
@@ -386,6 +314,7 @@ def inner_linear(
     gate: Tensor | None = None,
     parts: int = 1,
     eps: float = 1e-6,
+    norm: str = "layer",
 ) -> tuple[Tensor, Tensor]:
     """stream = x + gate * branch, and the outputs of active heads of Linear(modulate(LN(stream), shift, scale)).
 
@@ -399,7 +328,7 @@ def inner_linear(
         branch, gate: a pending update of the stream, [B, N, C] and [B, C], or None.
         parts: into how many equal parts the outputs fall, each of which has outputs of every head: 3 for queries, keys
             and values in one layer.
-        eps: added to the variance.
+        eps, norm: as in ``routed_linear``.
 
     Returns:
         stream [B, N, C] in x's dtype (x itself without a branch), and [B, N, O * A / H] in weight's dtype, of A active
@@ -407,10 +336,11 @@ def inner_linear(
 
     Raises:
         TypeError: if a tensor is not floating point, or window not a window.
-        ValueError: if shapes, dtypes, devices or the window do not fit x, or O is not divisible by parts * H.
+        ValueError: if shapes, dtypes, devices or the window do not fit x, norm is unknown, or O is not divisible by
+            parts * H.
     """
     choice = choose(x, weight)
-    return inner_linear_by(choice, x, shift, scale, weight, bias, window, branch, gate, parts, eps)
+    return inner_linear_by(choice, x, shift, scale, weight, bias, window, branch, gate, parts, Norm(eps, norm))
 
 
 def inner_linear_by(
@@ -424,18 +354,19 @@ def inner_linear_by(
     branch: Tensor | None,
     gate: Tensor | None,
     parts: int,
-    eps: float,
+    norm: Norm,
 ) -> tuple[Tensor, Tensor]:
     """``inner_linear`` by a choice that was made for it or for its block."""
     check_stream(x, branch, gate, shift=shift, scale=scale)
     check_linear(x, "", weight, bias, x.shape[-1])
     heads = _heads(x, window)
+    check_norm(norm.kind)
     _check_divisible("weight", len(weight), parts * heads.total)
     if choice.path == "plain":
         branch, gate, shift, scale = in_dtype_of(x, branch, gate, shift, scale)
-        stream, u = reference.routed_norm(x, shift, scale, None, branch, gate, eps=eps)
+        stream, u = reference.routed_norm(x, shift, scale, None, branch, gate, False, *norm)
         return stream, plain_band(u, weight, bias, heads.rows(weight, parts))
-    stream, out, _, _ = _linear(x, shift, scale, weight, bias, *heads, parts, branch, gate, eps)
+    stream, out, _, _ = _linear(x, shift, scale, weight, bias, branch, gate, *heads, parts, *norm)
     return x if branch is None else stream, out
 
 
@@ -485,8 +416,10 @@ def inner_mlp(
     gate: Tensor,
     window: ChannelWindow,
     eps: float = 1e-6,
+    norm: str = "layer",
+    activation: str = "gelu_tanh",
 ) -> tuple[Tensor, Tensor]:
-    """stream = x + gate * branch, and fc2(m * GELU(fc1(modulate(LN(stream), shift, scale)))), GELU in its tanh form.
+    """stream = x + gate * branch, and fc2(m * GELU(fc1(modulate(LN(stream), shift, scale)))).
 
     m is 1 for the hidden channels that go with active heads, F / H for each of H heads, and 0 for others.
 
@@ -494,23 +427,24 @@ def inner_mlp(
         x: residual stream [B, N, C], fp32, bf16, fp16 or fp64.
         shift, scale: adaLN modulation [B, C], any floating dtype; rows may be strided views of one [B, 6C].
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: [F, C], [F], [O, F], [O], biases may be None; in x's dtype,
-            autocast casts them and leaves x alone.
+            autocast casts them and leaves x alone. With "swiglu" the first two are [2F, C], [2F].
         branch, gate: the update of the stream, [B, N, C] and [B, C].
         window: as in ``inner_linear``.
-        eps: added to the variance.
+        eps, norm, activation: as in ``routed_mlp``.
 
     Returns:
         stream [B, N, C] in x's dtype and the MLP's output [B, N, O] in the weights' dtype.
 
     Raises:
         TypeError: if a tensor is not floating point, or window not a window.
-        ValueError: if shapes, dtypes, devices or the window do not fit x, or F is not divisible by H.
+        ValueError: if shapes, dtypes, devices or the window do not fit x, norm or activation is unknown, or F is not
+            divisible by H.
     """
     if branch is None or gate is None:
         raise ValueError("branch and gate must both be given, got None")
     choice = choose(x, fc1_weight, fc2_weight)
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    return inner_mlp_by(choice, x, shift, scale, weights, branch, gate, window, eps)
+    return inner_mlp_by(choice, x, shift, scale, weights, branch, gate, window, Norm(eps, norm), activation)
 
 
 def inner_mlp_by(
@@ -522,23 +456,24 @@ def inner_mlp_by(
     branch: Tensor,
     gate: Tensor,
     window: ChannelWindow,
-    eps: float,
+    norm: Norm,
+    activation: str,
 ) -> tuple[Tensor, Tensor]:
     """``inner_mlp`` by a choice that was made for it or for its block; weights and biases of fc1 and fc2 together."""
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
     check_stream(x, branch, gate, shift=shift, scale=scale)
-    check_linear(x, "fc1_", fc1_weight, fc1_bias, x.shape[-1])
-    check_linear(x, "fc2_", fc2_weight, fc2_bias, fc1_weight.shape[0])
+    check_norm(norm.kind)
+    check_mlp(x, weights, activation)
     heads = _heads(x, window)
-    _check_divisible("fc1_weight", len(fc1_weight), heads.total)
+    _check_divisible("fc2_weight's inputs", fc2_weight.shape[1], heads.total)
     if choice.path == "plain":
         branch, gate, shift, scale = in_dtype_of(x, branch, gate, shift, scale)
-        stream, u = reference.routed_norm(x, shift, scale, None, branch, gate, eps=eps)
-        hidden = F.gelu(plain_band(u, fc1_weight, fc1_bias, heads.rows(fc1_weight)), approximate="tanh")
-        return stream, plain_band(hidden, fc2_weight, fc2_bias, heads.columns(fc2_weight))
+        stream, u = reference.routed_norm(x, shift, scale, None, branch, gate, False, *norm)
+        pre = plain_band(u, fc1_weight, fc1_bias, heads.rows(fc1_weight, parts_of(activation)))
+        return stream, plain_band(reference.activate(pre, activation), fc2_weight, fc2_bias, heads.columns(fc2_weight))
     inputs = (x, shift, scale, *weights, branch, gate)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    stream, out, *_ = _mlp(*inputs, *heads, eps, training)
+    stream, out, *_ = _mlp(*inputs, *heads, *norm, activation, training)
     return stream, out
 
 

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from dtr_kernels import reference
-from dtr_kernels.ops.checks import check_linear, check_stream, check_window
+from dtr_kernels.ops.checks import check_linear, check_norm, check_stream, check_window
 from dtr_kernels.ops.declaration import Draw, Gradient, Kernel, modes, widened
-from dtr_kernels.ops.dispatch import Choice, choose, compute_dtype, in_dtype_of
+from dtr_kernels.ops.dispatch import Choice, choose, compute_dtype, in_dtype_of, or_empty
 from dtr_kernels.ops.gated_norm import (
     EPS,
+    Norm,
+    NormGradients,
     NormInputs,
     NormOutput,
     NormWindow,
@@ -25,7 +27,7 @@ from dtr_kernels.ops.gated_norm import (
     gated_norm_forward,
     plain_norm,
 )
-from dtr_kernels.ops.registration import op
+from dtr_kernels.ops.registration import Op, op
 from dtr_kernels.ops.window_linear import ClosedForm, choose_gemm, window_linear_backward, window_linear_forward
 from dtr_kernels.routing import ChannelWindow
 
@@ -37,39 +39,46 @@ def _op(
     scale: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    start: Tensor | None,
-    width: int,
     branch: Tensor | None,
     gate: Tensor | None,
+    start: Tensor | None,
+    width: int,
     eps: float,
+    norm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(stream, out, mean, rstd); stream is empty without a branch, where it would be x itself."""
+    """(stream, out, mean, rstd); stream is empty without a branch, where it would be x itself, and mean of RMSNorm."""
     compact = choose_gemm("windows_forward", x, start, width, weight).path == "windows"
     inputs, window = NormInputs(x, shift, scale, branch, gate), NormWindow(start, width, compact)
-    norm = gated_norm_forward(inputs, window, eps, weight.dtype)
-    out = window_linear_forward(norm.u, closed_form(inputs, norm), weight, bias)
-    return x.new_empty(0) if norm.stream is None else norm.stream, out, norm.mean, norm.rstd
+    normed = gated_norm_forward(inputs, window, Norm(eps, norm), weight.dtype)
+    out = window_linear_forward(normed.u, closed_form(inputs, normed), weight, bias)
+    return or_empty(normed.stream, x), out, or_empty(normed.mean, normed.rstd), normed.rstd
 
 
 def closed_form(inputs: NormInputs, norm: NormOutput) -> ClosedForm | None:
     """Return what the linear layer needs to know of channels that a compact norm left out; None if it left out none."""
     if norm.first is None:
         return None
-    return ClosedForm(norm.mean * norm.rstd, inputs.shift, inputs.scale, norm.first)
+    mean_rstd = None if norm.mean is None else norm.mean * norm.rstd
+    return ClosedForm(mean_rstd, inputs.shift, inputs.scale, norm.first)
+
+
+def fake_statistics(x: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    """Return a norm's mean, empty of RMSNorm, and rstd, for tracing."""
+    rstd = x.new_empty(x.shape[:2], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return rstd.new_empty(0 if norm == "rms" else rstd.shape), torch.empty_like(rstd)
 
 
 @_op.register_fake
 def _(
-    x: Tensor, shift: Any, scale: Any, weight: Tensor, bias: Any, start: Any, width: Any, branch: Any, *_: Any
+    x: Tensor, shift: Any, scale: Any, weight: Tensor, bias: Any, branch: Any, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    B, N, C = x.shape
-    stream = x.new_empty(0) if branch is None else x.new_empty(B, N, C)
-    statistics = x.new_empty(B, N, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return stream, x.new_empty(B, N, weight.shape[0], dtype=weight.dtype), statistics, torch.empty_like(statistics)
+    stream = x.new_empty(0 if branch is None else x.shape)
+    return stream, x.new_empty(*x.shape[:2], weight.shape[0], dtype=weight.dtype), *fake_statistics(x, rest[-1])
 
 
 @_op.register_flops
-def _(x: Any, shift: Any, scale: Any, weight: Any, bias: Any, start: Any, width: int, *_: Any) -> int:
+def _(x: Any, shift: Any, scale: Any, weight: Any, *rest: Any) -> int:
+    width = rest[-3]
     B, N, _C = x
     return 2 * B * N * width * weight[0]
 
@@ -82,11 +91,12 @@ def _backward_op(
     shift: Tensor,
     scale: Tensor,
     weight: Tensor,
-    start: Tensor | None,
-    width: int,
     branch: Tensor | None,
     gate: Tensor | None,
+    start: Tensor | None,
+    width: int,
     eps: float,
+    norm: str,
     mean: Tensor,
     rstd: Tensor,
     need_weight: bool,
@@ -95,42 +105,36 @@ def _backward_op(
     """Gradients of (x, shift, scale, weight, bias, branch, gate), empty where there is no such input or no need."""
     compact = choose_gemm("windows_backward", stream, start, width, weight).path == "windows"
     window = NormWindow(start, width, compact)
-    again = gated_norm_forward(NormInputs(stream, shift, scale), window, eps, weight.dtype)
+    again = gated_norm_forward(NormInputs(stream, shift, scale), window, Norm(eps, norm), weight.dtype)
     inputs = NormInputs(stream, shift, scale, branch, gate)
     linear = window_linear_backward(dout, again.u, closed_form(inputs, again), weight, need_weight, need_bias)
-    norm = gated_norm_backward(linear.u, dstream, linear.inactive, inputs, mean, rstd, window, x_is_stream=True)
-    dshift = norm.shift if linear.shift is None else norm.shift + linear.shift
-    dscale = norm.scale if linear.scale is None else norm.scale + linear.scale
-    return (
-        norm.x,
-        dshift.to(shift.dtype),
-        dscale.to(scale.dtype),
-        or_empty(linear.weight, weight),
-        or_empty(linear.bias, weight),
-        or_empty(norm.branch, stream),
-        or_empty(None if norm.gate is None or gate is None else norm.gate.to(gate.dtype), stream),
+    found = gated_norm_backward(
+        linear.u, dstream, linear.inactive, inputs, None if norm == "rms" else mean, rstd, window, x_is_stream=True
     )
+    return linear_gradients(found.of(inputs, linear.shift, linear.scale), weight, linear.weight, linear.bias)
 
 
-def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
-    """Return x, or an empty tensor where an op's fixed number of outputs has no use for one."""
-    return like.new_empty(0) if x is None else x
+def linear_gradients(
+    norm: NormGradients, weight: Tensor, dweight: Tensor | None, dbias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return gradients as the outputs of an op, empty for None."""
+    others = ((dweight, weight), (dbias, weight), (norm.branch, norm.x), (norm.gate, norm.x))
+    return norm.x, norm.shift, norm.scale, *(or_empty(*each) for each in others)  # type: ignore[return-value]
 
 
 @_backward_op.register_fake
-def _(
+def fake_linear_gradients(
     dstream: Any,
     dout: Any,
     stream: Tensor,
     shift: Tensor,
     scale: Tensor,
     weight: Tensor,
-    start: Any,
-    width: Any,
     branch: Tensor | None,
     gate: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the shapes of the gradients of (x, shift, scale, weight, bias, branch, gate)."""
     need_weight, need_bias = rest[-2:]
     return (
         stream.new_empty(stream.shape),
@@ -144,36 +148,41 @@ def _(
 
 
 @_backward_op.register_flops
-def _(
-    dstream: Any, dout: Any, stream: Any, shift: Any, scale: Any, weight: Any, start: Any, width: int, *rest: Any
-) -> int:
+def _(dstream: Any, dout: Any, *rest: Any) -> int:
     B, N, O = dout
-    need_weight, _need_bias = rest[-2:]
+    width, need_weight = rest[-7], rest[-2]
     return 2 * B * N * width * O * (1 + need_weight)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, shift, scale, weight, _, start, ctx.width, branch, gate, ctx.eps = inputs
-    stream, _, mean, rstd = output
-    ctx.set_materialize_grads(False)
-    # The stream instead of x: with it the sum is not computed again, and the next op saves the same tensor.
-    ctx.save_for_backward(x if branch is None else stream, shift, scale, weight, start, branch, gate, mean, rstd)
+def register_linear_autograd(forward: Op, backward: Op) -> None:
+    """Register the gradient of an op that takes x, shift, scale, weight, bias, branch, gate, a window's start and
+    settings, and returns (stream, out, mean, rstd)."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, shift, scale, weight, _, branch, gate, start, *ctx.settings = inputs
+        stream, out, mean, rstd = output
+        ctx.outputs = out.shape[2]
+        ctx.set_materialize_grads(False)
+        # The stream instead of x: with it the sum is not computed again, and the next op saves the same tensor.
+        ctx.save_for_backward(x if branch is None else stream, shift, scale, weight, branch, gate, start, mean, rstd)
+
+    def gradients(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        *inputs, mean, rstd = ctx.saved_tensors
+        stream, weight, branch = inputs[0], inputs[3], inputs[4]
+        if dout is None:
+            dout = stream.new_zeros(*stream.shape[:2], ctx.outputs, dtype=weight.dtype)
+        needs = ctx.needs_input_grad[:7]
+        dstream = None if branch is None else dstream
+        found = backward(dstream, dout, *inputs, *ctx.settings, mean, rstd, *needs[3:5])
+        wanted = [g if need else None for g, need in zip(found, needs, strict=True)]
+        return *wanted, None, *[None] * len(ctx.settings)
+
+    forward.register_autograd(gradients, setup_context=setup_context)
+    backward.refuse_autograd()
+    forward.register_autocast(casts=(3, 4))
 
 
-def _backward(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    stream, shift, scale, weight, start, branch, gate, mean, rstd = ctx.saved_tensors
-    if dout is None:
-        dout = stream.new_zeros(*stream.shape[:2], weight.shape[0], dtype=weight.dtype)
-    needs = ctx.needs_input_grad
-    inputs = (stream, shift, scale, weight, start, ctx.width, branch, gate, ctx.eps)
-    gradients = _backward_op(dstream if branch is not None else None, dout, *inputs, mean, rstd, *needs[3:5])
-    wanted = [g if need else None for g, need in zip(gradients, needs[:5] + needs[7:9], strict=True)]
-    return *wanted[:5], None, None, *wanted[5:], None
-
-
-_op.register_autograd(_backward, setup_context=_setup_context)
-_backward_op.refuse_autograd()
-_op.register_autocast(casts=(3, 4))
+register_linear_autograd(_op, _backward_op)
 
 
 def routed_linear(
@@ -186,6 +195,7 @@ def routed_linear(
     branch: Tensor | None = None,
     gate: Tensor | None = None,
     eps: float = 1e-6,
+    norm: str = "layer",
 ) -> tuple[Tensor, Tensor]:
     """stream = x + gate * branch, and Linear(modulate(LN(m * stream), shift, scale)).
 
@@ -199,16 +209,17 @@ def routed_linear(
             alone.
         window: active channels of each sample; None for all.
         branch, gate: a pending update of the stream, [B, N, C] and [B, C], or None.
-        eps: added to the variance.
+        eps: added to the variance, or to the mean square.
+        norm: "layer", or "rms" for RMSNorm instead of LN. For a norm with weight and bias see ``fold_affine``.
 
     Returns:
         stream [B, N, C] in x's dtype (x itself without a branch) and the layer's output [B, N, O] in weight's dtype.
 
     Raises:
         TypeError: if a tensor is not floating point.
-        ValueError: if shapes, dtypes, devices or the window do not fit x.
+        ValueError: if shapes, dtypes, devices or the window do not fit x, or norm is unknown.
     """
-    return routed_linear_by(choose(x, weight), x, shift, scale, weight, bias, window, branch, gate, eps)
+    return routed_linear_by(choose(x, weight), x, shift, scale, weight, bias, window, branch, gate, Norm(eps, norm))
 
 
 def routed_linear_by(
@@ -221,31 +232,50 @@ def routed_linear_by(
     window: ChannelWindow | None,
     branch: Tensor | None,
     gate: Tensor | None,
-    eps: float,
+    norm: Norm,
 ) -> tuple[Tensor, Tensor]:
     """``routed_linear`` by a choice that was made for it or for its block."""
     check_stream(x, branch, gate, shift=shift, scale=scale)
     check_linear(x, "", weight, bias, x.shape[-1])
+    check_norm(norm.kind)
     window = check_window(x, window)
     if choice.path == "plain":
         mask = None if window is None else window.mask()
         branch, gate, shift, scale = in_dtype_of(x, branch, gate, shift, scale)
-        return reference.routed_linear(x, shift, scale, weight, bias, mask, branch, gate, eps)
+        return reference.routed_linear(x, shift, scale, weight, bias, mask, branch, gate, *norm)
     start, width = (None, x.shape[-1]) if window is None else (window.start, window.width)
-    stream, out, _, _ = _op(x, shift, scale, weight, bias, start, width, branch, gate, eps)
+    stream, out, _, _ = _op(x, shift, scale, weight, bias, branch, gate, start, width, *norm)
     return x if branch is None else stream, out
+
+
+def fold_affine(
+    shift: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the shift and scale that make modulate(norm(x) * weight + bias) of a norm without affine parameters.
+
+    They are computed, and left, in fp32 at least: a small weight is what remains of 1 + scale.
+
+    Args:
+        shift, scale: [B, C]. weight, bias: of the norm, [C] or None.
+    """
+    if weight is None and bias is None:
+        return shift, scale
+    dtype = torch.promote_types(scale.dtype, torch.float32)
+    factor, shift = 1 + scale.to(dtype), shift.to(dtype)
+    return (shift if bias is None else factor * bias + shift), (factor if weight is None else factor * weight) - 1
 
 
 # --- declarations ----------------------------------------------------------------------------------------------------
 
 
-def _drawn(draw: Draw, routed: bool, update: bool) -> dict[str, Any]:
+def _drawn(draw: Draw, routed: bool, update: bool, rms: bool) -> dict[str, Any]:
     B, N, C, _ = draw.sizes
     shift, scale, gate = draw.vectors(3)
     routing = dict(start=draw.start, width=draw.sizes.W) if routed else dict(start=None, width=C)
     pending = dict(branch=draw(B, N, C), gate=gate) if update else dict(branch=None, gate=None)
+    norm = dict(eps=EPS, norm="rms" if rms else "layer")
     return dict(
-        x=draw.stream(B, N, C), shift=shift, scale=scale, weight=draw.weight(3 * C, C), **routing, **pending, eps=EPS
+        x=draw.stream(B, N, C), shift=shift, scale=scale, weight=draw.weight(3 * C, C), **routing, **pending, **norm
     )
 
 
@@ -259,8 +289,9 @@ def _backward_inputs(draw: Draw, **mode: bool) -> dict[str, Any]:
     layer = _drawn(draw, **mode)
     x = layer.pop("x")
     inputs = widened(NormInputs(x, layer["shift"], layer["scale"]))
-    _, _, mean, rstd, _ = plain_norm(inputs, NormWindow(layer["start"], layer["width"]), EPS, torch.float64)
-    statistics = dict(mean=mean.to(compute_dtype(x)), rstd=rstd.to(compute_dtype(x)))
+    norm = Norm(layer["eps"], layer["norm"])
+    _, _, mean, rstd, _ = plain_norm(inputs, NormWindow(layer["start"], layer["width"]), norm, torch.float64)
+    statistics = dict(mean=or_empty(mean, rstd).to(compute_dtype(x)), rstd=rstd.to(compute_dtype(x)))
     dout = draw(*x.shape[:2], len(layer["weight"]))
     needs = dict(need_weight=True, need_bias=True)
     return dict(
@@ -277,7 +308,7 @@ def _of_backward(
     dstream: Tensor | None, dout: Tensor, stream: Tensor, branch: Tensor | None, gate: Tensor | None, **rest: Any
 ) -> tuple[Any, list[Tensor], list[Tensor | None]]:
     shift, scale, weight = (rest[name] for name in ("shift", "scale", "weight"))
-    fixed: dict[str, Any] = dict(start=rest["start"], width=rest["width"], eps=rest["eps"])
+    fixed: dict[str, Any] = {name: rest[name] for name in ("start", "width", "eps", "norm")}
     bias, update = weight.new_zeros(len(weight)), [t for t in (branch, gate) if t is not None]
     x = stream if branch is None or gate is None else stream - gate[:, None] * branch
 
@@ -295,8 +326,8 @@ KERNELS = [
         lambda **layer: torch.ops.dtr_kernels.routed_linear(**layer)[layer["branch"] is None : 2],
         _plain,
         lambda draw, bias, **mode: _drawn(draw, **mode) | dict(bias=draw(3 * draw.sizes.C) if bias else None),
-        modes(routed=(True, False), update=(True, False), bias=(True, False)),
-        timed=lambda routed, update, bias: routed and update and bias,
+        modes(routed=(True, False), update=(True, False), rms=(False, True), bias=(True, False)),
+        timed=lambda routed, update, rms, bias: routed and update and bias and not rms,
         crossover="windows_forward",
     ),
     Kernel(
@@ -304,8 +335,8 @@ KERNELS = [
         lambda **layer: torch.ops.dtr_kernels.routed_linear_backward(**layer)[: 5 if layer["branch"] is None else 7],
         Gradient(_of_backward),
         _backward_inputs,
-        modes(routed=(True, False), update=(True, False)),
-        timed=lambda routed, update: routed and update,
+        modes(routed=(True, False), update=(True, False), rms=(False, True)),
+        timed=lambda routed, update, rms: routed and update and not rms,
         crossover="windows_backward",
     ),
 ]

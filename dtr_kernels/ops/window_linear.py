@@ -9,7 +9,8 @@ term and a constant:
     q   = W_lin[:, inactive] @ shift[inactive] + bias             # [B, O], once per sample
     out = u @ W_lin[:, window]^T - (mean * rstd) * p + q          # = Linear(modulate(LN(m * x))) exactly
 
-and with G = dL/dout the gradients never touch a deactivated channel per token either:
+(after RMSNorm, whose mean is 0, with q alone) and with G = dL/dout the gradients never touch a deactivated channel per
+token either:
 
     du       = G @ W_lin[:, window]
     inactive = G @ p                                              # what the norm's backward pass needs of them
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -37,6 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dtr_kernels import reference
+from dtr_kernels.ops.activations import activation_backward, activation_forward, gelu, gelu_and_slope
 from dtr_kernels.ops.declaration import (
     ALL_CHANNELS,
     ONE_SLICE,
@@ -62,10 +65,10 @@ from dtr_kernels.ops.dispatch import (
     made,
     matmul_accumulated,
     multiprocessors,
+    or_empty,
     rows_contiguous,
     runs_on_cpu,
 )
-from dtr_kernels.ops.gelu import gelu, gelu_and_slope, gelu_backward, gelu_forward, plain_gelu
 from dtr_kernels.ops.tiles import (
     TOKENS_PER_SUM,
     Crossovers,
@@ -133,6 +136,7 @@ def window_forward_kernel(
     part_rows,
     WINDOWED: tl.constexpr,
     CLOSED: tl.constexpr,
+    CENTRED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GELU: tl.constexpr,
     WRITE_OUT: tl.constexpr,
@@ -163,10 +167,11 @@ def window_forward_kernel(
     o = column + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if CLOSED:
-        n = row + tl.arange(0, BLOCK_M)
         sample = b.to(tl.int64)
-        mean_rstd = tl.load(mean_rstd_ptr + sample * N + n, mask=n < N, other=0.0)
-        p = tl.load(p_ptr + sample * O + o, mask=o < O, other=0.0)
+        if CENTRED:
+            n = row + tl.arange(0, BLOCK_M)
+            mean_rstd = tl.load(mean_rstd_ptr + sample * N + n, mask=n < N, other=0.0)
+            p = tl.load(p_ptr + sample * O + o, mask=o < O, other=0.0)
         acc += tl.load(q_ptr + sample * O + o, mask=o < O, other=0.0)[None, :]
     elif HAS_BIAS:
         # A window that leaves the weight reads nothing.
@@ -178,7 +183,7 @@ def window_forward_kernel(
         u = u_desc.load([b, row, k]).reshape(BLOCK_M, BLOCK_K)
         w = weight_desc.load([to_weight + column, first + k])
         acc = tl.dot(u, w.T, acc, input_precision=PRECISION)
-    if CLOSED:
+    if CENTRED:
         acc -= mean_rstd[:, None] * p[None, :]
     pieces = _pieces(acc)
     for i in tl.static_range(len(pieces)):
@@ -351,6 +356,7 @@ def closed_form_kernel(
     shift_stride,
     scale_stride,
     HAS_BIAS: tl.constexpr,
+    WRITE_P: tl.constexpr,
     WRITE_Q: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -369,15 +375,17 @@ def closed_form_kernel(
         exists = (c < C) & (b < B)[:, None]
         inactive = ((c < start) | (c >= start + width)) & exists
         w = weight_desc.load([column, k]).T
-        scale = tl.load(scale_ptr + sample * scale_stride + c, mask=exists, other=0.0).to(tl.float32)
-        p = tl.dot(tl.where(inactive, 1.0 + scale, 0.0).to(w.dtype), w, p, input_precision=PRECISION)
+        if WRITE_P:
+            scale = tl.load(scale_ptr + sample * scale_stride + c, mask=exists, other=0.0).to(tl.float32)
+            p = tl.dot(tl.where(inactive, 1.0 + scale, 0.0).to(w.dtype), w, p, input_precision=PRECISION)
         if WRITE_Q:
             shift = tl.load(shift_ptr + sample * shift_stride + c, mask=exists, other=0.0)
             q = tl.dot(tl.where(inactive, shift, 0.0).to(w.dtype), w, q, input_precision=PRECISION)
     o = column + tl.arange(0, BLOCK_N)
     into = sample * O + o[None, :]
     inside = (b < B)[:, None] & (o < O)[None, :]
-    tl.store(p_ptr + into, p, mask=inside)
+    if WRITE_P:
+        tl.store(p_ptr + into, p, mask=inside)
     if WRITE_Q:
         if HAS_BIAS:
             q += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
@@ -454,10 +462,10 @@ _CROSSOVERS = {
 
 
 class ClosedForm(NamedTuple):
-    """Facts of the norm that give channels that u leaves out: mean * rstd [B, N]; shift, scale [B, C]; and u's first
-    channel, start int32 [B]."""
+    """Facts of the norm that give channels that u leaves out: mean * rstd [B, N], None of RMSNorm; shift, scale [B, C];
+    and u's first channel, start int32 [B]."""
 
-    mean_rstd: Tensor
+    mean_rstd: Tensor | None
     shift: Tensor
     scale: Tensor
     start: Tensor
@@ -483,7 +491,8 @@ class LinearGradients(NamedTuple):
     """u as u; inactive [B, N] and shift, scale [B, C] of deactivated channels in the compute dtype; weight, bias as
     given.
 
-    inactive, shift and scale are None if u has all channels; weight and bias are None when not asked for.
+    inactive, shift and scale are None if u has all channels, and inactive and scale after RMSNorm; weight and bias are
+    None when not asked for.
     """
 
     u: Tensor
@@ -502,9 +511,8 @@ class _Inactive(NamedTuple):
     shift: Tensor
 
 
-def _inactive_channels(closed: ClosedForm, width: int) -> _Inactive:
-    mean_rstd, shift, scale, start = closed
-    compute = mean_rstd.dtype
+def _inactive_channels(closed: ClosedForm, width: int, compute: torch.dtype) -> _Inactive:
+    _, shift, scale, start = closed
     offset = torch.arange(scale.shape[1], device=scale.device) - start[:, None]
     mask = (offset < 0) | (offset >= width)
     return _Inactive(mask, (1 + scale.to(compute)) * mask, shift.to(compute) * mask)
@@ -512,23 +520,22 @@ def _inactive_channels(closed: ClosedForm, width: int) -> _Inactive:
 
 def contributions(
     closed: ClosedForm, width: int, weight: Tensor, bias: Tensor | None, need_q: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    """Return p and q [B, O] in the compute dtype; q is None where it is not needed.
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return p and q [B, O] in the compute dtype; p is None after RMSNorm, q where it is not needed.
 
     Args:
         closed: the norm's. width: how many channels u has. weight: [O, C]. bias: [O] or None.
     """
+    need_p = closed.mean_rstd is not None
     if runs_on_cpu(weight):
-        inactive = _inactive_channels(closed, width)
-        if not need_q:
-            return matmul_accumulated(inactive.factor.to(weight.dtype), weight.t()), None
-        rows = torch.cat([inactive.factor, inactive.shift]).to(weight.dtype)
-        of_scale, of_shift = matmul_accumulated(rows, weight.t()).chunk(2)
-        return of_scale, of_shift if bias is None else of_shift + bias
+        inactive = _inactive_channels(closed, width, compute_dtype(weight))
+        rows = torch.cat([inactive.factor] * need_p + [inactive.shift] * need_q).to(weight.dtype)
+        products = matmul_accumulated(rows, weight.t()).chunk(need_p + need_q)
+        last = products[-1] if bias is None else products[-1] + bias
+        return products[0] if need_p else None, last if need_q else None
     (B, C), O = closed.scale.shape, len(weight)
     shift, scale = rows_contiguous(closed.shift), rows_contiguous(closed.scale)
-    p = torch.empty(B, O, device=weight.device, dtype=torch.float32)
-    q = torch.empty_like(p) if need_q else None
+    p, q = (torch.empty(B, O, device=weight.device, dtype=torch.float32) if need else None for need in (need_p, need_q))
     tile = _CLOSED_FORM.tile(weight, B, C)
     if B > 0:
         launch(
@@ -548,6 +555,7 @@ def contributions(
             shift.stride(0),
             scale.stride(0),
             HAS_BIAS=bias is not None,
+            WRITE_P=need_p,
             WRITE_Q=need_q,
             PRECISION=dot_precision(weight.dtype),
             **options(tile),
@@ -600,15 +608,21 @@ def _pays(op: str, x: Tensor, weight: Tensor, channels: int, active: int = 100) 
     return _CROSSOVERS[op].tile(weight, N, channels, active).tokens <= B * N
 
 
-def choose_gelu(op: GeluOp, x: Tensor, closed: ClosedForm | None, weight: Tensor, channels: int) -> Choice:
-    """Choose whether our GEMM computes GELU, or its gradient, in its "epilogue", or a "pass" of its own does.
+_NAMES = {"gelu_tanh": "GELU", "gelu": "exact GELU", "silu": "SiLU", "swiglu": "SwiGLU"}
+
+
+def choose_activation(
+    op: GeluOp, kind: str, x: Tensor, closed: ClosedForm | None, weight: Tensor, channels: int
+) -> Choice:
+    """Choose whether our GEMM computes GELU in its tanh form, or its gradient, in its "epilogue", or a "pass" of its
+    own does, as for other activations always.
 
     Args:
-        op: which pass. x: [B, N, ...], for its tokens. closed: None for a dense layer. weight: the GEMM's.
-        channels: C of the residual stream.
+        op: which pass. kind: of the activation. x: [B, N, ...], for its tokens. closed: None for a dense layer.
+        weight: the GEMM's. channels: C of the residual stream.
     """
-    if runs_on_cpu(x) or not _pays(op, x, weight, channels):
-        return made(Choice("pass", "GELU in a pass of its own"))
+    if kind != "gelu_tanh" or runs_on_cpu(x) or not _pays(op, x, weight, channels):
+        return made(Choice("pass", f"{_NAMES[kind]} in a pass of its own"))
     read = "all channels" if closed is None else "windows"
     return made(Choice("epilogue", f"the Triton GEMM over {read}, with GELU in its epilogue"))
 
@@ -626,22 +640,23 @@ def window_linear_forward(u: Tensor, closed: ClosedForm | None, weight: Tensor, 
     p, q = contributions(closed, u.shape[-1], weight, bias)
     if runs_on_cpu(u):
         assert q is not None
-        out = torch.baddbmm(q[:, None], closed.mean_rstd[:, :, None], p[:, None], alpha=-1).to(u.dtype)
+        if p is None or closed.mean_rstd is None:
+            out = q[:, None].to(u.dtype).repeat(1, u.shape[1], 1)
+        else:
+            out = torch.baddbmm(q[:, None], closed.mean_rstd[:, :, None], p[:, None], alpha=-1).to(u.dtype)
         for samples, channels in _slices(closed.start, u.shape[-1]):
             out[samples].view(-1, len(weight)).addmm_(u[samples].flatten(0, 1), weight[:, channels].t())
         return out
     return product(u, weight, q, Band(closed.start, u.shape[-1]), closed.mean_rstd, p, gelu=False, write_out=True)[0]
 
 
-def linear_gelu_forward(
-    u: Tensor, closed: ClosedForm | None, weight: Tensor, bias: Tensor | None, write_pre: bool
+def linear_activation_forward(
+    u: Tensor, closed: ClosedForm | None, weight: Tensor, bias: Tensor | None, kind: str, write_pre: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return (pre, GELU(pre)) [B, N, O] of the same layer; pre is left empty unless ``write_pre`` (training)."""
-    if choose_gelu("gelu_forward", u, closed, weight, weight.shape[1]).path == "pass":
+    """Return pre [B, N, O] of the same layer and its activation; pre is left empty unless ``write_pre`` (training)."""
+    if choose_activation("gelu_forward", kind, u, closed, weight, weight.shape[1]).path == "pass":
         pre = window_linear_forward(u, closed, weight, bias)
-        return (
-            (pre, gelu_forward(pre, torch.empty_like(pre))) if write_pre else (pre.new_empty(0), gelu_forward(pre, pre))
-        )
+        return or_empty(pre if write_pre else None, pre), activation_forward(pre, kind, write_pre)
     if closed is None:
         return product(u, weight, bias, None, None, None, gelu=True, write_out=write_pre)
     p, q = contributions(closed, u.shape[-1], weight, bias)
@@ -665,7 +680,7 @@ def product(
         u: [B, N, K], of which a band of columns has its own alone. weight: [O, C].
         q: [B, O] in the closed form, else the bias [O] or None.
         band: of each sample; None for a dense layer.
-        mean_rstd: [B, N], p: [B, O]; None outside of the closed form.
+        mean_rstd: [B, N], p: [B, O]; None outside of the closed form, and after RMSNorm.
     """
     B, N, K = u.shape
     start, unit, parts = (None, 1, 0) if band is None else (band.start, band.unit, band.parts)
@@ -696,7 +711,8 @@ def product(
             K,
             len(weight) // max(parts, 1),
             WINDOWED=band is not None and not parts,
-            CLOSED=p is not None,
+            CLOSED=q is not None and q.dim() == 2,
+            CENTRED=p is not None,
             HAS_BIAS=q is not None,
             GELU=gelu,
             WRITE_OUT=write_out,
@@ -724,30 +740,27 @@ def window_linear_backward(
         flat = g.reshape(B * N, O)
         dweight = flat.t() @ u.reshape(B * N, C) if need_weight else None
         return LinearGradients(g @ weight, None, None, None, dweight, flat.sum(0) if need_bias else None)
-    mean_rstd, start = closed.mean_rstd, closed.start
     g = g.contiguous()
-    p, _ = contributions(closed, u.shape[-1], weight, None, need_q=False)
-    if runs_on_cpu(u):
-        wide = g.to(mean_rstd.dtype)
-        summed = torch.bmm(wide, p[:, :, None])[..., 0]
-        # In parts: one long sum would round as often as there are tokens.
-        rows = torch.stack([-mean_rstd, torch.ones_like(mean_rstd)], 1).split(256, 2)
-        parts = [torch.bmm(*part) for part in zip(rows, wide.split(256, 1), strict=True)]
-        dp, dq = torch.stack(parts).sum(0).unbind(1)
-        du, dweight = _backward_on_slices(g, u, weight, start, need_weight)
+    if closed.mean_rstd is None:
+        summed, dp, dq = None, None, g.sum(1, dtype=compute_dtype(g))
     else:
-        summed, dp, dq = token_sums(g, mean_rstd, p)
-        band = Band(start, u.shape[-1])
+        p, _ = contributions(closed, u.shape[-1], weight, None, need_q=False)
+        assert p is not None
+        summed, dp, dq = (_token_sums_on_cpu if runs_on_cpu(u) else token_sums)(g, closed.mean_rstd, p)
+    if runs_on_cpu(u):
+        du, dweight = _backward_on_slices(g, u, weight, closed.start, need_weight)
+    else:
+        band = Band(closed.start, u.shape[-1])
         du, _ = input_gradient(g, weight, band, u.shape[-1], None)
         dweight = weight_gradient(g, u, band, C) if need_weight else None
-    inactive = _inactive_channels(closed, u.shape[-1])
+    inactive = _inactive_channels(closed, u.shape[-1], dq.dtype)
     return _with_inactive(du, summed, dp, dq, dweight, inactive, weight, need_bias)
 
 
 def _with_inactive(
     du: Tensor,
-    summed: Tensor,
-    dp: Tensor,
+    summed: Tensor | None,
+    dp: Tensor | None,
     dq: Tensor,
     dweight: Tensor | None,
     inactive: _Inactive,
@@ -755,26 +768,28 @@ def _with_inactive(
     need_bias: bool,
 ) -> LinearGradients:
     """Adds what deactivated channels contribute, from dp and dq [B, O] alone."""
-    rows = torch.cat([dp, dq])
+    rows, known = dq, inactive.shift
+    if dp is not None:
+        rows, known = torch.cat([dp, dq]), torch.cat([inactive.factor, inactive.shift])
     # Sums over tokens can be too large for fp16.
     narrow = rows.to(weight.dtype) if weight.dtype != torch.float16 else rows
-    dscale, dshift = matmul_accumulated(narrow, weight.to(narrow.dtype)).chunk(2)
+    *dscale, dshift = matmul_accumulated(narrow, weight.to(narrow.dtype)).chunk(1 if dp is None else 2)
     if dweight is not None:
-        dweight = dweight.addmm_(rows.t(), torch.cat([inactive.factor, inactive.shift])).to(weight.dtype)
+        dweight = dweight.addmm_(rows.t(), known).to(weight.dtype)
     dbias = dq.sum(0).to(weight.dtype) if need_bias else None
-    return LinearGradients(du, summed, dshift * inactive.mask, dscale * inactive.mask, dweight, dbias)
+    of_scale = dscale[0] * inactive.mask if dscale else None
+    return LinearGradients(du, summed, dshift * inactive.mask, of_scale, dweight, dbias)
 
 
-def gelu_linear_backward(g: Tensor, pre: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(dpre, act) of out = GELU(pre) @ weight^T: the gradient of pre [B, N, K] and the activation, recomputed beside
-    it.
+def activation_linear_backward(g: Tensor, pre: Tensor, weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """(dpre, act) of out = act @ weight^T: the gradient of pre and its activation [B, N, K], recomputed beside it.
 
     Args:
-        g: gradient of out [B, N, O]. pre: [B, N, K]. weight: [O, K], in g's dtype.
+        g: gradient of out [B, N, O]. pre: [B, N, K], of "swiglu" [B, N, 2K]. weight: [O, K], in g's dtype.
+        kind: of the activation.
     """
-    if choose_gelu("gelu_backward", g, None, weight, weight.shape[0]).path == "pass":
-        dpre = g @ weight
-        return dpre, gelu_backward(dpre, pre)
+    if choose_activation("gelu_backward", kind, g, None, weight, weight.shape[0]).path == "pass":
+        return activation_backward(g @ weight, pre, kind)
     B, N, K = pre.shape
     found = input_gradient(g.reshape(1, B * N, g.shape[-1]), weight, None, K, pre.view(1, B * N, K))
     return tuple(x.view(B, N, K) for x in found)  # type: ignore[return-value]
@@ -932,6 +947,16 @@ def _slices(start: Tensor, width: int) -> list[tuple[slice, slice]]:
     return [(slice(b, b + 1), slice(s, s + width)) for b, s in enumerate(starts)]
 
 
+def _token_sums_on_cpu(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``token_sums``."""
+    wide = g.to(mean_rstd.dtype)
+    # In parts: one long sum would round as often as there are tokens.
+    rows = torch.stack([-mean_rstd, torch.ones_like(mean_rstd)], 1).split(256, 2)
+    parts = [torch.bmm(*part) for part in zip(rows, wide.split(256, 1), strict=True)]
+    dp, dq = torch.stack(parts).sum(0).unbind(1)
+    return torch.bmm(wide, p[:, :, None])[..., 0], dp, dq
+
+
 def _backward_on_slices(
     g: Tensor, u: Tensor, weight: Tensor, start: Tensor, need_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -953,7 +978,9 @@ def _dense(u: Tensor, closed: ClosedForm | None, weight: Tensor) -> Tensor:
     """The layer's input on all channels [B, N, C], as a masked model has it."""
     if closed is None:
         return u
-    inactive = -closed.mean_rstd[:, :, None].expand(-1, -1, weight.shape[1])
+    inactive = u.new_zeros(*u.shape[:2], weight.shape[1])
+    if closed.mean_rstd is not None:
+        inactive = -closed.mean_rstd[:, :, None].expand_as(inactive)
     return spread(u, closed.start, reference.modulate(inactive, closed.shift, closed.scale)).to(weight.dtype)
 
 
@@ -965,11 +992,11 @@ def _plain_gelu_forward(
     u: Tensor, closed: ClosedForm | None, weight: Tensor, bias: Tensor | None, write_pre: bool
 ) -> tuple[Tensor | None, Tensor]:
     pre = _plain_forward(u, closed, weight, bias)
-    return pre if write_pre else None, plain_gelu(pre)
+    return pre if write_pre else None, reference.activate(pre)
 
 
 def _gelu_forward(write_pre: bool, **layer: Any) -> tuple[Tensor | None, Tensor]:
-    pre, act = linear_gelu_forward(**layer, write_pre=write_pre)
+    pre, act = linear_activation_forward(**layer, kind="gelu_tanh", write_pre=write_pre)
     return pre if write_pre else None, act
 
 
@@ -978,16 +1005,21 @@ def _of_backward(
 ) -> tuple[Any, list[Tensor], list[Tensor]]:
     def function(u: Tensor, *others: Tensor) -> list[Tensor]:
         left, form = list(others), closed
-        if closed is not None:  # the gradient is taken of what the norm makes of deactivated channels
+        if closed is not None and closed.mean_rstd is None:
+            form = closed._replace(shift=left.pop(0))
+        elif closed is not None:  # the gradient is taken of what the norm makes of deactivated channels
             form = ClosedForm(-left.pop(0), left.pop(0), left.pop(0), closed.start)
         return [_plain_forward(u, form, left.pop(0) if need_weight else weight, left.pop(0) if need_bias else None)]
 
-    known = [] if closed is None else [-closed.mean_rstd, closed.shift, closed.scale]
+    if closed is None:
+        known = []
+    else:
+        known = [closed.shift] if closed.mean_rstd is None else [-closed.mean_rstd, closed.shift, closed.scale]
     return function, [u, *known, *[weight] * need_weight, *[weight.new_zeros(len(weight))] * need_bias], [g]
 
 
 def _plain_gelu_backward(g: Tensor, pre: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten.gelu_backward(g @ weight, pre, approximate="tanh"), plain_gelu(pre)
+    return torch.ops.aten.gelu_backward(g @ weight, pre, approximate="tanh"), reference.activate(pre)
 
 
 def _plain_weight_gradient(g: Tensor, u: Tensor, start: Tensor, channels: int) -> Tensor:
@@ -1002,10 +1034,10 @@ def _plain_token_sums(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor, 
 
 def _plain_contributions(
     closed: ClosedForm, width: int, weight: Tensor, bias: Tensor | None, need_q: bool
-) -> tuple[Tensor, ...]:
-    _, factor, shift = _inactive_channels(closed, width)
+) -> tuple[Tensor | None, Tensor | None]:
+    _, factor, shift = _inactive_channels(closed, width, compute_dtype(weight))
     p, q = F.linear(factor.to(weight.dtype), weight), F.linear(shift.to(weight.dtype), weight, bias)
-    return (p, q) if need_q else (p,)
+    return None if closed.mean_rstd is None else p, q if need_q else None
 
 
 def _input_gradient(g: Tensor, weight: Tensor, start: Tensor, width: int) -> Tensor:
@@ -1016,17 +1048,17 @@ def _weight_gradient(g: Tensor, u: Tensor, start: Tensor, channels: int) -> Tens
     return weight_gradient(g, u, Band(start, u.shape[2]), channels)
 
 
-def _layer(draw: Draw, outputs: int, routed: bool) -> dict[str, Any]:
+def _layer(draw: Draw, outputs: int, routed: bool, rms: bool = False) -> dict[str, Any]:
     B, N, C, _ = draw.sizes
     shift, scale = draw.vectors(2)
-    closed = ClosedForm(draw.statistic(B, N), shift, scale, draw.start) if routed else None
+    closed = ClosedForm(None if rms else draw.statistic(B, N), shift, scale, draw.start) if routed else None
     return dict(u=draw.compact() if routed else draw(B, N, C), closed=closed, weight=draw.weight(outputs, C))
 
 
-def _backward_inputs(draw: Draw, routed: bool, parameters: bool) -> dict[str, Any]:
+def _backward_inputs(draw: Draw, routed: bool, rms: bool, parameters: bool) -> dict[str, Any]:
     B, N, C, _ = draw.sizes
     needs = dict(need_weight=parameters, need_bias=parameters)
-    return dict(g=draw(B, N, 3 * C), **_layer(draw, 3 * C, routed), **needs)
+    return dict(g=draw(B, N, 3 * C), **_layer(draw, 3 * C, routed, rms), **needs)
 
 
 def _gelu_forward_inputs(draw: Draw, routed: bool, bias: bool, write_pre: bool) -> dict[str, Any]:
@@ -1128,10 +1160,12 @@ KERNELS = [
         "window_linear_forward",
         window_linear_forward,
         _plain_forward,
-        lambda draw, bias: _layer(draw, 3 * draw.sizes.C, True) | dict(bias=draw(3 * draw.sizes.C) if bias else None),
-        modes(bias=(True, False)),
+        lambda draw, bias, rms: (
+            _layer(draw, 3 * draw.sizes.C, True, rms) | dict(bias=draw(3 * draw.sizes.C) if bias else None)
+        ),
+        modes(bias=(True, False), rms=(False, True)),
         work=lambda s, items, **_: forward_work(s.B, s.N, s.C, s.W, 3 * s.C, items),
-        timed=lambda bias: bias,
+        timed=lambda bias, rms: bias and not rms,
         tiles=lambda **_: ("forward",),
         peers=_peers(_forward_peer),
     ),
@@ -1140,9 +1174,14 @@ KERNELS = [
         window_linear_backward,
         Gradient(_of_backward),
         _backward_inputs,
-        modes(routed=(True, False), parameters=(True, False)),
+        modes(
+            lambda routed, rms, **_: routed or not rms,
+            routed=(True, False),
+            rms=(False, True),
+            parameters=(True, False),
+        ),
         work=lambda s, items, parameters, **_: gradients_work(s.B, s.N, s.C, s.W, 3 * s.C, items, parameters),
-        timed=lambda routed, **_: routed,
+        timed=lambda routed, rms, **_: routed and not rms,
         peers=_peers(_backward_peer),
     ),
     Kernel(
@@ -1172,14 +1211,19 @@ KERNELS = [
         "contributions",
         contributions,
         _plain_contributions,
-        lambda draw, bias, need_q: dict(
-            closed=_layer(draw, 3 * draw.sizes.C, True)["closed"],
+        lambda draw, rms, bias, need_q: dict(
+            closed=_layer(draw, 3 * draw.sizes.C, True, rms)["closed"],
             width=draw.sizes.W,
             weight=draw.weight(3 * draw.sizes.C, draw.sizes.C),
             bias=draw(3 * draw.sizes.C) if bias else None,
             need_q=need_q,
         ),
-        modes(lambda bias, need_q: need_q or not bias, bias=(True, False), need_q=(True, False)),
+        modes(
+            lambda rms, bias, need_q: need_q or not (bias or rms),
+            rms=(False, True),
+            bias=(True, False),
+            need_q=(True, False),
+        ),
         tiles=lambda **_: ("closed_form",),
     ),
     Kernel(
@@ -1210,7 +1254,7 @@ KERNELS = [
     ),
     Kernel(
         "gelu_linear_backward",
-        gelu_linear_backward,
+        partial(activation_linear_backward, kind="gelu_tanh"),
         _plain_gelu_backward,
         lambda draw: dict(
             g=draw(*draw.sizes[:3]),

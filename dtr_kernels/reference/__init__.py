@@ -6,15 +6,18 @@ functions.
 
 from dtr_kernels.reference.surgery import gram, pcgrad, pcgrad_coefficients, uncertainty_loss
 from dtr_kernels.reference.transformer import (
+    ACTIVATIONS,
+    NORMS,
     SCOPES,
+    activate,
     attention,
     dit,
     dit_block,
     gated_residual,
-    layer_norm,
     masked,
     mlp,
     modulate,
+    normalize,
     routed_linear,
     routed_mlp,
     routed_norm,
@@ -23,17 +26,20 @@ from dtr_kernels.reference.transformer import (
 from dtr_kernels.reference.unet import group_norm, res_block, routed_conv
 
 __all__ = [
+    "ACTIVATIONS",
+    "NORMS",
     "SCOPES",
+    "activate",
     "attention",
     "dit",
     "dit_block",
     "gated_residual",
     "gram",
     "group_norm",
-    "layer_norm",
     "masked",
     "mlp",
     "modulate",
+    "normalize",
     "pcgrad",
     "pcgrad_coefficients",
     "res_block",

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SCOPES = ("block", "branch", "inner")
+NORMS = ("layer", "rms")
+ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "swiglu")
 
 
 def routing_mask(t: Tensor, channels: int, num_timesteps: int = 1000, alpha: float = 4.0, beta: float = 0.8) -> Tensor:
@@ -38,9 +40,19 @@ def masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask[:, None].to(x.dtype)
 
 
-def layer_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """LayerNorm over all C channels, deactivated zeros included, without affine parameters."""
-    return F.layer_norm(x, x.shape[-1:], eps=eps)
+def normalize(x: Tensor, eps: float = 1e-6, norm: str = "layer") -> Tensor:
+    """LayerNorm or RMSNorm ("rms") over all C channels, deactivated zeros included, without affine parameters."""
+    return (F.rms_norm if norm == "rms" else F.layer_norm)(x, x.shape[-1:], eps=eps)
+
+
+def activate(x: Tensor, activation: str = "gelu_tanh") -> Tensor:
+    """One of ``ACTIVATIONS``; "swiglu" is SiLU(a) * b of the two halves a and b of the channels."""
+    if activation == "swiglu":
+        a, b = x.chunk(2, dim=-1)
+        return F.silu(a) * b
+    if activation == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def routed_norm(
@@ -52,6 +64,7 @@ def routed_norm(
     gate: Tensor | None = None,
     keep_branch: bool = False,
     eps: float = 1e-6,
+    norm: str = "layer",
 ) -> tuple[Tensor, Tensor]:
     """Residual + gate, mask, norm and modulation between two linear layers.
 
@@ -60,11 +73,11 @@ def routed_norm(
     "block".
     """
     if branch is None or gate is None:
-        return x, modulate(layer_norm(masked(x, mask), eps), shift, scale)
+        return x, modulate(normalize(masked(x, mask), eps, norm), shift, scale)
     update = gate[:, None] * branch
     stream = x + update
     seen = masked(x, mask) + update if keep_branch else masked(stream, mask)
-    return stream, modulate(layer_norm(seen, eps), shift, scale)
+    return stream, modulate(normalize(seen, eps, norm), shift, scale)
 
 
 def routed_linear(
@@ -77,9 +90,10 @@ def routed_linear(
     branch: Tensor | None = None,
     gate: Tensor | None = None,
     eps: float = 1e-6,
+    norm: str = "layer",
 ) -> tuple[Tensor, Tensor]:
     """The new residual stream, and Linear(modulate(LN(mask * stream)))."""
-    stream, u = routed_norm(x, shift, scale, mask, branch, gate, eps=eps)
+    stream, u = routed_norm(x, shift, scale, mask, branch, gate, eps=eps, norm=norm)
     return stream, F.linear(u, weight, bias)
 
 
@@ -96,10 +110,13 @@ def routed_mlp(
     mask: Tensor | None = None,
     keep_branch: bool = False,
     eps: float = 1e-6,
+    norm: str = "layer",
+    activation: str = "gelu_tanh",
 ) -> tuple[Tensor, Tensor]:
-    """The new residual stream, and fc2(GELU(fc1(modulate(LN(...))))) with the tanh form of GELU."""
-    stream, u = routed_norm(x, shift, scale, mask, branch, gate, keep_branch, eps)
-    hidden = F.gelu(F.linear(u, fc1_weight, fc1_bias), approximate="tanh")
+    """The new residual stream, and fc2(GELU(fc1(modulate(LN(...))))) with the tanh form of GELU, or another of
+    ``ACTIVATIONS``."""
+    stream, u = routed_norm(x, shift, scale, mask, branch, gate, keep_branch, eps, norm)
+    hidden = activate(F.linear(u, fc1_weight, fc1_bias), activation)
     return stream, F.linear(hidden, fc2_weight, fc2_bias)
 
 
@@ -153,10 +170,10 @@ def dit_block(block: Any, x: Tensor, c: Tensor, mask: Tensor | None = None, scop
     eps1, eps2 = block.norm1.eps, block.norm2.eps
 
     def attend(z: Tensor, heads: Tensor | None = None) -> Tensor:
-        return attention(modulate(layer_norm(z, eps1), s1, k1), block.attn, heads)
+        return attention(modulate(normalize(z, eps1), s1, k1), block.attn, heads)
 
     def transform(z: Tensor, heads: Tensor | None = None) -> Tensor:
-        return mlp(modulate(layer_norm(z, eps2), s2, k2), block.mlp.fc1, block.mlp.fc2, heads)
+        return mlp(modulate(normalize(z, eps2), s2, k2), block.mlp.fc1, block.mlp.fc2, heads)
 
     if scope == "inner":
         x = x + g1[:, None] * attend(x, mask)
@@ -187,4 +204,4 @@ def dit(model: Any, x: Tensor, t: Tensor, y: Tensor, mask: Tensor | None = None)
         tokens = dit_block(block, tokens, c, mask, block.scope)
     final = model.final_layer
     shift, scale = final.adaLN_modulation(c).chunk(2, dim=1)
-    return model.unpatchify(final.linear(modulate(layer_norm(tokens, final.norm_final.eps), shift, scale)))
+    return model.unpatchify(final.linear(modulate(normalize(tokens, final.norm_final.eps), shift, scale)))

@@ -15,28 +15,39 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dtr_kernels.ops.activations import parts_of
 from dtr_kernels.ops.band_linear import (
     Heads,
+    activation_band_backward,
     among_all,
     band_input_gradient,
-    gelu_band_backward,
     in_order,
     order_by_window,
     out_of_order,
 )
-from dtr_kernels.ops.gated_norm import NormInputs, NormWindow, gated_norm_backward, gated_norm_forward
-from dtr_kernels.ops.window_linear import gelu_linear_backward
+from dtr_kernels.ops.gated_norm import Norm, NormInputs, NormWindow, gated_norm_backward, gated_norm_forward
+from dtr_kernels.ops.window_linear import activation_linear_backward
 from dtr_kernels.surgery.interception import Interception, Refusal, Rule, in_autocast_dtype, take_linear
 
 
-def _routed_linear(run: Interception, op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
-    _check(run, [*args[:3], args[5], *args[7:9]], list(args[3:5]))
-    return _RoutedLinear.apply(run, op, *args)
+def _norm_linear(run: Interception, op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+    _check(run, [*args[:3], *args[5:8]], list(args[3:5]))
+    return _NormLinear.apply(run, op, *args)
 
 
 def _routed_mlp(run: Interception, op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
     _check(run, [*args[:3], *args[7:10]], list(args[3:7]))
     return _RoutedMlp.apply(run, op, *args)
+
+
+def _inner_projection(run: Interception, op: Callable[..., Any], *args: Any) -> Tensor:
+    _check(run, [args[0], args[3]], list(args[1:3]))
+    return _InnerProjection.apply(run, op, *args)
+
+
+def _inner_mlp(run: Interception, op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+    _check(run, [*args[:3], *args[7:10]], list(args[3:7]))
+    return _InnerMlp.apply(run, op, *args)
 
 
 def _check(run: Interception, rows: list[Tensor | None], weights: list[Tensor | None]) -> None:
@@ -51,38 +62,47 @@ def _cast(weights: list[Tensor | None], x: Tensor) -> list[Tensor | None]:
     return [w if w is None or x.dtype == torch.float64 else in_autocast_dtype(w) for w in weights]
 
 
-class _RoutedLinear(torch.autograd.Function):
+class _NormLinear(torch.autograd.Function):
+    """``routed_linear`` and ``inner_linear``: of these, the latter's settings have the heads too."""
+
     @staticmethod
     def forward(ctx: Any, run: Interception, op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
-        x, shift, scale, *weights = args[:5]
-        start, ctx.width, branch, gate, ctx.eps = args[5:]
-        ctx.run, ctx.weights = run, weights
+        x, shift, scale, *weights, branch, gate, start = args[:8]
+        ctx.run, ctx.weights, ctx.settings = run, weights, args[8:]
         weight, bias = _cast(weights, x)
         stream, out, mean, rstd = op(x, shift, scale, weight, bias, *args[5:])
+        ctx.outputs = out.shape[2]
         ctx.set_materialize_grads(False)
         seen = x if branch is None else stream
-        ctx.save_for_backward(seen, shift, scale, weight, start, branch, gate, mean, rstd)
+        ctx.save_for_backward(seen, shift, scale, weight, branch, gate, start, mean, rstd)
         ctx.mark_non_differentiable(mean, rstd)
         return stream, out, mean, rstd
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        stream, shift, scale, weight, start, branch, gate, mean, rstd = ctx.saved_tensors
+        *inputs, mean, rstd = ctx.saved_tensors
+        stream, shift, scale, weight, branch, _gate, start = inputs
+        width, *heads, eps, norm = ctx.settings
         with torch._C.DisableTorchFunction():
             if dout is None:
-                dout = stream.new_zeros(*stream.shape[:2], len(weight), dtype=weight.dtype)
-            window = NormWindow(start, ctx.width)
-            u = gated_norm_forward(NormInputs(stream, shift, scale), window, ctx.eps, weight.dtype).u
-            taken = ctx.run.collect(ctx.weights, take_linear, dout, u)
-            del u
-            inputs = (stream, shift, scale, weight, *window[:2], branch, gate, ctx.eps, mean, rstd)
-            dx, dshift, dscale, _, _, dbranch, dgate = torch.ops.dtr_kernels.routed_linear_backward(
-                None if branch is None else dstream, dout, *inputs, need_weight=False, need_bias=False
+                dout = stream.new_zeros(*stream.shape[:2], ctx.outputs, dtype=weight.dtype)
+            if heads:
+                total, parts = heads
+                window, backward = NormWindow(None, stream.shape[2]), torch.ops.dtr_kernels.inner_linear_backward
+                every = among_all(dout, Heads(start, width, total).rows(weight, parts), len(weight))
+            else:
+                window, backward = NormWindow(start, width), torch.ops.dtr_kernels.routed_linear_backward
+                every = dout
+            u = gated_norm_forward(NormInputs(stream, shift, scale), window, Norm(eps, norm), weight.dtype).u
+            taken = ctx.run.collect(ctx.weights, take_linear, every, u)
+            del u, every
+            dx, dshift, dscale, _, _, dbranch, dgate = backward(
+                None if branch is None else dstream, dout, *inputs, *ctx.settings, mean, rstd, False, False
             )
         if branch is None:
             dbranch = dgate = None
-        return None, None, dx, dshift, dscale, *taken, None, None, dbranch, dgate, None
+        return None, None, dx, dshift, dscale, *taken, dbranch, dgate, None, *[None] * len(ctx.settings)
 
 
 class _RoutedMlp(torch.autograd.Function):
@@ -92,7 +112,7 @@ class _RoutedMlp(torch.autograd.Function):
     def forward(ctx: Any, run: Interception, op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
         x, shift, scale, *weights, branch, gate, start = args[:10]
         ctx.run, ctx.weights = run, weights
-        ctx.width, ctx.keep_branch, ctx.eps, _ = args[10:]
+        *ctx.settings, _ = args[10:]
         cast = _cast(weights, x)
         stream, out, pre, mean, rstd = op(x, shift, scale, *cast, *args[7:])
         ctx.set_materialize_grads(False)
@@ -104,72 +124,19 @@ class _RoutedMlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
         *tensors, fc1_weight, fc2_weight, start, pre, mean, rstd = ctx.saved_tensors
-        inputs, window = NormInputs(*tensors), NormWindow(start, ctx.width, keep_branch=ctx.keep_branch)
-        x, shift, scale, _branch, gate = tensors
+        width, keep_branch, eps, norm, activation = ctx.settings
+        inputs, window = NormInputs(*tensors), NormWindow(start, width, keep_branch=keep_branch)
         with torch._C.DisableTorchFunction():
             if dout is None:
-                dout = x.new_zeros(*x.shape[:2], len(fc2_weight), dtype=fc2_weight.dtype)
-            dpre, act = gelu_linear_backward(dout, pre, fc2_weight)
+                dout = inputs.x.new_zeros(*inputs.x.shape[:2], len(fc2_weight), dtype=fc2_weight.dtype)
+            dpre, act = activation_linear_backward(dout, pre, fc2_weight, activation)
             fc2 = ctx.run.collect(ctx.weights[2:], take_linear, dout, act)
             del act
-            u = gated_norm_forward(inputs, window, ctx.eps, dpre.dtype, write_stream=False).u
+            u = gated_norm_forward(inputs, window, Norm(eps, norm), dpre.dtype, write_stream=False).u
             fc1 = ctx.run.collect(ctx.weights[:2], take_linear, dpre, u)
-            norm = gated_norm_backward(dpre @ fc1_weight, dstream, None, inputs, mean, rstd, window)
-            assert norm.gate is not None
-            before = norm.x, norm.shift.to(shift.dtype), norm.scale.to(scale.dtype)
-            after = norm.branch, norm.gate.to(gate.dtype)
-        return None, None, *before, *fc1, *fc2, *after, None, None, None, None, None
-
-
-def _inner_linear(run: Interception, op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
-    _check(run, [*args[:3], args[5], *args[9:11]], list(args[3:5]))
-    return _InnerLinear.apply(run, op, *args)
-
-
-def _inner_projection(run: Interception, op: Callable[..., Any], *args: Any) -> Tensor:
-    _check(run, [args[0], args[3]], list(args[1:3]))
-    return _InnerProjection.apply(run, op, *args)
-
-
-def _inner_mlp(run: Interception, op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
-    _check(run, [*args[:3], *args[7:10]], list(args[3:7]))
-    return _InnerMlp.apply(run, op, *args)
-
-
-class _InnerLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, run: Interception, op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
-        x, shift, scale, *weights = args[:5]
-        start, *ctx.heads, branch, gate, ctx.eps = args[5:]
-        ctx.run, ctx.weights = run, weights
-        weight, bias = _cast(weights, x)
-        stream, out, mean, rstd = op(x, shift, scale, weight, bias, *args[5:])
-        ctx.set_materialize_grads(False)
-        seen = x if branch is None else stream
-        ctx.save_for_backward(seen, shift, scale, weight, start, branch, gate, mean, rstd)
-        ctx.mark_non_differentiable(mean, rstd)
-        return stream, out, mean, rstd
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        stream, shift, scale, weight, start, branch, gate, mean, rstd = ctx.saved_tensors
-        active, total, parts = ctx.heads
-        band = Heads(start, active, total).rows(weight, parts)
-        with torch._C.DisableTorchFunction():
-            if dout is None:
-                dout = stream.new_zeros(*stream.shape[:2], parts * band.width, dtype=weight.dtype)
-            window = NormWindow(None, stream.shape[2])
-            u = gated_norm_forward(NormInputs(stream, shift, scale), window, ctx.eps, weight.dtype).u
-            taken = ctx.run.collect(ctx.weights, take_linear, among_all(dout, band, len(weight)), u)
-            del u
-            inputs = (stream, shift, scale, weight, start, *ctx.heads, branch, gate, ctx.eps, mean, rstd)
-            dx, dshift, dscale, _, _, dbranch, dgate = torch.ops.dtr_kernels.inner_linear_backward(
-                None if branch is None else dstream, dout, *inputs, need_weight=False, need_bias=False
-            )
-        if branch is None:
-            dbranch = dgate = None
-        return None, None, dx, dshift, dscale, *taken, None, None, None, None, dbranch, dgate, None
+            mean = None if norm == "rms" else mean
+            found = gated_norm_backward(dpre @ fc1_weight, dstream, None, inputs, mean, rstd, window).of(inputs)
+        return None, None, *found[:3], *fc1, *fc2, *found[3:], None, *[None] * len(ctx.settings), None
 
 
 class _InnerProjection(torch.autograd.Function):
@@ -194,50 +161,37 @@ class _InnerProjection(torch.autograd.Function):
         return None, None, dz.to(ctx.dtype), *taken, None, None, None
 
 
-class _InnerMlp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, run: Interception, op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
-        x, shift, scale, *weights, branch, gate, start = args[:10]
-        ctx.run, ctx.weights = run, weights
-        *ctx.heads, ctx.eps, _ = args[10:]
-        cast = _cast(weights, x)
-        stream, out, pre, mean, rstd = op(x, shift, scale, *cast, *args[7:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, shift, scale, branch, gate, cast[0], cast[2], start, pre, mean, rstd)
-        ctx.mark_non_differentiable(pre, mean, rstd)
-        return stream, out, pre, mean, rstd
-
+class _InnerMlp(_RoutedMlp):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
         *tensors, fc1_weight, fc2_weight, start, pre, mean, rstd = ctx.saved_tensors
+        width, total, eps, norm, activation = ctx.settings
         inputs, window = NormInputs(*tensors), NormWindow(None, tensors[0].shape[2])
-        x, shift, scale, _branch, gate = tensors
         with torch._C.DisableTorchFunction():
             if dout is None:
-                dout = x.new_zeros(*x.shape[:2], len(fc2_weight), dtype=fc2_weight.dtype)
+                dout = inputs.x.new_zeros(*inputs.x.shape[:2], len(fc2_weight), dtype=fc2_weight.dtype)
             order = order_by_window(dout, start)  # in which the samples of pre are
-            heads = Heads(in_order(start, order), *ctx.heads)
-            rows, columns = heads.rows(fc1_weight), heads.columns(fc2_weight)
-            dpre, act = gelu_band_backward(in_order(dout.contiguous(), order), pre, fc2_weight, columns)
+            heads = Heads(in_order(start, order), width, total)
+            rows, columns = heads.rows(fc1_weight, parts_of(activation)), heads.columns(fc2_weight)
+            dout_in_order = in_order(dout.contiguous(), order)
+            dpre, act = activation_band_backward(dout_in_order, pre, fc2_weight, columns, activation)
             every = out_of_order(among_all(act, columns, fc2_weight.shape[1]), order)
             fc2 = ctx.run.collect(ctx.weights[2:], take_linear, dout, every)
             del act, every
-            u = gated_norm_forward(inputs, window, ctx.eps, dpre.dtype, write_stream=False).u
+            u = gated_norm_forward(inputs, window, Norm(eps, norm), dpre.dtype, write_stream=False).u
             every = out_of_order(among_all(dpre, rows, len(fc1_weight)), order)
             fc1 = ctx.run.collect(ctx.weights[:2], take_linear, every, u)
             du = out_of_order(band_input_gradient(dpre, fc1_weight, rows), order)
-            norm = gated_norm_backward(du, dstream, None, inputs, mean, rstd, window)
-            assert norm.gate is not None
-            before = norm.x, norm.shift.to(shift.dtype), norm.scale.to(scale.dtype)
-            after = norm.branch, norm.gate.to(gate.dtype)
-        return None, None, *before, *fc1, *fc2, *after, None, None, None, None, None
+            mean = None if norm == "rms" else mean
+            found = gated_norm_backward(du, dstream, None, inputs, mean, rstd, window).of(inputs)
+        return None, None, *found[:3], *fc1, *fc2, *found[3:], None, *[None] * len(ctx.settings), None
 
 
 ROUTED_RULES: dict[Any, Rule] = {
-    torch.ops.dtr_kernels.routed_linear.default: _routed_linear,
+    torch.ops.dtr_kernels.routed_linear.default: _norm_linear,
     torch.ops.dtr_kernels.routed_mlp.default: _routed_mlp,
-    torch.ops.dtr_kernels.inner_linear.default: _inner_linear,
+    torch.ops.dtr_kernels.inner_linear.default: _norm_linear,
     torch.ops.dtr_kernels.inner_projection.default: _inner_projection,
     torch.ops.dtr_kernels.inner_mlp.default: _inner_mlp,
 }
