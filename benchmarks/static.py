@@ -47,7 +47,7 @@ WIDTHS = (384, 768, 1024, 1152)  # of DiT-S, B, L and XL
 TOKENS = (256, 16)  # of patches of 2 and of 8, in latents of 32 x 32
 # A thread may load an element of a bias.
 _MOST_NARROW = 2
-GEMMS = ("window_forward", "window_input_gradient", "window_weight_gradient")
+GEMMS = ("window_forward", "window_input_gradient", "window_weight_gradient", "closed_form")
 _RELATIVE = "benchmarks/results/static"
 REPORT = sources.ROOT / _RELATIVE
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -175,28 +175,41 @@ def functions(path: Path, arch: int) -> dict[str, Function]:
         name: int(attributes, 16)
         for name, attributes in re.findall(
             r"^\.nv\.info\.(\S+)$.*?EIATTR_MAX_THREADS.*?Value:\s*(0x[0-9a-f]+)",
-            _cuobjdump("--dump-elf", for_arch, path),
+            cuobjdump("--dump-elf", for_arch, path),
             re.DOTALL | re.MULTILINE,
         )
     }
-    code = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", _cuobjdump("--dump-sass", for_arch, path), re.S))
+    code = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", cuobjdump("--dump-sass", for_arch, path), re.S))
     found = {}
-    for name, *numbers in _resource_usage(_cuobjdump("--dump-resource-usage", for_arch, path)):
+    for name, *numbers in _resource_usage(cuobjdump("--dump-resource-usage", for_arch, path)):
         registers, stack, shared, local = map(int, numbers)
         if arch >= 90 and shared:  # here the figure includes the system's part
             shared -= _SHARED_RESERVED
-        instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z][\w.]*)", code[name], re.MULTILINE)
-        opcodes = "\n".join(instructions)
+        opcodes = opcodes_of(code[name])
         matrix, copies = (_found(known, opcodes, in_code=True) for known in (MATRIX, COPIES))
         # It waits until so many groups are left, which come after the tile that it goes on to use; one more is next.
         groups = [int(group, 16) for group in re.findall(r"\bDEPBAR\.LE SB0, (0x[0-9a-f]+)", code[name])]
         buffers = max(groups, default=0) + 2 if copies else 0
         narrow = len(re.findall(r"^(?:LDG|STG)\.E\.[US]16\b", opcodes, re.MULTILINE))
         usage = Usage(
-            threads[name], registers, len(instructions), stack + local, shared, 0, matrix, copies, buffers, narrow
+            threads[name],
+            registers,
+            len(opcodes.splitlines()),
+            stack + local,
+            shared,
+            0,
+            matrix,
+            copies,
+            buffers,
+            narrow,
         )
         found[name] = Function(usage, opcodes)
     return found
+
+
+def opcodes_of(code: str) -> str:
+    """The opcodes of a kernel's machine code, one a line."""
+    return "\n".join(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z][\w.]*)", code, re.MULTILINE))
 
 
 def usage_of_binary(binary: Binary) -> Usage:
@@ -241,7 +254,7 @@ def _registers(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        [(_, registers, stack, _, local)] = _resource_usage(_cuobjdump("--dump-resource-usage", Path(file.name)))
+        [(_, registers, stack, _, local)] = _resource_usage(cuobjdump("--dump-resource-usage", Path(file.name)))
     return int(registers), int(stack) + int(local)
 
 
@@ -250,7 +263,8 @@ def _resource_usage(text: str) -> list[tuple[str, ...]]:
     return re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
 
 
-def _cuobjdump(*arguments: str | Path) -> str:
+def cuobjdump(*arguments: str | Path) -> str:
+    """The output of a tool that comes with Triton."""
     # It calls nvdisasm by name.
     environment = os.environ | {"PATH": f"{_TOOLS}:{os.environ['PATH']}"}
     command = [_TOOLS / "cuobjdump", *arguments]
@@ -353,7 +367,8 @@ class Row:
             said.append(f"{where} does not fit a multiprocessor")
         if self.kernel == "gram_tiled" and "cp.async" not in usage.copies:
             said.append(f"{where} does not copy asynchronously")
-        if usage.narrow > _MOST_NARROW:
+        # Where there is no copy engine, tensor descriptors become what their alignment is not known of.
+        if self.language == "Triton" and self.arch >= 90 and usage.narrow > _MOST_NARROW:
             said.append(f"{where} loads or stores {usage.narrow} times single elements of 16 bits")
         if self.kernel not in GEMMS:
             return said
@@ -402,6 +417,8 @@ def rows_of_launchers(arch: int, dtype: torch.dtype, sizes: Sizes, tuned: Tuned 
             if name.startswith(("BLOCK", "ROWS"))
         }
         tile |= {name: options[f"num_{name}"] for name in ("warps", "stages") if f"num_{name}" in options}
+        if tuned and tile != tuned.tile._asdict():
+            continue  # another kernel, which runs beside the tuned one
         rows.append(
             Row(
                 arch,
@@ -423,7 +440,8 @@ def rows_of_tuned(entry: Tuned) -> list[Row]:
     """The kernels of a tuned configuration."""
     # The sums over tokens are of a gradient with the channels of q, k and v.
     channels = entry.channels // 3 if entry.op == "token_sums" else entry.channels
-    sizes = Sizes(8, entry.rows, channels)
+    # Rows of a closed form are samples.
+    sizes = Sizes(entry.rows if entry.op == "closed_form" else 8, entry.rows, channels)
     return rows_of_launchers(entry.measurement.capability, getattr(torch, entry.dtype), sizes, entry)
 
 
@@ -565,6 +583,7 @@ A line is a kernel in one configuration. A Triton kernel is compiled once for ea
 with a residual update or without, ...), and a CUDA kernel for each dtype; cells give the smallest and largest figure.
 
 - tile: rows x columns x depth of a GEMM, tokens x channels of others; then warps and pipeline stages
+- instructions, 16-bit accesses: of all its code; those that load or store a single element of 16 bits in global memory
 - spilled, shared: bytes of stack and local memory of a thread; of shared memory of a block
 - blocks, occupancy: that run on a multiprocessor at a time, and their share of its 64 warps; what limits them
 - buffers: tiles of an operand that are on their way to shared memory or in use; 0 where loads are waited for

@@ -45,7 +45,7 @@ def test_no_spills_and_matrix_instructions(arch, dtype, channels, tokens):
     assert complaints(rows) == []
     for row in rows:
         assert (dtype != torch.float32 and row.kernel in static.GEMMS) == bool(row.usage.matrix), row.title
-        if tokens == 256:
+        if tokens == 256 and row.kernel != "closed_form":  # whose rows are samples, of which there are two
             assert row.usage.matrix.keys() <= {MATRIX[arch]}, row.title
         if arch >= 90 and row.usage.matrix:
             assert row.usage.buffers >= 2, f"{row.title} does not load ahead"
@@ -62,10 +62,13 @@ def hopper():
 
 def opcodes_of(binary, path):
     path.write_bytes(binary.compiled.asm["cubin"])
-    (function,) = static.functions(path, 90).values()
-    usage = static.usage_of_binary(binary)
-    assert (function.usage.registers, function.usage.instructions) == (usage.registers, usage.instructions)
-    return function
+    opcodes = static.opcodes_of(static.cuobjdump("--dump-sass", path)).splitlines()
+    assert len(opcodes) == static.usage_of_binary(binary).instructions
+    return opcodes
+
+
+def count(opcodes, pattern):
+    return sum(re.match(pattern, opcode) is not None for opcode in opcodes)
 
 
 # Of each GEMM: the most instructions after the last product, of which an epilogue consists, with GELU and without.
@@ -74,14 +77,17 @@ EPILOGUES = {"window_forward": (400, 1900), "window_input_gradient": (300, 3100)
 
 @pytest.mark.parametrize("kernel", EPILOGUES)
 def test_gemms_store_by_the_copy_engine_and_load_three_steps_ahead(hopper, kernel, tmp_path):
-    for binary in (each for each in hopper if each.kernel == kernel):
-        code = opcodes_of(binary, tmp_path / "cubin")
-        assert code.count("STG") == 0 and code.count("UTMASTG") > 0, binary.mode
-        epilogue = code.opcodes.split("\n")[::-1]
-        length = next(n for n, opcode in enumerate(epilogue) if "GMMA" in opcode)
+    found = [each for each in hopper if each.kernel == kernel]
+    assert found
+    for binary in found:
+        opcodes = opcodes_of(binary, tmp_path / "cubin")
+        assert count(opcodes, "STG") == 0 < count(opcodes, "UTMASTG"), binary.mode
+        length = next(n for n, opcode in enumerate(reversed(opcodes)) if "GMMA" in opcode)
         assert length <= EPILOGUES[kernel][bool(binary.options.get("GELU"))], f"{binary.mode}: {length}"
         assert static.usage_of_binary(binary).buffers == 3
-        assert code.count("LDSM") == 0 or binary.options.get("GELU"), f"{binary.mode}: operands go through registers"
+        assert count(opcodes, "LDSM") == 0 or binary.options.get("GELU"), (
+            f"{binary.mode}: operands go through registers"
+        )
 
 
 def test_norms_read_and_write_whole_vectors(hopper, tmp_path):
@@ -89,13 +95,13 @@ def test_norms_read_and_write_whole_vectors(hopper, tmp_path):
     norms = [each for each in hopper if each.kernel.startswith("gated_norm")]
     assert any(each.options["COMPACT"] for each in norms)
     for binary in norms:
-        code = opcodes_of(binary, tmp_path / "cubin")
-        assert code.count(r"(LDG|STG)\.E\.U16") == 0 == static.usage_of_binary(binary).narrow, binary.mode
+        opcodes = opcodes_of(binary, tmp_path / "cubin")
+        assert count(opcodes, r"(LDG|STG)\.E\.U16") == 0 == static.usage_of_binary(binary).narrow, binary.mode
         # Of two rows a thread's vectors have 8 bytes.
-        assert code.count(r"STG\.E\.(64|128)") > 0, binary.mode
+        assert count(opcodes, r"STG\.E\.(64|128)") > 0, binary.mode
 
 
-def test_batches_and_numbers_of_tokens_share_binaries():
+def test_batches_and_long_samples_share_binaries():
     """Nothing that is compiled depends on them: 1 and multiples of 16 would else have binaries of their own."""
     sizes = [Sizes(1, 256, 384), Sizes(2, 250, 384), Sizes(16, 129, 384)]
     found = [
@@ -129,7 +135,7 @@ def tuned(op, tile, rows, channels, dtype="float32"):
 
 
 def test_a_tuned_tile_that_spills_is_found(monkeypatch, tmp_path):
-    small, large = RowTile(1, 1024, 8), RowTile(4, 1024, 4)
+    small, large = RowTile(1, 1024, 8), RowTile(8, 1024, 4)
     entries = [tuned("residual_backward", small, 128, 768), tuned("norm_backward_update", large, 128, 768)]
     tuned_tiles.write(tmp_path / "nvidia-h0.json", entries)
     defaults = len(static.jobs_for([90]))
@@ -139,16 +145,16 @@ def test_a_tuned_tile_that_spills_is_found(monkeypatch, tmp_path):
     assert {row.chosen for row in rows} == {"NVIDIA H0"}
     assert {(row.kernel, row.tile["rows"]) for row in rows} == {
         ("gated_residual_backward", 1),
-        ("gated_norm_backward", 4),
+        ("gated_norm_backward", 8),
     }
     found = complaints(rows)
     assert found and all("gated_norm_backward" in said and "spills" in said for said in found)
 
 
-@pytest.mark.parametrize("op", ["forward_gelu", "token_sums"])
+@pytest.mark.parametrize("op", ["forward_gelu", "closed_form", "token_sums"])
 def test_a_tuned_tile_is_compiled_alone(op):
-    tile = GemmTile(16, 64, 32, 4, 2) if op == "forward_gelu" else tuned_tiles.SumTile(128, 2)
-    entry = tuned(op, tile, 16, 384 * (3 if op == "token_sums" else 1), "bfloat16")
+    tile = tuned_tiles.SumTile(128, 2) if op == "token_sums" else GemmTile(32, 64, 32, 4, 2)
+    entry = tuned(op, tile, 32, 384 * (3 if op == "token_sums" else 1), "bfloat16")
     rows = static.rows_of_tuned(entry)
     assert {tuple(row.tile.values()) for row in rows} == {tuple(tile)}
     assert {row.usage.threads for row in rows} == {32 * tile.warps}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.library import opcheck
 
 from benchmarks.memory import saved_bytes
 from dtr_kernels import DenoisingTaskRouting, ops, reference
@@ -101,7 +102,7 @@ def check_routed_mlp(batch, tokens, channels, hidden, window, keep_branch, dtype
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("tokens", [1, 130] if not INTERPRETED else [37])
 def test_routed_linear(seed, device, dtype, branch, beta, tokens):
-    check_routed_linear(3, tokens, 96, 200, windows(3, 96, beta, device), dtype, device, branch)
+    check_routed_linear(3, tokens, 136, 200, windows(3, 136, beta, device), dtype, device, branch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,29 +110,29 @@ def test_routed_linear(seed, device, dtype, branch, beta, tokens):
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("tokens", [1, 130] if not INTERPRETED else [37])
 def test_routed_mlp(seed, device, dtype, keep_branch, beta, tokens):
-    check_routed_mlp(3, tokens, 96, 264, windows(3, 96, beta, device), keep_branch, dtype, device)
+    check_routed_mlp(3, tokens, 136, 264, windows(3, 136, beta, device), keep_branch, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("branch", [False, True])
 @pytest.mark.parametrize("beta", [0.8, 1.0])
 def test_routed_linear_on_all_channels(seed, device, dtype, branch, beta, dense_products):
-    check_routed_linear(3, 37, 96, 200, windows(3, 96, beta, device), dtype, device, branch)
+    check_routed_linear(3, 37, 136, 200, windows(3, 136, beta, device), dtype, device, branch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keep_branch", [False, True])
 def test_routed_mlp_on_all_channels(seed, device, dtype, keep_branch, dense_products):
-    check_routed_mlp(3, 37, 96, 264, windows(3, 96, 0.8, device), keep_branch, dtype, device)
+    check_routed_mlp(3, 37, 136, 264, windows(3, 136, 0.8, device), keep_branch, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_pass_over_windows_and_the_other_over_all_channels(seed, device, dtype, dense_products, monkeypatch):
     """What the forward pass keeps serves either: the choice is made anew in the backward pass."""
     monkeypatch.setitem(tiles._forced, "windows_forward", Crossover(1))
-    window = windows(3, 96, 0.8, device)
-    check_routed_linear(3, 37, 96, 200, window, dtype, device)
-    check_routed_mlp(3, 37, 96, 264, window, False, dtype, device)
+    window = windows(3, 136, 0.8, device)
+    check_routed_linear(3, 37, 136, 200, window, dtype, device)
+    check_routed_mlp(3, 37, 136, 264, window, False, dtype, device)
 
 
 def test_a_weight_gradient_in_parts(seed, device, monkeypatch):
@@ -143,7 +144,7 @@ def test_a_weight_gradient_in_parts(seed, device, monkeypatch):
         "dtr_kernels.ops.window_linear._splits",
         lambda tiles, steps, processors: asked.append(min(5, steps)) or asked[-1],
     )
-    check_routed_linear(3, 130, 96, 200, windows(3, 96, 0.8, device), torch.bfloat16, device)
+    check_routed_linear(3, 130, 136, 200, windows(3, 136, 0.8, device), torch.bfloat16, device)
     check_inner_linear(3, 130, 96, 288, 3, windows(3, 6, 0.5, device), torch.bfloat16, device)
     assert set(asked) == {5}
 
@@ -184,10 +185,10 @@ def test_when_slices_of_the_weight_pay_on_a_cpu(channels, width, tokens, forward
 
 def test_the_largest_tiles(seed, device):
     """More tokens and outputs than the largest tile has rows and columns, so that tiles of every kind meet edges."""
-    window = windows(2, 96, 0.8, device)
-    check_routed_linear(2, 150, 96, 300, window, torch.bfloat16, device)
-    check_routed_mlp(2, 150, 96, 300, window, False, torch.bfloat16, device)
-    check_routed_mlp(2, 150, 96, 300, window, True, torch.bfloat16, device)
+    window = windows(2, 136, 0.8, device)
+    check_routed_linear(2, 150, 136, 300, window, torch.bfloat16, device)
+    check_routed_mlp(2, 150, 136, 300, window, False, torch.bfloat16, device)
+    check_routed_mlp(2, 150, 136, 300, window, True, torch.bfloat16, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.float64])
@@ -206,13 +207,13 @@ def test_gelu_of_extreme_values(dtype):
 @pytest.mark.skipif(INTERPRETED, reason="too many tokens for the interpreter")
 def test_long_samples(seed, device):
     """Sums over thousands of tokens are as accurate as PyTorch's, which adds in parts."""
-    check_routed_linear(2, 5000, 96, 40, windows(2, 96, 0.8, device), torch.float32, device)
+    check_routed_linear(2, 5000, 136, 40, windows(2, 136, 0.8, device), torch.float32, device)
 
 
 def test_layers_without_bias(seed, device):
-    window = windows(2, 48, 0.8, device)
-    check_routed_linear(2, 9, 48, 64, window, torch.float32, device, bias=False)
-    check_routed_mlp(2, 9, 48, 64, window, False, torch.float32, device, bias=False)
+    window = windows(2, 80, 0.8, device)
+    check_routed_linear(2, 9, 80, 64, window, torch.float32, device, bias=False)
+    check_routed_mlp(2, 9, 80, 64, window, False, torch.float32, device, bias=False)
 
 
 @pytest.mark.parametrize("channels", [21, 50])
@@ -227,11 +228,11 @@ def test_channels_that_no_descriptor_can_describe_in_place(seed, device, channel
 def test_every_width_of_window(seed, device, width):
     """beta from 1/C on, windows at odd places. A norm over one or two active channels hardly depends on their values,
     so its gradient is a difference of nearly equal numbers."""
-    start = torch.tensor([0, 32 - width, (32 - width) // 2], dtype=torch.int32, device=device)
+    start = torch.tensor([0, 80 - width, (80 - width) // 2], dtype=torch.int32, device=device)
     conditioning = 20 if width <= 2 else 1
-    window = ChannelWindow(start, width, 32)
-    check_routed_linear(3, 5, 32, 40, window, torch.float32, device, conditioning=conditioning)
-    check_routed_mlp(3, 5, 32, 40, window, True, torch.float32, device, conditioning=conditioning)
+    window = ChannelWindow(start, width, 80)
+    check_routed_linear(3, 5, 80, 40, window, torch.float32, device, conditioning=conditioning)
+    check_routed_mlp(3, 5, 80, 40, window, True, torch.float32, device, conditioning=conditioning)
 
 
 @settings(
@@ -243,7 +244,7 @@ def test_every_width_of_window(seed, device, width):
 def test_any_shape_and_window(seed, device, data):
     """Shapes, windows and dtypes drawn at random."""
     batch, tokens = data.draw(st.integers(1, 5), "batch"), data.draw(st.integers(1, 70), "tokens")
-    channels, outputs = data.draw(st.integers(3, 100), "channels"), data.draw(st.integers(8, 150), "outputs")
+    channels, outputs = data.draw(st.integers(3, 150), "channels"), data.draw(st.integers(8, 150), "outputs")
     width = data.draw(st.integers(3, channels), "width")
     starts = data.draw(st.lists(st.integers(0, channels - width), min_size=batch, max_size=batch), "starts")
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
@@ -252,6 +253,48 @@ def test_any_shape_and_window(seed, device, data):
     # A few tokens and a narrow window leave sums that nearly cancel.
     check_routed_linear(batch, tokens, channels, outputs, window, dtype, device, branch, conditioning=4)
     check_routed_mlp(batch, tokens, channels, outputs, window, keep_branch, dtype, device, conditioning=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ops_return_what_is_traced(seed, device, dtype):
+    """Rows that a kernel pads, of lengths that descriptors cannot describe, never leave an op: compiled graphs rely on
+    that."""
+    B, N, heads, active, C, H = 2, 3, 4, 3, 12, 20
+    registered = torch.ops.dtr_kernels
+
+    def new(*shape):
+        return random(*shape, dtype=dtype, device=device).detach()
+
+    def checked(op, *args):
+        opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+        return op(*args)
+
+    start = torch.tensor([1, 0], dtype=torch.int32, device=device)
+    x, shift, scale, branch, gate = new(B, N, C), new(B, C), new(B, C), new(B, N, C), new(B, C)
+    update, needed = (branch, gate), (True, True)
+    weight, mlp = new(3 * C, C), (new(H, C), new(H), new(C, H), new(C))
+    for window in (start, 9), (None, C):
+        stream, out, *statistics = checked(
+            registered.routed_linear, x, shift, scale, weight, new(3 * C), *window, *update, 1e-6
+        )
+        saved = stream, shift, scale, weight, *window, *update, 1e-6, *statistics
+        checked(registered.routed_linear_backward, branch, out, *saved, *needed)
+        stream, out, *saved = checked(registered.routed_mlp, x, shift, scale, *mlp, *update, *window, False, 1e-6, True)
+        given = x, shift, scale, mlp[0], mlp[2], *update, *window, False, 1e-6, *saved
+        checked(registered.routed_mlp_backward, branch, out, *given, [True] * 4)
+
+    window = start, active, heads
+    stream, out, *statistics = checked(
+        registered.inner_linear, x, shift, scale, weight, new(3 * C), *window, 3, *update, 1e-6
+    )
+    saved = stream, shift, scale, weight, *window, 3, *update, 1e-6, *statistics
+    checked(registered.inner_linear_backward, branch, out, *saved, *needed)
+    z, weight = new(B, N, 9), new(C, C)
+    out = checked(registered.inner_projection, z, weight, new(C), *window)
+    checked(registered.inner_projection_backward, out, z, weight, *window, *needed)
+    stream, out, *saved = checked(registered.inner_mlp, x, shift, scale, *mlp, *update, *window, 1e-6, True)
+    given = x, shift, scale, mlp[0], mlp[2], *update, *window, 1e-6, *saved
+    checked(registered.inner_mlp_backward, branch, out, *given, [True] * 4)
 
 
 def of_heads(x, window, parts=1):
