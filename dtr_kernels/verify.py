@@ -127,9 +127,16 @@ def _comparison(name: str, got: Tensor, plain: Tensor, exact: Tensor, unit: floa
     return Comparison(name, error, plain_error, bound)
 
 
-def random_block(channels: int, heads: int, scope: str, device: torch.device, dtype: torch.dtype) -> nn.RoutedDiTBlock:
+def random_block(
+    channels: int,
+    heads: int,
+    scope: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    kind: nn.BlockKind = nn.BlockKind(),  # noqa: B008
+) -> nn.RoutedDiTBlock:
     """A block whose modulation is random too: at initialisation its gates are zero and would hide every difference."""
-    block = nn.RoutedDiTBlock(channels, heads, scope=scope)
+    block = nn.RoutedDiTBlock(channels, heads, scope=scope, kind=kind)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.5 if parameter.dim() == 1 else parameter.shape[1] ** -0.5)
     return block.to(device, dtype)
@@ -141,6 +148,7 @@ def check_block(
     samples: int,
     tokens: int,
     autocast: torch.dtype | None = None,
+    rope: reference.Rope | None = None,
 ) -> list[Comparison]:
     """Compare a block's output and all of its gradients with the reference, on random x and c in the block's dtype."""
     weight = block.attn.qkv.weight
@@ -149,10 +157,10 @@ def check_block(
     mask = None if window is None else window.for_batch(samples, weight.device).mask()
 
     def fused(x: Tensor, c: Tensor, **parameters: Tensor) -> tuple[Tensor, ...]:
-        return (torch.func.functional_call(block, _dotted(parameters), (x, c, window)),)
+        return (torch.func.functional_call(block, _dotted(parameters), (x, c, window, rope)),)
 
     def plain(x: Tensor, c: Tensor, **parameters: Tensor) -> tuple[Tensor, ...]:
-        return (torch.func.functional_call(_ReferenceBlock(block), _inner(parameters), (x, c, mask)),)
+        return (torch.func.functional_call(_ReferenceBlock(block), _inner(parameters), (x, c, mask, rope)),)
 
     inputs = {"x": x, "c": c} | {name.replace(".", "__"): p for name, p in block.named_parameters()}
     precision = None if autocast is None else torch.autocast(weight.device.type, dtype=autocast)
@@ -166,8 +174,8 @@ class _ReferenceBlock(torch.nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(self, x: Tensor, c: Tensor, mask: Tensor | None) -> Tensor:
-        return reference.dit_block(self.block, x, c, mask, self.block.scope)
+    def forward(self, x: Tensor, c: Tensor, mask: Tensor | None, rope: reference.Rope | None) -> Tensor:
+        return reference.dit_block(self.block, x, c, mask, self.block.scope, rope)
 
 
 def _dotted(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -292,6 +300,10 @@ def cases(device: torch.device) -> Iterator[Case]:
     for precision, scope, way, products in itertools.product(_DTYPES, reference.SCOPES, _WAYS, _products(device)):
         name = f"{precision:13}  scope {scope:6}  {way}" + (f", {products}" if products else "")
         yield name, partial(_check_scope, scope, _WAYS[way], products, *_DTYPES[precision], device)
+    modern = nn.BlockKind(norm="rms", affine=True, activation="swiglu", qk_norm=True)
+    for precision, scope, products in itertools.product(_DTYPES, reference.SCOPES, _products(device)):
+        name = f"{precision:13}  scope {scope:6}  RMSNorm, SwiGLU" + (f", {products}" if products else "")
+        yield name, partial(_check_scope, scope, _TIMESTEPS, products, *_DTYPES[precision], device, kind=modern)
     # So narrow and long that a CPU too multiplies with slices of the weight, in both passes.
     narrow = partial(_check_scope, "branch", _TIMESTEPS, "", *_DTYPES["fp32"], device, beta=0.5, tokens=1030)
     yield f"{'fp32':13}  scope branch  one window per sample, beta 0.5, 1030 tokens", narrow
@@ -309,9 +321,10 @@ def _check_scope(
     device: torch.device,
     beta: float = 0.8,
     tokens: int = 190,
+    kind: nn.BlockKind = nn.BlockKind(),  # noqa: B008
 ) -> list[Comparison]:
     samples, channels, heads = len(_TIMESTEPS), 384, 6  # large enough that the CPU runs its kernels
-    block = random_block(channels, heads, scope, device, dtype)
+    block = random_block(channels, heads, scope, device, dtype, kind)
     t = torch.tensor(way, device=device) if isinstance(way, tuple) else way
     window = None if t is None else DenoisingTaskRouting(beta=beta).window(t, block.routed_channels)
     with _from_the_first_token(products):

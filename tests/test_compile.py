@@ -154,9 +154,9 @@ def test_ops_of_routing_are_proper_ops(device, dtype):
 class RoutedBlock(torch.nn.Module):
     """A block that makes its own windows from timesteps, as a model does."""
 
-    def __init__(self, scope="block", routing=ROUTING):
+    def __init__(self, scope="block", routing=ROUTING, kind=dtr.nn.BlockKind()):  # noqa: B008
         super().__init__()
-        self.block = dtr.nn.RoutedDiTBlock(C, HEADS, scope=scope)
+        self.block = dtr.nn.RoutedDiTBlock(C, HEADS, scope=scope, kind=kind)
         self.routing = routing
 
     def forward(self, x, c, t):
@@ -193,6 +193,14 @@ def test_compiled_block_equals_the_eager_one(seed, device, routed, scope):
 def test_routing_compiles_with_the_block(seed, device, routing, scope):
     module = RoutedBlock(scope, routing).to(device)
     batch = make_batch(device)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(results(module, compiled, *batch), results(module, module, *batch))
+
+
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
+def test_blocks_of_another_kind_compile(seed, device, scope):
+    kind = dtr.nn.BlockKind(norm="rms", affine=True, activation="swiglu", qk_norm=True)
+    module, batch = RoutedBlock(scope, kind=kind).to(device), make_batch(device)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(results(module, compiled, *batch), results(module, module, *batch))
 

@@ -515,6 +515,37 @@ def test_a_norm_that_got_a_weight_is_refused_by_name():
         model(*make_batch())
 
 
+MODERN = dtr.nn.BlockKind(norm="rms", affine=True, activation="swiglu", qk_norm=True)
+
+
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
+def test_a_model_of_another_kind(scope):
+    """With rotary embeddings, which any function of queries and keys stands for here."""
+    model, (x, t, y) = make_model(scope=scope, kind=MODERN, rope=torch.tanh), make_batch()
+    mask = ROUTING.window(t, model.routed_channels).mask()
+    torch.testing.assert_close(model(x, t, y), dtr.reference.dit(model, x, t, y, mask), rtol=1e-9, atol=1e-9)
+    without = make_model(scope=scope, kind=MODERN)
+    without.load_state_dict(model.state_dict())
+    assert (without(x, t, y) - model(x, t, y)).abs().max() > 1e-3
+
+
+def test_parameters_of_a_block_of_another_kind():
+    block = dtr.nn.RoutedDiTBlock(48, 4, mlp_ratio=2, kind=MODERN)
+    found = {name: list(p.shape) for name, p in block.named_parameters() if name.endswith("weight")}
+    norms = {"norm1.weight": [48], "norm2.weight": [48], "attn.q_norm.weight": [12], "attn.k_norm.weight": [12]}
+    layers = {"attn.qkv.weight": [144, 48], "attn.proj.weight": [48, 48], "adaLN_modulation.1.weight": [288, 48]}
+    assert found == norms | layers | {"mlp.fc1.weight": [192, 48], "mlp.fc2.weight": [48, 96]}
+    assert "norm1.bias" in dict(dtr.nn.RoutedDiTBlock(48, 4, kind=dtr.nn.BlockKind(affine=True)).named_parameters())
+
+
+@pytest.mark.parametrize(
+    "kind, message", [({"norm": "batch"}, "norm must be one of"), ({"activation": "relu"}, "activation must")]
+)
+def test_unknown_kinds_are_refused(kind, message):
+    with pytest.raises(ValueError, match=message):
+        dtr.nn.RoutedDiTBlock(48, 4, kind=dtr.nn.BlockKind(**kind))
+
+
 @pytest.mark.parametrize("alter", [_adapt, _hook], ids=["adapter", "hook"])
 def test_a_changed_projection_is_called_with_zeros_of_inactive_heads(alter):
     """In scope "inner", where an unchanged one is read."""

@@ -275,6 +275,13 @@ def test_steps_of_blocks(seed, sizes, inner, norm, activation):
     check_equal_to_per_cluster(Steps(inner, norm, activation), batch, sizes)
 
 
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
+def test_dit_of_another_kind(seed, scope):
+    kind = dtr.nn.BlockKind(norm="rms", affine=True, activation="swiglu", qk_norm=True)
+    model = dit(routing=dtr.DenoisingTaskRouting(num_timesteps=50), scope=scope, kind=kind, rope=torch.sin)
+    check_equal_to_per_cluster(model, dit_batch(6), SIZES[1])
+
+
 def test_dit_with_random_routing(seed):
     model = dit(routing=dtr.RandomRouting(num_timesteps=50, beta=0.8, seed=seed))
     check_equal_to_per_cluster(model, dit_batch(6), SIZES[1])

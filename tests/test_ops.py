@@ -18,6 +18,7 @@ from torch.library import opcheck
 
 from benchmarks.memory import saved_bytes
 from dtr_kernels import DenoisingTaskRouting, ops, reference
+from dtr_kernels.nn import BlockKind
 from dtr_kernels.ops import tiles
 from dtr_kernels.ops.activations import activation_backward, parts_of
 from dtr_kernels.ops.tiles import Crossover
@@ -447,6 +448,34 @@ def test_block_under_autocast(seed, device, scope, autocast):
     x, c = torch.randn(3, 21, 48, device=device), torch.randn(3, 48, device=device)
     with torch.autocast(device.type, dtype=autocast):
         assert block(x, c, window).dtype == torch.float32
+
+
+MODERN = BlockKind(norm="rms", affine=True, activation="swiglu", qk_norm=True)
+
+
+def rope(q):
+    """Rotary position embedding of queries or keys [B, H, N, d]."""
+    N, d = q.shape[2:]
+    angle = torch.arange(N, device=q.device)[:, None] / 10 ** torch.arange(d // 2, device=q.device)
+    a, b = q.unflatten(3, (d // 2, 2)).unbind(4)
+    cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], 4).flatten(3)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [BlockKind(affine=True, activation="gelu"), BlockKind(norm="rms", activation="silu"), MODERN],
+    ids=["affine", "rms", "modern"],
+)
+@pytest.mark.parametrize("scope", reference.SCOPES)
+@pytest.mark.parametrize(
+    "dtype, autocast", [(torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, None)]
+)
+def test_blocks_of_other_kinds(seed, device, dtype, autocast, scope, kind):
+    """With rotary embeddings; output and gradients of all parameters."""
+    block = random_block(48, 4, scope, device, dtype, kind)
+    window = windows(3, block.routed_channels, 0.8, device)
+    assert_within_bound(check_block(block, window, 3, 21, autocast, rope))
 
 
 @pytest.mark.parametrize("channels, heads", [(384, 6), (768, 12), (1024, 16), (1152, 16)][:: 3 if INTERPRETED else 1])

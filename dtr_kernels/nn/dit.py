@@ -23,6 +23,7 @@ from dtr_kernels.nn.parts import ReadParts
 from dtr_kernels.nn.torchscript import NoTorchScript
 from dtr_kernels.ops.checks import check_floating
 from dtr_kernels.ops.registration import op
+from dtr_kernels.reference import BlockKind, Rope
 from dtr_kernels.routing import (
     ChannelWindow,
     DenoisingTaskRouting,
@@ -150,6 +151,8 @@ class DiT(NoTorchScript, nn.Module):
         learn_sigma: predict 2 * in_channels channels, the second half for the variance.
         routing: which channels a timestep activates; None is the ordinary DiT.
         scope: what the routing masks, see ``RoutedDiTBlock``.
+        kind: of the blocks, see ``BlockKind``; the final layer's norm is always LayerNorm without affine parameters.
+        rope: rotary position embedding of the blocks, a function of queries or keys [B, heads, N, d], or None.
 
     Raises:
         ValueError: if a size is less than 1, an argument does not fit the others, as said above, scope is unknown, or
@@ -172,6 +175,8 @@ class DiT(NoTorchScript, nn.Module):
         *,
         routing: DenoisingTaskRouting | RandomRouting | None = None,
         scope: str = "block",
+        kind: BlockKind = BlockKind(),  # noqa: B008  # which is immutable
+        rope: Rope | None = None,
     ) -> None:
         super().__init__()
         sizes = {"input_size": input_size, "patch_size": patch_size, "in_channels": in_channels, "depth": depth}
@@ -194,6 +199,7 @@ class DiT(NoTorchScript, nn.Module):
         self.hidden_size = hidden_size
         self.routing = routing
         self.scope = scope
+        self.rope = rope
         #: How many channels a routing chooses from; in scope "inner" attention heads.
         self.routed_channels = num_heads if scope == "inner" else hidden_size
 
@@ -201,7 +207,9 @@ class DiT(NoTorchScript, nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.pos_embed = nn.Parameter(_position_embedding(hidden_size, input_size // patch_size), requires_grad=False)
-        self.blocks = nn.ModuleList(RoutedDiTBlock(hidden_size, num_heads, mlp_ratio, scope) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            RoutedDiTBlock(hidden_size, num_heads, mlp_ratio, scope, kind) for _ in range(depth)
+        )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         if routing is not None and scope == "inner":
             window_width(routing.beta, num_heads, "attention heads")
@@ -249,8 +257,9 @@ class DiT(NoTorchScript, nn.Module):
         c = self.t_embedder(times) + self.y_embedder(y)
         stream = Stream(self.x_embedder(x) + self.pos_embed)
         active = self._active_channels(t, times)
+        given = (c, active) if self.rope is None else (c, active, self.rope)
         for block in self.blocks:
-            stream = block(stream, c, active) if _takes_streams(block) else Stream(block(stream.sum(), c, active))
+            stream = block(stream, *given) if _takes_streams(block) else Stream(block(stream.sum(), *given))
         return self.unpatchify(self.final_layer(stream if _takes_streams(self.final_layer) else stream.sum(), c))
 
     def _active_channels(self, t: Tensor | int | float, times: Tensor) -> ChannelWindow | Tensor | None:

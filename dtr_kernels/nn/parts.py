@@ -21,14 +21,19 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
+_NORMS = (nn.LayerNorm, nn.RMSNorm)
+
+
 class ReadParts:
     """Parts of a module whose parameters the kernels read.
 
     Args:
         kinds: by their paths within the module, the classes whose forward the kernels stand for.
+        affine: whether they know affine parameters of norms.
     """
 
-    def __init__(self, kinds: Mapping[str, type[nn.Module]]) -> None:
+    def __init__(self, kinds: Mapping[str, type[nn.Module]], affine: bool = False) -> None:
+        self._affine = affine
         self._parts = [(path, path.split("."), kind.forward) for path, kind in kinds.items()]
 
     def refuse_changes(self, module: nn.Module) -> None:
@@ -44,7 +49,7 @@ class ReadParts:
                 found = f"is {type(part).__module__}.{type(part).__qualname__}, or was patched"
             elif part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
                 found = "has hooks"
-            elif isinstance(part, nn.LayerNorm) and (part.weight is not None or part.bias is not None):
+            elif not self._affine and isinstance(part, _NORMS) and part.weight is not None:
                 found = "has affine parameters"
             else:
                 continue

@@ -7,7 +7,8 @@ Notation: x [B, N, C] tokens, c [B, C] conditioning, mask [B, C] (1 = active; No
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,25 @@ from torch import Tensor
 SCOPES = ("block", "branch", "inner")
 NORMS = ("layer", "rms")
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "swiglu")
+
+
+class BlockKind(NamedTuple):
+    """The kind of a transformer block, where it is not that of facebookresearch/DiT.
+
+    Attributes:
+        norm: of ``NORMS``.
+        affine: whether both norms have a weight, and LayerNorm a bias.
+        activation: of ``ACTIVATIONS``; with "swiglu" fc1 has two outputs for each input of fc2.
+        qk_norm: whether queries and keys are normed, each head's channels by a norm of the same kind with a weight.
+    """
+
+    norm: str = "layer"
+    affine: bool = False
+    activation: str = "gelu_tanh"
+    qk_norm: bool = False
+
+
+Rope = Callable[[Tensor], Tensor]
 
 
 def routing_mask(t: Tensor, channels: int, num_timesteps: int = 1000, alpha: float = 4.0, beta: float = 0.8) -> Tensor:
@@ -125,55 +145,74 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     return x + gate[:, None] * branch
 
 
-def attention(u: Tensor, attn: Any, mask: Tensor | None = None) -> Tensor:
+def attention(u: Tensor, attn: Any, mask: Tensor | None = None, rope: Rope | None = None) -> Tensor:
     """Multi-head self-attention of tokens u [B, N, C], with timm's query and key norms where attn has them.
 
-    mask [B, H], 1 where active, multiplies what each head gives to the output projection.
+    mask [B, H], 1 where active, multiplies what each head gives to the output projection. rope turns queries and keys
+    [B, H, N, C / H] by their positions.
     """
     B, N, C = u.shape
     q, k, v = attn.qkv(u).reshape(B, N, 3, attn.num_heads, C // attn.num_heads).permute(2, 0, 3, 1, 4)
     if hasattr(attn, "q_norm"):
         q, k = attn.q_norm(q), attn.k_norm(k)
+    if rope is not None:
+        q, k = rope(q), rope(k)
     out = F.scaled_dot_product_attention(q, k, v)
     if mask is not None:
         out = out * mask[:, :, None, None].to(out.dtype)
     return attn.proj(out.transpose(1, 2).reshape(B, N, C))
 
 
-def mlp(u: Tensor, fc1: torch.nn.Linear, fc2: torch.nn.Linear, mask: Tensor | None = None) -> Tensor:
-    """fc2(GELU(fc1(u))), GELU in its tanh form.
+def mlp(
+    u: Tensor,
+    fc1: torch.nn.Linear,
+    fc2: torch.nn.Linear,
+    mask: Tensor | None = None,
+    activation: str = "gelu_tanh",
+) -> Tensor:
+    """fc2(GELU(fc1(u))), GELU in its tanh form, or another of ``ACTIVATIONS``.
 
     mask [B, H], 1 where active, multiplies the hidden channels, as many neighbours for each of its columns.
     """
-    hidden = F.gelu(fc1(u), approximate="tanh")
+    hidden = activate(fc1(u), activation)
     if mask is not None:
         hidden = masked(hidden, mask.repeat_interleave(hidden.shape[2] // mask.shape[1], dim=1))
     return fc2(hidden)
 
 
-def dit_block(block: Any, x: Tensor, c: Tensor, mask: Tensor | None = None, scope: str = "block") -> Tensor:
+def dit_block(
+    block: Any, x: Tensor, c: Tensor, mask: Tensor | None = None, scope: str = "block", rope: Rope | None = None
+) -> Tensor:
     """One DiT block under a routing mask.
 
     Args:
         block: any module with the attributes of facebookresearch/DiT's block: ``attn.qkv``, ``attn.proj``,
-            ``attn.num_heads``, ``mlp.fc1``, ``mlp.fc2``, ``adaLN_modulation``, and ``norm1.eps``, ``norm2.eps``.
+            ``attn.num_heads``, ``mlp.fc1``, ``mlp.fc2``, ``adaLN_modulation``, and ``norm1.eps``, ``norm2.eps``; and
+            ``kind`` where that is another ``BlockKind``, with which the norms may have ``weight`` and ``bias``.
         x: [B, N, C].
         c: [B, C].
         mask: [B, C], in scope "inner" [B, H] of H heads, 1 where active; None is the unrouted block.
         scope: "block" routes the whole residual block, as the paper does; "branch" masks what attention and MLP each
             see; "inner" masks what they are made of, attention heads and hidden channels.
+        rope: rotary position embedding, a function of queries or keys [B, H, N, C / H].
 
     Returns:
         [B, N, C].
     """
     s1, k1, g1, s2, k2, g2 = (m for m in block.adaLN_modulation(c).chunk(6, dim=1))
-    eps1, eps2 = block.norm1.eps, block.norm2.eps
+    kind: BlockKind = getattr(block, "kind", BlockKind())
+
+    def normed(z: Tensor, norm: Any) -> Tensor:
+        z = normalize(z, norm.eps, kind.norm)
+        z = z * norm.weight if kind.affine else z
+        return z if getattr(norm, "bias", None) is None else z + norm.bias
 
     def attend(z: Tensor, heads: Tensor | None = None) -> Tensor:
-        return attention(modulate(normalize(z, eps1), s1, k1), block.attn, heads)
+        return attention(modulate(normed(z, block.norm1), s1, k1), block.attn, heads, rope)
 
     def transform(z: Tensor, heads: Tensor | None = None) -> Tensor:
-        return mlp(modulate(normalize(z, eps2), s2, k2), block.mlp.fc1, block.mlp.fc2, heads)
+        u = modulate(normed(z, block.norm2), s2, k2)
+        return mlp(u, block.mlp.fc1, block.mlp.fc2, heads, kind.activation)
 
     if scope == "inner":
         x = x + g1[:, None] * attend(x, mask)
@@ -201,7 +240,7 @@ def dit(model: Any, x: Tensor, t: Tensor, y: Tensor, mask: Tensor | None = None)
     c = model.t_embedder(t) + model.y_embedder(y)
     tokens = model.x_embedder(x) + model.pos_embed
     for block in model.blocks:
-        tokens = dit_block(block, tokens, c, mask, block.scope)
+        tokens = dit_block(block, tokens, c, mask, block.scope, model.rope)
     final = model.final_layer
     shift, scale = final.adaLN_modulation(c).chunk(2, dim=1)
     return model.unpatchify(final.linear(modulate(normalize(tokens, final.norm_final.eps), shift, scale)))
