@@ -125,11 +125,11 @@ def outcome(
 
 
 def ready() -> list[Step]:
-    """Unpack what was prepared, and build the extension unless that was done from the same sources."""
+    """Unpack what was prepared and build the extension, unless that has been done, from the same sources."""
     sources = b"".join(path.read_bytes() for path in sorted((ROOT / "csrc").rglob("*.*")))
     mark, built = f"{sys.implementation.cache_tag} {hashlib.sha256(sources).hexdigest()}", KEPT / "built"
     build = f"{PYTHON} setup.py build_ext --inplace && echo {mark} > {built}"
-    steps = [Step("unpack", 20, {"": ["sh", "-c", UNPACK]})] if ARCHIVE.exists() else []
+    steps = [Step("unpack", 20, {"": ["sh", "-c", UNPACK]})] if ARCHIVE.exists() and not CACHE.exists() else []
     if not built.exists() or built.read_text().strip() != mark:
         steps.append(Step("build", 30, {"": ["sh", "-c", build]}, fails="dtr_kernels: built without .*"))
     return steps
