@@ -47,6 +47,7 @@ SHARES = PICTURES / "cpu-inner-shares.png"
 README = Path("README.md")
 PERFORMANCE = Path("docs/performance.md")
 INNER = Path("docs/inner.md")
+METHODS = Path("docs/methods.md")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,6 +149,7 @@ def generated_texts(root: Path, results: Results) -> dict[Path, str]:
         README: readme_blocks(root, results),
         PERFORMANCE: {"floors": floors.markdown()},
         INNER: {"inner": _inner(results), "inner study": inner.block(of_inner)},
+        METHODS: {"methods study": findings.methods_block(root)},
     }
     for path, of_path in blocks.items():
         texts[root / path] = with_blocks((root / path).read_text(), of_path, path)

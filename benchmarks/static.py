@@ -440,7 +440,8 @@ def rows_of_tuned(entry: Tuned) -> list[Row]:
     """The kernels of a tuned configuration."""
     # The sums over tokens are of a gradient with the channels of q, k and v.
     channels = entry.channels // 3 if entry.op == "token_sums" else entry.channels
-    sizes = Sizes(8, entry.rows, channels)
+    # Rows of a closed form are samples.
+    sizes = Sizes(entry.rows if entry.op == "closed_form" else 8, entry.rows, channels)
     return rows_of_launchers(entry.measurement.capability, getattr(torch, entry.dtype), sizes, entry)
 
 
@@ -582,6 +583,7 @@ A line is a kernel in one configuration. A Triton kernel is compiled once for ea
 with a residual update or without, ...), and a CUDA kernel for each dtype; cells give the smallest and largest figure.
 
 - tile: rows x columns x depth of a GEMM, tokens x channels of others; then warps and pipeline stages
+- instructions, 16-bit accesses: of all its code; those that load or store a single element of 16 bits in global memory
 - spilled, shared: bytes of stack and local memory of a thread; of shared memory of a block
 - blocks, occupancy: that run on a multiprocessor at a time, and their share of its 64 warps; what limits them
 - buffers: tiles of an operand that are on their way to shared memory or in use; 0 where loads are waited for

@@ -31,7 +31,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(torch|collections|pathlib|matplotlib)\..*"),
     ("py:.*", r"Tensor|nn\.\w+|Path|Figure"),
     # Type variables have no place of their own.
-    ("py:class", r"dtr_kernels\.swap\..*\.(Model|NewFamily)"),
+    ("py:class", r"dtr_kernels\.swap\..*\.(Model|NewFamily)|dtr_kernels\.clusters\._Kind"),
     # Described by its whole name, and raised by its last.
     ("py:exc", "Unfit"),
     # Of an engine, which is no public name.

@@ -8,11 +8,11 @@ a timestep belongs to is computed where the timesteps are.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -29,9 +29,86 @@ FORMAT = 1
 # Of a value's magnitude: the sum of T distances between two of them stays finite.
 _LARGEST = 1e300
 
+_Kind = TypeVar("_Kind", bound="Clusters")
+
 
 @dataclass(frozen=True)
-class IntervalClusters:
+class Clusters:
+    """K contiguous intervals of time, as batches are spread over them and files hold them."""
+
+    bounds: tuple[float, ...]
+
+    @property
+    def num_clusters(self) -> int:
+        """K, the number of clusters."""
+        return len(self.bounds) - 1
+
+    def save(self, path: str | Path) -> None:
+        """Write the clusters as JSON. A reader, or another process that saves the same, never finds half a file.
+
+        Raises:
+            OSError: if the file cannot be written. The old one is then as before.
+        """
+        text = json.dumps({"format": FORMAT, **vars(self)}) + "\n"
+        with replacing(path) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls: type[_Kind], path: str | Path) -> _Kind:
+        """Read what ``save`` has written; the file may be edited by hand, and so has no checksum.
+
+        Raises:
+            ValueError: naming the file, if it holds something else, or is of another version of the format.
+            OSError: if it cannot be read.
+        """
+        advice = "make them again, or name another file"
+        with expecting(f"clusters that {cls.__name__}.save has written", path, advice):
+            stored = read_json(path)
+            if not isinstance(stored, dict) or "format" not in stored:
+                raise ValueError("it is not an object with a format")
+            if (version := stored["format"]) != FORMAT:
+                raise ValueError(f"its format is version {quoted(version)}, and this dtr_kernels reads {FORMAT}")
+            names = [field.name for field in fields(cls)]
+            if stored.keys() != {"format", *names}:
+                raise ValueError(f"it must hold format, {' and '.join(names)}, but holds {', '.join(stored)}")
+            return cls(**{name: stored[name] for name in names})
+
+    def _evenly(
+        self,
+        batch_size: int,
+        generator: torch.Generator | None,
+        device: torch.device | str | None,
+        draw: Callable[[int, int, torch.device | str | None], Tensor],
+    ) -> Tensor:
+        """Return B times of which each cluster has floor or ceil(B / K), in random order.
+
+        Args:
+            batch_size, generator, device: as in ``sample``.
+            draw: called with a cluster, n and a device, for n times of the cluster on the device.
+        """
+        if not is_integer(batch_size) or not 1 <= batch_size < 2**63:
+            raise ValueError(f"batch_size must be a positive integer below 2**63, got {quoted(batch_size)}")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"generator must be a torch.Generator, got {type(generator).__name__}; "
+                "for a seed use torch.Generator().manual_seed(seed)"
+            )
+        source = device if generator is None else generator.device
+        # In every round each cluster gives one time; in the last there may be fewer places than clusters.
+        rounds = -(-batch_size // self.num_clusters)
+        columns = [draw(k, rounds, source) for k in range(self.num_clusters)]
+        table = torch.stack(columns, dim=1)[:, torch.randperm(len(columns), generator=generator, device=source)]
+        t = table.flatten()[:batch_size]
+        t = t[torch.randperm(batch_size, generator=generator, device=source)]
+        if device is None:
+            return t
+        if t.device.type == "cpu" and torch.device(device).type == "cuda":
+            return t.pin_memory().to(device, non_blocking=True)  # the host does not wait
+        return t.to(device)
+
+
+@dataclass(frozen=True)
+class IntervalClusters(Clusters):
     """K contiguous, non-empty intervals that cover the timesteps 0..T-1, as ``interval_clusters`` finds them.
 
     Attributes:
@@ -63,11 +140,6 @@ class IntervalClusters:
     def num_timesteps(self) -> int:
         """T, the number of timesteps."""
         return self.bounds[-1]
-
-    @property
-    def num_clusters(self) -> int:
-        """K, the number of clusters."""
-        return len(self.bounds) - 1
 
     @overload
     def assign(self, t: Tensor) -> Tensor: ...
@@ -127,59 +199,12 @@ class IntervalClusters:
             ValueError: if batch_size is not a positive integer below 2**63.
             TypeError: if generator is something else, such as a seed.
         """
-        if not is_integer(batch_size) or not 1 <= batch_size < 2**63:
-            raise ValueError(f"batch_size must be a positive integer below 2**63, got {quoted(batch_size)}")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(
-                f"generator must be a torch.Generator, got {type(generator).__name__}; "
-                "for a seed use torch.Generator().manual_seed(seed)"
-            )
-        source = device if generator is None else generator.device
-        # In every round each cluster gives one timestep; in the last there may be fewer places than clusters.
-        rounds = -(-batch_size // self.num_clusters)
-        columns = [
-            torch.randint(first, end, (rounds,), generator=generator, device=source)
-            for first, end in pairwise(self.bounds)
-        ]
-        table = torch.stack(columns, dim=1)[:, torch.randperm(len(columns), generator=generator, device=source)]
-        t = table.flatten()[:batch_size]
-        t = t[torch.randperm(batch_size, generator=generator, device=source)]
-        if device is None:
-            return t
-        if t.device.type == "cpu" and torch.device(device).type == "cuda":
-            return t.pin_memory().to(device, non_blocking=True)  # the host does not wait
-        return t.to(device)
 
-    def save(self, path: str | Path) -> None:
-        """Write the clusters as JSON. A reader, or another process that saves the same, never finds half a file.
+        def draw(k: int, n: int, source: torch.device | str | None) -> Tensor:
+            first, end = self.bounds[k : k + 2]
+            return torch.randint(first, end, (n,), generator=generator, device=source)
 
-        Raises:
-            OSError: if the file cannot be written. The old one is then as before.
-        """
-        text = json.dumps({"format": FORMAT, "cost": self.cost, "bounds": self.bounds}) + "\n"
-        with replacing(path) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> IntervalClusters:
-        """Read what ``save`` has written; the file may be edited by hand, and so has no checksum.
-
-        Raises:
-            ValueError: naming the file, if it holds something else, or is of another version of the format.
-            OSError: if it cannot be read.
-        """
-        advice = "make them again with interval_clusters, or name another file"
-        with expecting("clusters that IntervalClusters.save has written", path, advice):
-            stored = read_json(path)
-            if not isinstance(stored, dict) or "format" not in stored:
-                raise ValueError("it is not an object with a format")
-            if stored["format"] != FORMAT:
-                raise ValueError(
-                    f"its format is version {quoted(stored['format'])}, and this dtr_kernels reads {FORMAT}"
-                )
-            if stored.keys() != {"format", "cost", "bounds"}:
-                raise ValueError(f"it must hold format, cost and bounds, but holds {', '.join(stored)}")
-            return cls(stored["bounds"], stored["cost"])
+        return self._evenly(batch_size, generator, device, draw)
 
     def _assign_one(self, t: Any) -> int:
         if isinstance(t, float):
@@ -196,7 +221,7 @@ class IntervalClusters:
         last = self.num_timesteps - 1
         return (
             f"t must hold integer timesteps, got {given}; for continuous time in [0, 1] give "
-            f"(t * {self.num_timesteps}).long().clamp(max={last})"
+            f"(t * {self.num_timesteps}).long().clamp(max={last}), or make ContinuousClusters"
         )
 
 

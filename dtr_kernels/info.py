@@ -6,7 +6,7 @@ import itertools
 import json
 import platform
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import triton
@@ -18,6 +18,7 @@ from dtr_kernels.ops.dispatch import LEAST_ELEMENTS_ON_CPU, capability_of, kerne
 from dtr_kernels.ops.gradient_lists import CLUSTERS, choose_surgery
 from dtr_kernels.ops.tiles import KINDS, Configuration, Tuned, configuration, crossovers, tuned_for
 from dtr_kernels.ops.tuned_tiles import user_file
+from dtr_kernels.ops.window_linear import WindowsOp
 
 __all__ = ["collect", "show"]
 
@@ -84,7 +85,7 @@ def _crossovers(index: int) -> list[str]:
     dtypes_of: dict[tuple[str, str], list[str]] = {}
     for op, dtype in itertools.product(crossovers(), (torch.bfloat16, torch.float16, torch.float32)):
         betas: dict[str, list[str]] = {}
-        for active in _ACTIVE:
+        for active in _ACTIVE if op in get_args(WindowsOp) else (100,):
             betas.setdefault(_crossover(index, op, dtype, active), []).append(f"{active / 100:g}")
         for crossover, some in betas.items():
             name = op if len(betas) == 1 else f"{op} at beta {_joined(some)}"

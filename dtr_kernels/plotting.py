@@ -1,9 +1,10 @@
-"""Pictures of a routing (figure 3 of the DTR paper), of clusters of timesteps (ANT, section 4.1) and of the affinity of
-denoising tasks (ANT, observation O1)."""
+"""Pictures of a routing (figure 3 of the DTR paper), of clusters of timesteps (ANT, section 4.1), of the affinity of
+denoising tasks (ANT, observation O1) and of the conflicts between clusters in a training."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterable
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtr_kernels.clusters import IntervalClusters, check_snr, real_numbers
+from dtr_kernels.clusters import Clusters, IntervalClusters, check_snr, real_numbers
+from dtr_kernels.continuous import ContinuousClusters
 from dtr_kernels.routing import DenoisingTaskRouting, RandomRouting
+from dtr_kernels.surgery import conflict_fractions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
     from dtr_kernels.analysis import TaskAffinity
 
-__all__ = ["plot_affinity", "plot_clusters", "plot_routing"]
+__all__ = ["plot_affinity", "plot_clusters", "plot_conflicts", "plot_routing"]
 
 
 def plot_routing(
@@ -115,31 +118,86 @@ def _cell_edges(timesteps: Tensor, clusters: IntervalClusters | None) -> Tensor:
     return torch.cat([ends[:1], between, ends[1:]])
 
 
-# In pictures of clusters, in inches: a line and a character of small print, the wedges below the boxes.
-_LINE, _CHARACTER, _WEDGE = 0.11, 0.055, 0.35
-# With more clusters than these the boxes have no labels.
-_MOST_LABELS = 64
+# Of a training, in pictures of conflicts.
+_MOST_PARTS = 50
 
 
-def plot_clusters(clusters: IntervalClusters, path: str | Path | None = None, values: Any = None) -> Figure:
-    """Draw the intervals over the timesteps, with the curve or the matrix that they were made from.
+def plot_conflicts(grams: Iterable[Tensor], path: str | Path | None = None) -> Figure:
+    """Draw how often every two clusters conflict over a training, which is cut into at most 50 parts.
 
-    Every cluster has a box above with its number, its first and last timestep and how many it holds, and a wedge that
-    leads from the box to where it is; so one of a single timestep can be read too. More than 64 have no labels.
+    Pairs are ordered by how far apart their clusters are, neighbours at the bottom. A part in which one of the two
+    never has a gradient stays white.
 
     Args:
-        clusters: what to draw.
+        grams: the Gram matrices of all steps, as for ``conflict_fractions``, of at least two clusters.
         path: where to save the picture (PNG, PDF, SVG by its ending); None returns it only.
-        values: what to draw with them, as for ``interval_clusters``: the SNR at every timestep, [T], as a curve on a
-            logarithmic scale, which leaves out zeros; or the affinity of all pairs of timesteps, [T, T], as a heat map
-            with the clusters as squares. None draws the intervals only.
 
     Returns:
         The matplotlib figure.
 
     Raises:
         ImportError: if matplotlib is not installed (``pip install matplotlib``).
-        ValueError: if values have another shape, or are NaN, infinite, or an SNR that is negative.
+        TypeError, ValueError: if grams are not as described.
+    """
+    from matplotlib.figure import Figure
+
+    grams = list(grams)
+    K = len(conflict_fractions(grams))
+    pairs = sorted(combinations(range(K), 2), key=lambda pair: (pair[1] - pair[0], pair))
+    if not pairs:
+        raise ValueError("grams must be of at least two clusters, got those of one")
+    parts = torch.stack(grams).tensor_split(min(len(grams), _MOST_PARTS))
+    fractions = torch.stack([conflict_fractions(part) for part in parts]).cpu().numpy()
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(
+        [[fraction[pair] for fraction in fractions] for pair in pairs],
+        aspect="auto",
+        origin="lower",
+        cmap="Reds",
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+        extent=(0, len(grams), -0.5, len(pairs) - 0.5),
+    )
+    figure.colorbar(image, label="share of steps in conflict")
+    few = pairs if len(pairs) <= _MOST_LABELS else []
+    axes.set_yticks(range(len(few)), [f"{i} and {j}" for i, j in few], fontsize=7)
+    axes.set(xlabel="training step", ylabel="clusters", title=f"Conflicts between the gradients of {K} clusters")
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+# In pictures of clusters, in inches: a line and a character of small print, the wedges below the boxes.
+_LINE, _CHARACTER, _WEDGE = 0.11, 0.055, 0.35
+# With more clusters than these the boxes have no labels.
+_MOST_LABELS = 64
+
+
+def plot_clusters(
+    clusters: IntervalClusters | ContinuousClusters, path: str | Path | None = None, values: Any = None
+) -> Figure:
+    """Draw the intervals over the timesteps, with the curve or the matrix that they were made from.
+
+    Every cluster has a box above with its number, its first and last timestep and how many it holds (of continuous
+    time, its bounds and its length), and a wedge that leads from the box to where it is; so one of a single timestep
+    can be read too. More than 64 have no labels.
+
+    Args:
+        clusters: what to draw.
+        path: where to save the picture (PNG, PDF, SVG by its ending); None returns it only.
+        values: what to draw with them, as for ``interval_clusters``: the SNR at every timestep, [T], as a curve on a
+            logarithmic scale, which leaves out zeros; or the affinity of all pairs of timesteps, [T, T], as a heat map
+            with the clusters as squares. None draws the intervals only, and is all there is for continuous time.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ImportError: if matplotlib is not installed (``pip install matplotlib``).
+        ValueError: if values have another shape, or are NaN, infinite, or an SNR that is negative, or are given for
+            continuous time.
         TypeError: if values are not real numbers.
     """
     try:
@@ -147,7 +205,14 @@ def plot_clusters(clusters: IntervalClusters, path: str | Path | None = None, va
     except ImportError as error:
         raise ImportError("plot_clusters needs matplotlib: pip install matplotlib") from error
 
-    T, K = clusters.num_timesteps, clusters.num_clusters
+    K, edges = clusters.num_clusters, _edges(clusters)
+    if isinstance(clusters, IntervalClusters):
+        T, time = clusters.num_timesteps, "timestep t"
+        title = f"Interval clusters: cost {clusters.cost}, K {K}, T {T}"
+    elif values is None:
+        time, title = "time t", f"Clusters of continuous time: K {K}"
+    else:
+        raise ValueError("values must be None for clusters of continuous time")
     is_matrix = values is not None and np.ndim(values) == 2
     width = max(5.0, _LINE * min(K, _MOST_LABELS))
     height = width if is_matrix else 0.4 if values is None else 2.2
@@ -161,11 +226,16 @@ def plot_clusters(clusters: IntervalClusters, path: str | Path | None = None, va
         _draw_bands(axes, clusters)
         _draw_snr(axes, None if values is None else real_numbers(values, (T,), "the SNR at every timestep"))
     _draw_boxes(boxes, clusters, labels)
-    boxes.set_title(f"Interval clusters: cost {clusters.cost}, K {K}, T {T}")
-    axes.set(xlim=(-0.5, T - 0.5), xlabel="timestep t (0: clean image, right: noise)")
+    boxes.set_title(title)
+    axes.set(xlim=(edges[0], edges[-1]), xlabel=f"{time} (0: clean image, right: noise)")
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
+
+
+def _edges(clusters: Clusters) -> list[float]:
+    """Return where the intervals begin and end: at their bounds, and of timesteps halfway between two."""
+    return [bound - 0.5 * isinstance(clusters, IntervalClusters) for bound in clusters.bounds]
 
 
 class _Labels(NamedTuple):
@@ -177,16 +247,22 @@ class _Labels(NamedTuple):
     height: float
 
 
-def _labels(clusters: IntervalClusters, box_width: float) -> _Labels:
-    rows = [
-        (str(k), str(first) if end == first + 1 else f"{first}\N{EN DASH}{end - 1}", str(end - first))
-        for k, (first, end) in enumerate(pairwise(clusters.bounds))
-    ]
+def _labels(clusters: IntervalClusters | ContinuousClusters, box_width: float) -> _Labels:
+    if isinstance(clusters, ContinuousClusters):
+        times = "times"
+        spans = [(f"{first:.3g}\N{EN DASH}{end:.3g}", f"{end - first:.3g}") for first, end in pairwise(clusters.bounds)]
+    else:
+        times = "timesteps"
+        spans = [
+            (str(first) if end == first + 1 else f"{first}\N{EN DASH}{end - 1}", str(end - first))
+            for first, end in pairwise(clusters.bounds)
+        ]
+    rows = [(str(k), *span) for k, span in enumerate(spans)]
     if len(rows) > _MOST_LABELS:
         return _Labels("", [""] * len(rows), 0, _LINE)
     if max(len(text) for row in rows for text in row) * _CHARACTER < box_width - 0.06:
-        return _Labels("cluster\ntimesteps\nlength", ["\n".join(row) for row in rows], 0, 3.6 * _LINE)
-    caption, texts = "cluster:\ntimesteps (length)", ["{}: {} ({})".format(*row) for row in rows]
+        return _Labels(f"cluster\n{times}\nlength", ["\n".join(row) for row in rows], 0, 3.6 * _LINE)
+    caption, texts = f"cluster:\n{times} (length)", ["{}: {} ({})".format(*row) for row in rows]
     return _Labels(caption, texts, 90, max(18, *map(len, texts)) * _CHARACTER + 0.06)
 
 
@@ -198,14 +274,14 @@ def _fit(figure: Figure, width: float, height: float, right: float) -> None:
     figure.subplots_adjust(left=left / W, right=1 - right / W, bottom=below / H, top=1 - above / H, hspace=0)
 
 
-def _draw_affinity(axes: Axes, clusters: IntervalClusters, affinity: np.ndarray) -> None:
+def _draw_affinity(axes: Axes, clusters: Clusters, affinity: np.ndarray) -> None:
     """Return the heat map, white where tasks neither help nor hinder each other, and a square for each cluster."""
     from matplotlib.patches import Rectangle
 
     largest = max(1.0, np.abs(affinity).max())
     image = axes.imshow(affinity, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-largest, vmax=largest)
-    for first, end in pairwise(clusters.bounds):
-        axes.add_patch(Rectangle((first - 0.5, first - 0.5), end - first, end - first, fill=False, linewidth=1))
+    for first, end in pairwise(_edges(clusters)):
+        axes.add_patch(Rectangle((first, first), end - first, end - first, fill=False, linewidth=1))
     axes.figure.colorbar(image, cax=axes.inset_axes((1.02, 0, 0.03, 1)), label="affinity")
     axes.set_ylabel("timestep t")
 
@@ -219,23 +295,24 @@ def _draw_snr(axes: Axes, snr: np.ndarray | None) -> None:
     axes.set(ylabel="SNR", yscale="log")
 
 
-def _draw_bands(axes: Axes, clusters: IntervalClusters) -> None:
-    for (first, end), colour in zip(pairwise(clusters.bounds), _colours(clusters), strict=True):
-        axes.axvspan(first - 0.5, end - 0.5, color=colour, linewidth=0.6)
+def _draw_bands(axes: Axes, clusters: Clusters) -> None:
+    for (first, end), colour in zip(pairwise(_edges(clusters)), _colours(clusters), strict=True):
+        axes.axvspan(first, end, color=colour, linewidth=0.6)
 
 
-def _draw_boxes(axes: Axes, clusters: IntervalClusters, labels: _Labels) -> None:
+def _draw_boxes(axes: Axes, clusters: Clusters, labels: _Labels) -> None:
     """Boxes of one width, and a wedge from each down to its interval."""
-    T, K = clusters.num_timesteps, clusters.num_clusters
+    edges, K = _edges(clusters), clusters.num_clusters
+    length = edges[-1] - edges[0]
     middle, top = _WEDGE + labels.height / 2, _WEDGE + labels.height
 
     def write(x: float, text: str, **where: Any) -> None:
         axes.text(x, middle, text, va="center", rotation=labels.rotation, fontsize=7, **where)
 
     write(-0.01, labels.caption, ha="right", transform=axes.get_yaxis_transform())
-    for k, ((first, end), colour) in enumerate(zip(pairwise(clusters.bounds), _colours(clusters), strict=True)):
-        left, right = (T * (k + part) / K - 0.5 for part in (0.03, 0.97))
-        x = [first - 0.5, end - 0.5, right, right, left, left]
+    for k, ((first, end), colour) in enumerate(zip(pairwise(edges), _colours(clusters), strict=True)):
+        left, right = (edges[0] + length * (k + part) / K for part in (0.03, 0.97))
+        x = [first, end, right, right, left, left]
         # The outline shows an interval that is narrower than itself.
         axes.fill(x, [0, 0, _WEDGE, top, top, _WEDGE], facecolor=colour, edgecolor=colour, linewidth=0.6)
         write((left + right) / 2, labels.texts[k], ha="center")
@@ -243,7 +320,7 @@ def _draw_boxes(axes: Axes, clusters: IntervalClusters, labels: _Labels) -> None
     axes.set_axis_off()
 
 
-def _colours(clusters: IntervalClusters) -> list[np.ndarray]:
+def _colours(clusters: Clusters) -> list[np.ndarray]:
     """Pale ones, on which black can be read, darker and lighter in turn, so that neighbours differ."""
     from matplotlib import colormaps
 

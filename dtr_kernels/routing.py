@@ -7,6 +7,7 @@ skipping possible. Random routing (the paper's R-TR baseline) draws an arbitrary
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Integral, Real
@@ -159,7 +160,7 @@ def check_range(t: Tensor, last: float, hint: str, name: str = "t") -> None:
     """
     message = f"{name} must be in 0..{last}; {hint}"
     margin: float = 0
-    if t.is_floating_point():
+    if t.is_floating_point() and last < math.inf:
         margin = 4 * max(torch.finfo(t.dtype).eps, torch.finfo(torch.float32).eps) * max(last, 1)
     t = t.double() if t.is_floating_point() else t.long()  # a narrow dtype would wrap ``last`` around, or round it
     valid = ((t >= -margin) & (t <= last + margin)).all()

@@ -69,6 +69,11 @@ def angle(t: Tensor) -> Tensor:
     return (math.pi / 2 * (t + 1) / TIMESTEPS)[:, None, None, None]
 
 
+def snr(t: Tensor) -> Tensor:
+    """The signal-to-noise ratio at integer timesteps t [B], [B]."""
+    return angle(t).flatten().tan() ** -2
+
+
 def noisy(images: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """x_t of images under fresh noise, and the velocity to predict from it, both like images."""
     phi, noise = angle(t), torch.randn_like(images)

@@ -44,7 +44,7 @@ ROUTINGS: dict[str, Callable[[Recipe], Any]] = {
     "dtr": lambda recipe: dtr.DenoisingTaskRouting(digits.TIMESTEPS, recipe.alpha, recipe.beta),
 }
 ANOTHER = "delete the file, or give another folder"  # for a checkpoint that cannot be used
-WEIGHTINGS = ("none", "uw", "pcgrad", "nash")
+WEIGHTINGS = ("none", "uw", "pcgrad", "nash", "min-snr", "edm2")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHOICES = {"routing": ROUTINGS, "scope": dtr.reference.SCOPES, "weighting": WEIGHTINGS, "precision": PRECISIONS}
 # Whole numbers are at least 1, a seed 0, and at most these; far beyond, memory runs out.
@@ -61,7 +61,7 @@ class Recipe:
         scope: what the routing masks, see ``dtr.nn.RoutedDiTBlock``.
         alpha, beta: of the routing, see ``dtr.DenoisingTaskRouting``.
         weighting: of the clusters' losses: "none" (the mean loss), "uw" (uncertainty weighting), or gradient surgery by
-            "pcgrad" or "nash".
+            "pcgrad" or "nash"; of each sample's loss by its noise level: "min-snr", or "edm2", which is learned.
         clusters: K. Every batch is spread evenly over K intervals of timesteps, whatever the weighting.
         cluster: train on the timesteps of this one alone; None trains on all.
         size, hidden_size, depth, num_heads: of the images and of the model.
@@ -112,10 +112,18 @@ class Recipe:
             )
 
 
+class MinSNR(nn.Module):
+    """Min-SNR-gamma of the velocity's error, called like ``dtr.NoiseLevelUncertainty``."""
+
+    def forward(self, losses: Tensor, snr: Tensor) -> Tensor:
+        """The weighted losses [B]."""
+        return dtr.min_snr_weights(snr, "v") * losses
+
+
 class Objective(nn.Module):
     """The model and what turns its errors into losses: one module, so that DDP averages the gradients of all of it."""
 
-    def __init__(self, model: nn.Module, weighting: dtr.UncertaintyWeighting | None, precision: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, weighting: nn.Module | None, precision: torch.dtype) -> None:
         super().__init__()
         self.model = model
         self.weighting = weighting
@@ -138,8 +146,11 @@ class Objective(nn.Module):
         losses = self.losses(*batch)
         if self.weighting is None:
             return losses.mean(), losses.mean()
-        means = losses.new_zeros(len(self.weighting.s)).index_add(0, clusters, losses * shares)
-        return self.weighting(means), losses.mean()
+        if isinstance(self.weighting, dtr.UncertaintyWeighting):
+            means = losses.new_zeros(len(self.weighting.s)).index_add(0, clusters, losses * shares)
+            return self.weighting(means), losses.mean()
+        _, t, *_ = batch
+        return self.weighting(losses, digits.snr(t)).mean(), losses.mean()
 
 
 class Training:
@@ -176,10 +187,15 @@ class Training:
         self.averaged = copy.deepcopy(self.model).eval()
 
         groups: list[dict[str, Any]] = [{"params": list(self.model.parameters())}]
-        weighting = None
+        weighting: nn.Module | None = None
         if recipe.weighting == "uw":
             weighting = dtr.UncertaintyWeighting(recipe.clusters).to(images.device)
             groups.append(weighting.param_group())
+        elif recipe.weighting == "min-snr":
+            weighting = MinSNR()
+        elif recipe.weighting == "edm2":
+            weighting = dtr.NoiseLevelUncertainty().to(images.device)
+            groups.append({"params": list(weighting.parameters()), "weight_decay": 0.0})
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
         for parameter in (p for group in groups for p in group["params"] if p.requires_grad):
             # As AdamW makes them in its first step; with them, every checkpoint has the same keys.

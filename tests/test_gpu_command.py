@@ -23,6 +23,7 @@ CASES = [
     ("gpu tests", "print('\\nFAILED test_x')", "FAILED", "FAILED test_x"),
     ("gpu tests", "print('ERROR test_x', flush=True); " + SLEEP, "FAILED", "ERROR test_x"),
     ("gpu tests", "print('SKIPPED: NOT RUN: needs an NVIDIA GPU')", "FAILED", "NOT RUN: needs an NVIDIA GPU"),
+    ("every kernel", "print('9 calls of 2 kernels, 3 wrong')", "FAILED", "9 calls of 2 kernels, 3 wrong"),
     ("memcheck", "print('== ERROR SUMMARY: 12 errors')", "FAILED", "SUMMARY: 12 errors"),
     ("memcheck", "print('== Invalid __global__ read')", "FAILED", "== Invalid __global__ read"),
     ("memcheck", "print('== Error: Device not supported.'); exit(1)", "missing", "Device not supported."),
@@ -110,10 +111,10 @@ def test_everything_is_kept_and_a_failure_said(monkeypatch, tmp_path, capsys, ke
     steps = [gpu.Step("facts", 5, python(it=ignored)), gpu.Step("smoke", 0, python(**smoke))]
     monkeypatch.setattr(gpu, "checks", lambda found: steps)
     assert gpu.main([str(tmp_path / "out"), "checks"]) == 1
-    assert "--- facts it\nit\n" in (said := capsys.readouterr().out) and "7 of 7 commands failed" in said
+    assert "s  exit status 3: it\n" in (said := capsys.readouterr().out) and "7 of 7 commands failed" in said
     assert json.loads(gpu.WRONG.read_text()) == ["weighted_sum", "gram"], "in the sizes that are measured"
     facts = json.loads((tmp_path / "out/checks.json").read_text())[0]
-    assert [facts[name] for name in ("state", "why", "end")] == ["FAILED", "exit status 3", ["it"]]
+    assert [facts[name] for name in ("state", "why", "end")] == ["FAILED", "exit status 3: it", ["it"]]
     with tarfile.open(tmp_path / "out/checks.tar.xz") as archive:
         assert {"checks/wrong.json", "checks/logs/smoke-fresh-thread.log"} < set(archive.getnames())
 

@@ -156,33 +156,36 @@ def test_says_what_is_tuned():
 @pytest.mark.usefixtures("files")
 def test_says_from_how_many_tokens_on_our_gemms_run_and_which_are_tuned_where():
     assert info._crossovers(0) == [
-        "windows_forward at beta 0.2 in bfloat16 and float16: from 131,072 tokens on (default) with 384 channels, "
-        "from 8,192 tokens on (default) with 768 channels, from 4,096 tokens on (default) with 1024 and 1152 channels",
+        "windows_forward at beta 0.2 in bfloat16 and float16: from 65,536 tokens on (default) with 384 channels, "
+        "from 8,192 tokens on (default) with 768 channels, from 4,096 tokens on (default) with 1024 channels, "
+        "from 2,048 tokens on (default) with 1152 channels",
         "windows_forward at beta 0.5 in bfloat16 and float16: never (default) with 384 channels, "
-        "from 16,384 tokens on (default) with 768 channels, from 8,192 tokens on (default) with 1024 and 1152 channels",
+        "from 16,384 tokens on (default) with 768 channels, from 8,192 tokens on (default) with 1024 channels, "
+        "from 4,096 tokens on (default) with 1152 channels",
         "windows_forward at beta 0.8 and windows_backward at beta 0.5 and 0.8 in bfloat16 and float16: never (default)",
         "windows_forward, windows_backward, gelu_forward and gelu_backward in float32: never (default)",
         "windows_backward at beta 0.2 in bfloat16 and float16: never (default) with 384 channels, "
-        "from 262,144 tokens on (default) with 768 channels, from 65,536 tokens on (default) with 1024 and "
+        "from 524,288 tokens on (default) with 768 channels, from 131,072 tokens on (default) with 1024 and "
         "1152 channels",
         "gelu_forward and gelu_backward in bfloat16 and float16: always (default)",
     ]
     tiles.forget()
-    forward = replace(tuned(), op="windows_forward", tile=Crossover(2048))
+    forward = replace(tuned(), op="windows_forward", active=50, tile=Crossover(2048))
     packaged = [forward, replace(forward, channels=384, tile=Crossover(16384))]
-    user = [replace(forward, tile=Crossover(1024)), replace(forward, op="gelu_forward", tile=Crossover(NEVER))]
+    user = [replace(forward, tile=Crossover(1024))]
+    user += [replace(forward, op="gelu_forward", active=100, tile=Crossover(NEVER))]
     user += [replace(forward, op="windows_backward", active=80, tile=Crossover(NEVER))]
     user += [replace(forward, op="windows_backward", active=20, tile=Crossover(64))]
-    other_samples = replace(forward, op="gelu_backward", rows=64, tile=Crossover(64))
+    other_samples = replace(forward, op="gelu_backward", active=100, rows=64, tile=Crossover(64))
     tuned_tiles.write(tuned_tiles.packaged_file(GPU), packaged)
     tuned_tiles.write(tuned_tiles.user_file(GPU), [*user, other_samples])
     said = info._crossovers(0)
     assert (
-        "windows_forward in bfloat16: from 16,384 tokens on (packaged file) with 384 channels, "
+        "windows_forward at beta 0.5 in bfloat16: from 16,384 tokens on (packaged file) with 384 channels, "
         "from 1,024 tokens on (user's file) with 768, 1024 and 1152 channels"
     ) in said
     assert "windows_backward at beta 0.2 in bfloat16: from 64 tokens on (user's file)" in said
-    assert "windows_backward at beta 0.5 and 0.8 and gelu_forward in bfloat16: never (user's file)" in said
+    assert "windows_backward at beta 0.8 and gelu_forward in bfloat16: never (user's file)" in said
     assert "gelu_backward in bfloat16 and float16: always (default)" in said
 
 

@@ -20,14 +20,16 @@ from torch import Tensor
 from dtr_kernels import __main__, ops, reference, verify
 from dtr_kernels.ops import extension, tiles
 from dtr_kernels.ops.declaration import SIZES, Draw, Gradient, Gradients, Kernel, Precision, Sizes, mode_name, results
-from dtr_kernels.ops.gated_norm import Norm, NormInputs, NormWindow, gated_norm_forward
+from dtr_kernels.ops.dispatch import recording
+from dtr_kernels.ops.gated_norm import Norm, NormInputs, NormWindow, gated_norm_forward, kept_channels
 from dtr_kernels.ops.window_linear import ClosedForm, window_linear_forward
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 FP64 = Precision(torch.float64, torch.float64)
 KERNELS = {kernel.name: kernel for kernel in ops.KERNELS}
 if INTERPRETED:  # it has Triton kernels alone, and takes its time
-    KERNELS = {name: replace(k, sizes=k.sizes[1::2]) for name, k in KERNELS.items() if k.sizes is SIZES}
+    few = SIZES[0], SIZES[1]._replace(B=2, N=20), SIZES[3]
+    KERNELS = {name: replace(k, sizes=few) for name, k in KERNELS.items() if k.sizes is SIZES}
 MODES = [
     pytest.param(kernel, mode, id=f"{kernel.name}-{mode_name(mode) or 'only'}")
     for kernel in KERNELS.values()
@@ -175,6 +177,22 @@ def test_activations_by_hand(kind):
         slope = (activation_by_hand(kind, value + step) - activation_by_hand(kind, value - step)) / (2 * step)
         found = backward(dact=torch.ones_like(pre), pre=pre, kind=kind)[0]
         torch.testing.assert_close(found, torch.tensor([slope], dtype=torch.float64))
+
+
+def test_a_compact_window_begins_at_a_whole_vector_and_has_every_active_channel():
+    """For every width of a window and every place of it, as far as the last step of a GEMM has room."""
+    for C in (1, 7, 63, 64, 65, 80, 127, 128, 136, 192, 200, 384):
+        x = torch.empty(1, 1, C, device="meta")
+        for width in range(1, C + 1):
+            window = NormWindow(torch.zeros(1, dtype=torch.int32), width, compact=True)
+            with recording(90):
+                kept, alignment = kept_channels(x, window)
+            starts = torch.arange(C - width + 1)
+            first = (starts // alignment * alignment).clamp_max(C - kept)
+            assert kept == min(-(-width // 64) * 64, C) and not (first % alignment).any()
+            assert (first <= starts).all() and (first + kept >= starts + width).all()
+            # Twice as much would leave a channel out, or end after the last one.
+            assert 2 * alignment > kept - width + 1 or (C - kept) % (2 * alignment)
 
 
 def directional_derivative(function, leaves, directions, cotangents, step=1e-5):

@@ -25,7 +25,8 @@ ALLOWED = {
     "swap": {"nn", "ops", "quoting", "reference", "routing"},
     "surgery": {"ops", "quoting", "reference", "routing"},
     "clusters": {"files", "quoting", "routing"},
-    "analysis": {"files", "clusters", "quoting", "routing", "surgery"},
+    "continuous": {"clusters", "quoting", "routing"},
+    "analysis": {"files", "clusters", "continuous", "quoting", "routing", "surgery"},
 }
 
 

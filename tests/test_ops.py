@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.library import opcheck
 
 from benchmarks.memory import saved_bytes
 from dtr_kernels import DenoisingTaskRouting, ops, reference
@@ -107,7 +108,7 @@ def check_routed_mlp(
 @pytest.mark.parametrize("tokens", [1, 130] if not INTERPRETED else [37])
 @pytest.mark.parametrize("norm", reference.NORMS)
 def test_routed_linear(seed, device, dtype, branch, beta, tokens, norm):
-    check_routed_linear(3, tokens, 96, 200, windows(3, 96, beta, device), dtype, device, branch, norm=norm)
+    check_routed_linear(3, tokens, 136, 200, windows(3, 136, beta, device), dtype, device, branch, norm=norm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,37 +117,37 @@ def test_routed_linear(seed, device, dtype, branch, beta, tokens, norm):
 @pytest.mark.parametrize("tokens", [1, 130] if not INTERPRETED else [37])
 @pytest.mark.parametrize("norm", reference.NORMS)
 def test_routed_mlp(seed, device, dtype, keep_branch, beta, tokens, norm):
-    check_routed_mlp(3, tokens, 96, 264, windows(3, 96, beta, device), keep_branch, dtype, device, norm=norm)
+    check_routed_mlp(3, tokens, 136, 264, windows(3, 136, beta, device), keep_branch, dtype, device, norm=norm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS[1:])
 @pytest.mark.parametrize("keep_branch", [False, True])
 def test_routed_mlp_with_other_activations(seed, device, dtype, activation, keep_branch):
-    window, kind = windows(3, 96, 0.8, device), {"norm": "rms", "activation": activation}
-    check_routed_mlp(3, 37, 96, 131, window, keep_branch, dtype, device, **kind)
+    window, kind = windows(3, 136, 0.8, device), {"norm": "rms", "activation": activation}
+    check_routed_mlp(3, 37, 136, 131, window, keep_branch, dtype, device, **kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("branch", [False, True])
 @pytest.mark.parametrize("norm, beta", [("layer", 0.8), ("layer", 1.0), ("rms", 0.8)])
 def test_routed_linear_on_all_channels(seed, device, dtype, branch, norm, beta, dense_products):
-    check_routed_linear(3, 37, 96, 200, windows(3, 96, beta, device), dtype, device, branch, norm=norm)
+    check_routed_linear(3, 37, 136, 200, windows(3, 136, beta, device), dtype, device, branch, norm=norm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keep_branch", [False, True])
 def test_routed_mlp_on_all_channels(seed, device, dtype, keep_branch, dense_products):
-    check_routed_mlp(3, 37, 96, 264, windows(3, 96, 0.8, device), keep_branch, dtype, device)
+    check_routed_mlp(3, 37, 136, 264, windows(3, 136, 0.8, device), keep_branch, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_pass_over_windows_and_the_other_over_all_channels(seed, device, dtype, dense_products, monkeypatch):
     """What the forward pass keeps serves either: the choice is made anew in the backward pass."""
     monkeypatch.setitem(tiles._forced, "windows_forward", Crossover(1))
-    window = windows(3, 96, 0.8, device)
-    check_routed_linear(3, 37, 96, 200, window, dtype, device)
-    check_routed_mlp(3, 37, 96, 264, window, False, dtype, device)
+    window = windows(3, 136, 0.8, device)
+    check_routed_linear(3, 37, 136, 200, window, dtype, device)
+    check_routed_mlp(3, 37, 136, 264, window, False, dtype, device)
 
 
 def test_a_weight_gradient_in_parts(seed, device, monkeypatch):
@@ -158,7 +159,7 @@ def test_a_weight_gradient_in_parts(seed, device, monkeypatch):
         "dtr_kernels.ops.window_linear._splits",
         lambda tiles, steps, processors: asked.append(min(5, steps)) or asked[-1],
     )
-    check_routed_linear(3, 130, 96, 200, windows(3, 96, 0.8, device), torch.bfloat16, device)
+    check_routed_linear(3, 130, 136, 200, windows(3, 136, 0.8, device), torch.bfloat16, device)
     check_inner_linear(3, 130, 96, 288, 3, windows(3, 6, 0.5, device), torch.bfloat16, device)
     assert set(asked) == {5}
 
@@ -199,10 +200,10 @@ def test_when_slices_of_the_weight_pay_on_a_cpu(channels, width, tokens, forward
 
 def test_the_largest_tiles(seed, device):
     """More tokens and outputs than the largest tile has rows and columns, so that tiles of every kind meet edges."""
-    window = windows(2, 96, 0.8, device)
-    check_routed_linear(2, 150, 96, 300, window, torch.bfloat16, device)
-    check_routed_mlp(2, 150, 96, 300, window, False, torch.bfloat16, device)
-    check_routed_mlp(2, 150, 96, 300, window, True, torch.bfloat16, device)
+    window = windows(2, 136, 0.8, device)
+    check_routed_linear(2, 150, 136, 300, window, torch.bfloat16, device)
+    check_routed_mlp(2, 150, 136, 300, window, False, torch.bfloat16, device)
+    check_routed_mlp(2, 150, 136, 300, window, True, torch.bfloat16, device)
 
 
 @pytest.mark.parametrize("kind", reference.ACTIVATIONS[:3])
@@ -222,13 +223,13 @@ def test_activations_of_extreme_values(dtype, kind):
 @pytest.mark.skipif(INTERPRETED, reason="too many tokens for the interpreter")
 def test_long_samples(seed, device):
     """Sums over thousands of tokens are as accurate as PyTorch's, which adds in parts."""
-    check_routed_linear(2, 5000, 96, 40, windows(2, 96, 0.8, device), torch.float32, device)
+    check_routed_linear(2, 5000, 136, 40, windows(2, 136, 0.8, device), torch.float32, device)
 
 
 def test_layers_without_bias(seed, device):
-    window = windows(2, 48, 0.8, device)
-    check_routed_linear(2, 9, 48, 64, window, torch.float32, device, bias=False)
-    check_routed_mlp(2, 9, 48, 64, window, False, torch.float32, device, bias=False)
+    window = windows(2, 80, 0.8, device)
+    check_routed_linear(2, 9, 80, 64, window, torch.float32, device, bias=False)
+    check_routed_mlp(2, 9, 80, 64, window, False, torch.float32, device, bias=False)
 
 
 @pytest.mark.parametrize("channels", [21, 50])
@@ -243,11 +244,11 @@ def test_channels_that_no_descriptor_can_describe_in_place(seed, device, channel
 def test_every_width_of_window(seed, device, width):
     """beta from 1/C on, windows at odd places. A norm over one or two active channels hardly depends on their values,
     so its gradient is a difference of nearly equal numbers."""
-    start = torch.tensor([0, 32 - width, (32 - width) // 2], dtype=torch.int32, device=device)
+    start = torch.tensor([0, 80 - width, (80 - width) // 2], dtype=torch.int32, device=device)
     conditioning = 20 if width <= 2 else 1
-    window = ChannelWindow(start, width, 32)
-    check_routed_linear(3, 5, 32, 40, window, torch.float32, device, conditioning=conditioning)
-    check_routed_mlp(3, 5, 32, 40, window, True, torch.float32, device, conditioning=conditioning)
+    window = ChannelWindow(start, width, 80)
+    check_routed_linear(3, 5, 80, 40, window, torch.float32, device, conditioning=conditioning)
+    check_routed_mlp(3, 5, 80, 40, window, True, torch.float32, device, conditioning=conditioning)
 
 
 @settings(
@@ -259,7 +260,7 @@ def test_every_width_of_window(seed, device, width):
 def test_any_shape_and_window(seed, device, data):
     """Shapes, windows and dtypes drawn at random."""
     batch, tokens = data.draw(st.integers(1, 5), "batch"), data.draw(st.integers(1, 70), "tokens")
-    channels, outputs = data.draw(st.integers(3, 100), "channels"), data.draw(st.integers(8, 150), "outputs")
+    channels, outputs = data.draw(st.integers(3, 150), "channels"), data.draw(st.integers(8, 150), "outputs")
     width = data.draw(st.integers(3, channels), "width")
     starts = data.draw(st.lists(st.integers(0, channels - width), min_size=batch, max_size=batch), "starts")
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
@@ -277,10 +278,12 @@ def test_any_shape_and_window(seed, device, data):
 @pytest.mark.parametrize("given", ["weight", "bias", "weight, bias"])
 def test_a_norm_with_weight_and_bias(seed, device, norm, given):
     """Folded into the modulation, with the gradients of all; the smallest weights are what 1 + scale cancels to."""
-    window = windows(3, 96, 0.8, device)
-    inputs = stream_inputs(3, 37, 96, torch.bfloat16, device, branch=True)
-    inputs |= linear_inputs("", 200, 96, torch.bfloat16, device)
-    inputs |= {f"norm_{name}": random(96, dtype=torch.bfloat16, device=device, scale=0.1) for name in given.split(", ")}
+    window = windows(3, 136, 0.8, device)
+    inputs = stream_inputs(3, 37, 136, torch.bfloat16, device, branch=True)
+    inputs |= linear_inputs("", 200, 136, torch.bfloat16, device)
+    inputs |= {
+        f"norm_{name}": random(136, dtype=torch.bfloat16, device=device, scale=0.1) for name in given.split(", ")
+    }
 
     def fused(shift, scale, norm_weight=None, norm_bias=None, **inputs):
         shift, scale = ops.fold_affine(shift, scale, norm_weight, norm_bias)
@@ -294,6 +297,47 @@ def test_a_norm_with_weight_and_bias(seed, device, norm, given):
         return stream, torch.nn.functional.linear(reference.modulate(z, shift, scale), weight, bias)
 
     assert_within_bound(compare(fused, oracle, inputs, torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm, activation", [("layer", "gelu_tanh"), ("rms", "swiglu")])
+def test_ops_return_what_is_traced(seed, device, dtype, norm, activation):
+    """Rows that a kernel pads, of lengths that descriptors cannot describe, never leave an op: compiled graphs rely on
+    that."""
+    B, N, heads, C, H = 2, 3, 4, 12, 20
+    registered, needed = torch.ops.dtr_kernels, (True, True)
+
+    def new(*shape):
+        return random(*shape, dtype=dtype, device=device).detach()
+
+    def checked(op, *args):
+        opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+        return op(*args)
+
+    start = torch.tensor([1, 0], dtype=torch.int32, device=device)
+    x, shift, scale, branch, gate = new(B, N, C), new(B, C), new(B, C), new(B, N, C), new(B, C)
+    weight, (fc1, fc2) = new(3 * C, C), (new(H * (1 + (activation == "swiglu")), C), new(C, H))
+
+    def check(name, window, parts=()):
+        """Forward and backward op of a linear layer and of an MLP over a window."""
+        linear = *window, *parts, 1e-6, norm
+        stream, out, *statistics = checked(
+            getattr(registered, f"{name}_linear"), x, shift, scale, weight, new(3 * C), branch, gate, *linear
+        )
+        saved = stream, shift, scale, weight, branch, gate, *linear, *statistics
+        checked(getattr(registered, f"{name}_linear_backward"), branch, out, *saved, *needed)
+        mlp = branch, gate, *window, *([] if parts else [False]), 1e-6, norm, activation
+        weights = fc1, new(len(fc1)), fc2, new(C)
+        _, out, *saved = checked(getattr(registered, f"{name}_mlp"), x, shift, scale, *weights, *mlp, True)
+        given = x, shift, scale, fc1, fc2, *mlp, *saved
+        checked(getattr(registered, f"{name}_mlp_backward"), branch, out, *given, [True] * 4)
+
+    check("routed", (start, 9))
+    check("routed", (None, C))
+    check("inner", (start, 3, heads), parts=(3,))
+    z, weight = new(B, N, 9), new(C, C)
+    out = checked(registered.inner_projection, z, weight, new(C), start, 3, heads)
+    checked(registered.inner_projection_backward, out, z, weight, start, 3, heads, *needed)
 
 
 def of_heads(x, window, parts=1):

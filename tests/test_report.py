@@ -160,6 +160,7 @@ def checkout(tmp_path, monkeypatch):
     (tmp_path / "docs/performance.md").write_text("<!-- begin floors -->\n<!-- end floors -->\n")
     inner = "".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in ("inner", "inner study"))
     (tmp_path / "docs/inner.md").write_text(inner)
+    (tmp_path / "docs/methods.md").write_text("<!-- begin methods study -->\n<!-- end methods study -->\n")
     for run in (made_up_blocks(), *made_up_surgery()):
         run.save(tmp_path / report.RESULTS / "cpu")
     static = tmp_path / report.STATIC
@@ -543,7 +544,7 @@ def test_a_checkout_is_brought_up_to_date(seed, checkout, capsys):
     assert report.main(arguments(check=True)) == 1
     assert "README.md does not say" in capsys.readouterr().out
     assert "typed by hand" in (checkout / "README.md").read_text()
-    assert sorted(path.name for path in (checkout / "docs").iterdir()) == ["inner.md", "performance.md"]
+    assert sorted(path.name for path in (checkout / "docs").iterdir()) == ["inner.md", "methods.md", "performance.md"]
     assert report.main(arguments()) == 0
     readme = (checkout / "README.md").read_text()
     assert "typed by hand" not in readme and readme.endswith("\n\nThe end.\n")

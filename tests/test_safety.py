@@ -274,6 +274,8 @@ ALLOWED = {
     ("tests/", "pickle.loads"): "models that the test has just pickled",
     ("tests/comparing.py", "torch.load without weights_only=True"): "a whole model that the test has just saved",
     ("dtr_kernels/surgery/", "torch.distributed.all_gather_object"): "names and errors of the caller's ranks",
+    ("dtr_kernels/verify.py", "os.execv"): "the command itself, again, after an error that spoils its process",
+    ("tests/test_gpu_command.py", "subprocess.run without shell=False"): "a line of the GPU command, which is no input",
     ("examples/", "torch.distributed.broadcast_object_list"): "a checkpoint or an error of the run's first process",
     ("tests/", "torch.distributed.all_gather_object"): "results of the test's own processes",
 }

@@ -58,7 +58,7 @@ def quick(tmp_path_factory):
 
 def test_an_interrupted_study_trains_every_model_once(quick):
     _, trained = quick
-    assert [len(part) for part in trained] == [3, 6, 9]
+    assert [len(part) for part in trained] == [3, 9, 12]
     assert sorted(itertools.chain(*trained)) == sorted(unit(method, seed) for method in METHODS for seed in range(2))
 
 
@@ -85,6 +85,19 @@ def test_a_study_has_all_figures(quick):
     assert page == findings.markdown(study)
     assert all(method in page for method in METHODS) and "quick.png" in page
     assert (folder / "quick.png").stat().st_size > 50_000
+
+
+def test_a_study_from_before_a_method_says_nothing_of_it(quick, tmp_path):
+    study = json.loads((quick[0] / "quick.json").read_text())
+    assert all("+u(t)" in text for text in (findings.markdown(study), findings.sentences(study)[1]))
+    del study["methods"]["+u(t)"]
+    assert "+u(t)" not in findings.markdown(study) and "+Min-SNR: loss" in findings.sentences(study)[1]
+    study["plan"]["name"] = "cpu"
+    (tmp_path / findings.DOCS).mkdir(parents=True)
+    (tmp_path / findings.DOCS / "cpu.json").write_text(json.dumps(study))
+    block = findings.methods_block(tmp_path)
+    assert "\n| +Min-SNR " in block and "\n| vanilla" not in block
+    assert block.endswith("Newer than that run, and not in it: +u(t).") and "(study/cpu.md)" in block
 
 
 def test_a_finished_study_trains_nothing(quick, monkeypatch):
@@ -277,7 +290,8 @@ def test_intervals_and_the_best_in_words():
 
 
 def test_a_checkout_without_a_study(tmp_path):
-    assert findings.readme_block(tmp_path) == "The study has not been run: `make study`."
+    for block in findings.readme_block, findings.methods_block:
+        assert block(tmp_path) == "The study has not been run: `make study`."
 
 
 def test_the_largest_study_is_the_readme_s(quick, tmp_path):

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
 TINY = Recipe(steps=15, batch_size=20, hidden_size=32, depth=2, num_heads=2)
 OPTIONS = ["--steps", "15", "--batch-size", "20", "--hidden-size", "32", "--depth", "2", "--num-heads", "2"]
-METHODS = [("dtr", "none"), ("random", "uw"), ("dtr", "pcgrad"), ("none", "nash")]
+METHODS = [("dtr", "none"), ("random", "uw"), ("dtr", "pcgrad"), ("none", "nash"), ("dtr", "min-snr"), ("none", "edm2")]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,18 @@ def test_a_checkpoint_continues_to_the_same_bits(routing, weighting, precision, 
     while second.done < recipe.steps:
         second.step()
     assert_same(weights(second), weights(expected))
+
+
+def test_min_snr_weighs_the_error_of_the_image(data, seed):
+    """A wrong image is a wrong velocity, at sin(phi) of its size."""
+    training = Training(replace(TINY, weighting="min-snr", seed=seed), *data)
+    clusters, shares, *batch = training._batch()
+    phi = digits.angle(batch[1]).flatten().double()
+    weights = (phi.tan() ** -2).clamp(max=5) * phi.sin() ** 2
+    losses = training.objective.losses(*batch)
+    loss, mean = training.objective(clusters, shares, *batch)
+    torch.testing.assert_close(loss, (weights * losses).mean().float())
+    torch.testing.assert_close(mean, losses.mean())
 
 
 def test_every_part_of_a_checkpoint_counts(data, tmp_path, seed):
@@ -143,7 +155,7 @@ def test_the_loss_falls(data, seed):
     [
         ({"routing": "windows"}, "routing must be one of none, random, dtr, got 'windows'"),
         ({"scope": "all"}, "scope must be one of block, branch, inner, got 'all'"),
-        ({"weighting": "mgda"}, "weighting must be one of none, uw, pcgrad, nash, got 'mgda'"),
+        ({"weighting": "mgda"}, "weighting must be one of none, uw, pcgrad, nash, min-snr, edm2, got 'mgda'"),
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),
         ({"routing": ["dtr"]}, r"routing must be one of none, random, dtr, got \['dtr'\]"),
         *(

@@ -16,6 +16,7 @@ from dtr_kernels.files import expecting, read_json
 from dtr_kernels.quoting import quoted
 
 DOCS = Path("docs/study")
+NOT_RUN = "The study has not been run: `make study`."
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,8 @@ def sentences(study: Mapping[str, Any]) -> list[str]:
     vanilla = over_seeds(study["methods"][VANILLA]["distance of as many"], "{:.1f}")
     return [
         f"**Routing.** {_compared(study, ['+DTR (block)', '+DTR (branch)', '+R-TR'])}",
-        f"**Weighting.** {_compared(study, ['+UW', '+PCGrad', '+Nash'])}",
-        f"**Both.** {_compared(study, ['+DTR+UW', '+DTR+PCGrad'])} {_best(study)} "
+        f"**Weighting.** {_compared(study, ['+UW', '+PCGrad', '+Nash', '+Min-SNR', '+u(t)'])}",
+        f"**Both.** {_compared(study, ['+DTR+UW', '+DTR+PCGrad', '+DTR+Min-SNR'])} {_best(study)} "
         f"({real['as many']} samples of vanilla are at {vanilla}, as many held-out real digits at "
         f"{real['distance of as many']:.1f}.)",
         f"**Task affinity (O1).** Gradients at timesteps {plan['affinity_every']} apart have a cosine of {near:.2f}, "
@@ -198,8 +199,8 @@ def sentences(study: Mapping[str, Any]) -> list[str]:
 
 def _best(study: Mapping[str, Any]) -> str:
     """The method whose samples are closest in every seed, if there is one."""
-    seeds = zip(*(study["methods"][method]["distance"] for method in METHODS), strict=True)
-    best = {list(METHODS)[distances.index(min(distances))] for distances in seeds}
+    seeds = zip(*(found["distance"] for found in study["methods"].values()), strict=True)
+    best = {list(study["methods"])[distances.index(min(distances))] for distances in seeds}
     if len(best) > 1:
         return "No method has the smallest distance in every seed."
     return f"{best.pop()} has the smallest distance in every seed."
@@ -207,7 +208,7 @@ def _best(study: Mapping[str, Any]) -> str:
 
 def _compared(study: Mapping[str, Any], methods: Sequence[str]) -> str:
     parts = []
-    for method in methods:
+    for method in (method for method in methods if method in study["methods"]):  # an older study lacks newer ones
         loss, distance = changes(study, method)
         parts.append(
             f"{method}: loss {loss.mean:+.1%} ({loss.verdict}), distance {distance.mean:+.1%} ({distance.verdict}), "
@@ -268,7 +269,22 @@ def readme_block(root: Path, others: Sequence[str] = ()) -> str:
         path = f"{DOCS}/{study['plan']['name']}"
         head = f"{setup(study)} ([all figures]({path}.md), by `{study['environment']['command']}`):"
         return "\n".join([head, "", *lines, "", f"![All of the study on one page]({path}.png)"])
-    return "The study has not been run: `make study`."
+    return NOT_RUN
+
+
+def methods_block(root: Path) -> str:
+    """Write the block of ``docs/methods.md``: each method of the largest committed study against vanilla, and which are
+    not in it yet."""
+    for study in committed(root):
+        rows = [["against vanilla", "denoising loss", "Frechet distance", "time of a step"]]
+        for method in list(study["methods"])[1:]:  # but for vanilla
+            changed = (f"{change.mean:+.1%}, {change.verdict}" for change in changes(study, method))
+            rows.append([method, *changed, _step(study, method)])
+        parts = [f"{setup(study)} ([all figures](study/{study['plan']['name']}.md)):", table(rows)]
+        if missing := [method for method in METHODS if method not in study["methods"]]:
+            parts.append(f"Newer than that run, and not in it: {', '.join(missing)}.")
+        return "\n\n".join(parts)
+    return NOT_RUN
 
 
 def markdown(study: Mapping[str, Any]) -> str:
@@ -299,7 +315,7 @@ _METHOD = """\
 
 - Every method trains from the same weights, on the same images, timesteps and noise, for as many steps; only the
   routing and the weighting differ. Differences are therefore taken seed by seed; in brackets are the least and the most
-  of them. With so few seeds "in every seed" is a hint and no proof, and among eight methods some agree by chance.
+  of them. With so few seeds "in every seed" is a hint and no proof, and among so many methods some agree by chance.
 - The moving average of the weights is judged. The denoising loss is the mean squared error of the predicted velocity on
   held-out images, over evenly spaced timesteps, with the same noise for every model.
 - The Frechet distance compares samples with the training images, by 64 activations of a classifier trained on those

@@ -18,7 +18,7 @@ from examples import digits
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = dict(zip(METHODS, ["black", *(f"C{k}" for k in range(len(METHODS) - 1))], strict=True))
+COLOURS = dict(zip(METHODS, ["black", *(f"C{k}" for k in range(10)), "navy"], strict=True))
 BINS = 10  # of the timesteps, for losses
 
 
@@ -70,9 +70,10 @@ def _losses(axes: Axes, study: Mapping[str, Any]) -> None:
 
     vanilla = binned(VANILLA)
     width = digits.TIMESTEPS / vanilla.shape[1]
-    for number, method in enumerate(method for method in METHODS if method != VANILLA):
+    others = [method for method in METHODS if method != VANILLA]
+    for number, method in enumerate(others):
         over = binned(method) / vanilla
-        t = [(k + 0.2 + 0.085 * number) * width for k in range(vanilla.shape[1])]
+        t = [(k + 0.2 + 0.6 * number / len(others)) * width for k in range(vanilla.shape[1])]
         axes.plot(t, over.mean(0).tolist(), "o-", color=COLOURS[method], markersize=3, linewidth=1, label=method)
         axes.vlines(t, over.amin(0).tolist(), over.amax(0).tolist(), color=COLOURS[method], linewidth=1, alpha=0.7)
     axes.axhline(1, color=COLOURS[VANILLA], linewidth=1)

@@ -16,8 +16,11 @@ METHODS: dict[str, dict[str, str]] = {
     "+UW": {"routing": "none", "weighting": "uw"},
     "+PCGrad": {"routing": "none", "weighting": "pcgrad"},
     "+Nash": {"routing": "none", "weighting": "nash"},
+    "+Min-SNR": {"routing": "none", "weighting": "min-snr"},
+    "+u(t)": {"routing": "none", "weighting": "edm2"},
     "+DTR+UW": {"routing": "dtr", "weighting": "uw"},
     "+DTR+PCGrad": {"routing": "dtr", "weighting": "pcgrad"},
+    "+DTR+Min-SNR": {"routing": "dtr", "weighting": "min-snr"},
 }
 
 #: Nash-MTL solves for new weights at the first of so many steps. As many are timed, after two to warm up: so the last

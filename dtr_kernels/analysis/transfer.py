@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from operator import attrgetter
@@ -14,13 +15,14 @@ from dtr_kernels.analysis.bar import ticking
 
 if TYPE_CHECKING:
     from dtr_kernels.clusters import IntervalClusters
+    from dtr_kernels.continuous import ContinuousClusters
 
 
 def negative_transfer_gaps(
     distance: Callable[[nn.Module], float],
     shared: nn.Module,
     specialists: Iterable[nn.Module | None],
-    clusters: IntervalClusters,
+    clusters: IntervalClusters | ContinuousClusters,
     *,
     progress: bool = True,
 ) -> Tensor:
@@ -37,7 +39,7 @@ def negative_transfer_gaps(
             specialist. Gaps are small differences, so it should use the same random numbers in each call.
         shared: the model trained on all timesteps, called with (x, t, ...).
         specialists: K models, each trained on the timesteps of one cluster; None leaves a cluster out.
-        clusters: the K clusters, as of ``interval_clusters``.
+        clusters: the K clusters, as of ``interval_clusters``, or ``continuous_clusters`` where t is continuous time.
         progress: show a bar over the calls of distance, if tqdm is installed.
 
     Returns:
@@ -53,13 +55,14 @@ def negative_transfer_gaps(
             f"{len(specialists)}"
         )
     gaps = torch.full((len(specialists),), torch.nan, dtype=torch.float64)
+    # The last one has no end: t = 1 of continuous time is in it.
+    edges = (*clusters.bounds[:-1], math.inf)
     present = {k: specialist for k, specialist in enumerate(specialists) if specialist is not None}
     with ticking(1 + len(present), 0, "models", progress) as tick:
         of_shared = float(distance(shared))
         tick()
         for k, specialist in present.items():
-            start, stop = (int(bound) for bound in clusters.bounds[k : k + 2])
-            gaps[k] = float(distance(IntervalSpecialist(shared, specialist, start, stop))) - of_shared
+            gaps[k] = float(distance(IntervalSpecialist(shared, specialist, *edges[k : k + 2]))) - of_shared
             tick()
     return gaps
 
@@ -76,7 +79,7 @@ class IntervalSpecialist(nn.Module):
         ValueError: if the interval is empty.
     """
 
-    def __init__(self, shared: nn.Module, specialist: nn.Module, start: int, stop: int) -> None:
+    def __init__(self, shared: nn.Module, specialist: nn.Module, start: float, stop: float) -> None:
         super().__init__()
         if start >= stop:
             raise ValueError(f"start must be less than stop, got {start} and {stop}")

@@ -155,7 +155,8 @@ def band_backward(
 
 
 def band_input_gradient(g: Tensor, weight: Tensor, band: Band) -> Tensor:
-    """Return the gradient of the layer's input, [B, N, C] or of a band of columns [B, N, width]."""
+    """Return the gradient of the layer's input, [B, N, C] or of a band of columns [B, N, width]; its rows may be
+    padded."""
     width = weight.shape[1] if band.parts else band.width
     if choose_bands(g, band.start).path == "bands":
         return input_gradient(g, weight, band, width, None)[0]

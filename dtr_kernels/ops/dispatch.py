@@ -19,7 +19,8 @@ from dtr_kernels.ops.tuned_tiles import TOKENS_PER_SUM
 
 # Bytes to which tensor descriptors (Hopper's TMA) want base address and strides aligned.
 _ALIGNMENT = 16
-# Padding of a compact window's rows, in elements: rows start on a 32-byte memory sector in 16-bit dtypes.
+# Rows of what a GPU's kernels write are multiples of so many elements: they start on a 32-byte memory sector in 16-bit
+# dtypes.
 _ROW_PADDING = 16
 # Triton decides when a kernel is defined whether it is interpreted.
 _INTERPRETED = triton.knobs.runtime.interpret

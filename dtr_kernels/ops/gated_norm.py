@@ -381,8 +381,9 @@ class _BackwardTiles(RowTiles):
 
     def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> RowTile:
         tile = super().default(dtype, rows, channels, arch)
-        if dtype != torch.float32:  # a vector of 8 channels a thread, and few barriers; on sm_80 that spills
-            return RowTile(1, tile.block, max(1, tile.block // (256 if has_large_tiles(arch) else 128)))
+        if dtype != torch.float32:  # few barriers, and a vector of 8 channels a thread, which spills on sm_80
+            vector = 8 if has_large_tiles(arch) else 4
+            return RowTile(1, tile.block, min(max(1, tile.block // (32 * vector)), 32))
         # With fp32 rows this long ptxas spills a register on sm_90, so that one more block fits a multiprocessor.
         return RowTile(1, tile.block, warps=32) if tile.block == 2048 else tile
 

@@ -161,7 +161,7 @@ def _projection_backward(
     band = Heads(in_order(start, order), width, heads).columns(weight)
     dout, z = in_order(dout.contiguous(), order), in_order(z, order)
     found = band_backward(dout, z, weight, band, need_weight, need_bias)
-    return out_of_order(found.u, order), or_empty(found.weight, weight), or_empty(found.bias, weight)
+    return out_of_order(found.u.contiguous(), order), or_empty(found.weight, weight), or_empty(found.bias, weight)
 
 
 @_projection_backward.register_fake

@@ -4,7 +4,8 @@ instead of cuBLAS.
 What was tuned for the GPU, in a file of the user's cache or of the package, goes before the default. Nothing is
 ever timed here: ``python -m benchmarks tune`` does that once.
 
-The defaults compile without register spills on sm_80, sm_90 and sm_100 (a test compiles each of them for all three).
+The defaults compile without register spills on sm_80, sm_90 and sm_100 in the widths of DiT models, as tests and
+``python -m benchmarks static`` see.
 None has been timed on a GPU yet.
 """
 
@@ -274,7 +275,7 @@ def tuned_for(
     """The entry nearest in channels and in the share that is active, both in proportion, or None; the arguments are
     those of ``Tiles.default``.
 
-    A row kernel takes none whose registers would hold other rows.
+    A row kernel takes none whose registers would hold other rows, and windows none that were half as wide again.
     """
 
     def distance(entry: Tuned) -> float:
@@ -284,7 +285,9 @@ def tuned_for(
     alike = [
         entry
         for entry in gpu.entries
-        if (entry.op, entry.dtype, entry.rows) == kind and KINDS[op].problem(entry.tile, entry.rows, channels) is None
+        if (entry.op, entry.dtype, entry.rows) == kind
+        and 2 / 3 < entry.active / active < 3 / 2
+        and KINDS[op].problem(entry.tile, entry.rows, channels) is None
     ]
     return min(alike, key=distance, default=None)
 

@@ -117,7 +117,7 @@ class Kind(Generic[T]):
 
         Args:
             dtype: of the operands.
-            rows: tokens that share a window.
+            rows: tokens that share a window; of "closed_form", samples.
             channels: C of the residual stream; of "token_sums", columns of the gradient.
             arch: compute capability as 80, 90, 100, ...
             active: per cent of the channels in a window, for the crossovers of windows.
@@ -179,7 +179,7 @@ class Tuned:
     Attributes:
         op: of ``KINDS``. dtype: of its operands: "float32", "bfloat16" or "float16".
         channels: of the residual stream; for "token_sums" of the gradient that it reads.
-        rows: tokens that share a window, as ``rows_class`` gives them.
+        rows: tokens that share a window, of "closed_form" samples, as ``rows_class`` gives them.
         active: per cent of the channels in a window, for the crossovers of windows; 100 for everything else.
         tile: of the op's kind.
         seconds, default_seconds: of a call with this tile, and with the one that is used without tuning; of a crossover

@@ -439,8 +439,8 @@ def _pays_from(dense: float, windows: float, fixed: float) -> int:
 
 def _forward_pays_from(channels: int, active: int) -> int:
     tiles, steps = math.ceil(3 * channels / 256), math.ceil(channels * active / 6400)
-    # A tile's start and end take as long as two of its steps, and three launches 5 µs each.
-    return _pays_from(_product(channels), tiles * (steps + 2), fixed=15e-6)
+    # A tile's start and end take as long as two of its steps, and two launches 5 µs each.
+    return _pays_from(_product(channels), tiles * (steps + 2), fixed=10e-6)
 
 
 def _backward_pays_from(channels: int, active: int) -> int:
@@ -448,8 +448,8 @@ def _backward_pays_from(channels: int, active: int) -> int:
     # Sums, the bias' and those over tokens, grow with the channels, products with their square.
     dense = 2 + 0.16 * 1152 / channels
     windows = 1.09 * touched + 1.29 + 0.20 * 1152 / channels
-    # Ten launches, and the parts in which the weight gradient is summed.
-    fixed = 50e-6 + 60e-6 * (channels / 1152) ** 2
+    # 25 launches, and the parts in which the weight gradient is summed.
+    fixed = 125e-6 + 60e-6 * (channels / 1152) ** 2
     return _pays_from(dense * _product(channels), windows * _product(channels), fixed)
 
 

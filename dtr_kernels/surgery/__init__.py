@@ -12,10 +12,23 @@ What happens in a step, and where:
     buffer             where the K gradients are kept
     distributed        what the ranks of a process group add
     weightings         from their Gram matrix to weights
+    conflicts          from the Gram matrices of many steps to how often clusters conflict
+
+Weights of the losses themselves need no surgery: uncertainty for clusters, noise_levels without any.
 """
 
+from dtr_kernels.surgery.conflicts import conflict_fractions
 from dtr_kernels.surgery.gradient_surgery import GradientSurgery
+from dtr_kernels.surgery.noise_levels import NoiseLevelUncertainty, min_snr_weights, p2_weights
 from dtr_kernels.surgery.uncertainty import UncertaintyWeighting
 from dtr_kernels.surgery.weightings import GramWeighting
 
-__all__ = ["GradientSurgery", "GramWeighting", "UncertaintyWeighting"]
+__all__ = [
+    "GradientSurgery",
+    "GramWeighting",
+    "NoiseLevelUncertainty",
+    "UncertaintyWeighting",
+    "conflict_fractions",
+    "min_snr_weights",
+    "p2_weights",
+]
