@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dtr_kernels import reference
 from dtr_kernels.nn.block import BlockKind, Stream, advance
-from dtr_kernels.reference import Rope
+from dtr_kernels.reference.transformer import Rope
 from dtr_kernels.routing import ChannelWindow
 from dtr_kernels.swap.checks import has
 from dtr_kernels.swap.family import Family, RandomTensor

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dtr_kernels.reference import BlockKind
+from dtr_kernels.reference.transformer import BlockKind
 
 
 class Layers(NamedTuple):
