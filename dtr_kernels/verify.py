@@ -148,7 +148,7 @@ def check_block(
     samples: int,
     tokens: int,
     autocast: torch.dtype | None = None,
-    rope: reference.Rope | None = None,
+    rope: reference.transformer.Rope | None = None,
 ) -> list[Comparison]:
     """Compare a block's output and all of its gradients with the reference, on random x and c in the block's dtype."""
     weight = block.attn.qkv.weight
@@ -174,7 +174,7 @@ class _ReferenceBlock(torch.nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(self, x: Tensor, c: Tensor, mask: Tensor | None, rope: reference.Rope | None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, mask: Tensor | None, rope: reference.transformer.Rope | None) -> Tensor:
         return reference.dit_block(self.block, x, c, mask, self.block.scope, rope)
 
 

@@ -72,6 +72,84 @@ class DiTBlock(nn.Module):
         return self.branches(x, c)
 
 
+class RMSNorm(nn.Module):
+    """RMSNorm with a weight, as LightningDiT and JiT write it; the latter calls eps by another name."""
+
+    def __init__(self, dim, eps="eps"):
+        super().__init__()
+        self.weight, self.name = nn.Parameter(1 + torch.randn(dim) / 4), eps
+        setattr(self, eps, 1e-6)
+
+    def forward(self, x):
+        wide = x.float() if x.itemsize < 4 else x
+        return (wide * (wide.square().mean(-1, keepdim=True) + getattr(self, self.name)).rsqrt()).to(x) * self.weight
+
+
+class RotaryEmbedding(nn.Module):
+    """Turns pairs of a head's channels [B, H, N, d] by an angle for each position."""
+
+    def __init__(self, dim, tokens=256):
+        super().__init__()
+        angles = torch.arange(tokens)[:, None] / 100 ** (torch.arange(dim // 2) * 2 / dim)
+        self.register_buffer("cos", angles.cos().repeat_interleave(2, 1))
+        self.register_buffer("sin", angles.sin().repeat_interleave(2, 1))
+
+    def forward(self, q):
+        a, b = q.unflatten(-1, (-1, 2)).unbind(-1)
+        N = q.shape[2]
+        return q * self.cos[:N].to(q) + torch.stack([-b, a], -1).flatten(-2) * self.sin[:N].to(q)
+
+
+class RotaryAttention(Attention):
+    """Self-attention whose queries and keys are turned after they were normed."""
+
+    def forward(self, x, rope=None):
+        heads = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
+        q, k, v = heads.transpose(1, 3).unbind(2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rope(q), rope(k)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+class SwiGLUFFN(nn.Module):
+    """The gated MLP of LightningDiT and JiT."""
+
+    def __init__(self, dim, hidden, drop=0.0):
+        super().__init__()
+        self.w12, self.w3, self.ffn_dropout = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim), nn.Dropout(drop)
+
+    def forward(self, x):
+        a, b = self.w12(x).chunk(2, dim=-1)
+        return self.w3(self.ffn_dropout(F.silu(a) * b))
+
+
+class LightningDiTBlock(DiTBlock):
+    """A block of LightningDiT, by default with all that it can have."""
+
+    def __init__(self, dim, num_heads, rms=True, swiglu=True, qk_norm=True, eps="eps"):
+        super().__init__(
+            dim, num_heads, RotaryAttention(dim, num_heads), SwiGLUFFN(dim, 2 * dim) if swiglu else Mlp(dim, 4 * dim)
+        )
+        if rms:
+            self.norm1, self.norm2 = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        if qk_norm:
+            self.attn.q_norm, self.attn.k_norm = RMSNorm(dim // num_heads, eps), RMSNorm(dim // num_heads, eps)
+
+    def forward(self, x, c, feat_rope=None):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=2)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rope=feat_rope)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class JiTBlock(LightningDiTBlock):
+    """A block of JiT."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__(dim, num_heads, eps="variance_epsilon")
+
+
 class Router(nn.Module):
     """The router module of the public DTR code: a mask for every timestep, and that of the running batch."""
 
@@ -105,8 +183,9 @@ class DiT(nn.Module):
     No parameter that matters is left at the zero it starts from in training, so that every gate is open.
     """
 
-    def __init__(self, blocks, dim, reentrant: bool | None = None):
+    def __init__(self, blocks, dim, reentrant: bool | None = None, rope: nn.Module | None = None):
         super().__init__()
+        self.rope = rope  # what its blocks are given besides
         self.reentrant = reentrant  # of gradient checkpointing; None is without
         self.x_embedder = nn.Conv2d(3, dim, kernel_size=2, stride=2)
         self.t_embedder = nn.Linear(8, dim)
@@ -127,8 +206,13 @@ class DiT(nn.Module):
         x = x.flatten(2).mT
         frequency = torch.arange(8, device=t.device).to(x.dtype)
         c = self.t_embedder(torch.cos(t[:, None].to(x.dtype) * 1e-2 * frequency)) + self.y_embedder(y)
+        given = (c,) if self.rope is None else (c, self.rope)
         for block in self.blocks:
-            x = block(x, c) if self.reentrant is None else checkpoint(block, x, c, use_reentrant=self.reentrant)
+            x = (
+                block(x, *given)
+                if self.reentrant is None
+                else checkpoint(block, x, *given, use_reentrant=self.reentrant)
+            )
         return self.final_layer(x).mT.unflatten(2, grid)
 
     def forward_with_cfg(self, x, t, y, cfg_scale):
@@ -258,6 +342,12 @@ def random_mapping(width: int = 25) -> Tensor:
 def facebook_dit(reentrant: bool | None = None, **attn_options) -> DiT:
     """A model of facebookresearch/DiT's shape."""
     return DiT([DiTBlock(DIM, HEADS, **attn_options) for _ in range(DEPTH)], DIM, reentrant)
+
+
+def lightning_dit(kind=LightningDiTBlock, reentrant: bool | None = None, **options) -> DiT:
+    """A model of LightningDiT's shape, or with JiT's blocks."""
+    blocks = [kind(DIM, HEADS, **options) for _ in range(DEPTH)]
+    return DiT(blocks, DIM, reentrant, RotaryEmbedding(DIM // HEADS))
 
 
 def public_dtr(mapping: Tensor | None = None, reentrant: bool | None = None) -> DiT:

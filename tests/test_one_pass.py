@@ -287,7 +287,7 @@ def test_dit_with_random_routing(seed):
     check_equal_to_per_cluster(model, dit_batch(6), SIZES[1])
 
 
-@pytest.mark.parametrize("make", [models.facebook_dit, models.public_dtr, wide_position_dit])
+@pytest.mark.parametrize("make", [models.facebook_dit, models.public_dtr, models.lightning_dit, wide_position_dit])
 def test_public_models_and_swapped_ones(seed, make):
     check_equal_to_per_cluster(make(), dit_batch(6, channels=3), SIZES[1])
     if make is not wide_position_dit:

@@ -435,17 +435,17 @@ class SwiGLUFFN(nn.Module):
     pass
 
 
-class LightningDiTBlock(DiTBlock):
+class AnotherBlock(DiTBlock):
     def __init__(self, *args):
         super().__init__(*args)
         self.norm1, self.norm2, self.mlp = RMSNorm(), RMSNorm(), SwiGLUFFN()
 
-    def forward(self, x, c, feat_rope=None):
+    def forward(self, x, c, rope=None):
         raise NotImplementedError
 
 
 def test_a_refusal_names_all_that_is_of_another_kind():
-    model = DiT([LightningDiTBlock(DIM, HEADS)], DIM)
+    model = DiT([AnotherBlock(DIM, HEADS)], DIM)
     with pytest.raises(ValueError, match=r"no mlp\.fc1, .*SwiGLUFFN.*RoPE.*norm1 is RMSNorm.*norm2 is RMSNorm"):
         dtr.swap_blocks(model)
 

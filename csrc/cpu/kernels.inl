@@ -384,20 +384,26 @@ void gate_row(Activation kind, const T* __restrict x, T* __restrict gate, T* __r
     }
 }
 
-// `rest` becomes the slope, gate + x gate (1 - gate) (linear + 3 cubic x^2), or gate + x density. A loop of its own: with
-// the gate computed in it, GCC 12 splits the clamps of the exponential into paths and the loop runs 7 times slower.
+// g becomes the gradient times the slope, gate + x gate (1 - gate) (linear + 3 cubic x^2), or gate + x density. A loop of
+// its own: with the gate computed in it, GCC 12 splits the clamps of the exponential into paths and the loop runs 7 times
+// slower.
 template <class T>
-void slope_row(Activation kind, const T* __restrict x, const T* __restrict gate, T* __restrict rest, int64_t n) {
+void slope_row(Activation kind, const T* __restrict x, const T* __restrict gate, const T* __restrict rest, T* __restrict g, int64_t n) {
     if (kind == Activation::gelu) {
-        for (int64_t i = 0; i < n; ++i) rest[i] = gate[i] + x[i] * rest[i];
+        for (int64_t i = 0; i < n; ++i) g[i] *= gate[i] + x[i] * rest[i];
         return;
     }
     const bool tanh = kind == Activation::gelu_tanh;
     const T linear = tanh ? kLinear<T> : T(1), cubic = tanh ? kCubic<T> : T(0);
     for (int64_t i = 0; i < n; ++i) {
         const T y = std::min(std::max(x[i], T(-10)), T(10));  // beyond, the slope is 0 or 1, and the square may be huge
-        rest[i] = gate[i] + x[i] * gate[i] * rest[i] * (linear + 3 * cubic * y * y);
+        g[i] *= gate[i] + x[i] * gate[i] * rest[i] * (linear + 3 * cubic * y * y);
     }
+}
+
+template <class T>
+void multiply(T* __restrict row, const T* __restrict by, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) row[i] *= by[i];
 }
 
 template <class T>
@@ -405,28 +411,28 @@ void activation(const ActivationPass& a) {
     constexpr int64_t kBlock = 2048;
     const bool gated = a.kind == Activation::swiglu;
     const int64_t blocks = divided_up(a.width, kBlock);
-    const Scratch<T> scratch(5 * kBlock);
+    const Scratch<T> scratch(6 * kBlock);
 #pragma omp parallel
     {
-        T *x = scratch.mine(), *gate = x + kBlock, *rest = gate + kBlock, *g = rest + kBlock, *other = g + kBlock;
+        T *x = scratch.mine(), *gate = x + kBlock, *rest = gate + kBlock, *g = rest + kBlock, *b = g + kBlock, *db = b + kBlock;
 #pragma omp for schedule(static)
         for (int64_t unit = 0; unit < a.rows * blocks; ++unit) {
             const int64_t row = unit / blocks, first = unit % blocks * kBlock, n = std::min(kBlock, a.width - first);
             load_row(a.pre, row, first, n, x);
-            if (gated) load_row(a.pre, row, a.width + first, n, other);
-            else std::fill(other, other + n, T(1));
+            if (gated) load_row(a.pre, row, a.width + first, n, b);
             gate_row(a.kind, x, gate, rest, n);
             if (a.dact.data) {
                 load_row(a.dact, row, first, n, g);
-                slope_row(a.kind, x, gate, rest, n);
-                for (int64_t i = 0; i < n; ++i) rest[i] *= g[i] * other[i];
-                store(rest, n, a.dpre.type, at(a.dpre, row, first));
                 if (gated) {
-                    for (int64_t i = 0; i < n; ++i) g[i] *= x[i] * gate[i];
-                    store(g, n, a.dpre.type, at(a.dpre, row, a.width + first));
+                    for (int64_t i = 0; i < n; ++i) db[i] = g[i] * x[i] * gate[i];
+                    store(db, n, a.dpre.type, at(a.dpre, row, a.width + first));
                 }
+                slope_row(a.kind, x, gate, rest, g, n);
+                if (gated) multiply(g, b, n);
+                store(g, n, a.dpre.type, at(a.dpre, row, first));
             }
-            for (int64_t i = 0; i < n; ++i) x[i] *= gate[i] * other[i];
+            multiply(x, gate, n);
+            if (gated) multiply(x, b, n);
             store(x, n, a.act.type, at(a.act, row, first));
         }
     }

@@ -21,7 +21,7 @@ from dtr_kernels.ops.inner import inner_linear_by, inner_mlp_by, inner_projectio
 from dtr_kernels.ops.linear import fold_affine, routed_linear_by
 from dtr_kernels.ops.mlp import routed_mlp_by
 from dtr_kernels.ops.window_linear import Band
-from dtr_kernels.reference import BlockKind, Rope
+from dtr_kernels.reference.transformer import BlockKind, Rope
 from dtr_kernels.routing import ChannelWindow, check_count, check_number
 
 __all__ = ["BlockKind", "RoutedDiTBlock", "Stream", "advance", "check_hidden", "check_scope"]

@@ -23,7 +23,7 @@ from dtr_kernels.nn.parts import ReadParts
 from dtr_kernels.nn.torchscript import NoTorchScript
 from dtr_kernels.ops.checks import check_floating
 from dtr_kernels.ops.registration import op
-from dtr_kernels.reference import BlockKind, Rope
+from dtr_kernels.reference.transformer import BlockKind, Rope
 from dtr_kernels.routing import (
     ChannelWindow,
     DenoisingTaskRouting,

@@ -8,9 +8,10 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from dtr_kernels import reference
+from dtr_kernels.ops.activations import parts_of
 from dtr_kernels.swap.views import Layers, linear_layers
 
 # Attributes of torch.nn.Module that hold the hooks around its forward.
@@ -107,7 +108,8 @@ def linear_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
     C = attn.qkv.in_features
     if attn.num_heads < 1 or C % attn.num_heads:
         yield f"attn.num_heads is {attn.num_heads}, which does not divide the hidden size {C}"
-    expected = {"attn.qkv": (C, 3 * C), "mlp.fc1": (C, mlp.fc1.out_features), "mlp.fc2": (mlp.fc1.out_features, C)}
+    hidden = mlp.fc1.out_features // parts_of(layers.kind.activation)
+    expected = {"attn.qkv": (C, 3 * C), "mlp.fc1": (C, mlp.fc1.out_features), "mlp.fc2": (hidden, C)}
     if isinstance(attn.proj, nn.Linear):
         expected["attn.proj"] = (C, C)
     for path, (inputs, outputs) in expected.items():
@@ -125,18 +127,28 @@ def linear_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
 def norm_kind_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
     for path in ("norm1", "norm2"):
         norm = getattr(layers, path, None)
-        if norm is not None and not isinstance(norm, nn.LayerNorm):
-            name = names.get(id(norm), path)
+        if norm is None:
+            continue
+        name = names.get(id(norm), path)
+        if layers.kind.norm == "layer" and not isinstance(norm, nn.LayerNorm):
             yield f"{name} is {type(norm).__name__}; the fused norm is nn.LayerNorm without affine parameters"
+        if layers.kind.norm == "rms" and "RMSNorm" not in type(norm).__name__:
+            yield f"{name} is {type(norm).__name__}; the fused norms are nn.LayerNorm and RMSNorm, and both the same"
 
 
 def norm_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
     C = layers.attn.qkv.in_features
     for path, norm in (("norm1", layers.norm1), ("norm2", layers.norm2)):
         name = names.get(id(norm), path)
-        if norm.weight is not None or norm.bias is not None:
+        if not isinstance(getattr(norm, "eps", None), float):
+            yield f"{name} has no number eps, so that it depends on the dtype; construct the norm with one"
+        elif layers.kind.affine:
+            if norm.weight is None or tuple(norm.weight.shape) != (C,):
+                found = None if norm.weight is None else list(norm.weight.shape)
+                yield f"{name} has a weight of shape {found}, but must have one of the hidden size, [{C}]"
+        elif norm.weight is not None or getattr(norm, "bias", None) is not None:
             yield f"{name} has affine parameters, which the fused norm has not; use elementwise_affine=False"
-        elif tuple(norm.normalized_shape) != (C,):
+        elif isinstance(norm, nn.LayerNorm) and tuple(norm.normalized_shape) != (C,):
             yield f"{name} normalises shape {list(norm.normalized_shape)}, but the hidden size is {C}"
     # Norms that some versions of timm put elsewhere. q_norm and k_norm are called, so those may be anything.
     for path, part in (("attn.norm", layers.attn), ("mlp.norm", layers.mlp)):
@@ -149,5 +161,7 @@ def norm_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
 
 def function_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
     act, z = layers.mlp.act, torch.linspace(-4, 4, 33, device="cpu")
-    if not torch.allclose(act(z), F.gelu(z, approximate="tanh"), atol=1e-5):
-        yield f'{names.get(id(act), "mlp.act")} is {act}, but the fused MLP computes nn.GELU(approximate="tanh")'
+    kind = "silu" if layers.kind.activation == "swiglu" else layers.kind.activation
+    if not torch.allclose(act(z), reference.activate(z, kind), atol=1e-5):
+        expected = {"gelu_tanh": 'nn.GELU(approximate="tanh")', "gelu": "nn.GELU()", "silu": "nn.SiLU()"}[kind]
+        yield f"{names.get(id(act), 'mlp.act')} is {act}, but the fused MLP computes {expected}"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dtr_kernels.nn.block import check_hidden, check_scope
+from dtr_kernels.ops.activations import parts_of
 from dtr_kernels.routing import DenoisingTaskRouting, RandomRouting
 from dtr_kernels.swap.classes import (
     TIMESTEP_NAMES,
@@ -45,9 +46,10 @@ def swap_blocks(
 ) -> Model:
     """Let the DiT blocks of a model, or the residual blocks of a U-Net, run through the fused kernels, in place.
 
-    Known are the blocks of facebookresearch/DiT and its descendants (SiT), those of diffusers' DiTTransformer2DModel,
-    those of the DTR paper's public code, and the ResBlocks of guided-diffusion's U-Net (ADM), whose attention blocks
-    stay as they are; ``dtr_kernels.swap.register_family`` makes others known. Parameters, hooks, state_dict keys and
+    Known are the blocks of facebookresearch/DiT and its descendants (SiT), those of LightningDiT and JiT, with RMSNorm,
+    rotary embeddings and SwiGLU, those of diffusers' DiTTransformer2DModel, those of the DTR paper's public code, and
+    the ResBlocks of guided-diffusion's U-Net (ADM), whose attention blocks stay as they are;
+    ``dtr_kernels.swap.register_family`` makes others known. Parameters, hooks, state_dict keys and
     optimizers made before stay too, and ``restore_blocks`` undoes it. Everything is checked before anything is changed,
     also by comparing the output of each block with that of the reference on a small random input.
 
@@ -250,7 +252,8 @@ def _check_settings(blocks: Blocks, routing: DenoisingTaskRouting | RandomRoutin
 
 
 def _check_inner(layers: Layers, has_masks: bool) -> None:
-    check_hidden(layers.mlp.fc1.out_features, layers.attn.num_heads, "mlp.fc1's outputs")
+    hidden = layers.mlp.fc1.out_features // parts_of(layers.kind.activation)
+    check_hidden(hidden, layers.attn.num_heads, "mlp.fc1's outputs")
     if has_masks:
         raise ValueError("its own masks are of channels, but scope 'inner' routes heads; give swap_blocks a routing")
 

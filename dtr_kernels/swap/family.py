@@ -105,6 +105,9 @@ class Family:
         yield from checks.dropout_problems(block, called)
         parts = (layers.attn.qkv, layers.mlp.fc1, layers.mlp.fc2)
         read = [names[id(layer)] for part in parts for layer in linear_layers(part) if id(layer) in names]
+        if layers.kind.affine:
+            of_norms = {id(getattr(norm, p, None)) for norm in (layers.norm1, layers.norm2) for p in ("weight", "bias")}
+            read += [name for name, parameter in block.named_parameters() if id(parameter) in of_norms]
         yield from checks.parameter_problems(block, (*called, *read))
         yield from checks.function_problems(layers, names)
 

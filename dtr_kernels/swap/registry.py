@@ -10,13 +10,15 @@ from torch import nn
 from dtr_kernels.swap.diffusers import Diffusers
 from dtr_kernels.swap.dit import DiT
 from dtr_kernels.swap.family import Family
+from dtr_kernels.swap.jit import JiT
+from dtr_kernels.swap.lightning_dit import LightningDiT
 from dtr_kernels.swap.public_dtr import PublicDTR
 from dtr_kernels.swap.unet import ADM
 
 NewFamily = TypeVar("NewFamily", bound=type[Family])
 
 # A block belongs to the first family that matches it.
-FAMILIES: list[type[Family]] = [PublicDTR, DiT, ADM, Diffusers]
+FAMILIES: list[type[Family]] = [PublicDTR, JiT, LightningDiT, DiT, ADM, Diffusers]
 
 
 def register_family(family: NewFamily) -> NewFamily:

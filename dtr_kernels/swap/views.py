@@ -8,18 +8,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dtr_kernels.reference.transformer import BlockKind
+
 
 class Layers(NamedTuple):
     """The parts of a DiT block. They are the block's own, or stand for some of them.
 
     Attributes:
-        norm1: the norm before the attention, of which ``eps`` is read.
+        norm1: the norm before the attention, of which ``eps`` is read, and of an affine one ``weight`` and ``bias``.
         attn: ``AttentionLayers``, or the block's own attention with these attributes; also ``q_norm`` and ``k_norm``
             where it has them, which are called.
-        norm2: the norm before the MLP, of which ``eps`` is read.
+        norm2: the norm before the MLP, of which the same is read.
         mlp: ``MlpLayers``, or the block's own MLP with these attributes.
         adaLN_modulation: makes shift, scale and gate of attention and MLP, [B, 6C], of the conditioning. To supply
             them instead, ``layers._replace(adaLN_modulation=lambda c: vectors)``.
+        kind: of the norms and the activation; ``qk_norm`` is not read.
     """
 
     norm1: Any
@@ -27,6 +30,7 @@ class Layers(NamedTuple):
     norm2: Any
     mlp: Any
     adaLN_modulation: Callable[[Any], Tensor]
+    kind: BlockKind = BlockKind()
 
 
 class AttentionLayers(NamedTuple):
@@ -37,8 +41,15 @@ class AttentionLayers(NamedTuple):
     num_heads: int
 
 
+class RMSNormLayer(NamedTuple):
+    """RMSNorm over the last dimension, eps added to the mean square."""
+
+    weight: Tensor | None
+    eps: float
+
+
 class MlpLayers(NamedTuple):
-    """fc2(act(fc1(x))); ``act`` is compared with GELU in its tanh form, and not called."""
+    """fc2(act(fc1(x))); ``act`` is compared with the kind's activation, with SiLU for "swiglu", and not called."""
 
     fc1: Any
     act: Callable[[Tensor], Tensor]

@@ -1,0 +1,84 @@
+"""Blocks of LightningDiT: RMSNorm or LayerNorm, rotary position embeddings, query and key norms, SwiGLU."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtr_kernels import reference
+from dtr_kernels.nn.block import BlockKind, Stream, advance
+from dtr_kernels.reference.transformer import Rope
+from dtr_kernels.routing import ChannelWindow
+from dtr_kernels.swap.checks import has
+from dtr_kernels.swap.family import Family, RandomTensor
+from dtr_kernels.swap.views import Layers, MlpLayers
+
+
+class _Conditioning(NamedTuple):
+    """c [B, C], and the model's rotary embedding of queries and keys, which the attention alone takes."""
+
+    c: Tensor
+    feat_rope: Rope | None
+
+
+class LightningDiT(Family):
+    """The family of LightningDiT's blocks, in any of the forms that it can be constructed in."""
+
+    name = "LightningDiT block"
+    anatomy = (
+        "a module with children norm1, attn, norm2, mlp (with w12 and w3) and adaLN_modulation, and an argument "
+        "feat_rope of its forward"
+    )
+
+    @classmethod
+    def matches(cls, block: nn.Module) -> bool:
+        children = dict(block.named_children())
+        takes_rope = "feat_rope" in inspect.signature(type(block).forward).parameters
+        return takes_rope and "attn" in children and "adaLN_modulation" in children
+
+    @classmethod
+    def layers(cls, block: Any) -> Layers:
+        gated = has(block, "mlp.w12")
+        kind = BlockKind(
+            norm="layer" if isinstance(block.norm1, nn.LayerNorm) else "rms",
+            affine=getattr(block.norm1, "weight", None) is not None,
+            activation="swiglu" if gated else "gelu_tanh",
+        )
+        mlp = MlpLayers(block.mlp.w12, F.silu, block.mlp.w3) if gated else block.mlp
+        return Layers(block.norm1, block.attn, block.norm2, mlp, block.adaLN_modulation, kind)
+
+    @classmethod
+    def arguments(cls, x: Any, c: Any, feat_rope: Any = None) -> tuple[Tensor, Any]:
+        return x, _Conditioning(c, feat_rope)
+
+    @classmethod
+    def marker(cls, c: _Conditioning) -> Tensor:
+        return c.c
+
+    @classmethod
+    def run(cls, block: Any, x: Tensor, c: _Conditioning, window: ChannelWindow | None, scope: str) -> Tensor:
+        return advance(cls.layers(block), Stream(x), c.c, window, scope, c.feat_rope).sum()
+
+    @classmethod
+    def run_plain(cls, block: Any, x: Tensor, c: _Conditioning, mask: Tensor | None, scope: str) -> Tensor:
+        return reference.dit_block(cls.layers(block), x, c.c, mask, scope, c.feat_rope)
+
+    @classmethod
+    def trial_input(cls, copy: Any, random: RandomTensor) -> tuple[Any, ...]:
+        return *super().trial_input(copy, random), _turned
+
+    @classmethod
+    def prepare_trial(cls, copy: Any, c: _Conditioning, random: RandomTensor) -> Tensor | None:
+        return super().prepare_trial(copy, c.c, random)
+
+
+def _turned(q: Tensor) -> Tensor:
+    """A rotary embedding [B, H, N, d]: the halves of each head's channels, turned by an angle for each position."""
+    angle = torch.arange(q.shape[2], device=q.device, dtype=q.dtype)[:, None] / 10
+    a, b = q.tensor_split(2, dim=3)
+    turned = torch.cat([a * angle.cos() - b[..., : a.shape[3]] * angle.sin(), a * angle.sin()], dim=3)
+    return turned[..., : q.shape[3]]

@@ -1,0 +1,110 @@
+"""swap_blocks on blocks of LightningDiT and JiT: RMSNorm, rotary embeddings, query and key norms, SwiGLU."""
+
+import copy
+import functools
+import pickle
+
+import pytest
+import torch
+from comparing import assert_same, differ, snapshot
+from models import DIM, HEADS, TIMESTEPS, JiTBlock, LightningDiTBlock, change, lightning_dit
+from swapping import ROUTING, paper_mask
+from torch import nn
+
+import dtr_kernels as dtr
+from dtr_kernels.swap.registry import family_of
+
+pytestmark = pytest.mark.usefixtures("one_thread", "seed")
+MODELS = {
+    "LightningDiT": lightning_dit,
+    "without RMSNorm": functools.partial(lightning_dit, rms=False),
+    "without SwiGLU": functools.partial(lightning_dit, swiglu=False, qk_norm=False),
+    "JiT": functools.partial(lightning_dit, JiTBlock),
+}
+models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+
+
+def batch():
+    return torch.randn(4, 3, 8, 8), torch.tensor([0, 25, 40, TIMESTEPS - 1]), torch.arange(4)
+
+
+def results(model, inputs):
+    """The output, and the gradient of every parameter."""
+    model.zero_grad()
+    out = model(*inputs)
+    out.square().sum().backward()
+    return [out.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def oracle(model, scope):
+    """A copy whose blocks are the reference, under the masks of the paper."""
+    model = copy.deepcopy(model)
+    forward = model.forward
+
+    def routed(x, t, y):
+        for block in model.blocks:
+            layers = family_of(block).layers(block)
+            mask = paper_mask(t, HEADS if scope == "inner" else DIM)
+            block.forward = lambda x, c, rope, layers=layers, mask=mask: dtr.reference.dit_block(
+                layers, x, c, mask, scope, rope
+            )
+        return forward(x, t, y)
+
+    model.forward = routed
+    return model
+
+
+@models
+def test_keeps_the_models_own_function_and_keys(make):
+    model, inputs = make(), batch()
+    before, keys = results(model, inputs), list(model.state_dict())
+    untouched = snapshot(model)
+    dtr.swap_blocks(model)
+    assert_same(results(model, inputs), before)
+    assert list(model.state_dict()) == keys
+    dtr.restore_blocks(model)
+    assert snapshot(model) == untouched
+
+
+@models
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
+def test_a_routing_matches_the_reference(make, scope):
+    model, inputs = make(), batch()
+    plain, expected = results(model, inputs), results(oracle(model, scope), inputs)
+    assert differ(plain, expected)
+    assert_same(results(dtr.swap_blocks(model, ROUTING, scope), inputs), expected)
+
+
+@pytest.mark.parametrize("kind", [LightningDiTBlock, JiTBlock])
+def test_scope_block_is_the_block_on_masked_input(kind):
+    """Written out: the block itself on m * x, and what the mask hides added."""
+    block, rope = lightning_dit(kind).blocks[0], lightning_dit().rope
+    x, c, mask = torch.randn(3, 16, DIM), torch.randn(3, DIM), paper_mask(torch.tensor([0, 30, 49]), DIM)[:, None]
+    expected = block(x * mask, c, rope) + x * (1 - mask)
+    layers = family_of(block).layers(block)
+    assert_same([dtr.reference.dit_block(layers, x, c, mask[:, 0], "block", rope)], [expected])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_copies_and_pickles(reentrant):
+    model, inputs = lightning_dit(reentrant=reentrant), batch()
+    expected = results(oracle(model, "branch"), inputs)
+    dtr.swap_blocks(model, ROUTING, "branch")
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same(results(each, inputs), expected)
+
+
+REFUSED = {
+    "dropout": (lambda: change("mlp.ffn_dropout.p", 0.1), "mlp.ffn_dropout drops with probability 0.1"),
+    "two kinds of norms": (lambda: change("norm2", nn.LayerNorm(DIM)), "norm2 is LayerNorm; the fused norms are"),
+    "no eps": (lambda: change("norm2", nn.RMSNorm(DIM)), "norm2 has no number eps"),
+    "another size": (lambda: change("norm1.weight", nn.Parameter(torch.ones(1))), r"norm1 has a weight of shape \[1\]"),
+}
+
+
+@pytest.mark.parametrize(("alter", "message"), REFUSED.values(), ids=REFUSED)
+def test_refusals(alter, message):
+    model = lightning_dit()
+    alter()(model.blocks[1])
+    with pytest.raises(ValueError, match=rf"cannot swap block 'blocks.1' \(LightningDiTBlock\): .*{message}"):
+        dtr.swap_blocks(model)
