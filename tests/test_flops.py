@@ -20,7 +20,14 @@ B, N, C, H, HEADS = 3, 20, 32, 128, 4
 ROUTING = dtr.DenoisingTaskRouting(TIMESTEPS)
 W = 25
 # Checks, and the K x K loop of PCGrad: none has a product of matrices.
-WITHOUT_PRODUCTS = {"checked_labels", "checked_timesteps", "random_masks", "window_of_block", "window_starts"}
+WITHOUT_PRODUCTS = {
+    "checked_labels",
+    "checked_times",
+    "checked_timesteps",
+    "random_masks",
+    "window_of_block",
+    "window_starts",
+}
 WITHOUT_PRODUCTS |= {"pcgrad_coefficients"}
 
 

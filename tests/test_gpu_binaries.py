@@ -103,7 +103,7 @@ def test_norms_read_and_write_whole_vectors(hopper, tmp_path):
 
 def test_batches_and_long_samples_share_binaries():
     """Nothing that is compiled depends on them: 1 and multiples of 16 would else have binaries of their own."""
-    sizes = [Sizes(1, 256, 384), Sizes(2, 250, 384), Sizes(16, 129, 384)]
+    sizes = [Sizes(1, 256, 1152), Sizes(2, 250, 1152), Sizes(16, 129, 1152)]
     found = [
         {(binary.kernel, binary.compiled.hash) for binary in static.binaries(90, torch.bfloat16, size)}
         for size in sizes

@@ -55,7 +55,7 @@ from dtr_kernels.ops.dispatch import (
     rows_contiguous,
     runs_on_cpu,
 )
-from dtr_kernels.ops.tiles import TOKENS_PER_SUM, RowTile, RowTiles, has_large_tiles, options
+from dtr_kernels.ops.tiles import TOKENS_PER_SUM, RowTile, RowTiles, options
 from dtr_kernels.routing import ChannelWindow
 
 
@@ -372,8 +372,8 @@ class _ForwardUpdateTiles(RowTiles):
 
     def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> RowTile:
         tile = super().default(dtype, rows, channels, arch)
-        # Two rows of fp32 this long spill, so that one more block fits a multiprocessor.
-        return tile._replace(rows=1) if dtype == torch.float32 and tile.block == 2048 else tile
+        # ptxas would spill, so that one more block fits a multiprocessor: long rows of fp32, and two rows on Blackwell.
+        return tile._replace(rows=1) if arch >= 100 or (dtype == torch.float32 and tile.block == 2048) else tile
 
 
 class _BackwardTiles(RowTiles):
@@ -381,15 +381,24 @@ class _BackwardTiles(RowTiles):
 
     def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> RowTile:
         tile = super().default(dtype, rows, channels, arch)
-        if dtype != torch.float32:  # few barriers, and a vector of 8 channels a thread, which spills on sm_80
-            vector = 8 if has_large_tiles(arch) else 4
+        if dtype != torch.float32:  # few barriers, and on Hopper a vector of 8 channels a thread, which others spill
+            vector = 8 if 90 <= arch < 100 else 4
             return RowTile(1, tile.block, min(max(1, tile.block // (32 * vector)), 32))
         # With fp32 rows this long ptxas spills a register on sm_90, so that one more block fits a multiprocessor.
         return RowTile(1, tile.block, warps=32) if tile.block == 2048 else tile
 
 
-_FORWARD, _FORWARD_UPDATE = RowTiles("norm_forward", tensors=2), _ForwardUpdateTiles("norm_forward_update", tensors=3)
-_BACKWARD, _BACKWARD_UPDATE = _BackwardTiles("norm_backward", tensors=4), RowTiles("norm_backward_update", tensors=6)
+class _BackwardUpdateTiles(RowTiles):
+    """Tiles of the backward pass with a pending update."""
+
+    def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> RowTile:
+        tile = super().default(dtype, rows, channels, arch)
+        # As above, for rows of 512 in fp32 on Blackwell.
+        return tile._replace(warps=8) if arch >= 100 and dtype == torch.float32 and tile.block == 512 else tile
+
+
+_FORWARD, _FORWARD_UPDATE = RowTiles("norm_forward", 2), _ForwardUpdateTiles("norm_forward_update", 3)
+_BACKWARD, _BACKWARD_UPDATE = _BackwardTiles("norm_backward", 4), _BackwardUpdateTiles("norm_backward_update", 6)
 
 
 def gated_norm_forward(
