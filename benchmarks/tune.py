@@ -65,7 +65,7 @@ class NotTuned(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """What a tile is chosen for: one op on a batch of ``batch`` samples with ``tokens`` tokens of ``channels``, a share
+    """A tile is chosen for it: one op on a batch of ``batch`` samples with ``tokens`` tokens of ``channels``, a share
     ``beta`` of them active; and a crossover, up to that batch."""
 
     op: str
@@ -77,7 +77,7 @@ class Problem:
 
     @property
     def sizes(self) -> Sizes:
-        """Of the batch."""
+        """The sizes of the batch."""
         return Sizes(self.batch, self.tokens, self.channels, self.beta)
 
     @property
@@ -177,8 +177,8 @@ def cached_file(gpu: str) -> Path:
 def problems_of(
     models: Sequence[str], precisions: Sequence[str], names: Sequence[str], batch: int, betas: Sequence[float]
 ) -> list[Problem]:
-    """What is to be tuned, none of it twice, the crossovers of a model in a dtype after its tiles, those of windows for
-    each beta.
+    """List what is to be tuned, none of it twice, the crossovers of a model in a dtype after its tiles, those of
+    windows for each beta.
 
     Raises:
         ValueError: if there is no model of a name.

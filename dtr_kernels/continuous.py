@@ -29,7 +29,7 @@ SPACINGS = ("time", *_TIMES)
 _MOST_CLUSTERS = 10_000
 # Beyond it fp32 tells no times apart at either end.
 _LARGEST_LOG_SNR = 100.0
-# Of a cluster under a normal distribution: the least that fp64 can divide.
+# The least part of a normal distribution in a cluster that fp64 can divide.
 _LEAST_PROBABILITY = 1e-290
 
 

@@ -25,7 +25,7 @@ __all__ = ["collect", "show"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Of ops that are tuned alike, the most that are named.
 _MOST_OPS = 3
-# What crossovers are told for: tokens of a sample, and channels, as the models DiT-S/2 to DiT-XL/2 have them; and per
+# Crossovers are told for: tokens of a sample, and channels, as the models DiT-S/2 to DiT-XL/2 have them; and per
 # cent of the channels that are active.
 _TOKENS, _WIDTHS, _ACTIVE = 256, (384, 768, 1024, 1152), (20, 50, 80)
 

@@ -118,7 +118,7 @@ def _cell_edges(timesteps: Tensor, clusters: IntervalClusters | None) -> Tensor:
     return torch.cat([ends[:1], between, ends[1:]])
 
 
-# Of a training, in pictures of conflicts.
+# A training is cut into so many parts at most, to be drawn.
 _MOST_PARTS = 50
 
 

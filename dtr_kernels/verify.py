@@ -407,7 +407,7 @@ def run(
 
 
 def _found(seed: int, attempt: Callable[[], list[Comparison]]) -> list[Comparison] | str:
-    """What a case finds, or a line about the error that it ends with."""
+    """Return what a case finds, or a line about the error that it ends with."""
     torch.manual_seed(seed)
     try:
         return attempt()

@@ -71,7 +71,7 @@ def count(opcodes, pattern):
     return sum(re.match(pattern, opcode) is not None for opcode in opcodes)
 
 
-# Of each GEMM: the most instructions after the last product, of which an epilogue consists, with GELU and without.
+# For each GEMM the most instructions after the last product, of which an epilogue consists, with GELU and without.
 EPILOGUES = {"window_forward": (400, 1900), "window_input_gradient": (300, 3100), "window_weight_gradient": (300, 0)}
 
 
@@ -97,7 +97,7 @@ def test_norms_read_and_write_whole_vectors(hopper, tmp_path):
     for binary in norms:
         opcodes = opcodes_of(binary, tmp_path / "cubin")
         assert count(opcodes, r"(LDG|STG)\.E\.U16") == 0 == static.usage_of_binary(binary).narrow, binary.mode
-        # Of two rows a thread's vectors have 8 bytes.
+        # With two rows a thread's vectors have 8 bytes.
         assert count(opcodes, r"STG\.E\.(64|128)") > 0, binary.mode
 
 

@@ -441,13 +441,13 @@ def test_forcing_ends_with_its_block_whatever_happens_there(files):
 
 
 def choose_gemm(tokens, width, op="windows_forward"):
-    """What a launcher chooses for so many tokens of two samples."""
+    """Return what a launcher chooses for so many tokens of two samples."""
     x, weight = (torch.empty(shape, dtype=bf16, device="meta") for shape in ((2, tokens // 2, 1152), (3456, 1152)))
     return window_linear.choose_gemm(op, x, torch.zeros(2, dtype=torch.int32), width, weight)
 
 
 def contracts_windows(tokens, op="windows_forward"):
-    """Whether it chooses windows of 0.8."""
+    """Return whether it chooses windows of 0.8."""
     return choose_gemm(tokens, 921, op).path == "windows"
 
 

@@ -94,7 +94,7 @@ def advance(
 
 
 class _Steps(NamedTuple):
-    """What a block's two fused steps take besides x, its update and its window: modulation with the norms' affine
+    """All that a block's two fused steps take besides x, its update and its window: modulation with the norms' affine
     parameters in it, kinds of the norms, gates, the activation and the MLP's parameters."""
 
     modulation1: tuple[Tensor, Tensor]

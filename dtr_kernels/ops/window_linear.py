@@ -192,7 +192,7 @@ def window_forward_kernel(
         if WRITE_OUT:
             _store(out_desc, b, part, row, piece, out)
         if GELU:
-            # Of the rounded value, so that the backward pass, which has only that, recomputes the same activation.
+            # GELU of the rounded value, so that the backward pass, which has only that, recomputes the same activation.
             _store(act_desc, b, part, row, piece, gelu(out.to(tl.float32)).to(u_desc.dtype))
 
 
