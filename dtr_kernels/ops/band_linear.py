@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -409,7 +408,7 @@ KERNELS = [
     ),
     Kernel(
         "gelu_band_backward",
-        partial(activation_band_backward, kind="gelu_tanh"),
+        lambda **layer: activation_band_backward(**layer, kind="gelu_tanh"),
         _plain_gelu_backward,
         _gelu_backward_inputs,
         modes(on_host=(False, True)),

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -1254,7 +1253,7 @@ KERNELS = [
     ),
     Kernel(
         "gelu_linear_backward",
-        partial(activation_linear_backward, kind="gelu_tanh"),
+        lambda **layer: activation_linear_backward(**layer, kind="gelu_tanh"),
         _plain_gelu_backward,
         lambda draw: dict(
             g=draw(*draw.sizes[:3]),
