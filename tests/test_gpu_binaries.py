@@ -88,6 +88,7 @@ def test_gemms_store_by_the_copy_engine_and_load_three_steps_ahead(hopper, kerne
         opcodes = opcodes_of(binary, tmp_path / "cubin")
         assert count(opcodes, "STG") == 0 < count(opcodes, "UTMASTG"), binary.mode
         length = next(n for n, opcode in enumerate(reversed(opcodes)) if "GMMA" in opcode)
+        print(f"{kernel}, {binary.mode or 'only'}: {length} of {len(opcodes)} instructions after the last product")
         assert length <= EPILOGUES[kernel][bool(binary.options.get("GELU"))], f"{binary.mode}: {length}"
         assert static.usage_of_binary(binary).buffers == 3
         assert count(opcodes, "LDSM") == 0 or binary.options.get("GELU"), (
