@@ -256,7 +256,13 @@ def fold_affine(
     They are computed, and left, in fp32 at least: a small weight is what remains of 1 + scale.
 
     Args:
-        shift, scale: [B, C]. weight, bias: of the norm, [C] or None.
+        shift, scale: [B, C], any floating dtype. weight, bias: of the norm, [C] or None.
+
+    Returns:
+        shift and scale [B, C], in fp32 or scale's wider dtype; as they are where there is neither weight nor bias.
+
+    Raises:
+        RuntimeError: if weight or bias cannot be broadcast to [B, C].
     """
     if weight is None and bias is None:
         return shift, scale
