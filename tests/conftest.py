@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
-
 if os.environ.get("TRITON_INTERPRET"):
     from repaired_interpreter import repair
 
@@ -20,6 +20,9 @@ if os.environ.get("TRITON_INTERPRET"):
 from dtr_kernels.ops import tiles
 from dtr_kernels.ops.tiles import NEVER, Crossover, RowTiles, Tiles, crossovers
 from dtr_kernels.verify import usable
+
+# A background job of a shell ignores Ctrl-C, and so would all that tests start to be interrupted.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files with fixtures that take long, such as builds. They come first, so that with --dist worksteal no process takes
 # over a part of one at the end and makes its fixtures again.

@@ -105,6 +105,7 @@ def assert_not_worse(got, exact, plain, largest):
         return
     slack = (8 if plain.dtype == torch.float32 else 2) * torch.finfo(plain.dtype).eps
     error, plain_error = ((t.double() - exact).abs().max() for t in (got, plain))
+    plain_error.nan_to_num_(nan=0.0)  # where the square of a small gradient is 0 in fp16, and is divided by
     assert error <= 2 * plain_error + slack * largest.double().abs().max()
 
 
