@@ -195,13 +195,13 @@ def write_tensors(state: object, path: str | Path) -> None:
         try:
             # Given a name, PyTorch writes by itself; into a Python file it would call back, where Ctrl-C may strike.
             torch.save(state, draft)
-        except RuntimeError as error:
+            with draft.open("r+b") as file:
+                digest = _digest(file, draft.stat().st_size - 2)
+                file.write(len(digest).to_bytes(2, "little") + digest)  # in place of an empty comment's length
+        except (OSError, RuntimeError) as error:  # the latter of PyTorch's writer
             raise OSError(
                 f"{path} could not be written; is the disk full, or the folder read-only? ({shortened(error)})"
             ) from error
-        with draft.open("r+b") as file:
-            digest = _digest(file, draft.stat().st_size - 2)
-            file.write(len(digest).to_bytes(2, "little") + digest)  # in place of an empty comment's length
 
 
 def _digest(file: BinaryIO, size: int) -> bytes:
