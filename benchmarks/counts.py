@@ -17,17 +17,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from dtr_kernels.ops.activations import parts_of
 from dtr_kernels.ops.declaration import AUTOCAST, PRECISIONS, STATISTIC, Itemsizes, Work
 from dtr_kernels.ops.gated_norm import backward_work as norm_backward
 from dtr_kernels.ops.gated_norm import forward_work as norm_forward
 from dtr_kernels.ops.residual import backward_work as gated_residual_backward
 from dtr_kernels.ops.residual import forward_work as gated_residual_forward
 from dtr_kernels.ops.window_linear import forward_work as window_linear_forward
-from dtr_kernels.ops.window_linear import gelu_backward_work as gelu_linear_backward
-from dtr_kernels.ops.window_linear import gelu_forward_work as gelu_linear_forward
 from dtr_kernels.ops.window_linear import gradients_work as window_linear_gradients
 from dtr_kernels.ops.window_linear import linear_gradients_work as linear_gradients
 from dtr_kernels.ops.window_linear import linear_work as linear_forward
+from dtr_kernels.ops.window_linear import mlp_backward_work as mlp_backward
+from dtr_kernels.ops.window_linear import mlp_forward_work as mlp_forward
+from dtr_kernels.reference.transformer import BlockKind
 
 #: For what is timed only.
 NOT_COUNTED = Work()
@@ -63,72 +65,103 @@ def attention_backward(B: int, N: int, C: int, heads: int, items: Itemsizes) -> 
 # --- a block ---------------------------------------------------------------------------------------------------------
 
 
-class _Active(NamedTuple):
-    """Channels that are active: behind norms, in the attention, and hidden ones."""
+class Block(NamedTuple):
+    """The sizes of a routed block; H channels come out of its activation.
 
-    seen: int
-    attended: int
-    hidden: int
+    Parameters of norms are not counted, vectors that there is one of for all samples.
+    """
 
+    B: int
+    N: int
+    C: int
+    W: int
+    H: int
+    heads: int
+    items: Itemsizes
+    scope: str
+    kind: BlockKind = BlockKind()
 
-def _active(C: int, W: int, H: int, scope: str) -> _Active:
-    return _Active(C, W, H * W // C) if scope == "inner" else _Active(W, C, H)
+    def forward(self) -> Work:
+        """Count the block alone, from its input to its output, both [B, N, C]."""
+        B, N, C = self[:3]
+        return self.first_norm() + self.between_norms() + gated_residual_forward(B, N, C, self.items)
 
+    def training(self) -> Work:
+        """Count its forward pass, and gradients of its input, its conditioning and its parameters."""
+        B, N, C = self[:3]
+        return (
+            self.forward()
+            + gated_residual_backward(B, N, C, self.items)
+            + self.between_norms_backward()
+            + self.first_norm_backward()
+        )
 
-def block_forward(B: int, N: int, C: int, W: int, H: int, items: Itemsizes, scope: str) -> Work:
-    """A routed block that stands alone, from its input to its output, both [B, N, C]."""
-    return (
-        norm_forward(B, N, C, _active(C, W, H, scope).seen, items, compact=True)
-        + _between_norms_forward(B, N, C, W, H, items, scope)
-        + gated_residual_forward(B, N, C, items)
-    )
+    def first_norm(self, branch: bool = False) -> Work:
+        """Count the first norm; with ``branch`` also the residual before it."""
+        return norm_forward(*self._seen, self.items, branch, compact=True, rms=self._rms)
 
+    def first_norm_backward(self, branch: bool = False) -> Work:
+        """Count its gradients."""
+        return norm_backward(*self._seen, self.items, branch, compact=True, rms=self._rms)
 
-def block_training(B: int, N: int, C: int, W: int, H: int, heads: int, items: Itemsizes, scope: str) -> Work:
-    """Its forward pass, and gradients of its input, its conditioning and its parameters."""
-    return (
-        block_forward(B, N, C, W, H, items, scope)
-        + _kept_for_backward(B, N, C, W, H, heads, items, scope)
-        + gated_residual_backward(B, N, C, items)
-        + _between_norms_backward(B, N, C, W, H, heads, items, scope)
-        + norm_backward(B, N, C, _active(C, W, H, scope).seen, items, compact=True)
-    )
+    def between_norms(self) -> Work:
+        """Count all of the forward pass but what joins the block to its neighbours: the first norm and the last gated
+        residual."""
+        B, N, C, _, H, _, items, scope, _ = self
+        *_, W = self._seen
+        _, A, H = self._computed
+        return (
+            linear_forward(B, C, 6 * C, items)
+            + window_linear_forward(B, N, C, W, 3 * A, items, self._rms)
+            + attention_forward(B, N, A, items)
+            + linear_forward(B * N, A, C, items)
+            + norm_forward(B, N, C, W, items, branch=True, compact=scope == "branch", rms=self._rms)
+            + mlp_forward(B, N, C, self._fc1_width, H, items, False, self._parts, self._rms)
+            + linear_forward(B * N, H, C, items)
+        )
 
+    def between_norms_backward(self) -> Work:
+        """Count its gradients, and what the forward pass writes for them alone: before the activation, and the
+        softmax's denominators."""
+        B, N, C, _, H, _, items, scope, _ = self
+        *_, W = self._seen
+        heads, A, H = self._computed
+        parts, rms = self._parts, self._rms
+        return (
+            Work(bytes=B * N * parts * H * items.operand + B * heads * N * STATISTIC)
+            + linear_weight_gradient(B * N, H, C, items)
+            + mlp_backward(B, N, H, C, items, write_act=False, parts=parts)
+            + window_linear_gradients(B, N, C, self._fc1_width, parts * H, items, rms=rms)
+            + norm_backward(B, N, C, W, items, branch=True, compact=scope == "branch", rms=rms)
+            + linear_gradients(B * N, A, C, items)
+            + attention_backward(B, N, A, heads, items)
+            + window_linear_gradients(B, N, C, W, 3 * A, items, rms=rms)
+            + linear_gradients(B, C, 6 * C, items)
+        )
 
-def _between_norms_forward(B: int, N: int, C: int, W: int, H: int, items: Itemsizes, scope: str) -> Work:
-    """All of a block but what joins it to its neighbours: its first norm and its last gated residual."""
-    W, A, H = _active(C, W, H, scope)
-    fc1_width = W if scope == "branch" else C
-    return (
-        linear_forward(B, C, 6 * C, items)
-        + window_linear_forward(B, N, C, W, 3 * A, items)
-        + attention_forward(B, N, A, items)
-        + linear_forward(B * N, A, C, items)
-        + norm_forward(B, N, C, W, items, branch=True, compact=scope == "branch")
-        + gelu_linear_forward(B, N, C, fc1_width, H, items, write_pre=False)
-        + linear_forward(B * N, H, C, items)
-    )
+    @property
+    def _seen(self) -> tuple[int, int, int, int]:
+        """B, N, C, and the channels that norms see: in scope "inner" all."""
+        return self.B, self.N, self.C, self.C if self.scope == "inner" else self.W
 
+    @property
+    def _computed(self) -> tuple[int, int, int]:
+        """Heads, their channels, and hidden channels: in scope "inner" W of C."""
+        if self.scope != "inner":
+            return self.heads, self.C, self.H
+        return self.heads * self.W // self.C, self.W, self.H * self.W // self.C
 
-def _kept_for_backward(B: int, N: int, C: int, W: int, H: int, heads: int, items: Itemsizes, scope: str) -> Work:
-    """What a block's forward pass writes for the backward pass alone: before GELU, and the softmax's denominators."""
-    _, attended, hidden = _active(C, W, H, scope)
-    return Work(bytes=B * N * hidden * items.operand + B * (heads * attended // C) * N * STATISTIC)
+    @property
+    def _fc1_width(self) -> int:
+        return self.W if self.scope == "branch" else self.C
 
+    @property
+    def _parts(self) -> int:
+        return parts_of(self.kind.activation)
 
-def _between_norms_backward(B: int, N: int, C: int, W: int, H: int, heads: int, items: Itemsizes, scope: str) -> Work:
-    W, A, H = _active(C, W, H, scope)
-    fc1_width = W if scope == "branch" else C
-    return (
-        linear_weight_gradient(B * N, H, C, items)
-        + gelu_linear_backward(B, N, H, C, items, write_act=False)
-        + window_linear_gradients(B, N, C, fc1_width, H, items)
-        + norm_backward(B, N, C, W, items, branch=True, compact=scope == "branch")
-        + linear_gradients(B * N, A, C, items)
-        + attention_backward(B, N, A, heads * A // C, items)
-        + window_linear_gradients(B, N, C, W, 3 * A, items)
-        + linear_gradients(B, C, 6 * C, items)
-    )
+    @property
+    def _rms(self) -> bool:
+        return self.kind.norm == "rms"
 
 
 # --- a whole DiT -----------------------------------------------------------------------------------------------------
@@ -140,29 +173,22 @@ _FREQUENCIES = 256
 class Dit(NamedTuple):
     """The sizes of a DiT; a patch has ``patch_inputs`` numbers at the input and ``patch_outputs`` at the output."""
 
-    B: int
-    N: int
-    C: int
-    W: int
-    H: int
-    heads: int
+    block: Block
     depth: int
     patch_inputs: int
     patch_outputs: int
-    items: Itemsizes
-    scope: str
 
 
 def dit_forward(dit: Dit) -> Work:
     """A DiT from images, timesteps and labels to its prediction; its blocks are one chain, without a kernel to end
     one."""
-    B, N, C, W, H, _, depth, patch_inputs, patch_outputs, items, scope = dit
-    seen = _active(C, W, H, scope).seen
+    block, depth, patch_inputs, patch_outputs = dit
+    B, N, C, items = *block[:3], block.items
     return (
         _embedding_forward(B, N, C, patch_inputs, items)
-        + norm_forward(B, N, C, seen, items, compact=True)
-        + (depth - 1) * norm_forward(B, N, C, seen, items, branch=True, compact=True)
-        + depth * _between_norms_forward(B, N, C, W, H, items, scope)
+        + block.first_norm()
+        + (depth - 1) * block.first_norm(branch=True)
+        + depth * block.between_norms()
         + linear_forward(B, C, 2 * C, items)
         + norm_forward(B, N, C, C, items, branch=True)
         + linear_forward(B * N, C, patch_outputs, items)
@@ -177,18 +203,16 @@ def dit_modulations(B: int, C: int, depth: int, items: Itemsizes) -> Work:
 def dit_training(dit: Dit) -> Work:
     """Its forward pass, and from the gradient of the prediction that of every parameter. The optimizer's step is
     ``adamw_step``."""
-    B, N, C, W, H, heads, depth, patch_inputs, patch_outputs, items, scope = dit
-    seen = _active(C, W, H, scope).seen
-    block = _kept_for_backward(B, N, C, W, H, heads, items, scope)
-    block += _between_norms_backward(B, N, C, W, H, heads, items, scope)
+    block, depth, patch_inputs, patch_outputs = dit
+    B, N, C, items = *block[:3], block.items
     return (
         dit_forward(dit)
         + linear_gradients(B * N, C, patch_outputs, items)
         + norm_backward(B, N, C, C, items, branch=True, dstream=False)
         + linear_gradients(B, C, 2 * C, items)
-        + depth * block
-        + (depth - 1) * norm_backward(B, N, C, seen, items, branch=True, compact=True)
-        + norm_backward(B, N, C, seen, items, compact=True)
+        + depth * block.between_norms_backward()
+        + (depth - 1) * block.first_norm_backward(branch=True)
+        + block.first_norm_backward()
         + _embedding_backward(B, N, C, patch_inputs, items)
     )
 

@@ -27,11 +27,11 @@ def markdown(B: int = 256, N: int = 256, C: int = 1152, heads: int = 16) -> str:
         "attention": counts.attention_forward(B, N, C, items),
         "output projection": counts.linear_forward(T, C, C, items),
         "second norm": counts.norm_forward(*sizes, items, branch=True),
-        "fc1 and GELU": counts.gelu_linear_forward(B, N, C, C, H, items, write_pre=True),
+        "fc1 and GELU": counts.mlp_forward(B, N, C, C, H, items, write_pre=True),
         "fc2": counts.linear_forward(T, H, C, items),
     }
     backward = {
-        "fc2, input and GELU": counts.gelu_linear_backward(B, N, H, C, items, write_act=True),
+        "fc2, input and GELU": counts.mlp_backward(B, N, H, C, items, write_act=True),
         "fc2, weight": counts.linear_weight_gradient(T, H, C, items),
         "fc1": counts.linear_gradients(T, C, H, items),
         "second norm": counts.norm_backward(*sizes, items, branch=True),

@@ -125,13 +125,22 @@ class SwiGLUFFN(nn.Module):
         return self.w3(self.ffn_dropout(F.silu(a) * b))
 
 
+class SeparateSwiGLU(nn.Module):
+    """The gated MLP with a matrix for each of its halves, as language models name them."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.w1, self.w2, self.w3 = nn.Linear(dim, hidden), nn.Linear(hidden, dim), nn.Linear(dim, hidden)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
 class LightningDiTBlock(DiTBlock):
     """A block of LightningDiT, by default with all that it can have."""
 
-    def __init__(self, dim, num_heads, rms=True, swiglu=True, qk_norm=True, eps="eps"):
-        super().__init__(
-            dim, num_heads, RotaryAttention(dim, num_heads), SwiGLUFFN(dim, 2 * dim) if swiglu else Mlp(dim, 4 * dim)
-        )
+    def __init__(self, dim, num_heads, rms=True, mlp=SwiGLUFFN, qk_norm=True, eps="eps"):
+        super().__init__(dim, num_heads, RotaryAttention(dim, num_heads), mlp(dim, 2 * dim))
         if rms:
             self.norm1, self.norm2 = RMSNorm(dim, eps), RMSNorm(dim, eps)
         if qk_norm:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,10 @@ def counted(call) -> int:
 B, N, C, W, H, HEADS = 256, 256, 1152, 921, 4608, 16
 
 
+def block(W: int, scope: str, **kind: Any) -> counts.Block:
+    return counts.Block(B, N, C, W, H, HEADS, BF16, scope, nn.BlockKind(**kind))
+
+
 def test_linear_layers_and_attention_of_a_large_block():
     # Linear layers: 3 C^2 (qkv) + C^2 (proj) + 4 C^2 (fc1) + 4 C^2 (fc2) = 12 C^2 weights, C^2 = 1327104, each used by
     # T tokens: 2 * 65536 * 12 * 1327104 = 131072 * 15925248. That is 2.09 TFLOP.
@@ -65,25 +70,25 @@ def test_linear_layers_and_attention_of_a_large_block():
     # q k^T and p v: 2 * 2 * B N^2 C = 4 * 256 * 65536 * 1152. That is 0.08 TFLOP.
     attention = 77_309_411_328
     assert counts.attention_forward(B, N, C, BF16).flops == attention
-    assert counts.block_forward(B, N, C, C, H, BF16, "block").flops == dense + modulation + attention
+    assert block(C, "block").forward().flops == dense + modulation + attention
     # The qkv layer reads 921 of 1152 channels: 231 * 3456 = 798336 weights fewer, 2 * 65536 * 798336 operations fewer:
     # 1.98 TFLOP are left. The 231 deactivated channels meet two rows per sample: 2 * 2 * 256 * 798336.
     windowed = dense - 104_639_496_192
     p_and_q = 817_496_064
     assert windowed == 1_982_714_609_664
-    assert counts.block_forward(B, N, C, W, H, BF16, "block").flops == windowed + p_and_q + modulation + attention
+    assert block(W, "block").forward().flops == windowed + p_and_q + modulation + attention
     # Scope "branch" has a window in fc1 too: 231 * 4608 = 1064448 weights.
     fc1 = -2 * 65536 * 1_064_448 + 2 * 2 * 256 * 1_064_448
-    scope_branch = counts.block_forward(B, N, C, W, H, BF16, "branch").flops
+    scope_branch = block(W, "branch").forward().flops
     assert scope_branch == windowed + p_and_q + modulation + attention + fc1
 
 
 def test_a_large_block_with_half_of_its_heads():
     """Half of the rows or columns of each weight but adaLN's, half of the attention; the norms see all channels."""
     dense, modulation, attention = 2_087_354_105_856, 4_076_863_488, 77_309_411_328
-    forward = counts.block_forward(B, N, C, C // 2, H, BF16, "inner")
+    forward = block(C // 2, "inner").forward()
     assert forward.flops == modulation + (dense + attention) // 2
-    training = counts.block_training(B, N, C, C // 2, H, HEADS, BF16, "inner")
+    training = block(C // 2, "inner").training()
     assert training.flops == 3 * modulation + (3 * dense + 7 * attention // 2) // 2
     # Read + written per token: first norm C + C, qkv C + 3C/2, attention 3C/2 + C/2, proj C/2 + C, second norm 4C, fc1
     # C + 2C, fc2 2C + C, last residual 3C: 21C, of 29C of all heads; times 65536 tokens of 1152 channels.
@@ -97,12 +102,12 @@ def test_training_of_a_large_block():
     # then gradients of v, p, q, k), each 2 B N^2 C = 38654705664.
     dense, modulation = 2_087_354_105_856, 4_076_863_488
     expected = 3 * (dense + modulation) + 7 * 38_654_705_664
-    assert counts.block_training(B, N, C, C, H, HEADS, BF16, "block").flops == expected
+    assert block(C, "block").training().flops == expected
     # The window saves 104639496192 three times. Over the deactivated channels (q p: one row per sample is
     # 2 * 256 * 798336 = 408748032): 2 rows forward; 1 row p again, 2 rows of gradients of shift and scale; 2 rows
     # for the weight's gradient: 7.
     windowed = expected - 3 * 104_639_496_192 + 7 * 408_748_032
-    assert counts.block_training(B, N, C, W, H, HEADS, BF16, "block").flops == windowed
+    assert block(W, "block").training().flops == windowed
 
 
 def test_bytes_of_a_large_block():
@@ -119,11 +124,11 @@ def test_bytes_of_a_large_block():
     # qkv, 3 * 4 bytes per sample.
     others = 20 * 65_536 + 12 * 256
     expected = 2 * (tokens + weights + vectors) + others
-    assert counts.block_forward(B, N, C, W, H, BF16, "block").bytes == expected
+    assert block(W, "block").forward().bytes == expected
     # Scope "branch": u of the second norm and fc1's input have W channels, and so have that norm's shift and scale, of
     # which fc1 reads the rest; fc1 reads mean * rstd and starts as well.
     less = 2 * (2 * 65_536 * 231) - 4 * 65_536 - 4 * 256
-    assert counts.block_forward(B, N, C, W, H, BF16, "branch").bytes == expected - less
+    assert block(W, "branch").forward().bytes == expected - less
 
 
 def test_bytes_of_training_a_large_block():
@@ -147,9 +152,29 @@ def test_bytes_of_training_a_large_block():
     # up to, written by qkv, read by the norm; the softmax's denominators, one per head.
     others = 4 * (4 + 2 + 2 + 16) * T
     starts = 4 * 4 * 256  # two norms, two products
-    forward = counts.block_forward(B, N, C, W, H, BF16, "block").bytes
+    forward = block(W, "block").forward().bytes
     expected = forward + tokens + kept + weights + vectors + sums + others + starts
-    assert counts.block_training(B, N, C, W, H, HEADS, BF16, "block").bytes == expected
+    assert block(W, "block").training().bytes == expected
+
+
+def test_blocks_of_other_kinds():
+    """RMSNorm has no mean and q alone, without p; fc1 of SwiGLU has two outputs for each that the activation has."""
+    T, inactive, rms = 65_536, 231, {"norm": "rms", "affine": True, "qk_norm": True}
+    less = block(W, "block").forward() - block(W, "block", **rms).forward()
+    # p: one row per sample with 231 * 3456 weights. Means of two norms and mean * rstd of qkv, scale in p.
+    assert less == Work(2 * B * inactive * 3456, 4 * 3 * T + 2 * B * inactive)
+    less = block(W, "block").training() - block(W, "block", **rms).training()
+    # Forward 1 row less; backward p, dp, and scale * dp in the weight's gradient: 4 of 7. Bytes: forward as above and
+    # backward the means twice, mean * rstd of both products of qkv, what deactivated channels sum up to, written and
+    # read: 9 numbers a token; of vectors the scale thrice, and its gradient.
+    assert less == Work(4 * 2 * B * inactive * 3456, 4 * 9 * T + 3 * 2 * B * inactive + 4 * B * inactive)
+
+    more = block(C, "block", activation="swiglu").forward() - block(C, "block").forward()
+    assert more == Work(2 * T * C * H, 2 * (C + 1) * H)
+    # fc1 again, its gradients; its pre-activation of twice the width is kept, read and has a gradient, which two
+    # products read.
+    more = block(C, "block", activation="swiglu").training() - block(C, "block").training()
+    assert more == Work(3 * 2 * T * C * H, 2 * ((C + 1) * H + 5 * T * H + (2 * C + 1) * H))
 
 
 def test_bytes_of_autocast():
@@ -160,7 +185,7 @@ def test_bytes_of_autocast():
     # x 6 * 5 and out 6 * 7 of 2 bytes; weight 5 * 7 and bias 7 of 4.
     assert counts.linear_forward(6, 5, 7, AUTOCAST) == Work(2 * 6 * 5 * 7, 2 * (30 + 42) + 4 * 42)
     # GELU writes 6 * 7 more of 2 bytes for each tensor.
-    gelu = counts.gelu_linear_forward(2, 3, 5, 5, 7, AUTOCAST, write_pre=True)
+    gelu = counts.mlp_forward(2, 3, 5, 5, 7, AUTOCAST, write_pre=True)
     assert gelu == Work(420, 2 * (30 + 42) + 4 * 42 + 2 * 42)
     # x and sum 2 * 30 of 4 bytes; branch 30 and gate 10 of 2.
     assert counts.gated_residual_forward(2, 3, 5, AUTOCAST) == Work(bytes=4 * 60 + 2 * 40)
@@ -176,13 +201,11 @@ def test_bytes_of_adamw_and_layer_norm():
 
 def test_blocks_of_a_model_share_a_kernel():
     """In a model the sum after a block and the next block's norm are one pass: the sum is not read again."""
-    sizes = {"B": 4, "N": 6, "C": 8, "W": 5, "H": 32, "patch_inputs": 16, "patch_outputs": 32}
-    sizes |= {"heads": 2, "items": BF16, "scope": "block"}
-    forward, one_more = (counts.dit_forward(counts.Dit(**sizes, depth=depth)).bytes for depth in (3, 4))
+    block = counts.Block(4, 6, 8, 5, 32, 2, BF16, "block")
+    forward, one_more = (counts.dit_forward(counts.Dit(block, depth, 16, 32)).bytes for depth in (3, 4))
     # Of the 24 tokens a block alone reads 2C and writes C at its end, reads W and writes W at its start; one among
     # others reads 2C, writes C and W. Gate, shift, scale and statistics are the same.
-    alone = counts.block_forward(4, 6, 8, 5, 32, BF16, "block").bytes
-    assert one_more - forward == alone - 2 * 24 * 5
+    assert one_more - forward == block.forward().bytes - 2 * 24 * 5
 
 
 # --- by PyTorch's counter --------------------------------------------------------------------------------------------
@@ -192,27 +215,30 @@ def leaf(*shape: int) -> torch.Tensor:
     return torch.randn(shape, requires_grad=True)
 
 
+MODERN = nn.BlockKind(norm="rms", affine=True, activation="swiglu", qk_norm=True)
+
+
 @pytest.mark.parametrize("heads", [1, 4])
-def test_operations_of_the_reference_block(seed, heads):
+@pytest.mark.parametrize("kind", [nn.BlockKind(), MODERN, nn.BlockKind(activation="silu")])
+def test_operations_of_the_reference_block(heads, kind, seed):
     B, N, C = 3, 10, 32
-    block = nn.RoutedDiTBlock(C, heads)
+    module = nn.RoutedDiTBlock(C, heads, kind=kind)
     x, c = leaf(B, N, C), leaf(B, C)
-    forward = counted(lambda: reference.dit_block(block, x, c))
-    assert forward == counts.block_forward(B, N, C, C, 4 * C, FP32, "block").flops
-    training = counted(lambda: reference.dit_block(block, x, c).sum().backward())
-    assert training == counts.block_training(B, N, C, C, 4 * C, heads, FP32, "block").flops
+    block = counts.Block(B, N, C, C, 4 * C, heads, FP32, "block", kind)
+    assert counted(lambda: reference.dit_block(module, x, c)) == block.forward().flops
+    assert counted(lambda: reference.dit_block(module, x, c).sum().backward()) == block.training().flops
 
 
 def test_operations_of_the_reference_model(seed):
     model = make_dit(TINY, CPU, torch.float32)
     B, (_, N, C) = 3, model.pos_embed.shape
-    sizes = {"B": B, "N": N, "C": C, "W": C, "H": 4 * C, "depth": len(model.blocks), "scope": "block", "items": FP32}
-    sizes |= {"patch_inputs": 4 * model.in_channels, "patch_outputs": 4 * model.out_channels, "heads": 4}
+    block = counts.Block(B, N, C, C, 4 * C, 4, FP32, "block")
+    dit = counts.Dit(block, len(model.blocks), 4 * model.in_channels, 4 * model.out_channels)
     x = torch.randn(B, model.in_channels, model.input_size, model.input_size)
     t, y = torch.randint(1000, (B,)), torch.randint(1000, (B,))
-    assert counted(lambda: reference.dit(model, x, t, y)) == counts.dit_forward(counts.Dit(**sizes)).flops
+    assert counted(lambda: reference.dit(model, x, t, y)) == counts.dit_forward(dit).flops
     training = counted(lambda: reference.dit(model, x, t, y).sum().backward())
-    assert training == counts.dit_training(counts.Dit(**sizes)).flops
+    assert training == counts.dit_training(dit).flops
 
 
 def test_operations_that_a_sampler_leaves_out(seed, monkeypatch):
@@ -377,16 +403,16 @@ def test_work_of_the_gelu_launchers(layer):
     read = (layer.out.u, layer.mean_rstd, *layer.of_inactive, layer.weight, layer.bias, layer.start)
     for write_pre in (False, True):
         written = linear_ops.linear_activation_forward(*inputs, "gelu_tanh", write_pre)
-        work = counts.gelu_linear_forward(*layer.sizes, write_pre)
+        work = counts.mlp_forward(*layer.sizes, write_pre)
         assert work == Work(counts.window_linear_forward(*layer.sizes).flops, nbytes(*read, *written))
 
     pre, g = written[0], torch.randn(B, N, C)
     weight = torch.randn(C, O)
     written = linear_ops.activation_linear_backward(g, pre, weight, "gelu_tanh")
-    work = counts.gelu_linear_backward(B, N, O, C, FP32, write_act=True)
+    work = counts.mlp_backward(B, N, O, C, FP32, write_act=True)
     spent = counted(lambda: linear_ops.activation_linear_backward(g, pre, weight, "gelu_tanh"))
     assert work == Work(spent, nbytes(g, pre, weight, *written))
-    assert counts.gelu_linear_backward(B, N, O, C, FP32, write_act=False).bytes == work.bytes - written[1].nbytes
+    assert counts.mlp_backward(B, N, O, C, FP32, write_act=False).bytes == work.bytes - written[1].nbytes
 
 
 def test_all_channels_active_is_the_linear_layer():

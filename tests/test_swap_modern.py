@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from comparing import assert_same, differ, snapshot
-from models import DIM, HEADS, TIMESTEPS, JiTBlock, LightningDiTBlock, change, lightning_dit
+from models import DIM, HEADS, TIMESTEPS, JiTBlock, LightningDiTBlock, Mlp, SeparateSwiGLU, change, lightning_dit
 from swapping import ROUTING, paper_mask
 from torch import nn
 
@@ -18,7 +18,8 @@ pytestmark = pytest.mark.usefixtures("one_thread", "seed")
 MODELS = {
     "LightningDiT": lightning_dit,
     "without RMSNorm": functools.partial(lightning_dit, rms=False),
-    "without SwiGLU": functools.partial(lightning_dit, swiglu=False, qk_norm=False),
+    "without SwiGLU": functools.partial(lightning_dit, mlp=Mlp, qk_norm=False),
+    "w1 and w3": functools.partial(lightning_dit, mlp=SeparateSwiGLU),
     "JiT": functools.partial(lightning_dit, JiTBlock),
 }
 models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
@@ -98,6 +99,10 @@ REFUSED = {
     "dropout": (lambda: change("mlp.ffn_dropout.p", 0.1), "mlp.ffn_dropout drops with probability 0.1"),
     "two kinds of norms": (lambda: change("norm2", nn.LayerNorm(DIM)), "norm2 is LayerNorm; the fused norms are"),
     "no eps": (lambda: change("norm2", nn.RMSNorm(DIM)), "norm2 has no number eps"),
+    "one bias of two": (
+        lambda: lambda block: [change("mlp", SeparateSwiGLU(DIM, 64))(block), change("mlp.w3.bias", None)(block)],
+        "some of mlp.w1, mlp.w3 have a bias and some not; give all one",
+    ),
     "another size": (lambda: change("norm1.weight", nn.Parameter(torch.ones(1))), r"norm1 has a weight of shape \[1\]"),
 }
 

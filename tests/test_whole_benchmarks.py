@@ -19,9 +19,10 @@ from benchmarks.cases import AUTOCAST, Case, Cell, Options, Side
 from benchmarks.measure import Bench, Rounds
 from benchmarks.memory import saved_bytes
 from benchmarks.suite import block, cpu_limits, inner, model, whole
-from benchmarks.suite.models import dit_channels
+from benchmarks.suite.models import LIGHTNING, dit_channels
 from benchmarks.suite.whole import Gate
 from dtr_kernels import reference
+from dtr_kernels.nn import BlockKind
 from dtr_kernels.ops import declaration, dispatch, window_linear
 from dtr_kernels.routing import ChannelWindow
 
@@ -90,6 +91,17 @@ def test_every_side_of_a_block_is_right(fresh, device, precision):
 def test_every_routing_of_a_block_is_right(fresh, routing):
     for case in quick(block, CPU, batches=[3], **routing):
         assert_right(case)
+
+
+def test_a_block_of_lightning_dit(fresh):
+    """RMSNorm, SwiGLU, query and key norms, and queries and keys that are turned."""
+    piece = block.Piece.of(replace(CENTRE, model=LIGHTNING, batch=2, pass_="training"), CPU)
+    assert piece.module.kind == BlockKind("rms", True, "swiglu", True) and piece.x.shape == (2, 256, 1152)
+    assert [p.shape for p in piece.module.mlp.parameters() if p.dim() == 2] == [(6144, 1152), (1152, 3072)]
+    side = piece.routed("RoutedDiTBlock", piece.fused)
+    assert side.error(side.call()) <= side.bound < 1e-3
+    still = replace(piece, rope=None)
+    assert side.error(still.call(still.fused)()) > side.bound
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", AUTOCAST])
@@ -358,11 +370,11 @@ def test_options_replace_an_axis():
     ("suite", "options", "fragments"),
     [
         (block, {"passes": ["step"]}, ["--pass must be one of forward, training for a block", "got step"]),
-        (block, {"models": ["DiT-Z"]}, ["--model must be tiny or one of", "got DiT-Z"]),
+        (block, {"models": ["DiT-Z"]}, ["--model must be one of tiny, DiT-S/2", "got DiT-Z"]),
         (block, {"betas": [1.5]}, ["beta", "got 1.5"]),
         (block, {"betas": [0.001]}, ["beta 0.001", "leaves none active"]),
         (model, {"passes": ["sampling"], "windows": ["per sample"]}, ["--window must be shared for --pass sampling"]),
-        (model, {"models": ["DiT-S"]}, ["--model must be tiny or one of", "got DiT-S"]),
+        (model, {"models": ["DiT-S"]}, ["--model must be one of tiny, DiT-S/2", "got DiT-S"]),
         (cpu_limits, {"precisions": [AUTOCAST]}, ["--dtype must be one of fp32, bf16, fp16", "got autocast"]),
         (cpu_limits, {"passes": ["sampling"]}, ["--pass must be one of forward, training", "got sampling"]),
         (cpu_limits, {"device": torch.device("cuda")}, ["--device must be cpu", "got cuda"]),

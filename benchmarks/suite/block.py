@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import AUTOCAST, Benchmark, Case, Cell, Goal, Options
-from benchmarks.counts import ITEMSIZES, Work, block_forward, block_training
+from benchmarks.counts import Work
 from benchmarks.suite import whole
-from benchmarks.suite.models import TINY, blueprint, dit_channels
+from benchmarks.suite.models import LIGHTNING, TINY, blueprint, dit_channels, rotary
 from benchmarks.suite.whole import COMPILED, MASKED, SEED, UNDER_AUTOCAST, UNROUTED, Axes, Whole
 from dtr_kernels import reference
 from dtr_kernels.ops.dispatch import choose
@@ -32,13 +33,13 @@ _STAR: dict[str, Sequence[Axes]] = {
     "quick": (),
     "cpu": (
         {"batch": (1, 4, 64)},
-        {"model": ("DiT-B/2", "DiT-L/2", "DiT-XL/2"), "batch": (4,)},
+        {"model": ("DiT-B/2", "DiT-L/2", "DiT-XL/2", LIGHTNING), "batch": (4,)},
         # In 16-bit dtypes a CPU's GEMMs are dense, whatever the window.
         *({**changed, "precision": ("fp32",)} for changed in _ROUTINGS),
     ),
     "cuda": (
         {"batch": (1, 8, 128, 256)},
-        {"model": ("DiT-S/2", "DiT-B/2", "DiT-L/2")},
+        {"model": ("DiT-S/2", "DiT-B/2", "DiT-L/2", LIGHTNING)},
         *_ROUTINGS,
         {"precision": ("fp32", AUTOCAST)},
     ),
@@ -64,8 +65,11 @@ def build(cell: Cell, device: torch.device) -> Case:
     return piece.case(f"{cell.model} block, {cell}", piece.sides(FUSED), notes, _goals(piece))
 
 
+@dataclass(frozen=True)
 class Piece(Whole):
-    """A block of x and c."""
+    """A block of x and c, whose queries and keys are turned where the model turns them."""
+
+    rope: Callable[[Tensor], Tensor] | None
 
     @classmethod
     def of(cls, cell: Cell, device: torch.device) -> Piece:
@@ -82,7 +86,8 @@ class Piece(Whole):
         window = cell.routing.window(whole.timesteps(cell, device), block.routed_channels)
         trains = cell.pass_ == "training"
         batch = (x.requires_grad_(trains), c.requires_grad_(trains))
-        return cls(cell, block.to(device, cell.dtype), batch, cotangent, window, whole.mask_of(window, x))
+        rope = rotary(tokens, channels // block.attn.num_heads, device) if model.rope else None
+        return cls(cell, block.to(device, cell.dtype), batch, cotangent, window, whole.mask_of(window, x), rope)
 
     @property
     def runs_kernels(self) -> bool:
@@ -91,18 +96,15 @@ class Piece(Whole):
 
     def plain(self, module: Any, *batch: Any) -> Tensor:
         x, c, mask = batch
-        return reference.dit_block(module, x, c, mask, self.cell.scope)
+        return reference.dit_block(module, x, c, mask, self.cell.scope, self.rope)
 
     def fused(self) -> Tensor:
-        return self.module(*self.batch, self.window)
+        return self.module(*self.batch, self.window, self.rope)
 
     def work(self, active: int) -> Work:
-        B, N, C = self.x.shape
-        active = active * C // self.window.channels  # of a head's channels too
-        H, items, scope = self.module.mlp.fc1.out_features, ITEMSIZES[self.cell.precision], self.cell.scope
-        if self.trains:
-            return block_training(B, N, C, active, H, self.module.attn.num_heads, items, scope)
-        return block_forward(B, N, C, active, H, items, scope)
+        B, N, _ = self.x.shape
+        block = self.sizes(self.module, B, N, active)
+        return block.training() if self.trains else block.forward()
 
 
 def goals_on_gpu(scope: str) -> list[Goal]:

@@ -112,23 +112,17 @@ class Prediction(Whole):
         return exact[1:] if self.cell.pass_ == "step" else exact  # a step leaves gradients only
 
     def work(self, active: int) -> Work:
-        model, items = self.module, ITEMSIZES[self.cell.precision]
-        block = model.blocks[0]
+        model = self.module
+        samples = 2 * len(self.x) if self.cell.pass_ == "sampling" else len(self.x)
         dit = Dit(
-            B=2 * len(self.x) if self.cell.pass_ == "sampling" else len(self.x),
-            N=model.pos_embed.shape[1],
-            C=model.hidden_size,
-            W=active * model.hidden_size // self.window.channels,  # of a head's channels too
-            H=block.mlp.fc1.out_features,
-            heads=block.attn.num_heads,
+            self.sizes(model.blocks[0], samples, model.pos_embed.shape[1], active),
             depth=len(model.blocks),
             patch_inputs=model.x_embedder.proj.weight[0].numel(),
             patch_outputs=model.final_layer.linear.out_features,
-            items=items,
-            scope=self.cell.scope,
         )
         if self.cell.pass_ == "step":
-            return dit_training(dit) + adamw_step(sum(p.numel() for p in whole.trainable(model)), items.stream)
+            parameters = sum(p.numel() for p in whole.trainable(model))
+            return dit_training(dit) + adamw_step(parameters, ITEMSIZES[self.cell.precision].stream)
         return dit_training(dit) if self.trains else dit_forward(dit)
 
     def call(self, forward: Forward) -> Callable[[], list[Tensor]]:

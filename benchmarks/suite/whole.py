@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import AUTOCAST, AXES, Case, Cell, Goal, Options, Side
-from benchmarks.counts import Work
+from benchmarks.counts import ITEMSIZES, Block, Work
 from dtr_kernels.routing import ChannelWindow
 
 # The sides that are the same everywhere.
@@ -225,6 +225,12 @@ class Whole:
     def work(self, active: int) -> Work:
         """Count what the function of as many active channels needs."""
         raise NotImplementedError
+
+    def sizes(self, block: Any, B: int, N: int, active: int) -> Block:
+        """Return the sizes of a ``RoutedDiTBlock``, of whose channels or heads so many are active."""
+        C, H, heads = block.attn.qkv.in_features, block.mlp.fc2.in_features, block.attn.num_heads
+        W, items = active * C // self.window.channels, ITEMSIZES[self.cell.precision]
+        return Block(B, N, C, W, H, heads, items, self.cell.scope, block.kind)
 
     @property
     def x(self) -> Tensor:

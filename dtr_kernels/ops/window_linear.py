@@ -1077,45 +1077,58 @@ def linear_gradients_work(M: int, K: int, O: int, items: Itemsizes, parameters: 
     return work + linear_work(M, K, O, items) if parameters else work
 
 
-def forward_work(B: int, N: int, C: int, W: int, O: int, items: Itemsizes) -> Work:
-    """Count the product over each sample's window, and p and q over its deactivated channels."""
-    return linear_work(B * N, W, O, items) + _inactive_work(B, N, C, W, O, items)
+def forward_work(B: int, N: int, C: int, W: int, O: int, items: Itemsizes, rms: bool = False) -> Work:
+    """Count the product over each window, and p and q over its deactivated channels; behind RMSNorm q alone."""
+    return linear_work(B * N, W, O, items) + _inactive_work(B, N, C, W, O, items, rms)
 
 
-def gradients_work(B: int, N: int, C: int, W: int, O: int, items: Itemsizes, parameters: bool = True) -> Work:
+def gradients_work(
+    B: int, N: int, C: int, W: int, O: int, items: Itemsizes, parameters: bool = True, rms: bool = False
+) -> Work:
     """Count gradients of the window and of what deactivated channels are known by, and those of weight and bias.
 
-    The products of the former are p, which the gradient of every token is multiplied with, and those with dp and dq.
+    The products of the former are p, which the gradient of every token is multiplied with, and those with dp and dq;
+    behind RMSNorm the one with dq.
     """
     inactive = C - W
-    work = linear_gradients_work(B * N, W, O, items, parameters) + _known_work(B, N, C, W)
-    vectors = B * inactive * (items.operand + 2 * STATISTIC)  # scale; gradients of shift and scale
-    work += Work(6 * B * inactive * O, inactive * O * items.stream + vectors)
-    work += Work(bytes=B * N * STATISTIC if inactive else 0)  # what deactivated channels sum up to in each token
-    return work + _inactive_work(B, N, C, W, O, items) if parameters else work
+    work = linear_gradients_work(B * N, W, O, items, parameters) + _known_work(B, N, C, W, rms)
+    vectors = (
+        B * inactive * (STATISTIC if rms else items.operand + 2 * STATISTIC)
+    )  # gradients of shift; of scale, scale
+    work += Work((2 if rms else 6) * B * inactive * O, inactive * O * items.stream + vectors)
+    if inactive and not rms:
+        work += Work(bytes=B * N * STATISTIC)  # what deactivated channels sum up to in each token
+    return work + _inactive_work(B, N, C, W, O, items, rms) if parameters else work
 
 
-def gelu_forward_work(B: int, N: int, C: int, W: int, H: int, items: Itemsizes, write_pre: bool) -> Work:
-    """Count GELU of a window's linear layer, and what comes before GELU if ``write_pre``."""
-    return forward_work(B, N, C, W, H, items) + Work(bytes=B * N * H * items.operand if write_pre else 0)
+def mlp_forward_work(
+    B: int, N: int, C: int, W: int, H: int, items: Itemsizes, write_pre: bool, parts: int = 1, rms: bool = False
+) -> Work:
+    """Count fc1 of a window and the activation, and what comes before the activation if ``write_pre``.
+
+    H channels come out of the activation, and ``parts`` times as many go in.
+    """
+    pre = parts if write_pre else 0
+    fc1 = forward_work(B, N, C, W, parts * H, items, rms)
+    return fc1 + Work(bytes=(pre + 1 - parts) * B * N * H * items.operand)  # fc1 writes no more than that
 
 
-def gelu_backward_work(B: int, N: int, H: int, O: int, items: Itemsizes, write_act: bool = True) -> Work:
-    """Count the gradient of pre in Linear(GELU(pre)), from H to O channels, and GELU(pre) again if ``write_act``."""
-    pre = Work(bytes=(1 + write_act) * B * N * H * items.operand)
+def mlp_backward_work(B: int, N: int, H: int, O: int, items: Itemsizes, write_act: bool = True, parts: int = 1) -> Work:
+    """Count the gradient of pre in fc2(act(pre)), from H to O channels, and act(pre) again if ``write_act``."""
+    pre = Work(bytes=(2 * parts - 1 + write_act) * B * N * H * items.operand)
     return linear_gradients_work(B * N, H, O, items, parameters=False) + pre
 
 
-def _inactive_work(B: int, N: int, C: int, W: int, O: int, items: Itemsizes) -> Work:
-    """Products with deactivated channels, which shift and scale modulate."""
-    inactive = C - W
-    vectors = 2 * B * inactive * items.operand
-    return Work(4 * B * inactive * O, inactive * O * items.stream + vectors) + _known_work(B, N, C, W)
+def _inactive_work(B: int, N: int, C: int, W: int, O: int, items: Itemsizes, rms: bool) -> Work:
+    """Products with deactivated channels, which shift and scale modulate, behind RMSNorm shift alone."""
+    inactive, vectors = C - W, 1 if rms else 2
+    read = inactive * O * items.stream + vectors * B * inactive * items.operand
+    return Work(2 * vectors * B * inactive * O, read) + _known_work(B, N, C, W, rms)
 
 
-def _known_work(B: int, N: int, C: int, W: int) -> Work:
-    """mean * rstd of each token, and the windows: what the closed form reads where there are deactivated channels."""
-    return Work(bytes=B * N * STATISTIC + starts(B, C, W) if W < C else 0)
+def _known_work(B: int, N: int, C: int, W: int, rms: bool) -> Work:
+    """What the closed form reads where there are deactivated channels: windows, and of LayerNorm mean * rstd."""
+    return Work(bytes=(0 if rms else B * N * STATISTIC) + starts(B, C, W) if W < C else 0)
 
 
 def _forward_peer(share: Callable[[int, int], int]) -> Callable[..., Callable[[], Any]]:
@@ -1163,8 +1176,8 @@ KERNELS = [
             _layer(draw, 3 * draw.sizes.C, True, rms) | dict(bias=draw(3 * draw.sizes.C) if bias else None)
         ),
         modes(bias=(True, False), rms=(False, True)),
-        work=lambda s, items, **_: forward_work(s.B, s.N, s.C, s.W, 3 * s.C, items),
-        timed=lambda bias, rms: bias and not rms,
+        work=lambda s, items, rms, **_: forward_work(s.B, s.N, s.C, s.W, 3 * s.C, items, rms),
+        timed=lambda bias, **_: bias,
         tiles=lambda **_: ("forward",),
         peers=_peers(_forward_peer),
     ),
@@ -1179,8 +1192,10 @@ KERNELS = [
             rms=(False, True),
             parameters=(True, False),
         ),
-        work=lambda s, items, parameters, **_: gradients_work(s.B, s.N, s.C, s.W, 3 * s.C, items, parameters),
-        timed=lambda routed, rms, **_: routed and not rms,
+        work=lambda s, items, routed, rms, parameters: gradients_work(
+            s.B, s.N, s.C, s.W, 3 * s.C, items, parameters, rms
+        ),
+        timed=lambda routed, **_: routed,
         peers=_peers(_backward_peer),
     ),
     Kernel(
@@ -1243,7 +1258,7 @@ KERNELS = [
         _plain_gelu_forward,
         _gelu_forward_inputs,
         modes(routed=(True, False), bias=(True, False), write_pre=(True, False)),
-        work=lambda s, items, routed, bias, write_pre: gelu_forward_work(
+        work=lambda s, items, routed, bias, write_pre: mlp_forward_work(
             s.B, s.N, s.C, s.W if routed else s.C, 4 * s.C, items, write_pre
         ),
         timed=lambda bias, **_: bias,
@@ -1260,7 +1275,7 @@ KERNELS = [
             pre=draw(*draw.sizes[:2], 4 * draw.sizes.C),
             weight=draw.weight(draw.sizes.C, 4 * draw.sizes.C),
         ),
-        work=lambda s, items: gelu_backward_work(s.B, s.N, 4 * s.C, s.C, items),
+        work=lambda s, items: mlp_backward_work(s.B, s.N, 4 * s.C, s.C, items),
         tiles=lambda: ("gelu_input_gradient",),
         crossover="gelu_backward",
     ),

@@ -120,8 +120,9 @@ def linear_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
                     f"{name} maps {layer.in_features} features to {layer.out_features}, but {named['attn.qkv'][0][0]} "
                     f"reads a hidden size of {C}, for which it must map {inputs} to {part}; leave this model unswapped"
                 )
-    if len({layer.bias is None for _, layer in named["attn.qkv"]}) > 1:
-        yield f"some of {', '.join(name for name, _ in named['attn.qkv'])} have a bias and some not; give all one"
+    for path in ("attn.qkv", "mlp.fc1"):
+        if len({layer.bias is None for _, layer in named[path]}) > 1:
+            yield f"some of {', '.join(name for name, _ in named[path])} have a bias and some not; give all one"
 
 
 def norm_kind_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:

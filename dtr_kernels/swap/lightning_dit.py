@@ -15,7 +15,7 @@ from dtr_kernels.reference.transformer import Rope
 from dtr_kernels.routing import ChannelWindow
 from dtr_kernels.swap.checks import has
 from dtr_kernels.swap.family import Family, RandomTensor
-from dtr_kernels.swap.views import Layers, MlpLayers
+from dtr_kernels.swap.views import Layers, MlpLayers, StackedLinear
 
 
 class _Conditioning(NamedTuple):
@@ -30,8 +30,8 @@ class LightningDiT(Family):
 
     name = "LightningDiT block"
     anatomy = (
-        "a module with children norm1, attn, norm2, mlp (with w12 and w3) and adaLN_modulation, and an argument "
-        "feat_rope of its forward"
+        "a module with children norm1, attn, norm2, mlp (with w12 and w3, or w1, w3 and w2) and adaLN_modulation, and "
+        "an argument feat_rope of its forward"
     )
 
     @classmethod
@@ -42,13 +42,16 @@ class LightningDiT(Family):
 
     @classmethod
     def layers(cls, block: Any) -> Layers:
-        gated = has(block, "mlp.w12")
+        mlp = block.mlp
+        if has(block, "mlp.w12"):
+            mlp = MlpLayers(mlp.w12, F.silu, mlp.w3)
+        elif has(block, "mlp.w1"):
+            mlp = MlpLayers(StackedLinear((mlp.w1, mlp.w3)), F.silu, mlp.w2)
         kind = BlockKind(
             norm="layer" if isinstance(block.norm1, nn.LayerNorm) else "rms",
             affine=getattr(block.norm1, "weight", None) is not None,
-            activation="swiglu" if gated else "gelu_tanh",
+            activation="gelu_tanh" if mlp is block.mlp else "swiglu",
         )
-        mlp = MlpLayers(block.mlp.w12, F.silu, block.mlp.w3) if gated else block.mlp
         return Layers(block.norm1, block.attn, block.norm2, mlp, block.adaLN_modulation, kind)
 
     @classmethod

@@ -49,7 +49,8 @@ class RMSNormLayer(NamedTuple):
 
 
 class MlpLayers(NamedTuple):
-    """fc2(act(fc1(x))); ``act`` is compared with the kind's activation, with SiLU for "swiglu", and not called."""
+    """fc2(act(fc1(x))), fc1 an nn.Linear or a ``StackedLinear``; ``act`` is compared with the kind's activation, with
+    SiLU for "swiglu", and not called."""
 
     fc1: Any
     act: Callable[[Tensor], Tensor]
@@ -57,7 +58,7 @@ class MlpLayers(NamedTuple):
 
 
 class StackedLinear(NamedTuple):
-    """Linear layers of one input as a single one, such as separate queries, keys and values.
+    """Linear layers of one input as a single one, such as separate queries, keys and values, or SwiGLU's two.
 
     The weights are copied into one tensor at each use, and the gradients split.
     """
@@ -67,6 +68,10 @@ class StackedLinear(NamedTuple):
     @property
     def in_features(self) -> int:
         return self.layers[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        return sum(layer.out_features for layer in self.layers)
 
     @property
     def weight(self) -> Tensor:
