@@ -27,24 +27,29 @@ __all__ = ["plot_affinity", "plot_clusters", "plot_conflicts", "plot_routing"]
 
 
 def plot_routing(
-    routing: DenoisingTaskRouting | RandomRouting, channels: int, path: str | Path | None = None
+    routing: DenoisingTaskRouting | RandomRouting, path: str | Path | None = None, channels: int = 1152
 ) -> Figure:
     """Draw the active channels (vertical) of every timestep (horizontal).
 
     Args:
         routing: whose masks to draw.
-        channels: number of channels C.
         path: where to save the picture (PNG, PDF, SVG by its ending); None returns it only.
+        channels: number of channels C; default: those of DiT-XL.
 
     Returns:
         The matplotlib figure.
 
     Raises:
         ImportError: if matplotlib is not installed (``pip install matplotlib``).
+        TypeError: if path is a number, where channels stood before version 0.2.
         ValueError: if the routing leaves no channel active.
     """
+    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
+    if isinstance(path, int):
+        raise TypeError(f"path must name a file or be None, got {path}; give channels={path} by name")
     t = torch.arange(routing.num_timesteps)
     if isinstance(routing, RandomRouting):
         mask, name = routing.mask(t, channels), "random routing"
@@ -52,15 +57,28 @@ def plot_routing(
         mask, name = routing.window(t, channels).mask(), f"DTR, alpha {routing.alpha:g}"
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(mask.T.numpy(), aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
+    shades = ListedColormap(["white", "#4a98c9"])
+    axes.imshow(mask.T.numpy(), aspect="auto", origin="lower", cmap=shades, vmin=0, vmax=1, interpolation="nearest")
     axes.set(
-        xlabel="timestep t (0: clean image, right: noise)",
+        xlabel=_TIMESTEPS,
         ylabel="channel",
         title=f"Active channels: {name}, beta {routing.beta:g}, {int(mask[0].sum())} of {channels}",
+        xticks=_timestep_ticks(len(t)),
     )
+    patches = [Patch(facecolor=shades(value), edgecolor="0.6") for value in (1, 0)]
+    figure.legend(patches, ["active", "inactive"], loc="outside right upper", fontsize=8)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
+
+
+_TIMESTEPS = "timestep t (0: clean image, right: noise)"
+
+
+def _timestep_ticks(T: int) -> list[int]:
+    """Return about five even steps, and the last timestep in any case."""
+    step = max(1, T // 5)
+    return [*range(0, T - step // 2 - 1, step), T - 1]
 
 
 def plot_affinity(
@@ -98,7 +116,9 @@ def plot_affinity(
         axes.add_patch(Rectangle((first - 0.5, first - 0.5), end - first, end - first, fill=False))
     limits = float(edges[0]), float(edges[-1])
     axes.set(xlim=limits, ylim=limits, aspect="equal", title="Affinity of denoising tasks")
-    axes.set(xlabel="timestep t (0: clean image, right: noise)", ylabel="timestep t")
+    axes.set(xlabel=_TIMESTEPS, ylabel="timestep t")
+    if clusters:
+        axes.set(xticks=_timestep_ticks(clusters.num_timesteps), yticks=_timestep_ticks(clusters.num_timesteps))
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
@@ -228,6 +248,8 @@ def plot_clusters(
     _draw_boxes(boxes, clusters, labels)
     boxes.set_title(title)
     axes.set(xlim=(edges[0], edges[-1]), xlabel=f"{time} (0: clean image, right: noise)")
+    if isinstance(clusters, IntervalClusters):
+        axes.set_xticks(_timestep_ticks(clusters.num_timesteps))
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure

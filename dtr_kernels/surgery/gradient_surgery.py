@@ -141,6 +141,11 @@ class GradientSurgery:
         self.last_gram: Tensor | None = None
         self.last_weights: Tensor | None = None
 
+    def __repr__(self) -> str:
+        count = sum(parameter.numel() for parameter in self._parameters.values())
+        settings = f"weighting={self._weighting_name!r}, engine={self.engine.name!r}"
+        return f"GradientSurgery({count:,} parameters, num_clusters={self.num_clusters}, {settings})"
+
     @_all_or_nothing
     def backward(
         self,
