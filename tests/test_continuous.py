@@ -296,3 +296,30 @@ def test_an_expert_has_its_times_to_the_very_end():
 
     gaps = dtr.negative_transfer_gaps(distance, Constant(0), [Constant(1), Constant(10)], EXPERTS, progress=False)
     assert gaps.tolist() == [3, 30]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_an_expert_has_the_times_of_its_cluster(dtype):
+    """At the bounds, one rounding unit beside them, and rounded past the ends; as tensors and as numbers."""
+    bounds = torch.tensor(UNEVEN.bounds, dtype=torch.float64).to(dtype)
+    beside = [torch.nextafter(bounds, torch.tensor(end, dtype=dtype)) for end in (-1, 2)]
+    t = torch.cat([bounds, *beside, bounds.float().to(dtype)])
+    t = t[t < 1.0000001]
+
+    def expert(model):
+        assert model(t, t).tolist() == [model(t[:1], number).item() for number in t.tolist()]
+        experts.append(model(t, t))
+        return 0
+
+    class Whose(torch.nn.Module):
+        def __init__(self, own):
+            super().__init__()
+            self.own = own
+
+        def forward(self, x, t):
+            return torch.full_like(x, self.own)
+
+    experts = []
+    dtr.negative_transfer_gaps(expert, Whose(0), [Whose(1)] * 5, UNEVEN, progress=False)
+    clusters = UNEVEN.assign(t)
+    assert [(clusters == k).tolist() for k in range(5)] == [own.bool().tolist() for own in experts[1:]]
