@@ -110,9 +110,9 @@ def _cell_edges(timesteps: Tensor, clusters: IntervalClusters | None) -> Tensor:
     With clusters the outer cells reach to the first and the last of their timesteps, as in ``TaskAffinity.resized``.
     """
     between = (timesteps[1:] + timesteps[:-1]) / 2
-    ends = timesteps[[0, -1]] + torch.tensor([-0.5, 0.5])
+    ends = timesteps[[0, -1]] + timesteps.new_tensor([-0.5, 0.5])
     if clusters:
-        ends = torch.tensor([-0.5, clusters.num_timesteps - 0.5])
+        ends = timesteps.new_tensor([-0.5, clusters.num_timesteps - 0.5])
     elif len(timesteps) > 1:
         ends = (2 * timesteps[[0, -1]] - between[[0, -1]]).clamp_min(-0.5)
     return torch.cat([ends[:1], between, ends[1:]])

@@ -262,7 +262,7 @@ class DenoisingTaskRouting:
         if isinstance(t, Tensor):
             return ChannelWindow(torch.ops.dtr_kernels.window_starts(t, *settings), width, channels)
         dtype = torch.int64 if isinstance(t, Integral) else torch.float64
-        start = _window_starts(torch.tensor([t], dtype=dtype), *settings)
+        start = _window_starts(torch.tensor([t], dtype=dtype, device="cpu"), *settings)
         return ChannelWindow(start, width, channels, shared_start=int(start))
 
 

@@ -852,7 +852,7 @@ def test_cells_reach_halfway_to_their_neighbours():
     assert edges([7], dtr.interval_clusters(100, 2)) == [-0.5, 99.5]
 
 
-def test_clusters_of_fewer_timesteps_are_refused(seed):
+def test_clusters_that_do_not_fit_are_refused(seed):
     pytest.importorskip("matplotlib")
     affinity, clusters, fragments = (
         some_affinity([0, 50]),
