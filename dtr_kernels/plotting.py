@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dtr_kernels.clusters import Clusters, IntervalClusters, check_snr, real_numbers
 from dtr_kernels.continuous import ContinuousClusters
+from dtr_kernels.quoting import quoted
 from dtr_kernels.routing import DenoisingTaskRouting, RandomRouting
 from dtr_kernels.surgery import conflict_fractions
 
@@ -78,11 +79,14 @@ def plot_affinity(
 
     Raises:
         ImportError: if matplotlib is not installed (``pip install matplotlib``).
+        TypeError: if clusters are of continuous time.
         ValueError: if clusters end before the last timestep of affinity.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
+    if clusters and not isinstance(clusters, IntervalClusters):
+        raise TypeError(f"clusters must be IntervalClusters, of timesteps as affinity is, got {quoted(clusters)}")
     if clusters and clusters.num_timesteps <= affinity.timesteps[-1]:
         raise ValueError(
             f"clusters must reach the last timestep of affinity, {int(affinity.timesteps[-1])}, but are of "
