@@ -130,7 +130,7 @@ def plot_conflicts(grams: Iterable[Tensor], path: str | Path | None = None) -> F
     """Draw how often every two clusters conflict over a training, which is cut into at most 50 parts.
 
     Pairs are ordered by how far apart their clusters are, neighbours at the bottom. A part in which one of the two
-    never has a gradient stays white.
+    never has a gradient is grey.
 
     Args:
         grams: the Gram matrices of all steps, as for ``conflict_fractions``, of at least two clusters.
@@ -154,6 +154,7 @@ def plot_conflicts(grams: Iterable[Tensor], path: str | Path | None = None) -> F
     fractions = torch.stack([conflict_fractions(part) for part in parts]).cpu().numpy()
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
+    axes.set_facecolor("silver")  # of what is NaN; white would look like 0
     image = axes.imshow(
         [[fraction[pair] for fraction in fractions] for pair in pairs],
         aspect="auto",
