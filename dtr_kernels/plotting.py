@@ -154,7 +154,7 @@ def plot_conflicts(grams: Iterable[Tensor], path: str | Path | None = None) -> F
     fractions = torch.stack([conflict_fractions(part) for part in parts]).cpu().numpy()
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
-    axes.set_facecolor("silver")  # of what is NaN; white would look like 0
+    axes.set_facecolor("silver")  # where there is no share; white would look like 0
     image = axes.imshow(
         [[fraction[pair] for fraction in fractions] for pair in pairs],
         aspect="auto",

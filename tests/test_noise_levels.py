@@ -40,6 +40,15 @@ def test_the_largest_snr_of_fp16(prediction, error):
 
 
 @pytest.mark.parametrize(
+    "prediction, expected", [("eps", [1, 1]), ("x0", [4, 9]), ("v", [0.8, 0.9]), ("flow", [4 / 9, 9 / 16])]
+)
+@pytest.mark.parametrize("gamma, dtype", [(1e6, torch.float16), (1e300, torch.float32)], ids=str)
+def test_a_gamma_beyond_the_dtype(prediction, expected, gamma, dtype):
+    found = dtr.min_snr_weights(torch.tensor([4, 9], dtype=dtype), prediction, gamma)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=dtype))
+
+
+@pytest.mark.parametrize(
     "weights, expected",
     [
         (dtr.min_snr_weights, [0, 0, 0, -5 / 81, 0]),

@@ -54,7 +54,7 @@ def min_snr_weights(snr: Tensor, prediction: str = "eps", gamma: float = 5.0) ->
     _check_snr(snr)
     if prediction not in list(_MIN_SNR):
         raise ValueError(f"prediction must be one of {', '.join(map(repr, _MIN_SNR))}, got {quoted(prediction)}")
-    return _MIN_SNR[prediction](snr, _positive("gamma", gamma))
+    return _MIN_SNR[prediction](snr, min(_positive("gamma", gamma), torch.finfo(snr.dtype).max))
 
 
 def p2_weights(snr: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:
