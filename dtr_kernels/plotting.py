@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dtr_kernels.clusters import Clusters, IntervalClusters, check_snr, real_numbers
 from dtr_kernels.continuous import ContinuousClusters
+from dtr_kernels.quoting import quoted
 from dtr_kernels.routing import DenoisingTaskRouting, RandomRouting
 from dtr_kernels.surgery import conflict_fractions
 
@@ -96,11 +97,14 @@ def plot_affinity(
 
     Raises:
         ImportError: if matplotlib is not installed (``pip install matplotlib``).
+        TypeError: if clusters are of continuous time.
         ValueError: if clusters end before the last timestep of affinity.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
+    if clusters and not isinstance(clusters, IntervalClusters):
+        raise TypeError(f"clusters must be IntervalClusters, of timesteps as affinity is, got {quoted(clusters)}")
     if clusters and clusters.num_timesteps <= affinity.timesteps[-1]:
         raise ValueError(
             f"clusters must reach the last timestep of affinity, {int(affinity.timesteps[-1])}, but are of "
@@ -130,9 +134,9 @@ def _cell_edges(timesteps: Tensor, clusters: IntervalClusters | None) -> Tensor:
     With clusters the outer cells reach to the first and the last of their timesteps, as in ``TaskAffinity.resized``.
     """
     between = (timesteps[1:] + timesteps[:-1]) / 2
-    ends = timesteps[[0, -1]] + torch.tensor([-0.5, 0.5])
+    ends = timesteps[[0, -1]] + timesteps.new_tensor([-0.5, 0.5])
     if clusters:
-        ends = torch.tensor([-0.5, clusters.num_timesteps - 0.5])
+        ends = timesteps.new_tensor([-0.5, clusters.num_timesteps - 0.5])
     elif len(timesteps) > 1:
         ends = (2 * timesteps[[0, -1]] - between[[0, -1]]).clamp_min(-0.5)
     return torch.cat([ends[:1], between, ends[1:]])
@@ -146,7 +150,7 @@ def plot_conflicts(grams: Iterable[Tensor], path: str | Path | None = None) -> F
     """Draw how often every two clusters conflict over a training, which is cut into at most 50 parts.
 
     Pairs are ordered by how far apart their clusters are, neighbours at the bottom. A part in which one of the two
-    never has a gradient stays white.
+    never has a gradient is grey.
 
     Args:
         grams: the Gram matrices of all steps, as for ``conflict_fractions``, of at least two clusters.
@@ -170,6 +174,7 @@ def plot_conflicts(grams: Iterable[Tensor], path: str | Path | None = None) -> F
     fractions = torch.stack([conflict_fractions(part) for part in parts]).cpu().numpy()
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
+    axes.set_facecolor("silver")  # where there is no share; white would look like 0
     image = axes.imshow(
         [[fraction[pair] for fraction in fractions] for pair in pairs],
         aspect="auto",
