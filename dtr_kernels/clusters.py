@@ -26,7 +26,7 @@ __all__ = ["IntervalClusters", "interval_clusters"]
 
 COSTS = ("timestep", "snr", "log_snr", "affinity")
 FORMAT = 1
-# Of a value's magnitude: the sum of T distances between two of them stays finite.
+# The largest magnitude of a value: the sum of T distances between values stays finite.
 _LARGEST = 1e300
 
 _Kind = TypeVar("_Kind", bound="Clusters")

@@ -34,7 +34,7 @@ EXTRA = 'pip install "dtr_kernels[build]", or ninja and "pybind11>=2.13" where d
 
 @dataclass
 class Cuda:
-    """What the CUDA kernels are built with, or why they are not."""
+    """The CUDA compiler and options of a build; ``missing`` says why CUDA kernels are not built."""
 
     missing: str | None = None
     nvcc: str = ""
@@ -44,7 +44,7 @@ class Cuda:
 
 
 def sources(root: Path) -> list[str]:
-    """What is compiled, relative to the folder that holds csrc; CUDA, which takes longest, comes first."""
+    """Return the files to compile, relative to the folder that holds csrc. CUDA comes first, as it takes longest."""
     found = sorted((root / "csrc").rglob("*.c*"), reverse=True)
     return [str(path.relative_to(root)) for path in found if path.suffix in (".cpp", ".cu")]
 
@@ -178,9 +178,9 @@ def asked_cuda() -> str | None:
 
 
 def find_cuda(listed: str | None = None) -> Cuda:
-    """What the CUDA kernels are built with. Exits where DTR_CUDA asks for a version that cannot be had.
+    """Find nvcc and the architectures to compile for. Exits if the version that DTR_CUDA asks for is not available.
 
-    ``listed``: the architectures, as in TORCH_CUDA_ARCH_LIST, which it stands in for.
+    ``listed`` replaces TORCH_CUDA_ARCH_LIST and has the same format.
     """
     asked = asked_cuda()
     if asked == "0":
@@ -256,10 +256,10 @@ def asked_architectures(listed: str, nvcc: str, supported: list[str]) -> list[st
 
 
 def has_code_for(major: int, minor: int, architectures: Iterable[str]) -> bool:
-    """Whether a GPU of this compute capability runs what was compiled for some of ``architectures``, in nvcc's words.
+    """Return whether a GPU of this compute capability runs code compiled for any of ``architectures`` ("sm_90", ...).
 
-    A binary (sm_) runs on later minor versions of its major one, and PTX (compute_) on everything later. Those of an
-    "a" architecture run on that alone, those of an "f" on later minor versions of its family.
+    A binary (sm_) runs on the same major version with the same or a later minor one, PTX (compute_) on everything
+    later. Code for an "a" architecture runs on that one alone, code for an "f" on later minor versions of its family.
     """
     for name in architectures:
         kind, number, suffix = re.fullmatch(r"(sm|compute)_(\d+)([af]?)", name).groups()  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""What runs in a model, block by block, and why not something faster: ``dtr_kernels.explain``."""
+"""Report which ops run in each block of a model, and why not faster ones: ``dtr_kernels.explain``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["BlockReport", "Explanation", "explain"]
 
 @dataclass
 class BlockReport:
-    """What ran in one block.
+    """The ops that ran in one block.
 
     Attributes:
         name: of the block in its model.
@@ -49,7 +49,7 @@ class BlockReport:
 
 @dataclass
 class Explanation:
-    """What ``explain`` found; ``str`` is a page for people, ``as_dict`` holds the same for JSON.
+    """The result of ``explain``; ``str`` gives readable text, ``as_dict`` the same for JSON.
 
     Attributes:
         blocks: one report for each block, in the model's order.

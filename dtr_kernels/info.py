@@ -1,4 +1,4 @@
-"""What runs on this machine, and why: ``python -m dtr_kernels info``."""
+"""Report which kernels run on this machine, and why: ``python -m dtr_kernels info``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dtr_kernels.ops.window_linear import WindowsOp
 __all__ = ["collect", "show"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Of ops that are tuned alike, the most that are named.
+# More ops than these that are tuned alike are counted, not named.
 _MOST_OPS = 3
 # Crossovers are told for: tokens of a sample, and channels, as the models DiT-S/2 to DiT-XL/2 have them; and per
 # cent of the channels that are active.
@@ -111,7 +111,7 @@ def _crossover(index: int, op: str, dtype: torch.dtype, active: int) -> str:
 
 
 def _summary(entries: Sequence[Tuned]) -> str:
-    """What is tuned: ops, dtypes and widths, with the ops together that have the same of both."""
+    """Summarise tuned entries, grouping ops that share dtype and width."""
     widths: dict[tuple[str, str], set[int]] = {}
     for entry in entries:
         widths.setdefault((entry.op, entry.dtype), set()).add(entry.channels)

@@ -96,7 +96,7 @@ def _described(file: Path) -> dict[str, int | str]:
 
 
 def _parts(file: Path) -> tuple[Path, ...]:
-    """What must not be another user's: the file and the folders made for it."""
+    """Return the paths that no other user may own: the file and the folders made for it."""
     return file, file.parent, file.parent.parent
 
 

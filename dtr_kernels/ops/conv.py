@@ -143,7 +143,7 @@ def _choose(
 
 
 def _pays(x: Tensor, weight: Tensor, kept: int, resample: Resampling | None) -> bool:
-    """Whether it saves time to convolve ``kept`` channels alone."""
+    """Return whether convolving only ``kept`` channels saves time."""
     one = x[:1, :1].detach()
     positions = len(x) * (one if resample is None else resample(one)).numel()
     O, C = weight.shape[:2]

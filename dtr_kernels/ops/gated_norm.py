@@ -341,7 +341,7 @@ def gated_norm_backward_kernel(
                 total += inactive
                 along -= mean * rstd * inactive
         dv = rstd[:, None] * (dz - (total[:, None] + z * along[:, None]) / C)
-        # Of an update that is not masked every channel was seen; x is masked below.
+        # The norm saw every channel of an update that is not masked; x is masked below.
         dv = tl.where((exists if KEEP_BRANCH else active)[None, :], dv, 0.0)
         dstream = tl.zeros([ROWS, BLOCK], tl.float32)
         if HAS_DSTREAM:

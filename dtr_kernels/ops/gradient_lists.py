@@ -1,4 +1,4 @@
-"""What the ops of gradient surgery share: K gradients as their kernels read them, and which path runs.
+"""Shared by the ops of gradient surgery: K gradients as the kernels read them, and the choice of a path.
 
 The registered ops take a flat list of tensors, segment by segment: the K gradients of one parameter next to each other.
 One [K, P] buffer is one segment.
@@ -132,7 +132,7 @@ def _check(name: str, tensor: Tensor, like: Tensor, first: Tensor) -> None:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory without gaps or overlaps, in whatever order of dimensions."""
+    """Return whether the elements fill a stretch of memory without gaps or overlaps, in any order of dimensions."""
     if tensor.is_contiguous():
         return True
     expected = 1

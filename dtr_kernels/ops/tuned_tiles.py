@@ -141,7 +141,7 @@ class Kind(Generic[T]):
         return None
 
 
-#: What there is to choose. The families of ``tiles`` enter themselves, beside the kernels.
+#: The kinds of tiles by op. The families of ``tiles`` enter themselves, beside the kernels.
 KINDS: dict[str, Kind[Any]] = {}
 
 
@@ -207,7 +207,7 @@ class Tuned:
 
     @property
     def key(self) -> tuple[str, str, int, int, int]:
-        """What tells entries of one file apart."""
+        """The entry's key, unique within a file."""
         return self.op, self.dtype, self.channels, self.rows, self.active
 
     def _problem(self) -> str | None:

@@ -602,7 +602,7 @@ def _choose_on_gpu(op: WindowsOp, x: Tensor, start: Tensor | None, width: int, w
 
 
 def _pays(op: str, x: Tensor, weight: Tensor, channels: int, active: int = 100) -> bool:
-    """Whether a GPU runs our GEMM for the tokens of x [B, N, ...] and a stream of ``channels``, not cuBLAS."""
+    """Return whether a GPU runs our GEMM, not cuBLAS, for the tokens of x [B, N, ...] and a stream of ``channels``."""
     B, N, _ = x.shape
     return _CROSSOVERS[op].tile(weight, N, channels, active).tokens <= B * N
 
@@ -933,7 +933,7 @@ _COSTS_OF_A_SLICE: dict[WindowsOp, tuple[int, float]] = {"windows_forward": (45,
 
 
 def slice_gain(op: WindowsOp, tokens: int, channels: int, width: int) -> int:
-    """What GEMMs on slices of the weight save on a CPU, in per cent of what they cost, for that many tokens a slice."""
+    """Estimate what GEMMs on slices of the weight save on a CPU, in per cent of their cost, at ``tokens`` a slice."""
     repacked, closed_form = _COSTS_OF_A_SLICE[op]
     return int(100 * (channels - width) / (repacked * width / max(tokens, 1) + closed_form * channels))
 
@@ -1127,7 +1127,7 @@ def _inactive_work(B: int, N: int, C: int, W: int, O: int, items: Itemsizes, rms
 
 
 def _known_work(B: int, N: int, C: int, W: int, rms: bool) -> Work:
-    """What the closed form reads where there are deactivated channels: windows, and of LayerNorm mean * rstd."""
+    """Count what the closed form reads if channels are deactivated: windows, and mean * rstd of a LayerNorm."""
     return Work(bytes=(0 if rms else B * N * STATISTIC) + starts(B, C, W) if W < C else 0)
 
 

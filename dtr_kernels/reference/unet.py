@@ -83,8 +83,8 @@ def resampling(block: Any, name: str) -> Resampling:
 
 
 def rest_of_branch(block: Any, h: Tensor, emb: Tensor) -> Tensor:
-    """What h, the output of the first convolution, goes through before it is added to the skip: the conditioning, a
-    norm, SiLU, dropout and the second convolution."""
+    """Finish the branch from h, the output of the first convolution: conditioning, norm, SiLU, dropout and the second
+    convolution."""
     norm, rest = block.out_layers[0], block.out_layers[1:]
     conditioning = block.emb_layers(emb).to(h.dtype)[:, :, None, None]
     if block.use_scale_shift_norm:

@@ -137,7 +137,7 @@ class GradientSurgery:
         self._received: set[str] | None = None
         self._leaves = Leaves()
         self._running = False
-        # Of the last step, on the device, for people who watch how much the clusters conflict.
+        # The last step's, on the device, for watching how much the clusters conflict.
         self.last_gram: Tensor | None = None
         self.last_weights: Tensor | None = None
 

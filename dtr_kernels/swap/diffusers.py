@@ -12,7 +12,7 @@ from dtr_kernels.swap.checks import has, missing_problems
 from dtr_kernels.swap.family import TRIAL_TOKENS, Family, RandomTensor, open_gates
 from dtr_kernels.swap.views import AttentionLayers, Layers, MlpLayers, StackedLinear
 
-# Of the attention that the fused one computes. Classes of diffusers by their names, as it is not imported here.
+# Processors whose attention the fused one computes, by name, as diffusers is not imported here.
 _PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
 _KNOWN_BY = ("attn1", "ff", "norm1.linear", "norm1.emb.timestep_embedder", "norm1.emb.class_embedder")
 _NEEDED = (

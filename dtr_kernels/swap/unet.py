@@ -24,7 +24,7 @@ _NEEDED = (
     "skip_connection",
     "use_scale_shift_norm",
 )
-# Of these the fused block calls the first, whatever they are, and reads the parameters of the second.
+# The fused block calls the layers in _CALLED, whatever they are, and reads the parameters of those in _READ.
 _CALLED = ("emb_layers", "out_layers.1", "out_layers.2", "out_layers.3", "x_upd", "skip_connection")
 _READ = ("in_layers.0", "in_layers.2", "out_layers.0")
 
