@@ -127,7 +127,7 @@ def run_benchmark(
             run.cases[-1].drop_incomplete_round()
             print(case_table(run.cases[-1]))
         print("interrupted", file=sys.stderr)
-    # What an interrupt cut short does not replace what an earlier run measured to its end.
+    # An interrupted run does not replace the results of a complete one.
     earlier = (folder / f"{benchmark.name}.json").exists()
     if not run.interrupted or any(case.copy.seconds for case in run.cases):
         print(f"{benchmark.name}: results are in {run.save(folder, unfinished=run.interrupted and earlier)}")

@@ -1,4 +1,4 @@
-"""What several command lines read alike."""
+"""Argument types that several command lines share."""
 
 from __future__ import annotations
 

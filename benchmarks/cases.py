@@ -136,7 +136,7 @@ def asked(arguments: argparse.Namespace) -> dict[str, Sequence[Any]]:
     return {plural: getattr(arguments, plural) for plural in _AXES}
 
 
-# What a goal is about; ``CaseResult.value`` measures it.
+# A goal limits one of these; ``CaseResult.value`` measures it.
 Quantity = Literal["speed-up", "time", "error", "share of copy", "share of floor", "FLOP rate", "bytes saved", "peak"]
 
 
@@ -186,14 +186,14 @@ class Goal:
 
     @property
     def text(self) -> str:
-        """What is measured and what is wanted, in words."""
+        """The quantity and its limits, in words."""
         limits = [f"at least {self.at_least:g}"] if self.at_least > -math.inf else []
         limits += [f"at most {self.at_most:g}"] if self.at_most < math.inf else []
         over = f" over {self.over}" if self.over else ""
         return f"{self.quantity} of {self.side}{over} {' and '.join(limits)}"
 
     def met(self, value: float | None) -> bool | None:
-        """Whether a measured value is within the limits; None where there is none."""
+        """Return whether ``value`` is within the limits; None if nothing was measured."""
         return None if value is None else self.at_least <= value <= self.at_most
 
 

@@ -196,7 +196,7 @@ def dit_forward(dit: Dit) -> Work:
 
 
 def dit_modulations(B: int, C: int, depth: int, items: Itemsizes) -> Work:
-    """Of a DiT's forward pass what makes the vectors that its blocks and its final layer are modulated with."""
+    """Count the layers that compute modulations, of all blocks and the final layer, in a DiT's forward pass."""
     return depth * linear_forward(B, C, 6 * C, items) + linear_forward(B, C, 2 * C, items)
 
 

@@ -9,8 +9,8 @@ from benchmarks import counts
 from benchmarks.counts import ITEMSIZES, Work
 from benchmarks.tables import table
 
-# Of an H200, once measured with PyTorch 2.11: bytes read and written by a copy within its memory, per second, and
-# operations of a bf16 product of random matrices of side 8192. The benchmarks measure both again in every run.
+# Measured once on an H200 with PyTorch 2.11: bytes per second read and written by a copy within its memory, and
+# operations per second of a bf16 product of random 8192 x 8192 matrices. The benchmarks measure both in every run.
 BANDWIDTH, MATRIX_RATE = 4.3e12, 790e12
 
 

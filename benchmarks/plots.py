@@ -79,7 +79,7 @@ class Panel:
 
 
 def drawable(run: Run) -> bool:
-    """Whether there is anything to draw."""
+    """Return whether there is anything to draw."""
     return bool(panels(run))
 
 
@@ -149,7 +149,7 @@ def drawn_sides(case: CaseResult, shares: bool) -> list[str]:
 
 
 def panels(run: Run) -> list[Panel]:
-    """What there is to draw: comparisons first, then shares of the floor."""
+    """Return the panels of a run: comparisons first, then shares of the floor."""
     found = []
     for shares in (False,) if run.benchmark in WITHOUT_SHARES else (False, True):
         for cases in grouped([case for case in run.cases if drawn_sides(case, shares)], comparison):

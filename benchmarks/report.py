@@ -51,7 +51,7 @@ METHODS = Path("docs/methods.md")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command line of ``report`` takes."""
+    """Add the arguments of ``report``."""
     parser.add_argument(
         "folders",
         nargs="*",
@@ -194,7 +194,7 @@ def compare(now: Sequence[Run], then: Sequence[Run], now_name: str, then_name: s
     return "\n\n".join(parts) + "\n"
 
 
-# What makes times incomparable when it differs.
+# Times are not comparable if any of these differ.
 _MACHINE = ("device", "driver", "cpu", "cores", "threads", "platform", "torch", "cuda", "triton")
 
 
@@ -287,14 +287,14 @@ python -m benchmarks report out/mine --against benchmarks/results/cpu
 python -m benchmarks report                      # this page and the README's figures; --check: are they up to date?
 ```"""
 
-# What the routed block is compared with in the README.
+# The sides that the README compares the routed block with.
 _PEERS_ON_CPU = (MASKED, UNROUTED + COMPILED)
 _PEERS_ON_GPU = (MASKED + COMPILED, UNROUTED + COMPILED, f"{MASKED}, autocast")
 _USUAL_ROUTING = {"scope": "block", "window": "per sample", "beta": 0.8}
 
 
 def _goals_on_gpu() -> list[tuple[str, Goal]]:
-    """What is to be reached on an H200 in bf16, and by what."""
+    """Return the goals on an H200 in bf16, each with what has to reach it."""
     return [
         *(("a routed block, scope block", goal) for goal in block.goals_on_gpu("block")),
         ("a routed block, scope branch", block.goals_on_gpu("branch")[0]),
@@ -331,7 +331,7 @@ def docs_page(results: Results, static: bool) -> str:
 
 
 def readme_blocks(root: Path, results: Results) -> dict[str, str]:
-    """What the README says of a checkout's figures, by the names of its blocks."""
+    """Write the README's blocks from a checkout's results, by name."""
     of_results = {name: write(results) for name, write in BLOCKS.items()}
     of_inner = inner.committed(root)
     return of_results | {"study": findings.readme_block(root, [] if of_inner is None else [inner.sentence(of_inner)])}
@@ -447,7 +447,7 @@ def _blocks(results: Results) -> str:
 
 
 def _gpu(results: Results) -> str:
-    """What is wanted on an H200, or what was found on GPUs."""
+    """Write the results on GPUs, or the goals on an H200 if there are none."""
     found = {device: runs for device, runs in results.items() if device != "cpu"}
     if not found:
         rows = [["to reach on an H200, in bf16", "", "measured"]]
@@ -485,7 +485,7 @@ def _speed_of_blocks(device: str, run: Run, peers: Sequence[str]) -> str:
 
 
 def _cells_against(cases: Sequence[CaseResult], peer: str) -> str:
-    """Whether our block is at least as fast as another in all cells; empty where nothing is known."""
+    """Say in how many cells our block is at least as fast as ``peer``; empty if nothing was measured."""
     as_fast = Goal("speed-up", FUSED, over=peer, at_least=1.0)
     verdicts = [kind for case in cases if (kind := verdict(case, as_fast)) != NOT_MEASURED]
     if not verdicts:

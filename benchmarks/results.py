@@ -1,4 +1,4 @@
-"""What was measured: figures that follow from it, and how it is stored as JSON."""
+"""Measurements, the figures that follow from them, and how they are stored as JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FACTS = dict[str, _Fact | dict[str, _Fact]]
 
 @dataclass
 class SideResult:
-    """What became of one side. Without ``seconds``, ``message`` says why."""
+    """The result of one side. If ``seconds`` is empty, ``message`` says why."""
 
     bound: float
     work: Work = NOT_COUNTED
@@ -39,7 +39,7 @@ class SideResult:
 
     @property
     def spread(self) -> Spread:
-        """Of the seconds, of which there is at least one."""
+        """The spread of the seconds; there must be at least one."""
         return Spread.of(self.seconds)
 
 
@@ -105,7 +105,7 @@ class CaseResult:
             del values[complete:]
 
     def timed(self, *sides: str | None) -> bool:
-        """Whether there are figures for all of these sides."""
+        """Return whether all of these sides have times."""
         return all(side in self.sides and self.sides[side].seconds for side in sides)
 
     def speedup(self, side: str, over: str) -> Spread | None:
@@ -148,7 +148,7 @@ class CaseResult:
         return None if floor is None else floor / self.sides[side].spread.median
 
     def value(self, goal: Goal) -> float | None:
-        """What was measured for a goal; None where a side that it needs has no figure."""
+        """Return the figure that a goal limits; None if a side that it needs has none."""
         side, over = goal.side, goal.over
         if side not in self.sides or (over is not None and over not in self.sides):
             return None
@@ -252,8 +252,7 @@ class Run:
 
     @property
     def failed(self) -> bool:
-        """Whether a case could not be built, a side gave a wrong result or broke; one that cannot run here at all is no
-        failure."""
+        """True if a case could not be built, or a side failed or was wrong; one that cannot run here is no failure."""
         sides = (side for case in self.cases for side in case.sides.values())
         return any(case.problem for case in self.cases) or any(side.status in ("wrong", "failed") for side in sides)
 

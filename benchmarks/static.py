@@ -54,7 +54,7 @@ _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 # --- occupancy -------------------------------------------------------------------------------------------------------
 
-# Of one multiprocessor of every architecture here.
+# Limits of one multiprocessor, the same for every architecture here.
 _WARPS, _BLOCKS, _REGISTERS, _SCHEDULERS = 64, 32, 65536, 4
 # Registers are given to warps, shared memory to blocks, in multiples of these; each block takes a KiB for the system.
 _REGISTER_UNIT, _SHARED_UNIT, _SHARED_RESERVED = 256, 128, 1024
@@ -85,7 +85,7 @@ class Occupancy(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of the most warps that a multiprocessor takes."""
+        """The share of the most warps that a multiprocessor takes."""
         return self.warps / _WARPS
 
 
@@ -109,7 +109,7 @@ COPIES = {
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel takes of a multiprocessor, and how it uses it.
+    """The resources that one kernel takes of a multiprocessor, and the instructions that use them.
 
     Attributes:
         threads: of a block. registers: of a thread. instructions: of its code.
@@ -213,7 +213,7 @@ def opcodes_of(code: str) -> str:
 
 
 def usage_of_binary(binary: Binary) -> Usage:
-    """Of a Triton kernel, from its binary and from what it was compiled from."""
+    """Read the usage of a Triton kernel from its binary and its intermediate code."""
     compiled = binary.compiled
     registers, spilled = _registers(compiled.asm["cubin"])
     matrix, copies = (_found(known, compiled.asm["ptx"], in_code=False) for known in (MATRIX, COPIES))
@@ -358,7 +358,7 @@ class Row:
 
     @property
     def complaints(self) -> list[str]:
-        """What the kernel was not meant to be."""
+        """The faults of the kernel, as sentences."""
         usage, where = self.usage, f"{self.title} on sm_{self.arch}"
         said = []
         if usage.spilled:
@@ -530,7 +530,7 @@ class Report:
 
     @property
     def complaints(self) -> list[str]:
-        """Of all rows."""
+        """The complaints of all rows."""
         return [complaint for row in self.rows for complaint in row.complaints]
 
     def as_json(self) -> str:
@@ -671,7 +671,7 @@ def _with_dtypes_joined(lines: Iterable[list[str]]) -> list[list[str]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command line of ``static`` takes."""
+    """Add the arguments of ``static``."""
     parser.add_argument(
         "--arch", nargs="+", type=int, choices=PROCESSORS, default=(), help="default: all; a part is only printed"
     )

@@ -42,7 +42,7 @@ def run_markdown(run: Run) -> str:
 
 
 def caveats(run: Run) -> list[str]:
-    """What a reader of any figure of a run must be told, as sentences."""
+    """Return the sentences that a reader of any figure of this run must see."""
     commit, unbuilt = commit_of(run), sum(case.problem is not None for case in run.cases)
     told = {
         f"STALE: measured on commit {commit}; the source that the figures depend on has changed since.": run.stale,
@@ -120,7 +120,7 @@ def _without_empty_columns(rows: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def verdict(case: CaseResult, goal: Goal) -> str:
-    """Whether a goal was reached. A limit inside p20 to p80 of the ratio by round decides nothing."""
+    """Say whether a goal was reached. A limit inside p20 to p80 of the ratio by round decides nothing."""
     met = goal.met(case.value(goal))
     if met is None:
         return NOT_MEASURED
@@ -137,7 +137,7 @@ _OF_TIMES = ("speed-up", "time", "FLOP rate", "share of copy", "share of floor")
 
 
 def comparable(case: CaseResult, side: str, over: str) -> bool:
-    """Whether two sides were called alike: replaying a graph leaves out the time that the host takes to launch."""
+    """Return whether both or neither of two sides replay a graph, which leaves out the host's time to launch."""
     return case.sides[side].graph == case.sides[over].graph
 
 
@@ -149,7 +149,7 @@ def _goal_line(case: CaseResult, goal: Goal) -> str:
 
 
 def goal_figure(case: CaseResult, goal: Goal) -> str:
-    """What was measured for a goal, in the unit of its limits; empty where nothing was."""
+    """Format the figure that a goal limits, in the unit of its limits; empty if nothing was measured."""
     value, spread = case.value(goal), case.spread(goal)
     if value is None:
         return ""
@@ -238,12 +238,12 @@ def _overview_of(cases: Sequence[CaseResult]) -> str:
 
 
 def is_ours(side: str) -> bool:
-    """Whether a side is of this library, and nothing that it is compared with."""
+    """Return whether a side is this library's, not one that it is compared with."""
     return re.search(r"reference|eager|loop|unrouted|TorchJD|torch\.|\bF\.|matmul|plain|dense", side) is None
 
 
 def comparison(case: CaseResult) -> tuple[str, str | None]:
-    """What the sides of a case are compared by, and with which of them."""
+    """Return the quantity by which the sides of a case are compared, and the side that is the baseline."""
     return ("speed-up", case.speedup_over) if case.speedup_over or not case.time_over else ("time", case.time_over)
 
 

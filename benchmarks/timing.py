@@ -150,7 +150,7 @@ class MatrixProduct:
     """A large product of random square matrices by the library that PyTorch calls: the machine's matrix rate."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, size: int) -> None:
-        # Of random numbers: products of zeros take less power, so GPUs run them at higher clocks.
+        # Random numbers, since products of zeros take less power, so GPUs run them at higher clocks.
         self._a, self._b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         self.amount = 2 * size**3
 

@@ -52,8 +52,8 @@ BETAS = (0.2, 0.5, 0.8)
 MARGIN = 0.02
 # Rounds that choose the finalists among the candidates, and those that compare the finalists with the default.
 ROUNDS, FINAL_ROUNDS, FINALISTS = 7, 40, 4
-# What an element may be off, relative to its size and that of the others: several roundings. In fp32 they are those of
-# tf32, where that is allowed. Of what a wrong tile computes, elements are off by about one.
+# The largest error of an element, relative to its size and that of the others: several roundings, in fp32 those of
+# tf32, where that is allowed. Elements that a wrong tile computes are off by about one.
 BOUNDS = {torch.float32: 0.005, torch.bfloat16: 0.03, torch.float16: 0.005}
 # The two ways of an op with a crossover.
 OURS, CUBLAS = Crossover(1), Crossover(NEVER)
@@ -82,7 +82,7 @@ class Problem:
 
     @property
     def key(self) -> tuple[str, str, int, int, int]:
-        """Of the entry that holds the result."""
+        """The key of the entry that holds the result."""
         # fc2's input gradient has no window: its rows are the tokens of all samples. Those of closed forms are samples.
         own_rows = {"gelu_input_gradient": self.tokens * self.batch, "closed_form": self.batch}
         rows = own_rows.get(self.op, self.tokens)
@@ -189,7 +189,7 @@ def problems_of(
         if model not in DiT_models:
             raise ValueError(f"argument --model: there is no {model}; there are {', '.join(DiT_models)}")
         size = DiT_models[model].keywords  # type: ignore[attr-defined]
-        # Of latents of 32 x 32, which images of 256 x 256 have.
+        # Tokens of 32 x 32 latents, which images of 256 x 256 have.
         problem = Problem(op, DTYPES[precision], size["hidden_size"], (32 // size["patch_size"]) ** 2, batch)
         for beta in betas if op in get_args(WindowsOp) else [problem.beta]:
             tuned = replace(problem, beta=beta)
@@ -198,7 +198,7 @@ def problems_of(
 
 
 def measurement_on(device: torch.device) -> Measurement:
-    """What a file says of everything that is measured now."""
+    """Describe a measurement on ``device`` now, as a file of tiles stores it."""
     facts = environment.describe(device)
     modules = sorted({kernel.inputs.__module__ for op in KINDS for kernel, _ in kernels_of(op)})
     return Measurement(
@@ -270,7 +270,7 @@ class Tuning:
 
 
 def table(found: Sequence[Tuned]) -> str:
-    """What was found, a line for each problem."""
+    """Format the results as a table, a line for each problem."""
     lines = [
         f"{'op':22} {'dtype':9} {'width':>5} {'rows':>4} {'active':>6} {'default':>10} {'best':>10} {'gain':>6}  tile"
     ]
@@ -501,7 +501,7 @@ class TrialOnGpu:
         return launches
 
     def _compile(self, launches: Sequence[Launch]) -> None:
-        # What fails here is compiled once more by ``_try``: Python's parser, which Triton calls, can fail in threads.
+        # ``_try`` compiles again what fails here: Python's parser, which Triton calls, can fail in threads.
         with suppress(Exception), torch.cuda.device(self._device):  # the device is a thread's own
             for kernel, programs, args, options in launches:
                 kernel.warmup(*args, grid=(programs,), **options)

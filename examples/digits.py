@@ -1,4 +1,4 @@
-"""What the examples and the study train on: scikit-learn's 1,797 handwritten digits, under a cosine diffusion process.
+"""Data of the examples and the study: scikit-learn's 1,797 handwritten digits, under a cosine diffusion process.
 
 At timestep t an image is seen as ``x_t = cos(phi) * image + sin(phi) * noise`` with phi growing evenly from almost 0 to
 pi / 2, pure noise, and a model learns the velocity ``dx_t / dphi = cos(phi) * noise - sin(phi) * image``.

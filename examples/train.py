@@ -54,7 +54,7 @@ LARGEST |= {"steps": 10**7, "batch_size": 10**6, "seed": 2**32 - 1}
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained, and how. A checkpoint continues only under the recipe that it was made with.
+    """The settings of a training. A checkpoint continues only under the recipe that it was made with.
 
     Attributes:
         routing: "none", "random" (the DTR paper's R-TR) or "dtr".

@@ -24,7 +24,7 @@ from dtr_kernels.files import locked, replacing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command line of ``study`` takes."""
+    """Add the arguments of ``study``."""
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     parser.add_argument("--quick", action="store_true", help="tiny models, to see that everything works")
     parser.add_argument(

@@ -35,7 +35,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """Whether all seeds agree."""
+        """The number of seeds in which the method is lower or higher, in words."""
         lower, higher = sum(change < 0 for change in self.each), sum(change > 0 for change in self.each)
         if len(self.each) in (lower, higher):
             return f"{'lower' if lower else 'higher'} in every seed"
@@ -124,7 +124,7 @@ def step_time(study: Mapping[str, Any], method: str) -> Spread:
 
 
 def step_seconds(study: Mapping[str, Any], method: str) -> float:
-    """Of an average step: the median, with the step that solves for Nash-MTL's weights counted as one in 25."""
+    """Return the seconds of an average step: the median, with Nash-MTL's solving step counted as one in 25."""
     seconds = study["methods"][method]["seconds"]
     median = Spread.of(seconds).median
     return median + (seconds[SOLVING] - median) / len(seconds)
@@ -176,7 +176,7 @@ def _step(study: Mapping[str, Any], method: str) -> str:
 
 
 def sentences(study: Mapping[str, Any]) -> list[str]:
-    """What was found, in five sentences."""
+    """Write the findings as five sentences."""
     plan, real = study["plan"], study["real"]
     near, far = affinity_falls(study)
     gaps = loss_gaps(study)
@@ -225,7 +225,7 @@ def _intervals(study: Mapping[str, Any], which: torch.Tensor) -> str:
 
 
 def setup(study: Mapping[str, Any]) -> str:
-    """What was trained on what, where and when."""
+    """Say which models were trained, on which data, where and when."""
     plan, where, real = study["plan"], study["environment"], study["real"]
     model = f"a DiT of {plan['hidden_size']} channels and {plan['depth']} blocks"
     images = f"{plan['batch_size']} images of {plan['size']} x {plan['size']}"

@@ -122,7 +122,7 @@ def sentence(study: Mapping[str, Any]) -> str:
     return f"{what} After as many steps, {after_steps}. After as much training time, {after_time}."
 
 
-#: Of the committed study, without the ending of its files.
+#: The committed study's files, without their suffixes.
 PAGE = DOCS / "inner"
 
 

@@ -1,4 +1,4 @@
-"""What is compared, and at which size."""
+"""The methods that the study compares, and the sizes at which it does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 VANILLA = "vanilla"
 
-#: What each method changes in the recipe. Steps, batches and noise are the same for all of them.
+#: Changes to the recipe by method. All methods have the same steps, batches and noise.
 METHODS: dict[str, dict[str, str]] = {
     VANILLA: {"routing": "none"},
     "+R-TR": {"routing": "random"},
@@ -66,7 +66,7 @@ class Plan:
     epochs: int = 40
 
     def settings(self) -> dict[str, Any]:
-        """Of the recipes of all models."""
+        """Return the settings that the recipes of all models share."""
         not_of_recipes = ("name", "seeds", "samples", "sampling_steps", "loss_every", "affinity_every", "epochs")
         return {name: value for name, value in asdict(self).items() if name not in not_of_recipes}
 

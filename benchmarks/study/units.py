@@ -24,7 +24,7 @@ from dtr_kernels.quoting import quoted
 from examples import digits
 from examples.train import Recipe, Training, run
 
-# Of training: when the gradients of the timesteps are compared.
+# Shares of the training after which the gradients of the timesteps are compared.
 AFFINITY_AT = (0.1, 0.3, 1.0)
 
 
@@ -94,7 +94,7 @@ class Study:
         return name, partial(self.train, name, self._recipe(seed, **self.methods[method]))
 
     def findings(self) -> dict[str, dict[str, Any]]:
-        """What the units found that are done, by their names."""
+        """Read the findings of the units that are done, by name."""
         names = (name for name, _ in self.units())
         return {name: _read(self._path(name)) for name in names if self._path(name).exists()}
 
@@ -140,7 +140,7 @@ class Study:
         return self.folder / f"{name}.json"
 
     def real(self) -> dict[str, Any]:
-        """What the judge says of real images."""
+        """Judge real images."""
         return {
             "training images": len(self.training.labels),
             "held-out images": len(self.held_out.labels),

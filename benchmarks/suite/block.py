@@ -91,7 +91,7 @@ class Piece(Whole):
 
     @property
     def runs_kernels(self) -> bool:
-        """Whether our block is more than plain PyTorch at this size."""
+        """True if our block runs more than plain PyTorch at this size."""
         return choose(self.x).path != "plain"
 
     def plain(self, module: Any, *batch: Any) -> Tensor:

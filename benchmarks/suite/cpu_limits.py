@@ -55,7 +55,7 @@ class _Limit:
     below: str
 
     def chosen(self, size: int) -> str:
-        """What the library runs."""
+        """Return the way that the library runs at this size."""
         return self.at_least if size >= getattr(self.module, self.name) else self.below
 
     def set_to(self, value: int, call: Callable[[], Result]) -> Callable[[], Result]:
@@ -131,7 +131,7 @@ def slices(pass_: str, sizes: Sizes) -> Case:
 def _case(
     limit: _Limit, size: int, side: Side, shape: Sequence[int], precision: str, pass_: str, beta: float = 0.8
 ) -> Case:
-    """What the limit chooses at this size against either of the two that it chooses between."""
+    """Compare the limit's choice at this size with both ways that it chooses between."""
     forced = ((limit.at_least, 0), (limit.below, sys.maxsize))
     other = limit.below if limit.chosen(size) == limit.at_least else limit.at_least
     B, N, C = shape

@@ -170,7 +170,7 @@ class GuidedStep(Prediction):
 
 
 def _signal(t: int) -> float:
-    """What is left of the image's variance at timestep t, with DDPM's linear schedule."""
+    """Return the share of the image's variance left at timestep t, with DDPM's linear schedule."""
     return math.prod(1 - (1e-4 + (0.02 - 1e-4) * step / 999) for step in range(t + 1))
 
 

@@ -154,7 +154,7 @@ def _draw(block: nn.RoutedResBlock) -> None:
 
 
 def forward_work(place: Place, B: int, W: int, items: Itemsizes) -> Work:
-    """What a block of W active channels needs; W = C is the unrouted one."""
+    """Count the forward pass of a block with W active channels; W = C is the unrouted block."""
     C, O = place.channels, place.out_channels
     P, Q = B * place.size**2, B * place.out_size**2
     return (

@@ -1,4 +1,4 @@
-"""What the benchmarks of gradient surgery share: the oracle, and how other code draws its random orders."""
+"""Shared by the benchmarks of gradient surgery: the oracle, and random orders drawn as other code draws them."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ class Oracle:
         return f"{int((self.gram < 0).sum()) // 2} of {K * (K - 1) // 2} pairs conflict"
 
     def error_of_update(self, update: Tensor) -> float:
-        """Of the sum of the projected gradients [P], relative to its norm."""
+        """Return the error of the sum of the projected gradients [P], relative to its norm."""
         return self.error_of_combination(update[None], self.coefficients.sum(0, keepdim=True))
 
     def error_of_sum(self, update: Tensor) -> float:
-        """Of the plain sum of the gradients [P], relative to its norm."""
+        """Return the error of the plain sum of the gradients [P], relative to its norm."""
         return self.error_of_combination(update[None], torch.ones_like(self.gram[:1]))
 
     def error_of_projected(self, projected: Tensor) -> float:
-        """Of the projected gradients [K, P], relative to their norm."""
+        """Return the error of the projected gradients [K, P], relative to their norm."""
         return self.error_of_combination(projected, self.coefficients)
 
     def error_of_combination(self, found: Tensor, coefficients: Tensor) -> float:
-        """Of found [M, P] as coefficients [M, K] @ gradients, relative to its norm."""
+        """Return the error of found [M, P] as coefficients [M, K] @ gradients, relative to the norm of the product."""
         wrong = norm = torch.zeros((), dtype=torch.float64, device=found.device)
         for part, chunk in zip(found.split(_CHUNK, dim=1), self._grads.split(_CHUNK, dim=1), strict=True):
             exact = coefficients @ chunk.double()

@@ -122,7 +122,7 @@ class Training:
         clusters = torch.arange(K).repeat_interleave(size // K)
         t = (clusters + torch.rand(size)) * (TIMESTEPS / K)
         x, noise = torch.randn(2, size, self.model.in_channels, self.model.input_size, self.model.input_size)
-        # What the clusters have to learn leans in opposite directions, so that some of them conflict.
+        # The clusters' targets lean in opposite directions, so that some clusters conflict.
         target = noise + (1 - 2 * (clusters % 2))[:, None, None, None]
         y = torch.randint(self.model.y_embedder.num_classes, (size,))
         self.batch = [x.to(device, dtype), t.long().to(device), y.to(device), target.to(device, dtype)]
@@ -154,7 +154,7 @@ class Training:
         torch.manual_seed(SEED)
 
     def update(self) -> Tensor:
-        """What the step left in ``p.grad`` [P]."""
+        """Return ``p.grad`` of all parameters as one vector [P]."""
         grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)
         return torch.cat([grad.flatten() for grad in grads])
 
@@ -208,7 +208,7 @@ class Autogram(Training):
 
 
 def squared_error(prediction: Tensor, noise: Tensor) -> Tensor:
-    """Of the predicted noise, the first half of the channels, for each sample [B]."""
+    """Return the squared error of the predicted noise, the first half of the channels, for each sample [B]."""
     return (prediction[:, : noise.shape[1]] - noise).square().flatten(1).mean(1)
 
 

@@ -33,7 +33,7 @@ SLACK = {"fp32": 1e-5, "bf16": 2**-8, "fp16": 2**-11, AUTOCAST: 2**-8}
 # Samples that the oracle computes at a time.
 _CHUNK = 4
 
-# What is timed on a GPU is replayed as a CUDA graph, so the compiler makes none.
+# Timing on a GPU replays a CUDA graph, so the compiler makes none.
 MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
 ABOUT_AUTOTUNED = f'max-autotune is torch.compile(mode="{MAX_AUTOTUNE}")'
 
@@ -173,7 +173,7 @@ def _widened(tensor: Tensor, chunk: slice) -> Tensor:
 
 
 class Gate:
-    """What is right, and how wrong a result in some precision may be.
+    """The exact result, and the largest error allowed in some precision.
 
     Args:
         exact: outputs and gradients in fp64.
@@ -239,7 +239,7 @@ class Whole:
 
     @property
     def trains(self) -> bool:
-        """Whether there is a backward pass."""
+        """True if there is a backward pass."""
         return self.cell.pass_ in ("training", "step")
 
     def masked(self) -> Tensor:
