@@ -30,7 +30,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-# What a person has written, and what commands have.
+# Pages written by hand, and pages that commands generate.
 WRITTEN = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(DOCS.glob("*.md"))])
 GENERATED = sorted([*DOCS.glob("*/*.md"), *ROOT.glob("benchmarks/results/*/*.md"), *ROOT.glob("dtr_kernels/**/*.md")])
 LANGUAGES = {"", "bash", "python", "text", "{eval-rst}", "{include}", "{toctree}"}
@@ -96,7 +96,7 @@ def test_an_example_that_fails_is_a_failure(tmp_path):
 
 
 def help_of(words, monkeypatch, capsys):
-    """What ``python -m <words> --help`` prints."""
+    """Return the output of ``python -m <words> --help``."""
     module, *subcommand = words
     package = importlib.util.find_spec(module)
     name = f"{module}.__main__" if package.submodule_search_locations else module
