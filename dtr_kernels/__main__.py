@@ -19,7 +19,7 @@ def sizes(text: str) -> Sizes:
 
 
 def main() -> int:
-    """Runs the command given on the command line and returns its exit status."""
+    """Run the command given on the command line and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m dtr_kernels")
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("info", help="what runs on this machine and why")
