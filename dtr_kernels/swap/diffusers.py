@@ -1,4 +1,4 @@
-"""Blocks of diffusers' DiTTransformer2DModel: BasicTransformerBlock with adaptive norms of the kind "ada_norm_zero"."""
+"""Blocks of diffusers' DiTTransformer2DModel: BasicTransformerBlock with adaptive norms of type "ada_norm_zero"."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NEEDED = (
 
 
 class _Conditioning(NamedTuple):
-    """The inputs of a block's modulation, which an embedding of its own takes."""
+    """The inputs of a block's modulation, which the block's own embedding takes."""
 
     timestep: Tensor
     class_labels: Tensor
@@ -39,7 +39,7 @@ class _Conditioning(NamedTuple):
 
 
 class Diffusers(Family):
-    """The family of diffusers' blocks that embed timestep and label themselves, each by an embedding of its own."""
+    """The family of diffusers' blocks, each with its own embedding of timestep and label."""
 
     name = "DiT block of diffusers"
     anatomy = "a module with children norm1 (with emb for timestep and class, and linear), attn1, norm3 and ff"
