@@ -65,10 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Reports and returns the exit status: 1 if ``--check`` finds text that would change.
+    """Report, and return the exit status: 1 if ``--check`` finds text that would change.
 
     Raises:
-        ValueError: if the arguments do not fit together, a folder has no results or the README an unknown marker.
+        ValueError: if the arguments do not fit together, a folder has no results, or the README has an unknown marker.
     """
     if arguments.folders and arguments.check:
         raise ValueError("--check is about the docs and the README, which come from benchmarks/results: give it no DIR")
@@ -89,7 +89,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def report_of_folder(folder: Path, target: Path) -> None:
-    """Prints the tables of all results in a folder, and writes them with pictures to ``target``."""
+    """Print the tables of all results in a folder, and write them with pictures to ``target``."""
     runs = load_all(folder)
     pictures = {target / f"{run.benchmark}.png": run for run in runs if plots.drawable(run)}
     drawn = _draw(pictures)
@@ -103,7 +103,7 @@ def report_of_folder(folder: Path, target: Path) -> None:
 
 
 def report_of_checkout(root: Path, check: bool) -> int:
-    """Writes all text that comes from the committed results, and the pictures; with ``check`` only compares the text.
+    """Write all text generated from the committed results, and the pictures; with ``check`` only compare the text.
 
     Returns:
         1 if ``check`` finds text that would change, else 0.
@@ -126,14 +126,14 @@ def report_of_checkout(root: Path, check: bool) -> int:
 
 
 def committed_results(root: Path) -> dict[str, list[Run]]:
-    """The results of each device's folder in a checkout; what compilers said of kernels is no device's."""
+    """Return the results of each device's folder in a checkout, without the compilers' report."""
     folders = [folder for folder in (root / RESULTS).glob("*") if folder.is_dir() and folder != (root / STATIC).parent]
     with_results = [folder for folder in folders if any(folder.glob("*.json"))]
     return {folder.name: load_all(folder) for folder in sorted(with_results, key=lambda f: (f.name != "cpu", f.name))}
 
 
 def generated_texts(root: Path, results: Results) -> dict[Path, str]:
-    """All text of a checkout that is generated from results, by the path where it belongs."""
+    """Return all text of a checkout that is generated from results, by its path."""
     texts = {
         root / RESULTS / device / f"{run.benchmark}.md": run_markdown(run)
         for device, runs in results.items()
@@ -162,7 +162,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _draw(pictures: Mapping[Path, Run]) -> bool:
-    """Draws runs; False where that cannot be done here, which is said."""
+    """Draw runs; return False, and print why, if that is not possible here."""
     try:
         for path, run in pictures.items():
             plots.draw(run, path)
@@ -177,10 +177,10 @@ def _picture(path: str, run: Run) -> str:
 
 
 def compare(now: Sequence[Run], then: Sequence[Run], now_name: str, then_name: str) -> str:
-    """How long each side takes in two sets of results, as Markdown.
+    """Write the times of each side in two sets of results, as Markdown.
 
-    A side is called faster or slower where the ranges from p20 to p80 of its two times do not meet, and neither where
-    one of them is of a replayed graph and the other of launches.
+    A side is faster or slower if the ranges from p20 to p80 of its two times do not overlap. It is neither if only one
+    of them is the time of a replayed graph.
     """
     before = {run.benchmark: run for run in then}
     parts = [f"# {now_name} (now) against {then_name} (then)"]
@@ -226,7 +226,7 @@ def _compare_runs(now: Run, then: Run) -> list[str]:
 
 
 def _compare_sides(now: SideResult | None, then: SideResult | None) -> list[str]:
-    """Times now and then, their ratio and what it means."""
+    """Return both times, their ratio and the verdict."""
     if now is None or then is None or not (now.seconds and then.seconds):
         return [_time_or_reason(now), _time_or_reason(then), "", ""]
     a, b = now.spread, then.spread
@@ -303,7 +303,7 @@ def _goals_on_gpu() -> list[tuple[str, Goal]]:
 
 
 def docs_page(results: Results, static: bool) -> str:
-    """All goals and overviews, for each device, and how they were measured.
+    """Write all goals and overviews, for each device, and how they were measured.
 
     Args:
         results: of all devices.
@@ -338,13 +338,13 @@ def readme_blocks(root: Path, results: Results) -> dict[str, str]:
 
 
 def with_blocks(text: str, blocks: Mapping[str, str], where: Path) -> str:
-    """A text with each ``<!-- begin NAME --> ... <!-- end NAME -->`` filled with the block of that name.
+    """Return a text with each ``<!-- begin NAME --> ... <!-- end NAME -->`` filled with the block of that name.
 
     Args:
-        where: the file that it is from, for error messages.
+        where: the file of the text, for error messages.
 
     Raises:
-        ValueError: if a block is unknown, begins and does not end, or ends and did not begin.
+        ValueError: if a block is unknown, has no end, or has no beginning.
     """
     pieces = re.split(r"<!-- (begin|end) (.+?) -->", text)
     filled, open_block = pieces[0], None
@@ -365,7 +365,7 @@ def with_blocks(text: str, blocks: Mapping[str, str], where: Path) -> str:
     return filled
 
 
-# How the README calls sides.
+# The README's names of sides.
 _PROJECTIONS = {
     LOOP: "the public code's loop",
     MM: "Gram matrix by `torch.mm`",
@@ -391,7 +391,7 @@ whose pages the system provides at the first touch."""
 
 
 def _surgery(results: Results) -> str:
-    """Times of PCGrad alone and of whole training steps, side by side."""
+    """Write the times of PCGrad alone and of whole training steps, side by side."""
     projection, step = (_run(results, "cpu", name) for name in ("surgery_projection", "surgery_step"))
     five, eight = (_case(projection, what="projection", clusters=K, precision="fp32") for K in (5, 8))
     whole = _case(step, model="DiT-S/2", batch=20, clusters=5, precision="fp32")
@@ -414,7 +414,7 @@ def _surgery(results: Results) -> str:
 
 
 def _over_fastest(case: CaseResult) -> str:
-    """The speed-up of our sum over the fastest way that needs nothing but PyTorch, and which that is."""
+    """Return the speed-up of our sum over the fastest way that needs only PyTorch, and the name of that way."""
     timed = [side for side in (MM, BMM, COMPILED_SUMS) if case.timed(side)]
     if not timed:
         return ""
@@ -424,14 +424,14 @@ def _over_fastest(case: CaseResult) -> str:
 
 
 def _machines(first: Run, second: Run) -> str:
-    """Where two runs were measured; once where that is the same."""
+    """Name the machines of two runs; one name if they are the same."""
     if _machine(first) == _machine(second):
         return f"On {_machine(first)}"
     return f"{first.benchmark} on {_machine(first)}; {second.benchmark} on {_machine(second)}"
 
 
 def _inner(results: Results) -> str:
-    """Scope "inner" on a CPU, for a page of the docs."""
+    """Write the results of scope "inner" on a CPU, for a page of the docs."""
     run = _run(results, "cpu", "inner")
     if run is None:
         return _not_stored(["inner"])
@@ -441,7 +441,7 @@ def _inner(results: Results) -> str:
 
 
 def _blocks(results: Results) -> str:
-    """The routed block on a CPU."""
+    """Write the results of the routed block on a CPU."""
     run = _run(results, "cpu", "block")
     return _not_stored(["block"]) if run is None else _speed_of_blocks("cpu", run, _PEERS_ON_CPU)
 
@@ -466,7 +466,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {"surgery": _surgery, "blocks": _b
 
 
 def _speed_of_blocks(device: str, run: Run, peers: Sequence[str]) -> str:
-    """The cells of the usual routing by model, batch, precision and pass; of all cells the worst by name."""
+    """Write the usual routing's cells by model, batch, precision and pass, and name the worst of all cells."""
     usual = [case for case in run.cases if _USUAL_ROUTING.items() <= case.cell.items()]
     models = list(dict.fromkeys(case.cell["model"] for case in usual))
     usual.sort(key=lambda case: (models.index(case.cell["model"]), case.cell["batch"]))
@@ -509,7 +509,7 @@ def _run(results: Results, device: str, name: str) -> Run | None:
 
 
 def _case(run: Run | None, **cell: str | int) -> CaseResult | None:
-    """The case with these coordinates."""
+    """Return the case with these coordinates; None if there is none."""
     return next((case for case in (run.cases if run else ()) if cell.items() <= case.cell.items()), None)
 
 

@@ -1,4 +1,4 @@
-"""Results as Markdown tables whose columns line up as plain text too."""
+"""Results as Markdown tables whose columns also line up as plain text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VERDICTS = (MET, WITHIN, NOT_MET, NOT_COMPARABLE, NOT_MEASURED)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of rows of equal length, of which the first is the head."""
+    """Write a Markdown table of rows of equal length; the first row is the head."""
     rows = [[text.replace("|", "\\|") for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)) + " |" for row in rows]
@@ -26,7 +26,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> list[list[Item]]:
-    """The items with equal keys together, in the order of the first of each."""
+    """Group items with equal keys, in the order of the first of each."""
     groups: dict[Any, list[Item]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -34,7 +34,7 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> list[list[Item
 
 
 def run_markdown(run: Run) -> str:
-    """All cases' tables, and below them where they were measured."""
+    """Write all cases' tables, followed by the environment in which they were measured."""
     facts = [f"- {name}: {_plainly(value)}" for name, value in run.environment.items() if value is not None]
     head = [f"## {run.benchmark}", run.summary, *(f"**{caveat}**" for caveat in caveats(run))]
     cases = [case_table(case).rstrip() for case in run.cases]
@@ -54,12 +54,12 @@ def caveats(run: Run) -> list[str]:
 
 
 def commit_of(run: Run) -> str:
-    """The first digits of the commit that was measured."""
+    """Return the first digits of the measured commit."""
     return (run.environment.get("commit") or "unknown")[:10]
 
 
 def case_table(case: CaseResult) -> str:
-    """The sides, the goals, the ceilings that were measured in the same rounds, and the notes."""
+    """Write the sides, the goals, the ceilings measured in the same rounds, and the notes."""
     lines = [f"- {case.problem}"] if case.problem else []
     lines += [_goal_line(case, goal) for goal in case.goals]
     if rounds := len(case.copy.seconds):
@@ -72,7 +72,7 @@ def case_table(case: CaseResult) -> str:
 
 
 def _sides_table(case: CaseResult) -> str:
-    """One row for each side; empty where there is none."""
+    """Write one row for each side; empty if there is none."""
     if not case.sides:
         return ""
     columns = _columns(case)
@@ -86,7 +86,7 @@ def _sides_table(case: CaseResult) -> str:
 
 
 def _columns(case: CaseResult) -> dict[str, Callable[[str], str]]:
-    """For each column's title a function from the name of a side with figures to its cell."""
+    """Return, for each column's title, a function from the name of a side with figures to its cell."""
     sides, matrix = case.sides, case.matrix
     columns: dict[str, Callable[[str], str]] = {"ms (p20 to p80)": lambda side: milliseconds(sides[side].spread)}
     if speedup_over := case.speedup_over:
@@ -97,7 +97,7 @@ def _columns(case: CaseResult) -> dict[str, Callable[[str], str]]:
         "GB/s": lambda side: _number(case.bandwidth(side), 1e-9),
         "of bandwidth": lambda side: percent(case.share_of_copy(side)),
     }
-    if matrix:  # without FLOPs the floor is the bandwidth's
+    if matrix:  # without FLOPs the floor is the bandwidth alone
         columns |= {
             "TFLOP/s": lambda side: _number(case.flop_rate(side), 1e-12),
             "of matrix rate": lambda side: percent(quotient(case.flop_rate(side), matrix.rate)),
@@ -114,7 +114,7 @@ def _columns(case: CaseResult) -> dict[str, Callable[[str], str]]:
 
 
 def _without_empty_columns(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Without columns that say nothing below their head, but for the first two."""
+    """Drop columns that are empty below their head, except the first two."""
     shown = [i for i, column in enumerate(zip(*rows, strict=True)) if i < 2 or any(column[1:])]
     return [[row[i] for i in shown] for row in rows]
 
@@ -132,7 +132,7 @@ def verdict(case: CaseResult, goal: Goal) -> str:
     return MET if met else NOT_MET
 
 
-# Quantities that depend on how long a side takes.
+# Quantities that depend on the time of a side.
 _OF_TIMES = ("speed-up", "time", "FLOP rate", "share of copy", "share of floor")
 
 
@@ -157,7 +157,7 @@ def goal_figure(case: CaseResult, goal: Goal) -> str:
 
 
 def goals_table(runs: Iterable[Run]) -> str:
-    """One row for each goal of a benchmark, over all of its cases, with the worst of them."""
+    """Write one row for each goal of a benchmark, over all of its cases, with the worst of them."""
     rows = [["benchmark", "goal", "cases", *VERDICTS, "worst"]]
     for run in runs:
         of_run = [(case, goal) for case in run.cases for goal in case.goals]
@@ -169,7 +169,7 @@ def goals_table(runs: Iterable[Run]) -> str:
 
 
 def marked(run: Run) -> str:
-    """The benchmark's name, with a mark where a caveat holds."""
+    """Return the benchmark's name, with a mark if a caveat holds."""
     marks = [f"STALE, commit {commit_of(run)}"] if run.stale else []
     marks += ["uncommitted changes"] if run.environment.get("uncommitted changes") else []
     marks += ["interrupted"] if run.interrupted else []
@@ -177,7 +177,7 @@ def marked(run: Run) -> str:
 
 
 def _worst(pairs: Sequence[tuple[CaseResult, Goal]]) -> str:
-    """The figure that is farthest on the wrong side of a goal, and its case."""
+    """Return the figure farthest on the wrong side of a goal, and its case."""
 
     def distance(pair: tuple[CaseResult, Goal]) -> float:
         case, goal = pair
@@ -193,10 +193,10 @@ def _worst(pairs: Sequence[tuple[CaseResult, Goal]]) -> str:
 
 
 def overview(run: Run) -> str:
-    """One row for each case: how the sides compare with the baseline, and whether the goals are met.
+    """Write one row for each case: the sides against the baseline, and whether the goals are met.
 
-    Sides that goals are about, or else ours, stand with their spread. Cases of another baseline have a table of their
-    own; one alone has a row for each side. Cases that could not be built are listed with the reason.
+    Sides with goals, or else our sides, are shown with their spread. Cases with another baseline have their own table;
+    a single case has a row for each side. Cases that could not be built are listed with the reason.
     """
     built = [case for case in run.cases if case.problem is None]
     groups = grouped(built, lambda case: (case.speedup_over, case.time_over))
@@ -248,13 +248,13 @@ def comparison(case: CaseResult) -> tuple[str, str | None]:
 
 
 def compared(case: CaseResult, side: str) -> Spread | None:
-    """The speed-up, or the time where that is what the case asks for, of a side over the baseline."""
+    """Return the speed-up of a side over the baseline, or its time if the case asks for that."""
     kind, baseline = comparison(case)
     return case.compared(kind, side, baseline)
 
 
 def coordinates(cases: Sequence[CaseResult]) -> tuple[dict[str, str], list[str]]:
-    """The coordinates that all cases share, with their values, and the names of those that vary."""
+    """Return the coordinates that all cases share, with their values, and the names of those that vary."""
     names = list(dict.fromkeys(name for case in cases for name in case.cell))
     values = {name: list(dict.fromkeys(label(case, name) for case in cases)) for name in names}
     fixed = {name: found[0] for name, found in values.items() if len(found) == 1}
@@ -262,7 +262,7 @@ def coordinates(cases: Sequence[CaseResult]) -> tuple[dict[str, str], list[str]]
 
 
 def label(case: CaseResult, coordinate: str) -> str:
-    """A coordinate of a case in words; empty where the case has none of that name."""
+    """Return a coordinate of a case in words; empty if the case does not have it."""
     value = case.cell.get(coordinate, "")
     if isinstance(value, str):
         return value
@@ -287,14 +287,14 @@ def _saved(case: CaseResult, side: str, baseline: str | None) -> str:
 
 
 def _launched(case: CaseResult) -> str:
-    """The sides whose time contains launches, where that of others does not."""
+    """Name the sides whose time contains launches, if that of others does not."""
     timed = {name: side for name, side in case.sides.items() if side.seconds}
     launched = [name for name, side in timed.items() if not side.graph]
     return ", ".join(launched) if len(launched) < len(timed) else ""
 
 
 def _goals_in_short(case: CaseResult) -> str:
-    """ "met", or those that are not with their figures."""
+    """Return "met", or the goals that are not met with their figures."""
     short = []
     for goal in case.goals:
         if (found := verdict(case, goal)) != MET:
@@ -308,20 +308,20 @@ def _median_ms(case: CaseResult, side: str) -> str:
 
 
 def milliseconds(spread: Spread) -> str:
-    """Seconds as milliseconds, from p20 to p80."""
+    """Format seconds as milliseconds, from p20 to p80."""
     median, p20, p80 = (_number(value, 1e3) for value in (spread.median, spread.p20, spread.p80))
     return f"{median} ({p20} to {p80})"
 
 
 def times(spread: Spread | None, with_spread: bool = True) -> str:
-    """A ratio; empty where there is none."""
+    """Format a ratio; empty for None."""
     if spread is None:
         return ""
     return f"{spread.median:.2f}x" + (f" ({spread.p20:.2f} to {spread.p80:.2f})" if with_spread else "")
 
 
 def percent(value: float | None) -> str:
-    """A share; empty where there is none."""
+    """Format a share; empty for None."""
     return "" if value is None else f"{value:.0%}"
 
 
@@ -332,7 +332,7 @@ def _number(value: float | None, scale: float) -> str:
 
 
 def _plainly(value: Any) -> str:
-    """A fact of the environment without Python's punctuation."""
+    """Format a fact of the environment without Python's punctuation."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):

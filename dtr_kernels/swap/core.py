@@ -59,15 +59,14 @@ def swap_blocks(
             between the blocks of a U-Net. None keeps the model's own routing (the masks of the public DTR code), and
             leaves a model without one unrouted. The forward of a routed model must take its timesteps as the argument
             t, timestep or timesteps; for nested modules, the forward of the innermost one that runs all blocks.
-            scope: "block" masks the whole residual block, as in the paper; "branch" masks the inputs of attention and
-                MLP of a DiT block; "inner", this library's own, masks attention heads and the hidden channels of the
-                MLP that go with them, so that inactive heads and channels are not computed anywhere.
-            noise_level: a function [B] to [B] that maps the model's timesteps to those of the routing, if they differ.
-                A routing takes integers 0..T-1, or floating-point noise levels in [0, 1], where 1 is noise, or with its
-                ``float_timesteps`` floating-point timesteps 0..T-1. SiT counts the other way round, from noise at 0 to
-                data
-                at 1: ``def noise_level(t): return 1 - t``. The function must be importable, for copies of the model in
-                other processes; a lambda is not.
+        scope: "block" masks the whole residual block, as in the paper; "branch" masks the inputs of attention and MLP
+            of a DiT block; "inner", this library's own, masks attention heads and the hidden channels of the MLP that
+            go with them, so that inactive heads and channels are not computed anywhere.
+        noise_level: a function [B] to [B] that maps the model's timesteps to those of the routing, if they differ. A
+            routing takes integers 0..T-1, or floating-point noise levels in [0, 1], where 1 is noise, or with its
+            ``float_timesteps`` floating-point timesteps 0..T-1. SiT counts the other way round, from noise at 0 to data
+            at 1: ``def noise_level(t): return 1 - t``. The function must be importable, for copies of the model in
+            other processes; a lambda is not.
 
     Returns:
         ``model`` itself.
