@@ -23,14 +23,14 @@ METHODS: dict[str, dict[str, str]] = {
     "+DTR+Min-SNR": {"routing": "dtr", "weighting": "min-snr"},
 }
 
-#: Nash-MTL solves for new weights at the first of so many steps. As many are timed, after two to warm up: so the last
-#: but one solves.
+#: Nash-MTL solves for new weights once in this number of steps. As many steps are timed, after two for warm-up, so the
+#: last but one solves.
 TIMED_STEPS, WARM_UP = 25, 2
 SOLVING = -WARM_UP
 
 
 def unit(what: str, seed: int) -> str:
-    """The name of a piece of work that is done for every seed."""
+    """Return the name of a piece of work that is done for every seed."""
     return f"{what}, seed {seed}"
 
 
@@ -39,12 +39,12 @@ class Plan:
     """The size of a study.
 
     Attributes:
-        seeds: how many times everything is trained; seed s has the same batches and noise for every method.
+        seeds: number of trainings of everything; seed s has the same batches and noise for every method.
         steps, batch_size, learning_rate, precision, size, hidden_size, depth, num_heads: as in ``Recipe``.
         clusters: K, of the weightings and of the specialists.
         samples: images drawn from each model, a multiple of ten.
         sampling_steps: of DDIM.
-        loss_every, affinity_every: timesteps between two at which losses, and gradients, are looked at.
+        loss_every, affinity_every: distance of the timesteps at which losses, and gradients, are computed.
         epochs: of the classifier's training.
     """
 
@@ -76,7 +76,7 @@ PLANS = {
     for plan in (
         Plan("quick", 2, 12, 20, 100, 4, 100, 500, hidden_size=32, depth=2, num_heads=2, epochs=2),
         Plan("cpu", 3, 400, 128, 1000, 25, 20, 20),
-        # A larger model on larger images; its figures have never been made: no GPU has run it yet.
+        # A larger model on larger images. It has no figures: no GPU has run it yet.
         Plan(
             "cuda",
             *(3, 2000, 256, 2000, 50, 10, 20),
