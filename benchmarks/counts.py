@@ -31,7 +31,7 @@ from dtr_kernels.ops.window_linear import mlp_backward_work as mlp_backward
 from dtr_kernels.ops.window_linear import mlp_forward_work as mlp_forward
 from dtr_kernels.reference.transformer import BlockKind
 
-#: Of sides that are only timed.
+#: For sides that are only timed.
 NOT_COUNTED = Work()
 
 #: By the precision's name on the command line.

@@ -294,7 +294,7 @@ _USUAL_ROUTING = {"scope": "block", "window": "per sample", "beta": 0.8}
 
 
 def _goals_on_gpu() -> list[tuple[str, Goal]]:
-    """Return the goals on an H200 in bf16, each with what has to reach it."""
+    """Return the goals on an H200 in bf16, each with the block or kernel that has to reach it."""
     return [
         *(("a routed block, scope block", goal) for goal in block.goals_on_gpu("block")),
         ("a routed block, scope branch", block.goals_on_gpu("branch")[0]),

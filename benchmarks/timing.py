@@ -112,7 +112,7 @@ class Stopwatch:
 
 @contextmanager
 def _no_waiting() -> Iterator[None]:
-    """Turn waiting for the device into an error inside the context: while recording, PyTorch recovers from it badly."""
+    """Make waiting for the device an error while the context is open: PyTorch recovers badly from it in a recording."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

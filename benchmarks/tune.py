@@ -554,7 +554,7 @@ def exact_of(kernel: Kernel, call: partial[Any]) -> list[Tensor]:
 
 @contextmanager
 def _by_our_gemm(op: str) -> Iterator[None]:
-    """Run a tile's kernel for any number of tokens inside the context."""
+    """Run a tile's kernel for any number of tokens while the context is open."""
     with ExitStack() as stack:
         for crossover in {kernel.crossover for kernel, mode in kernels_of(op) if op in kernel.tiles(**mode)}:
             if crossover is not None:

@@ -225,7 +225,7 @@ class IntervalClusters(Clusters):
         )
 
 
-# An op of its own, so that the range check (a data-dependent branch on a CPU) does not break a torch.compile graph.
+# A separate op, so that the range check (a data-dependent branch on a CPU) does not break a torch.compile graph.
 @torch.library.custom_op("dtr_kernels::checked_timesteps", mutates_args=())
 def _checked_timesteps(t: Tensor, num_timesteps: int) -> Tensor:
     """Return a copy of the timesteps as int64: an op's output must not share memory with its input."""

@@ -150,7 +150,7 @@ def _not_continuous(given: object) -> str:
     )
 
 
-# An op of its own, so that the range check (a data-dependent branch on a CPU) does not break a torch.compile graph.
+# A separate op, so that the range check (a data-dependent branch on a CPU) does not break a torch.compile graph.
 @torch.library.custom_op("dtr_kernels::checked_times", mutates_args=())
 def _checked_times(t: Tensor) -> Tensor:
     """Return a copy of the times in fp32: an op's output must not share memory with its input."""

@@ -171,7 +171,7 @@ def check_range(t: Tensor, last: float, hint: str, name: str = "t") -> None:
         torch._assert_async(valid, message)
 
 
-# An op of its own, so that the range check (a data-dependent branch on a CPU) does not break a torch.compile graph.
+# A separate op, so that the range check (a data-dependent branch on a CPU) does not break a torch.compile graph.
 @torch.library.custom_op("dtr_kernels::window_starts", mutates_args=())
 def _window_starts(t: Tensor, num_timesteps: int, alpha: float, travel: int, float_timesteps: bool = False) -> Tensor:
     """Return start[b] = round(u[b]**alpha * travel), half to even, in fp64 as the reference code computes it."""

@@ -205,7 +205,7 @@ class Call(NamedTuple):
 
     @contextmanager
     def forced(self) -> Iterator[None]:
-        """Run kernels on this side of the crossover inside the context."""
+        """Run kernels on this side of the crossover while the context is open."""
         with nullcontext() if self.way is None else forced(self.kernel.crossover or "", self.way):
             yield
 
@@ -264,7 +264,7 @@ def kernel_cases(device: torch.device, kernels: Sequence[Kernel], precision: str
 
 @contextmanager
 def nan_in_uninitialised_memory() -> Iterator[None]:
-    """Fill uninitialised memory with NaN inside the context."""
+    """Fill uninitialised memory with NaN while the context is open."""
     settings: Any = torch.utils.deterministic
     enabled = torch.are_deterministic_algorithms_enabled()
     before = settings.fill_uninitialized_memory, torch.is_deterministic_algorithms_warn_only_enabled()
@@ -350,7 +350,7 @@ def _products(device: torch.device) -> list[str]:
 
 @contextmanager
 def _from_the_first_token(products: str) -> Iterator[None]:
-    """Run GEMMs of any size in the way that ``_products`` names inside the context; "" leaves the choice."""
+    """Run GEMMs of any size in the way that ``_products`` names while the context is open; "" leaves the choice."""
     with ExitStack() as stack:
         for op in crossovers() if products else ():
             stack.enter_context(forced(op, Crossover(1 if products == "our GEMMs" else NEVER)))

@@ -384,7 +384,7 @@ def run(training: Training, checkpoint: Path, save_every: int) -> bool:
 
 @contextmanager
 def _signals(kept: bool) -> Iterator[list[int]]:
-    """If ``kept``, append Ctrl-C and SIGTERM to the list instead of ending the process, inside the context."""
+    """If ``kept``, append Ctrl-C and SIGTERM to the list instead of ending the process while the context is open."""
     received: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM) if kept else ()
     before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}

@@ -49,7 +49,7 @@ class Study:
         self, plan: Plan, folder: Path, device: torch.device, methods: Mapping[str, Mapping[str, Any]] = METHODS
     ) -> None:
         self.plan, self.folder, self.device, self.methods = plan, folder, device, methods
-        # Describe the checkout now, when the running code was read, whatever is committed there later.
+        # Describe the checkout now: later commits do not change the running code.
         self._environment = environment.describe(device)
         folder.mkdir(parents=True, exist_ok=True)
         self._check_plan()

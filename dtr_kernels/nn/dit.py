@@ -62,7 +62,7 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(next(self.mlp.parameters()).dtype))
 
 
-# An op of its own, so that the range check (a data-dependent branch on a CPU) does not break a torch.compile graph.
+# A separate op, so that the range check (a data-dependent branch on a CPU) does not break a torch.compile graph.
 @op("checked_labels")
 def _checked_labels(y: Tensor, rows: int) -> Tensor:
     """Return a copy of the labels as int64: an op's output must not share memory with its input."""

@@ -50,7 +50,7 @@ def made(choice: Choice) -> Choice:
 
 @contextmanager
 def choices() -> Iterator[list[Choice]]:
-    """Collect every choice of this thread in a list inside the context."""
+    """Collect every choice of this thread in a list while the context is open."""
     thread = threading.get_ident()
     before = _made.get(thread)
     heard: list[Choice] = []
@@ -155,7 +155,7 @@ _arch: int | None = None
 
 @contextmanager
 def recording(arch: int | None = None) -> Iterator[list[Launch]]:
-    """Record launches instead of running them, in launchers of all threads, inside the context.
+    """Record the launches of all threads instead of running them while the context is open.
 
     Args:
         arch: choose paths, tiles and crossovers as on a GPU of this compute capability (80, 90, 100, ...), also for

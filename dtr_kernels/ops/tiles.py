@@ -191,7 +191,7 @@ def crossovers() -> list[str]:
 
 @contextmanager
 def forced(op: str, tile: Tile) -> Iterator[None]:
-    """Run ``op`` with ``tile``, whatever is configured, in every thread, inside the context: to time and compile tiles.
+    """Run ``op`` with ``tile``, whatever is configured, in every thread while the context is open.
 
     Raises:
         ValueError: if there is no such op; and in the launcher, if the kernel cannot run with the tile.
@@ -240,7 +240,7 @@ def forget() -> None:
 
 @contextmanager
 def instead_of_users(path: Path) -> Iterator[None]:
-    """Run kernels with the tiles of a file, as it is now, instead of the user's inside the context."""
+    """Run kernels with the tiles of a file, as it is now, instead of the user's while the context is open."""
     global _instead
     before, _instead = _instead, path
     forget()

@@ -169,7 +169,7 @@ class _ManyProcesses(OneProcess):
 
     def fail(self, error: BaseException) -> None:
         if self._others == "meet":
-            with suppress(RuntimeError):  # another rank is gone: this rank's error says more
+            with suppress(RuntimeError):  # another rank is gone; this rank's error is more useful
                 self._meet(error)
         elif self._others == "go on":
             self._calls += 1  # the others notice it at the next meeting

@@ -84,7 +84,7 @@ def _add(leaf: Tensor, new: Tensor) -> None:
 
 @contextmanager
 def gradients_set_aside(leaves: Collection[Tensor]) -> Iterator[None]:
-    """Set ``leaf.grad`` to None inside the context, and restore it afterwards."""
+    """Set ``leaf.grad`` to None while the context is open, and restore it afterwards."""
     before = [leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = None
