@@ -118,8 +118,16 @@ def wheel(archive: Path, python: str, cuda: str) -> Path:
 
 
 def run(*command: str, **settings: str) -> None:
-    done = subprocess.run(command, env=os.environ | settings, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command,
+        env=os.environ | settings,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     if done.returncode:
+        print(done.stdout)
         raise Impossible(f"{' '.join(command[:5])} ... failed; see above")
 
 

@@ -154,7 +154,17 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     return parser, made
 
 
+_RUN_EXAMPLES = """\
+examples:
+  python -m benchmarks run                                          all of it, for benchmarks/results
+  python -m benchmarks run block --model DiT-B/2 --batch 1 8        four cases, into out/benchmarks
+  python -m benchmarks run block --scope branch --beta 0.2 0.5 --dtype bf16 --pass training
+  python -m benchmarks run window_linear --device cuda --quick      small sizes: does everything work?
+"""
+
+
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog, parser.formatter_class = _RUN_EXAMPLES, argparse.RawDescriptionHelpFormatter
     parser.add_argument("names", nargs="*", help="benchmarks; default: all")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     parser.add_argument(

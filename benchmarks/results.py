@@ -304,9 +304,9 @@ def load_all(folder: Path) -> list[Run]:
     """
     paths = sorted(folder.glob("*.json"))
     if not paths:
-        raise ValueError(
-            f"there are no results (*.json) in {folder}; python -m benchmarks run --out {folder} makes some"
-        )
+        below = ", ".join(sorted({str(path.parent) for path in folder.glob("*/*.json")}))
+        advice = f"give one of {below}" if below else f"python -m benchmarks run --out {folder} makes some"
+        raise ValueError(f"there are no results (*.json) in {folder}; {advice}")
     return [Run.load(path) for path in paths]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from statistics import median
 from typing import Any, TypeVar
 
 from benchmarks.cases import Goal
@@ -192,6 +193,23 @@ def _worst(pairs: Sequence[tuple[CaseResult, Goal]]) -> str:
     return goal_figure(case, goal) + (f": {case.name}" if len(pairs) > 1 else "")
 
 
+def summary_table(runs: Iterable[Run]) -> str:
+    """One row for each benchmark: how ours compares with the baseline over all cases, and how many goals are met."""
+    rows = [["benchmark", "ours", "cases", "median", "least to most", *(f"goals {v}" for v in VERDICTS), "measured"]]
+    for run in runs:
+        for cases in grouped((case for case in run.cases if comparison(case)[1]), comparison):
+            kind, baseline = comparison(cases[0])
+            found = [spread.median for case in cases for side in ours_in([case]) if (spread := compared(case, side))]
+            if not found:
+                continue
+            goals = [verdict(case, goal) for case in cases for goal in case.goals]
+            middle, least, most = (f"{value:.2f}x" for value in (median(found), min(found), max(found)))
+            figures = [f"{kind} over {baseline}", str(len(cases)), middle, f"{least} to {most}"]
+            counts = [str(goals.count(kind) or "") for kind in VERDICTS]
+            rows.append([marked(run), *figures, *counts, str(run.environment.get("date"))[:10]])
+    return table(_without_empty_columns(rows))
+
+
 def overview(run: Run) -> str:
     """Write one row for each case: the sides against the baseline, and whether the goals are met.
 
@@ -214,8 +232,7 @@ def _overview_of(cases: Sequence[CaseResult]) -> str:
     kind, baseline = comparison(cases[0])
     fixed, varying = coordinates(cases)
     sides = list(dict.fromkeys(side for case in cases for side in case.sides if side != baseline))
-    ours = [side for side in sides if any(goal.side == side for case in cases for goal in case.goals)]
-    ours = ours or [side for side in sides if is_ours(side)]
+    ours = ours_in(cases)
     labels = [[label(case, key) for key in varying] for case in cases]
     if len(set(map(tuple, labels))) < len(cases):
         varying, labels = ["case", *varying], [[case.name, *row] for case, row in zip(cases, labels, strict=True)]
@@ -235,6 +252,13 @@ def _overview_of(cases: Sequence[CaseResult]) -> str:
     fixed_text = "".join(f", {key} {value}" for key, value in fixed.items())
     shown = f"{said[0].upper()}{said[1:]}" if baseline else said
     return f"{shown}{fixed_text}:\n\n{table(_without_empty_columns(rows))}"
+
+
+def ours_in(cases: Sequence[CaseResult]) -> list[str]:
+    """The sides that goals are about, or else those of this library; never the baseline."""
+    sides = list(dict.fromkeys(side for case in cases for side in case.sides if side != comparison(case)[1]))
+    with_goals = [side for side in sides if any(goal.side == side for case in cases for goal in case.goals)]
+    return with_goals or [side for side in sides if is_ours(side)]
 
 
 def is_ours(side: str) -> bool:

@@ -18,7 +18,7 @@ from dtr_kernels.surgery import (
 )
 from dtr_kernels.swap import restore_blocks, swap_blocks
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ChannelWindow",

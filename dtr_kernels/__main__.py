@@ -1,4 +1,4 @@
-"""Command line: ``python -m dtr_kernels info``, ``verify`` and ``build``."""
+"""Command line: ``dtr-kernels info``, ``verify`` and ``build``, or ``python -m dtr_kernels`` with the same."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+import dtr_kernels
 from dtr_kernels import info, just_in_time, ops, verify
 from dtr_kernels.ops.declaration import PRECISIONS, SIZES, Sizes
 
@@ -19,8 +20,9 @@ def sizes(text: str) -> Sizes:
 
 
 def main() -> int:
-    """Run the command given on the command line and return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m dtr_kernels")
+    """Runs the command given on the command line and returns its exit status."""
+    parser = argparse.ArgumentParser(prog="dtr-kernels")
+    parser.add_argument("--version", action="version", version=f"dtr_kernels {dtr_kernels.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("info", help="what runs on this machine and why")
     show.add_argument("--json", action="store_true", help="print JSON")

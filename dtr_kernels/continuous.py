@@ -1,4 +1,4 @@
-"""Clusters of continuous time: intervals of t in [0, 1], as in flow matching and EDM."""
+"""Clusters of continuous time: intervals of t in [0, 1], as flow matching has it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dtr_kernels.clusters import Clusters
 from dtr_kernels.quoting import quoted
-from dtr_kernels.routing import check_range, is_integer
+from dtr_kernels.routing import check_number, check_range, is_integer
 
 __all__ = ["ContinuousClusters", "continuous_clusters"]
 
@@ -48,16 +48,14 @@ class ContinuousClusters(Clusters):
     bounds: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        edges = tuple(self.bounds) if isinstance(self.bounds, Sequence) else ()
-        if len(edges) < 2 or not all(isinstance(edge, Real) and not isinstance(edge, bool) for edge in edges):
-            edges = (math.nan, math.nan)
+        edges = _floats(self.bounds)
         ascending = all(np.float32(first) < np.float32(end) for first, end in pairwise(edges))
-        if not ascending or edges[0] != 0 or edges[-1] != 1:
+        if edges[:1] != (0,) or edges[-1:] != (1,) or not ascending:
             raise ValueError(
                 "bounds must be a sequence of numbers that begins with 0 and ascends to 1, also where it is rounded to "
                 f"fp32, such as (0, 0.875, 1), got {quoted(self.bounds)}"
             )
-        object.__setattr__(self, "bounds", tuple(map(float, edges)))
+        object.__setattr__(self, "bounds", edges)
 
     @overload
     def assign(self, t: Tensor) -> Tensor: ...
@@ -123,13 +121,12 @@ class ContinuousClusters(Clusters):
                 from the mean.
             TypeError: if generator is something else, such as a seed.
         """
-        if logit_normal is not None:
-            _check_normal(logit_normal)
+        normal = None if logit_normal is None else _checked_normal(logit_normal)
 
         def draw(k: int, n: int, source: torch.device | str | None) -> Tensor:
             first, end = self.bounds[k : k + 2]
             u = torch.rand(n, dtype=torch.float64, generator=generator, device=source)
-            t = first + (end - first) * u if logit_normal is None else _logit_normal(u, first, end, *logit_normal)
+            t = first + (end - first) * u if normal is None else _logit_normal(u, first, end, *normal)
             last = np.nextafter(np.float32(end), np.float32(0))  # t may be rounded to the next cluster's
             return t.float().clamp(float(np.float32(first)), float(last))
 
@@ -140,7 +137,7 @@ class ContinuousClusters(Clusters):
             raise ValueError(_not_continuous(type(t).__name__))
         if isinstance(t, bool) or not isinstance(t, Real):
             raise TypeError(f"t must be a floating-point tensor [B] or a float, got {type(t).__name__}")
-        return int(self.assign(torch.tensor([float(t)], dtype=torch.float64)))
+        return int(self.assign(torch.tensor([float(t)], dtype=torch.float64, device="cpu")))
 
 
 def _not_continuous(given: object) -> str:
@@ -163,13 +160,22 @@ def _(t: Tensor) -> Tensor:
     return torch.empty_like(t, dtype=torch.float32)
 
 
-def _check_normal(given: object) -> None:
-    numbers = given if isinstance(given, Sequence) and all(isinstance(each, Real) for each in given) else ()
+def _floats(given: object) -> tuple[float, ...]:
+    """Return the numbers of a sequence; () for anything else, which no caller allows."""
+    try:
+        return tuple(float(check_number("a number", each)) for each in given) if isinstance(given, Sequence) else ()
+    except (TypeError, ValueError):
+        return ()
+
+
+def _checked_normal(given: object) -> tuple[float, ...]:
+    numbers = _floats(given)
     if len(numbers) != 2 or not math.isfinite(numbers[0]) or not 0 < numbers[1] < math.inf:
         raise ValueError(
             "logit_normal must be a mean and a standard deviation above 0, finite numbers such as (0.0, 1.0), got "
             f"{quoted(given)}"
         )
+    return numbers
 
 
 def _logit_normal(u: Tensor, first: float, end: float, mean: float, std: float) -> Tensor:
@@ -225,11 +231,11 @@ def continuous_clusters(
     return ContinuousClusters((0.0, *inner, 1.0))
 
 
-def _checked_log_snr(given: object) -> tuple[float, float]:
-    ends = given if isinstance(given, Sequence) and all(isinstance(end, Real) for end in given) else ()
+def _checked_log_snr(given: object) -> tuple[float, ...]:
+    ends = _floats(given)
     if len(ends) != 2 or not -_LARGEST_LOG_SNR <= ends[0] < ends[1] <= _LARGEST_LOG_SNR:
         raise ValueError(
             f"log_snr must be two numbers from {-_LARGEST_LOG_SNR:g} to {_LARGEST_LOG_SNR:g}, the least and the "
             f"largest log SNR, got {quoted(given)}"
         )
-    return float(ends[0]), float(ends[1])
+    return ends

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dtr_kernels.clusters import Clusters, IntervalClusters, check_snr, real_numbers
 from dtr_kernels.continuous import ContinuousClusters
+from dtr_kernels.quoting import quoted
 from dtr_kernels.routing import DenoisingTaskRouting, RandomRouting
 from dtr_kernels.surgery import conflict_fractions
 
@@ -27,24 +28,29 @@ __all__ = ["plot_affinity", "plot_clusters", "plot_conflicts", "plot_routing"]
 
 
 def plot_routing(
-    routing: DenoisingTaskRouting | RandomRouting, channels: int, path: str | Path | None = None
+    routing: DenoisingTaskRouting | RandomRouting, path: str | Path | None = None, channels: int = 1152
 ) -> Figure:
     """Draw the active channels (vertical) of every timestep (horizontal).
 
     Args:
         routing: whose masks to draw.
-        channels: number of channels C.
         path: where to save the picture (PNG, PDF, SVG by its ending); None returns it only.
+        channels: number of channels C; default: those of DiT-XL.
 
     Returns:
         The matplotlib figure.
 
     Raises:
         ImportError: if matplotlib is not installed (``pip install matplotlib``).
+        TypeError: if path is a number, where channels stood before version 0.2.
         ValueError: if the routing leaves no channel active.
     """
+    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
+    if isinstance(path, int):
+        raise TypeError(f"path must name a file or be None, got {path}; give channels={path} by name")
     t = torch.arange(routing.num_timesteps)
     if isinstance(routing, RandomRouting):
         mask, name = routing.mask(t, channels), "random routing"
@@ -52,15 +58,28 @@ def plot_routing(
         mask, name = routing.window(t, channels).mask(), f"DTR, alpha {routing.alpha:g}"
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(mask.T.numpy(), aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
+    shades = ListedColormap(["white", "#4a98c9"])
+    axes.imshow(mask.T.numpy(), aspect="auto", origin="lower", cmap=shades, vmin=0, vmax=1, interpolation="nearest")
     axes.set(
-        xlabel="timestep t (0: clean image, right: noise)",
+        xlabel=_TIMESTEPS,
         ylabel="channel",
         title=f"Active channels: {name}, beta {routing.beta:g}, {int(mask[0].sum())} of {channels}",
+        xticks=_timestep_ticks(len(t)),
     )
+    patches = [Patch(facecolor=shades(value), edgecolor="0.6") for value in (1, 0)]
+    figure.legend(patches, ["active", "inactive"], loc="outside right upper", fontsize=8)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
+
+
+_TIMESTEPS = "timestep t (0: clean image, right: noise)"
+
+
+def _timestep_ticks(T: int) -> list[int]:
+    """Return about five even steps, and the last timestep in any case."""
+    step = max(1, T // 5)
+    return [*range(0, T - step // 2 - 1, step), T - 1]
 
 
 def plot_affinity(
@@ -78,11 +97,14 @@ def plot_affinity(
 
     Raises:
         ImportError: if matplotlib is not installed (``pip install matplotlib``).
+        TypeError: if clusters are of continuous time.
         ValueError: if clusters end before the last timestep of affinity.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
+    if clusters and not isinstance(clusters, IntervalClusters):
+        raise TypeError(f"clusters must be IntervalClusters, of timesteps as affinity is, got {quoted(clusters)}")
     if clusters and clusters.num_timesteps <= affinity.timesteps[-1]:
         raise ValueError(
             f"clusters must reach the last timestep of affinity, {int(affinity.timesteps[-1])}, but are of "
@@ -98,7 +120,9 @@ def plot_affinity(
         axes.add_patch(Rectangle((first - 0.5, first - 0.5), end - first, end - first, fill=False))
     limits = float(edges[0]), float(edges[-1])
     axes.set(xlim=limits, ylim=limits, aspect="equal", title="Affinity of denoising tasks")
-    axes.set(xlabel="timestep t (0: clean image, right: noise)", ylabel="timestep t")
+    axes.set(xlabel=_TIMESTEPS, ylabel="timestep t")
+    if clusters:
+        axes.set(xticks=_timestep_ticks(clusters.num_timesteps), yticks=_timestep_ticks(clusters.num_timesteps))
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
@@ -110,9 +134,9 @@ def _cell_edges(timesteps: Tensor, clusters: IntervalClusters | None) -> Tensor:
     With clusters the outer cells reach to the first and the last of their timesteps, as in ``TaskAffinity.resized``.
     """
     between = (timesteps[1:] + timesteps[:-1]) / 2
-    ends = timesteps[[0, -1]] + torch.tensor([-0.5, 0.5])
+    ends = timesteps[[0, -1]] + timesteps.new_tensor([-0.5, 0.5])
     if clusters:
-        ends = torch.tensor([-0.5, clusters.num_timesteps - 0.5])
+        ends = timesteps.new_tensor([-0.5, clusters.num_timesteps - 0.5])
     elif len(timesteps) > 1:
         ends = (2 * timesteps[[0, -1]] - between[[0, -1]]).clamp_min(-0.5)
     return torch.cat([ends[:1], between, ends[1:]])
@@ -125,8 +149,8 @@ _MOST_PARTS = 50
 def plot_conflicts(grams: Iterable[Tensor], path: str | Path | None = None) -> Figure:
     """Draw how often each pair of clusters conflicts over a training, which is cut into at most 50 parts.
 
-    Pairs are ordered by the distance between their clusters, neighbours at the bottom. A part is white if one of the
-    two clusters never has a gradient in it.
+    Pairs are ordered by how far apart their clusters are, neighbours at the bottom. A part in which one of the two
+    never has a gradient is grey.
 
     Args:
         grams: the Gram matrices of all steps, as for ``conflict_fractions``, with at least two clusters.
@@ -150,6 +174,7 @@ def plot_conflicts(grams: Iterable[Tensor], path: str | Path | None = None) -> F
     fractions = torch.stack([conflict_fractions(part) for part in parts]).cpu().numpy()
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
+    axes.set_facecolor("silver")  # where there is no share; white would look like 0
     image = axes.imshow(
         [[fraction[pair] for fraction in fractions] for pair in pairs],
         aspect="auto",
@@ -228,6 +253,8 @@ def plot_clusters(
     _draw_boxes(boxes, clusters, labels)
     boxes.set_title(title)
     axes.set(xlim=(edges[0], edges[-1]), xlabel=f"{time} (0: clean image, right: noise)")
+    if isinstance(clusters, IntervalClusters):
+        axes.set_xticks(_timestep_ticks(clusters.num_timesteps))
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure

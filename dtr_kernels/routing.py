@@ -154,7 +154,7 @@ def window_width(beta: float, channels: int, name: str = "channels") -> int:
 
 
 def check_range(t: Tensor, last: float, hint: str, name: str = "t") -> None:
-    """Refuse t outside [0, last] without a host synchronisation: on a GPU by a device-side assertion.
+    """Refuse t outside [0, last] without a host synchronisation: on a GPU and in compiled code by an assertion there.
 
     A floating-point t may be a few rounding units outside, of fp32 if it was made of a Python number.
     """
@@ -164,7 +164,7 @@ def check_range(t: Tensor, last: float, hint: str, name: str = "t") -> None:
         margin = 4 * max(torch.finfo(t.dtype).eps, torch.finfo(torch.float32).eps) * max(last, 1)
     t = t.double() if t.is_floating_point() else t.long()  # a narrow dtype would wrap ``last`` around, or round it
     valid = ((t >= -margin) & (t <= last + margin)).all()
-    if t.device.type == "cpu":
+    if t.device.type == "cpu" and not torch.compiler.is_compiling():  # a branch would break a graph
         if not valid:
             raise ValueError(f"{message}; got values from {t.min().item()} to {t.max().item()}")
     else:
@@ -262,7 +262,7 @@ class DenoisingTaskRouting:
         if isinstance(t, Tensor):
             return ChannelWindow(torch.ops.dtr_kernels.window_starts(t, *settings), width, channels)
         dtype = torch.int64 if isinstance(t, Integral) else torch.float64
-        start = _window_starts(torch.tensor([t], dtype=dtype), *settings)
+        start = _window_starts(torch.tensor([t], dtype=dtype, device="cpu"), *settings)
         return ChannelWindow(start, width, channels, shared_start=int(start))
 
 

@@ -357,6 +357,12 @@ def _from_the_first_token(products: str) -> Iterator[None]:
         yield
 
 
+_LEGEND = """\
+Each row shows the tensor that comes closest to its bound: the error of our kernel and that of plain PyTorch in the same
+dtype, both against fp64. The bound is twice the error of plain PyTorch plus a few roundings.
+"""
+
+
 def run(
     device: torch.device,
     kernels: Sequence[Kernel] | None = None,
@@ -375,9 +381,10 @@ def run(
     given = list(cases(device) if kernels is None else kernel_cases(device, kernels, precision))
     done, wrong = after
     found = partial(_found, torch.initial_seed())
+    print(_LEGEND)
     print(f"{'case':69} {'closest to its bound':28} {'kernel':>9} {'PyTorch':>9} {'bound':>9}")
     with ExitStack() as stack:
-        tick = stack.enter_context(ticking(len(given), done, "calls", shown=kernels is not None))
+        tick = stack.enter_context(ticking(len(given), done, "calls", shown=True))
         at_once: Callable[..., Iterable[list[Comparison] | str]] = map
         if kernels is not None:
             stack.enter_context(nan_in_uninitialised_memory())

@@ -148,6 +148,8 @@ def machine(device: torch.device) -> dict[str, str | int | None]:
 
 def parse_arguments() -> tuple[argparse.Namespace, Recipe]:
     parser = argparse.ArgumentParser(
+        prog="python -m examples.demo",
+        usage="%(prog)s [options]",
         description="Train a small DTR-DiT on handwritten digits, draw new ones, and check the fused blocks.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -174,7 +176,7 @@ def main() -> int:
     out, device = arguments.out, torch.device(arguments.device)
     images, labels = digits.load_images(device)
     training = Training(recipe, images, labels)
-    digits.save_figure(dtr.plot_routing(ROUTING, recipe.hidden_size), out / "windows.png")
+    digits.save_figure(dtr.plot_routing(ROUTING, channels=recipe.hidden_size), out / "windows.png")
 
     start = time.perf_counter()
     train(training)

@@ -405,8 +405,10 @@ def draw(training: Training, out: Path) -> None:
 
 
 def parse_arguments(command_line: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """Parse the recipe's attributes, except ``cluster``, and where to train."""
-    parser = argparse.ArgumentParser(prog="python -m examples.train", description="Train a small DTR-DiT on digits.")
+    """The recipe's attributes, but for ``cluster``, and where to train."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.train", usage="%(prog)s [options]", description="Train a small DTR-DiT on digits."
+    )
     parser.add_argument("--out", type=Path, default=Path("out/train"), help="folder of the run (default: out/train)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     parser.add_argument("--save-every", type=int, default=100, metavar="STEPS", help="default: 100")

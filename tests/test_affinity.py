@@ -843,7 +843,9 @@ def test_a_picture_shows_the_cosines_along_the_timesteps(seed, tmp_path, timeste
 
 def test_cells_reach_halfway_to_their_neighbours():
     def edges(timesteps, clusters=None):
-        return _cell_edges(torch.tensor(timesteps, dtype=torch.float64), clusters).tolist()
+        timesteps = torch.tensor(timesteps, dtype=torch.float64)
+        with torch.device("meta"):  # whatever PyTorch's default device is
+            return _cell_edges(timesteps, clusters).tolist()
 
     assert edges([10, 20, 40]) == [5, 15, 30, 50]
     assert edges([0, 10]) == [-0.5, 5, 15]
@@ -852,7 +854,7 @@ def test_cells_reach_halfway_to_their_neighbours():
     assert edges([7], dtr.interval_clusters(100, 2)) == [-0.5, 99.5]
 
 
-def test_clusters_of_fewer_timesteps_are_refused(seed):
+def test_clusters_that_do_not_fit_are_refused(seed):
     pytest.importorskip("matplotlib")
     affinity, clusters, fragments = (
         some_affinity([0, 50]),
@@ -860,3 +862,6 @@ def test_clusters_of_fewer_timesteps_are_refused(seed):
         ["of affinity, 50", "50 timesteps"],
     )
     refused(lambda: dtr.plot_affinity(affinity, clusters=clusters), ValueError, fragments)
+    in_time = dtr.continuous_clusters(2)
+    fragments = ["clusters must be IntervalClusters", "ContinuousClusters(bounds="]
+    refused(lambda: dtr.plot_affinity(affinity, clusters=in_time), TypeError, fragments)

@@ -319,7 +319,7 @@ def within(counts, trials, share):
     return ((counts - trials * share).abs() <= 7 * math.sqrt(trials * share * (1 - share)) + 1).all()
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 4, 5, 6, 15, 17, 64, np.int64(3)])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 5, 6, 15, 17, 64, np.int64(3), np.uint64(3)])
 @pytest.mark.parametrize("bounds", [(0, 7), (0, 1, 2, 3, 4, 5), (0, 1, 3, 4, 90, 1000), (0, 400, 1000)])
 def test_clusters_are_balanced(seed, device, bounds, batch_size):
     clusters = clusters_of(*bounds)

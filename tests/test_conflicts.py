@@ -40,9 +40,12 @@ def test_a_cluster_that_never_has_a_gradient():
     assert found[0, 1] == 1 and found[2].isnan().all() and found[:2, :2].isfinite().all()
 
 
-def test_those_of_surgery(seed):
+@pytest.mark.parametrize(
+    "weighting", ["pcgrad", "sum", lambda gram: gram.zero_()[0] + 1], ids=["pcgrad", "sum", "in place"]
+)
+def test_those_of_surgery(seed, weighting):
     p = torch.nn.Parameter(torch.ones(2))
-    surgery = dtr.GradientSurgery([p], 2)
+    surgery = dtr.GradientSurgery([p], 2, weighting)
     surgery.backward([p.sum(), -p.sum()])
     assert dtr.conflict_fractions([surgery.last_gram])[0, 1] == 1
 
@@ -72,6 +75,7 @@ def test_picture(tmp_path):
     expected = [[0, 1, 0, 0, no, no], [0, no, 1, 0, no, no], [1, no, 1, 0, no, no]]
     np.testing.assert_array_equal(image.get_array().filled(np.nan), expected)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0 and 1", "1 and 2", "0 and 2"]
+    assert np.abs(np.subtract(axes.get_facecolor(), image.cmap(0.0))).max() > 0.1, "no gradient looks like no conflict"
     assert image.get_extent() == [0, 6, -0.5, 2.5] and "3 clusters" in axes.get_title()
     assert (tmp_path / "conflicts.png").stat().st_size > 5000
     refused(lambda: dtr.plot_conflicts([torch.ones(1, 1)]), ValueError, ["at least two clusters"])

@@ -2096,3 +2096,8 @@ def test_numpys_integers_are_integers(model, batches):
         surgery.backward(batches.tensors(model), counts=list(counts))
     assert type(with_numpy.num_clusters) is int and torch.equal(plain.last_gram, with_numpy.last_gram)
     assert len(dtr.UncertaintyWeighting(np.int32(3)).s) == 3
+
+
+def test_a_description_in_a_line():
+    surgery = dtr.GradientSurgery(torch.nn.Linear(40, 50).named_parameters(), 5, "sum", engine="one_pass")
+    assert repr(surgery) == "GradientSurgery(2,050 parameters, num_clusters=5, weighting='sum', engine='one_pass')"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import triton
 from test_tiles import GPU, files  # noqa: F401  # a fixture
 
 import dtr_kernels
+import dtr_kernels.__main__ as command_line
 from benchmarks import environment
 from dtr_kernels import info
 from dtr_kernels.ops import dispatch, extension, tiles, triton_version, tuned_tiles
@@ -230,3 +232,10 @@ def test_says_of_a_gpu_where_its_tiles_are_from_and_that_cuda_kernels_run_or_why
     assert len(facts["tiles"]) == len(facts["crossovers"]) == torch.cuda.device_count()
     for dtype, path in facts["ops"]["gram"]["cuda:0"].items():
         assert path == "CUDA kernels" or path.startswith("PyTorch ops: "), (dtype, path)
+
+
+def test_the_version_on_the_command_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dtr-kernels", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        command_line.main()
+    assert capsys.readouterr().out == f"dtr_kernels {dtr_kernels.__version__}\n"

@@ -33,6 +33,46 @@ def test_min_snr(device, prediction, expected, dtype):
     assert torch.equal(dtr.min_snr_weights(snr, "x0", 2).cpu(), torch.tensor([0, 0.25, 2, 2, 2], dtype=dtype))
 
 
+@pytest.mark.parametrize("prediction, error", [("eps", 65504), ("x0", 1), ("v", 65505), ("flow", 256.94**2)])
+def test_the_largest_snr_of_fp16(prediction, error):
+    found = dtr.min_snr_weights(torch.tensor(65504, dtype=torch.float16), prediction)
+    torch.testing.assert_close(found.item(), 5 / error, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    "prediction, expected", [("eps", [1, 1]), ("x0", [4, 9]), ("v", [0.8, 0.9]), ("flow", [4 / 9, 9 / 16])]
+)
+@pytest.mark.parametrize("gamma, dtype", [(1e6, torch.float16), (1e300, torch.float32)], ids=str)
+def test_a_gamma_beyond_the_dtype(prediction, expected, gamma, dtype):
+    found = dtr.min_snr_weights(torch.tensor([4, 9], dtype=dtype), prediction, gamma)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "weights, expected",
+    [
+        (dtr.min_snr_weights, [0, 0, 0, -5 / 81, 0]),
+        (lambda snr: dtr.min_snr_weights(snr, "x0"), [1, 1, 1, 0, 0]),
+        (lambda snr: dtr.min_snr_weights(snr, "v"), [1, 0.64, 0.04, -5 / 100, 0]),
+        (dtr.p2_weights, [-1, -0.64, -0.04, -1 / 100, 0]),
+    ],
+    ids=["eps", "x0", "v", "p2"],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_gradients_of_weights(device, weights, expected, dtype):
+    snr = torch.tensor(SNRS, dtype=dtype, device=device, requires_grad=True)
+    weights(snr).sum().backward()
+    torch.testing.assert_close(snr.grad.cpu(), torch.tensor(expected, dtype=dtype))
+
+
+@pytest.mark.parametrize("weights", [dtr.min_snr_weights, dtr.p2_weights, dtr.NoiseLevelUncertainty().log_variances])
+def test_compiled(weights):
+    compiled, snr = torch.compile(weights, fullgraph=True, backend="aot_eager"), torch.tensor([0.5, 3])
+    torch.testing.assert_close(compiled(snr), weights(snr))
+    with pytest.raises(RuntimeError, match=r"snr must be in 0\.\.inf"):
+        compiled(-snr)
+
+
 def test_p2(device):
     snr = torch.tensor(SNRS, dtype=torch.float64, device=device)
     for k, gamma, expected in (1, 1, [1, 0.8, 0.2, 0.1, 0]), (4, 0.5, [0.5, 4.25**-0.5, 8**-0.5, 13**-0.5, 0]):
@@ -91,11 +131,11 @@ def test_gradients_of_uncertainty(seed):
 
 
 def test_uncertainty_of_pure_noise_and_of_none(seed):
-    weighting = dtr.NoiseLevelUncertainty()
+    weighting, snr = dtr.NoiseLevelUncertainty(), torch.tensor([0.0, INF], requires_grad=True)
     torch.nn.init.normal_(weighting.weight)
-    losses = weighting(torch.ones(2), torch.tensor([0.0, INF]))
+    losses = weighting(torch.ones(2), snr)
     losses.sum().backward()
-    assert losses.isfinite().all() and weighting.weight.grad.isfinite().all()
+    assert losses.isfinite().all() and weighting.weight.grad.isfinite().all() and snr.grad.tolist() == [0, 0]
     torch.testing.assert_close(losses, weighting(torch.ones(2), torch.tensor([0.0, INF]).clamp(1e-20, 1e20)))
 
 
@@ -106,6 +146,14 @@ def test_uncertainty_is_computed_in_fp32(seed, narrow):
     expected = weighting(torch.ones(5), snr)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(weighting(torch.ones(5, dtype=narrow), snr), expected)
+    assert weighting.to(narrow)(torch.ones(5, dtype=narrow), snr.to(narrow)).dtype == torch.float32
+
+
+def test_log_variances_of_any_shape(seed):
+    weighting, snr = dtr.NoiseLevelUncertainty(), torch.rand(3, 1, 2)
+    torch.nn.init.normal_(weighting.weight)
+    found = weighting.log_variances(snr)
+    assert torch.equal(found.flatten(), weighting.log_variances(snr.flatten())) and found.shape == snr.shape
 
 
 def test_uncertainty_learns_the_losses(seed):
@@ -152,12 +200,15 @@ def test_bad_snr(weights, snr, error, fragments):
     "call, error, fragments",
     [
         (lambda: dtr.min_snr_weights(ONE, "noise"), ValueError, ["prediction must be one of 'eps', 'x0', 'v', 'flow'"]),
+        (lambda: dtr.min_snr_weights(ONE, ["v"]), ValueError, ["prediction must be one of", "got ['v']"]),
         (lambda: dtr.min_snr_weights(ONE, gamma=0), ValueError, ["gamma must be a finite number above 0", "got 0"]),
         (lambda: dtr.min_snr_weights(ONE, gamma="5"), TypeError, ["gamma must be a number", "'5'"]),
         (lambda: dtr.p2_weights(ONE, k=-1), ValueError, ["k must be a finite number above 0", "got -1"]),
         (lambda: dtr.p2_weights(ONE, gamma=math.inf), ValueError, ["gamma must be", "got inf"]),
         (lambda: dtr.NoiseLevelUncertainty(0), ValueError, ["channels must be at least 1"]),
         (lambda: dtr.NoiseLevelUncertainty()(ONE, torch.ones(3)), ValueError, ["losses and snr must", "[2] and [3]"]),
+        (lambda: dtr.NoiseLevelUncertainty()([1.0, 1.0], ONE), TypeError, ["losses must be a tensor [B]", "got list"]),
+        (lambda: dtr.NoiseLevelUncertainty()(ONE, 1.0), TypeError, ["snr must be a floating-point tensor", "float"]),
         (lambda: dtr.NoiseLevelUncertainty()(ONE.sum(), ONE), ValueError, ["losses and snr must", "[] and [2]"]),
     ],
 )

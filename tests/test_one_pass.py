@@ -647,7 +647,7 @@ def test_refusal_of_compiled_code(seed):
 
 def test_a_loss_that_is_none(seed):
     model, x = Mlp(), torch.randn(6, 5)
-    with pytest.raises(ValueError, match="one loss for each of 6 samples"):
+    with pytest.raises(ValueError, match="one loss for each of the 6 samples"):
         by(one_pass, model, [x], (2, 2, 2), lambda model: lambda x: model(x))
     with pytest.raises(ValueError, match="does not depend on any parameter"):
         by(one_pass, model, [x], (2, 2, 2), lambda model: lambda x: x.mean(1))

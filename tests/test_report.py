@@ -17,7 +17,7 @@ from benchmarks.counts import Work
 from benchmarks.results import CaseResult, Ceiling, Run, SideResult
 from benchmarks.suite import BENCHMARKS
 from benchmarks.suite.block import FUSED
-from benchmarks.tables import case_table, goals_table, overview, run_markdown, table, verdict
+from benchmarks.tables import case_table, goals_table, overview, run_markdown, summary_table, table, verdict
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SPEEDUPS = {
@@ -77,6 +77,17 @@ def made_up_blocks(
     return run_of("block", cases, **others)
 
 
+def made_up_scopes() -> list[Run]:
+    """The cases that the README's table of scopes quotes."""
+    block, inner = made_up_blocks(batches=(16,)), made_up_blocks(("DiT-B/2",), (16,))
+    branch = made_up_blocks(batches=(16,))
+    for case in branch.cases:
+        case.cell["scope"] = "branch"
+    for case in inner.cases:
+        case.cell |= {"scope": "inner", "beta": 0.75}
+    return [run_of("block", [*block.cases, *branch.cases]), run_of("inner", inner.cases)]
+
+
 def made_up_norms() -> Run:
     """A run whose goals are about the machine's limits, with another baseline in half of its cases."""
     cases = []
@@ -105,7 +116,7 @@ def run_of(benchmark: str, cases: list[CaseResult], stale: bool = False, interru
 
 
 def made_up_surgery() -> list[Run]:
-    """The cases that the README quotes."""
+    """PCGrad alone, and the step that the README quotes."""
     projections = [
         made_up_case(
             {"the loop": 1.0, "torch.mm": by, "torch.bmm in chunks": 11.0, "pcgrad_sum": 15.0, "pcgrad_": 19.0},
@@ -153,13 +164,15 @@ def checkout(tmp_path, monkeypatch):
     """A checkout of nothing but the pages with all their blocks, results of a CPU and a file of another kind."""
     monkeypatch.setattr(sources, "ROOT", tmp_path)
     blocks = "\n\n".join(
-        f"<!-- begin {name} -->\ntyped by hand\n<!-- end {name} -->" for name in (*report.BLOCKS, "study")
+        f"<!-- begin {name} -->\ntyped by hand\n<!-- end {name} -->" for name in ("scopes", "steps", "study")
     )
     (tmp_path / "README.md").write_text(f"# Title\n\n{blocks}\n\nThe end.\n")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/performance.md").write_text("<!-- begin floors -->\n<!-- end floors -->\n")
     inner = "".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in ("inner", "inner study"))
     (tmp_path / "docs/inner.md").write_text(inner)
+    front = "".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in ("scopes", "steps"))
+    (tmp_path / "docs/index.md").write_text(front)
     (tmp_path / "docs/methods.md").write_text("<!-- begin methods study -->\n<!-- end methods study -->\n")
     for run in (made_up_blocks(), *made_up_surgery()):
         run.save(tmp_path / report.RESULTS / "cpu")
@@ -266,18 +279,6 @@ def test_a_replayed_graph_is_not_compared_with_launches(quantity):
     assert rows[0]["goals"].startswith("not comparable: ") and rows[1]["goals"] == "met"
 
 
-def test_the_blocks_summary_leaves_out_what_cannot_be_compared(seed):
-    run = made_up_blocks(batches=(1,), precisions=("bf16",), device="NVIDIA H200")
-    for case in run.cases:
-        case.sides[FUSED].graph = True
-    run.cases[1].sides["unrouted, compiled"].graph = True
-    text = report.BLOCKS["gpu"]({"nvidia-h200": [run]})
-    over = run.cases[1].speedup(FUSED, "unrouted, compiled").median
-    (row,) = rows_of(text.split("\n\n- ")[0])
-    assert row["bf16, forward"] == "- / - / -" and row["bf16, training"] == f"- / {over:.2f}x / -"
-    assert "- not all of 2 cells reach 1.0x over reference, compiled: not comparable in 2\n" in text
-
-
 def test_a_case_that_could_not_be_built(seed, tmp_path, capsys):
     run = made_up_blocks(batches=(1,))
     run.cases.append(CaseResult("case 5 of 6", Ceiling(8), problem="could not be built: OutOfMemoryError: too large"))
@@ -288,7 +289,7 @@ def test_a_case_that_could_not_be_built(seed, tmp_path, capsys):
         assert "- case 5 of 6: could not be built: OutOfMemoryError" in overview(each)
         assert goals_table([each])
     assert overview(alone) == "- case 5 of 6: could not be built: OutOfMemoryError: too large"
-    assert "1 of 5 cases could not be built." in report.BLOCKS["blocks"]({"cpu": [run]})
+    assert "1 of 5 cases could not be built." in report.tables_page({"cpu": [run]})
     assert report.main(arguments(tmp_path)) == 0
     assert "**1 of 1 cases could not be built.**" in capsys.readouterr().out
     assert report.main(arguments(tmp_path, against=tmp_path)) == 0
@@ -356,13 +357,12 @@ def test_what_a_reader_must_know_of_a_run(seed, tmp_path):
     for text in (
         run_markdown(old),
         report.docs_page(results, static=False),
-        report.BLOCKS["blocks"](results),
-        report.BLOCKS["gpu"]({"nvidia-h200": [old]}),
+        report.tables_page(results),
         report.compare([fresh], [old], "a", "b"),
         goals_table([old]),
     ):
         assert "STALE" in text and COMMIT[:10] in text
-    for text in (run_markdown(careless), report.BLOCKS["blocks"]({"cpu": [careless]})):
+    for text in (run_markdown(careless), report.tables_page({"cpu": [careless]})):
         assert "STALE" not in text and "uncommitted changes" in text and "Interrupted" in text
     assert "| block (uncommitted changes, interrupted) |" in goals_table([careless])
     assert "STALE" not in report.docs_page({"cpu": [fresh]}, static=False).split("## Method")[0]
@@ -420,7 +420,7 @@ def test_blocks_are_replaced_and_the_rest_stays():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<!-- begin nonsense --><!-- end nonsense -->", "no block is named 'nonsense'; there are surgery"),
+        ("<!-- begin nonsense --><!-- end nonsense -->", "no block is named 'nonsense'; there are gpu, blocks"),
         ("<!-- begin gpu -->\n", "block 'gpu' has no <!-- end gpu -->"),
         ("<!-- end gpu -->\n", "<!-- end gpu --> stands and no block has begun"),
         ("<!-- begin gpu --><!-- begin blocks --><!-- end gpu -->", "<!-- begin blocks --> stands within block 'gpu'"),
@@ -429,7 +429,7 @@ def test_blocks_are_replaced_and_the_rest_stays():
 )
 def test_markers_that_do_not_fit(text, message):
     with pytest.raises(ValueError) as caught:
-        report.with_blocks(text, dict.fromkeys(report.BLOCKS, ""), report.README)
+        report.with_blocks(text, {"gpu": "", "blocks": ""}, report.README)
     assert message in str(caught.value) and "README.md" in str(caught.value)
 
 
@@ -444,72 +444,58 @@ def test_floors_of_a_block():
     assert both[0] == pytest.approx(0.8 * both[1], rel=0.01)
 
 
-def test_blocks_without_results_say_so():
-    for name, expected in {"surgery": "no figures of surgery_projection and", "blocks": "no figures of block"}.items():
-        assert expected in report.BLOCKS[name]({})
-    goals = rows_of(report.BLOCKS["gpu"]({"cpu": made_up_surgery()}))
-    assert len(goals) == len(report._goals_on_gpu()) > 7 and {row["measured"] for row in goals} == {"not yet measured"}
-    assert "speed-up of RoutedDiTBlock over unrouted, compiled at least 1" in [row[""] for row in goals]
+def test_pages_without_results_say_so():
+    assert "no figures of block" in report._scopes({}) and "no figures of surgery_step" in report._steps({})
+    page = report.docs_page({"cpu": made_up_surgery()}, static=False)
+    goals = rows_of(page.partition("## GPU")[2])
+    assert len(goals) > 7 and "speed-up of RoutedDiTBlock over unrouted, compiled at least 1" in [
+        row["goal"] for row in goals
+    ]
+    assert "## GPU" not in report.docs_page({"nvidia-h200": [made_up_blocks(device="NVIDIA H200")]}, static=False)
 
 
-def test_surgery_block(seed):
-    runs = made_up_surgery()
-    text = report.BLOCKS["surgery"]({"cpu": runs})
-    _, _, first, second, *_ = (cells_of(line) for line in text.splitlines() if line.startswith("|"))
-    loops = [f"{case.sides['the loop'].spread.median * 1e3:.0f} ms" for case in runs[0].cases]
-    cost = runs[1].cases[0].time("GradientSurgery, one_pass", "ordinary step")
-    assert first[:3] == ["the public code's loop", *loops] and first[4].startswith("ordinary step")
-    assert second[4] == '`engine="one_pass"`' and second[5].startswith(f"{cost.median:.2f}x (")
-    rows = {cells[0]: cells[1:3] for line in text.splitlines() if len(cells := cells_of(line)) > 1}
-    five, eight = runs[0].cases
-    for case, found in zip((five, eight), rows["`ops.pcgrad_sum` over `torch.mm`"], strict=True):
-        assert found.startswith(f"{case.speedup('pcgrad_sum', 'torch.mm').median:.2f}x (")
-    fastest = rows["`ops.pcgrad_sum` over PyTorch's fastest"]
-    assert fastest[0].endswith("), torch.bmm in chunks") and fastest[1].endswith("), torch.mm")
-    assert fastest[0].startswith(f"{five.speedup('pcgrad_sum', 'torch.bmm in chunks').median:.2f}x (")
-    assert "33,000,000 parameters" in text
-    assert "no figures of surgery_projection" in report.BLOCKS["surgery"]({"cpu": [run_of(runs[0].benchmark, [five])]})
-
-
-def test_surgery_block_says_where_each_run_was_measured(seed):
-    projection, step = made_up_surgery()
-    assert report.BLOCKS["surgery"]({"cpu": [projection, step]}).count("torch 2.13.0") == 1
-    projection.environment["torch"] = "2.12.0"
-    text = report.BLOCKS["surgery"]({"cpu": [projection, step]})
-    assert (
-        "surgery_projection on 2 threads of A CPU, torch 2.12.0; surgery_step on 2 threads of A CPU, torch 2.13.0"
-        in text
-    )
-
-
-def test_summary_of_blocks_has_the_usual_routing_and_names_the_worst_cell_of_all(seed):
-    run = made_up_blocks()
-    worst = run.cases[5]
-    worst.cell["beta"] = 0.2
-    worst.sides[FUSED].seconds = [3 * value for value in worst.sides["reference"].seconds]
-    text = report.BLOCKS["blocks"]({"cpu": [run]})
+def test_the_readmes_scopes(seed):
+    runs = made_up_scopes()
+    text = report._scopes({"cpu": runs})
     rows = rows_of(text)
-    assert list(rows[0]) == ["", "fp32, forward", "fp32, training", "bf16, forward", "bf16, training"]
-    assert [row[""] for row in rows[:2]] == ["DiT-S/2, batch 1", "DiT-S/2, batch 4"] and len(rows) == 2
-    over = [run.cases[0].speedup(FUSED, peer).median for peer in ("reference", "unrouted, compiled")]
-    assert rows[0]["fp32, forward"] == f"{over[0]:.2f}x / {over[1]:.2f}x"
-    assert rows[1]["fp32, training"] == ""  # cases[5], of another routing
-    found = [verdict(case, Goal("speed-up", FUSED, over="reference", at_least=1)) for case in run.cases]
-    assert found[5] == "NOT met" and "met" in found
-    kinds = ("met", "within the spread", "NOT met")
-    counts = ", ".join(f"{kind} in {found.count(kind)}" for kind in kinds if kind in found)
-    said = f"- not all of 8 cells reach 1.0x over reference: {counts}"
-    assert f"{said}; the worst is {worst.name}: 0.33x (0.33 to 0.33)" in text
-    run.cases = [made_up_case({"reference": 1.0, FUSED: 2.0}, cell=worst.cell)]
-    assert "- all of 1 cells reach 1.0x over reference: met in 1; the worst" in report.BLOCKS["blocks"]({"cpu": [run]})
+    assert [row["scope"] for row in rows] == ['`"block"`', '`"branch"`', '`"inner"`']
+    first = [0, 4, 0]  # of each scope the first case is fp32, forward, and the second its training
+    for row, run, number in zip(rows, (runs[0], *runs), first, strict=True):
+        for name, case in zip(("forward", "training"), run.cases[number:], strict=False):
+            assert row[name].startswith(f"{case.speedup(FUSED, 'unrouted, compiled').median:.2f}x (")
+        assert row["kept for backward"] == "0.50x"
+    assert text.count("2 threads of A CPU, torch 2.13.0, 2026-11-21, commit 0123456") == 1
+    runs[1].cases = runs[1].cases[:1]
+    assert "no figures of inner" in report._scopes({"cpu": runs})
 
 
-def test_gpu_block_has_figures_once_there_are_some(seed):
-    run = made_up_blocks(device="NVIDIA H200", driver="580.1")
-    text = report.BLOCKS["gpu"]({"nvidia-h200": [run]})
-    assert "NVIDIA H200" in text and "not yet measured" not in text
-    assert "over reference, compiled / over unrouted, compiled / over reference, autocast" in text
-    assert "## GPU" not in report.docs_page({"nvidia-h200": [run]}, static=False)
+def test_the_readmes_steps(seed):
+    _, run = made_up_surgery()
+    text = report._steps({"cpu": [run]})
+    cost = run.cases[0].time("GradientSurgery, one_pass", "ordinary step")
+    rows = {row[""]: row["time of a step"] for row in rows_of(text)}
+    assert list(rows) == ["ordinary step", '`engine="one_pass"`', "TorchJD, autogram"]
+    assert rows['`engine="one_pass"`'].startswith(f"{cost.median:.2f}x (")
+
+
+def test_the_summary_has_a_row_for_each_baseline(seed):
+    norms = made_up_norms()
+    for case in norms.cases[3:]:
+        case.speedup_over = "torch.compile"
+    blocks = made_up_blocks(stale=True)
+    rows = rows_of(summary_table([blocks, norms, *made_up_surgery()]))
+    assert [row["ours"] for row in rows] == [
+        "speed-up over reference",
+        "speed-up over eager",
+        "speed-up over torch.compile",
+        "speed-up over the loop",
+        "time over ordinary step",
+    ]
+    found = sorted(case.speedup(FUSED, "reference").median for case in blocks.cases)
+    assert rows[0]["median"] == f"{(found[3] + found[4]) / 2:.2f}x" and rows[0]["cases"] == "8"
+    assert rows[0]["least to most"] == f"{found[0]:.2f}x to {found[-1]:.2f}x" and "STALE" in rows[0]["benchmark"]
+    verdicts = [verdict(case, goal) for case in blocks.cases for goal in case.goals]
+    assert rows[0]["goals met"] == str(verdicts.count("met")) and rows[0]["measured"] == "2026-11-21"
 
 
 def test_report_of_a_folder(seed, tmp_path, capsys):
@@ -544,13 +530,18 @@ def test_a_checkout_is_brought_up_to_date(seed, checkout, capsys):
     assert report.main(arguments(check=True)) == 1
     assert "README.md does not say" in capsys.readouterr().out
     assert "typed by hand" in (checkout / "README.md").read_text()
-    assert sorted(path.name for path in (checkout / "docs").iterdir()) == ["inner.md", "methods.md", "performance.md"]
+    assert sorted(path.name for path in (checkout / "docs").iterdir()) == [
+        "index.md",
+        "inner.md",
+        "methods.md",
+        "performance.md",
+    ]
     assert report.main(arguments()) == 0
     readme = (checkout / "README.md").read_text()
     assert "typed by hand" not in readme and readme.endswith("\n\nThe end.\n")
     assert floors.markdown() in (checkout / "docs/performance.md").read_text()
-    docs = (checkout / "docs/benchmarks.md").read_text()
-    assert "../benchmarks/results/static/static.md" in docs
+    docs, tables = ((checkout / f"docs/{name}.md").read_text() for name in ("benchmarks", "benchmark_tables"))
+    assert "../benchmarks/results/static/static.md" in docs and "### surgery_step" in tables
     for name in ("block", "surgery_projection", "surgery_step"):
         assert (checkout / f"docs/benchmarks/cpu-{name}.png").stat().st_size > 5_000
         assert f"](benchmarks/cpu-{name}.png)" in docs
@@ -571,6 +562,9 @@ def test_arguments_that_do_not_fit(tmp_path):
         with pytest.raises(ValueError, match=message):
             report.main(given)
     assert not (tmp_path / "mistyped").exists()
+    made_up_blocks().save(tmp_path / "cpu")
+    with pytest.raises(ValueError, match=f"no results .* in {tmp_path}; give one of {tmp_path / 'cpu'}"):
+        report.main(arguments(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,9 @@ def test_numpy_numbers_are_numbers():
 @pytest.mark.parametrize("t", [0, 1, 500, 999, 0.0, 0.5, 1.0, np.int64(500), np.float64(0.5)], ids=repr)
 def test_a_python_number_is_a_tensor_with_that_one_timestep(t):
     routing = dtr.DenoisingTaskRouting()
-    one, batch = routing.window(t, 384), routing.window(torch.tensor([t, t]), 384)
+    batch = routing.window(torch.tensor([t, t]), 384)
+    with torch.device("meta"):  # a GPU as PyTorch's default device would have to be waited for
+        one = routing.window(t, 384)
     assert one.start.shape == (1,) and one.start.dtype == torch.int32
     assert type(one.shared_start) is int and [one.shared_start] * 2 == batch.start.tolist() == one.start.tolist() * 2
     assert (one.width, one.channels) == (batch.width, batch.channels)
@@ -311,15 +313,17 @@ def test_numbers_and_random_subsets_do_not_wait_for_the_gpu():
 def test_the_picture_shows_the_mask(tmp_path, monkeypatch, routing, name):
     imread = pytest.importorskip("matplotlib.image").imread
     monkeypatch.chdir(tmp_path)
-    assert dtr.plot_routing(dtr.DenoisingTaskRouting(10), 16).axes and not list(tmp_path.iterdir())
+    assert dtr.plot_routing(dtr.DenoisingTaskRouting(10), channels=16).axes and not list(tmp_path.iterdir())
     t = torch.arange(60)
     mask = routing.mask(t, 24) if isinstance(routing, dtr.RandomRouting) else routing.window(t, 24).mask()
-    figure = dtr.plot_routing(routing, 24, tmp_path / "routing.png")
+    figure = dtr.plot_routing(routing, tmp_path / "routing.png", 24)
     (axes,) = figure.axes
     (image,) = axes.images
     np.testing.assert_array_equal(image.get_array(), mask.T)  # timesteps to the right, channels upwards
     assert image.origin == "lower"
     assert axes.get_xlabel().startswith("timestep") and axes.get_ylabel() == "channel"
+    assert axes.get_xticks().tolist() == [0, 12, 24, 36, 48, 59]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["active", "inactive"]
     assert name in axes.get_title() and "beta 0.5" in axes.get_title() and "12 of 24" in axes.get_title()
 
     picture = imread(tmp_path / "routing.png")
@@ -330,3 +334,8 @@ def test_the_picture_shows_the_mask(tmp_path, monkeypatch, routing, name):
             x, y = (axes.transData.transform((timestep, channel)) * scale).astype(int)
             brightness = picture[height - 1 - y, x, :3].mean()
             assert (brightness < 0.9) == bool(mask[timestep, channel]), (timestep, channel)
+
+
+def test_a_path_in_the_place_of_channels_is_refused():
+    with pytest.raises(TypeError, match="path must name a file or be None, got 24; give channels=24 by name"):
+        dtr.plot_routing(dtr.DenoisingTaskRouting(10), 24)

@@ -121,7 +121,7 @@ def by_forks(folder, *options):
     assert ended(ranks) and [rank.exitcode for rank in ranks] == [0, 0]
 
 
-@pytest.mark.parametrize(("weighting", "run_two"), [("uw", by_torchrun), ("pcgrad", by_forks)])
+@pytest.mark.parametrize(("weighting", "run_two"), [("uw", by_torchrun), ("pcgrad", by_forks), ("edm2", by_forks)])
 def test_two_processes_train_the_model_of_one(weighting, run_two, data, tmp_path, seed):
     recipe = replace(TINY, weighting=weighting, seed=seed)
     run_two(tmp_path, "--weighting", weighting, "--seed", str(seed), "--save-every", "4")

@@ -262,13 +262,18 @@ def read(path: Path, page: Callable[[dict[str, Any]], str]) -> dict[str, Any]:
         return study
 
 
-def readme_block(root: Path, others: Sequence[str] = ()) -> str:
-    """Write the README's block on the largest committed study, with sentences of others; or say that there is none."""
+def readme_block(root: Path) -> str:
+    """Write the README's block on the largest committed study; or say that there is none."""
     for study in committed(root):
-        lines = [f"- {sentence}" for sentence in (*sentences(study), *others)]
+        methods = [method for method in study["methods"] if method != VANILLA]
+        found = (
+            f"{method} {changes(study, method)[1].mean:+.0%}, {step_time(study, method).median:.2f}x"
+            for method in methods
+        )
         path = f"{DOCS}/{study['plan']['name']}"
-        head = f"{setup(study)} ([all figures]({path}.md), by `{study['environment']['command']}`):"
-        return "\n".join([head, "", *lines, "", f"![All of the study on one page]({path}.png)"])
+        said = "Frechet distance of samples against the plain recipe's, and the time of a step: "
+        picture = f"![All of the study on one page]({path}.png)"
+        return f"{said}{'; '.join(found)}. {setup(study)} ([all figures]({path}.md)).\n\n{picture}"
     return NOT_RUN
 
 

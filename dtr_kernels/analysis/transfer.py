@@ -56,8 +56,8 @@ def negative_transfer_gaps(
             f"{len(specialists)}"
         )
     gaps = torch.full((len(specialists),), torch.nan, dtype=torch.float64)
-    # The last interval has no end, so that it holds t = 1 of continuous time.
-    edges = (*clusters.bounds[:-1], math.inf)
+    # The first and the last one have no end: continuous times may be rounded past either, and t = 1 is in the last.
+    edges = (-math.inf, *clusters.bounds[1:-1], math.inf)
     present = {k: specialist for k, specialist in enumerate(specialists) if specialist is not None}
     with ticking(1 + len(present), 0, "models", progress) as tick:
         of_shared = float(distance(shared))
@@ -115,12 +115,12 @@ class IntervalSpecialist(nn.Module):
         kwargs: dict[str, Any],
     ) -> Tensor:
         if not isinstance(t, Tensor):
-            model = self.specialist if self.start <= t < self.stop else self.shared
+            model = self.specialist if self._inside(torch.tensor(t, device="cpu")) else self.shared
             return method(model)(x, t, *args, **kwargs)
         B = len(x)
         if t.shape != (B,):
             raise ValueError(f"t must have shape [{B}], one timestep per sample of x, got {list(t.shape)}")
-        inside = (self.start <= t) & (t < self.stop)
+        inside = self._inside(t)
         order, outputs = [], []
         for model, own in (self.specialist, inside), (self.shared, ~inside):
             samples = own.nonzero()[:, 0]
@@ -131,6 +131,11 @@ class IntervalSpecialist(nn.Module):
                 order.append(samples)
         out = torch.cat(outputs)
         return out[torch.cat(order).argsort().to(out.device)]
+
+    def _inside(self, t: Tensor) -> Tensor:
+        """Return which timesteps are in the interval. Continuous times are compared in fp32, as by their clusters."""
+        t = t.float() if t.is_floating_point() else t
+        return (self.start <= t) & (t < self.stop)
 
 
 def _samples_of(samples: Tensor, batch_size: int, value: Any) -> Any:

@@ -92,7 +92,7 @@ def check_per_sample(losses: Tensor, samples: int) -> Tensor:
         raise TypeError(f"loss must return a tensor of one loss for each sample, got {type(losses).__name__}")
     if tuple(losses.shape) != (samples,):
         raise ValueError(
-            f"loss must return one loss for each of {samples} samples, shape [{samples}], got {list(losses.shape)}; "
-            "take the mean over all dimensions but the first"
+            f"loss must return one loss for each of the {samples} samples that it was called with (of one cluster, or "
+            f"of all), shape [{samples}], got {list(losses.shape)}; take the mean over all dimensions but the first"
         )
     return losses

@@ -141,6 +141,11 @@ class GradientSurgery:
         self.last_gram: Tensor | None = None
         self.last_weights: Tensor | None = None
 
+    def __repr__(self) -> str:
+        count = sum(parameter.numel() for parameter in self._parameters.values())
+        settings = f"weighting={self._weighting_name!r}, engine={self.engine.name!r}"
+        return f"GradientSurgery({count:,} parameters, num_clusters={self.num_clusters}, {settings})"
+
     @_all_or_nothing
     def backward(
         self,
@@ -368,7 +373,7 @@ class GradientSurgery:
             # Weightings with an absolute scale, such as Nash-MTL's bound on the norm, must see unscaled gradients.
             gram = gram / scaler.scale(torch.ones((), device=gram.device)).double().square()
         with interrupts.LetThrough():
-            weights = self._weighting(gram)
+            weights = self._weighting(gram.clone())  # which may write to it
         weights = self._ranks.agreed(weights)
         update = gradients.weighted_sum(weights)
         self._ranks.end()

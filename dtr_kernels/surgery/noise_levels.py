@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from dtr_kernels.quoting import quoted
 from dtr_kernels.routing import check_count, check_number, check_range
 
-# Factors from the squared error of x_0 to that of the model's prediction.
-_ERRORS = {
-    "eps": lambda snr: snr,
-    "x0": torch.ones_like,
-    "v": lambda snr: snr + 1,
-    "flow": lambda snr: (snr.sqrt() + 1).square(),
+# Weights of the squared error of each prediction. As fractions of SNRs those of eps would be 0 / 0 for pure noise, and
+# those of flow overflow fp16.
+_MIN_SNR = {
+    "eps": lambda snr, gamma: gamma / snr.clamp(min=gamma),
+    "x0": lambda snr, gamma: snr.clamp(max=gamma),
+    "v": lambda snr, gamma: snr.clamp(max=gamma) / (snr + 1),
+    "flow": lambda snr, gamma: (snr.clamp(max=gamma).sqrt() / (snr.sqrt() + 1)).square(),
 }
-# Logarithms of noise levels are clamped to this magnitude, so that those of SNR 0 and inf are finite.
-_LARGEST_LOG_SIGMA = 20.0
+# SNRs are seen up to these, so that the logarithms of 0 and inf are finite, and so are their gradients.
+_SNR_LIMITS = math.exp(-40), math.exp(40)
 
 
 def min_snr_weights(snr: Tensor, prediction: str = "eps", gamma: float = 5.0) -> Tensor:
@@ -46,17 +47,14 @@ def min_snr_weights(snr: Tensor, prediction: str = "eps", gamma: float = 5.0) ->
         Weights of snr's shape and dtype.
 
     Raises:
-        TypeError: if snr is not a floating-point tensor, or gamma not a number.
-        ValueError: if snr is negative or NaN (on a GPU: a device-side assertion, so that nothing waits), prediction is
-            unknown, or gamma is not above 0.
+        TypeError: if snr is no floating-point tensor, or gamma no number.
+        ValueError: if snr is negative or NaN (in compiled code a RuntimeError, on a GPU a device-side assertion, so
+            that nothing waits), prediction is unknown, or gamma is not above 0.
     """
     _check_snr(snr)
-    if prediction not in _ERRORS:
-        raise ValueError(f"prediction must be one of {', '.join(map(repr, _ERRORS))}, got {quoted(prediction)}")
-    gamma = _positive("gamma", gamma)
-    if prediction == "eps":  # avoids 0 / 0 for pure noise
-        return (gamma / snr).clamp(max=1)
-    return snr.clamp(max=gamma) / _ERRORS[prediction](snr)
+    if prediction not in list(_MIN_SNR):
+        raise ValueError(f"prediction must be one of {', '.join(map(repr, _MIN_SNR))}, got {quoted(prediction)}")
+    return _MIN_SNR[prediction](snr, min(_positive("gamma", gamma), torch.finfo(snr.dtype).max))
 
 
 def p2_weights(snr: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:
@@ -71,15 +69,15 @@ def p2_weights(snr: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:
         Weights of snr's shape and dtype.
 
     Raises:
-        TypeError: if snr is not a floating-point tensor, or k or gamma not a number.
-        ValueError: if snr is negative or NaN (on a GPU: a device-side assertion), or k or gamma is not above 0.
+        TypeError: if snr is no floating-point tensor, or k or gamma no number.
+        ValueError: if snr is negative or NaN (as in ``min_snr_weights``), or k or gamma is not above 0.
     """
     _check_snr(snr)
     return (_positive("k", k) + snr) ** -_positive("gamma", gamma)
 
 
 class NoiseLevelUncertainty(nn.Module):
-    """A learned log-variance u of the loss at every noise level (EDM2, Karras et al., 2024, equations 14 to 16 and 21).
+    """A learned log-variance u of the loss at every noise level (EDM2, Karras et al., 2024, config B).
 
     ``UncertaintyWeighting`` learns one for each cluster, this module a function of all noise levels: a linear layer
     without bias on Fourier features of x = log(sigma) / 4, which are sqrt(2) cos(2 pi (f x + p)) with random
@@ -105,12 +103,12 @@ class NoiseLevelUncertainty(nn.Module):
         self.weight = nn.Parameter(torch.zeros(channels))
 
     def log_variances(self, snr: Tensor) -> Tensor:
-        """Return u at each noise level [B], at least fp32."""
+        """Return u at each noise level, of snr's shape and at least fp32."""
         _check_snr(snr)
-        wide = snr.to(torch.promote_types(snr.dtype, self.weight.dtype))
-        log_sigma = (-0.5 * wide.log()).clamp(-_LARGEST_LOG_SIGMA, _LARGEST_LOG_SIGMA)
-        features = math.sqrt(2) * torch.cos(log_sigma[:, None] / 4 * self.frequencies + self.phases)
-        return (features * self.weight).sum(1)  # autocast would compute a matrix product in 16 bits
+        wide = snr.to(torch.promote_types(snr.dtype, torch.float32))
+        log_sigma = -0.5 * wide.clamp(*_SNR_LIMITS).log()
+        features = math.sqrt(2) * torch.cos(log_sigma[..., None] / 4 * self.frequencies + self.phases)
+        return (features * self.weight).sum(-1)  # no matrix product, which autocast would compute in 16 bits
 
     def forward(self, losses: Tensor, snr: Tensor) -> Tensor:
         """Return the losses to differentiate, loss / exp(u) + u, of each sample.
@@ -123,15 +121,17 @@ class NoiseLevelUncertainty(nn.Module):
             [B], at least fp32.
 
         Raises:
-            TypeError: if snr is not a floating-point tensor.
-            ValueError: if the shapes are not [B], or snr is negative or NaN (on a GPU: a device-side assertion).
+            TypeError: if losses is no tensor, or snr no floating-point tensor.
+            ValueError: if the shapes are not [B], or snr is negative or NaN (as in ``min_snr_weights``).
         """
+        u = self.log_variances(snr)
+        if not isinstance(losses, Tensor):
+            raise TypeError(f"losses must be a tensor [B], a loss of each sample, got {type(losses).__name__}")
         if losses.dim() != 1 or losses.shape != snr.shape:
             raise ValueError(
                 "losses and snr must have shape [B], a loss and an SNR of each sample, got "
                 f"{list(losses.shape)} and {list(snr.shape)}"
             )
-        u = self.log_variances(snr)
         return losses * torch.exp(-u) + u
 
 
