@@ -281,7 +281,7 @@ python -m benchmarks report                      # this page and the README's fi
 
 
 def _goals_on_gpu() -> str:
-    """A table of what is to be reached on an H200 in bf16, and by what."""
+    """Write a table of the goals on an H200 in bf16, each with the block or kernel that has to reach it."""
     goals = [
         *(("a routed block, scope block", goal) for goal in block.goals_on_gpu("block")),
         ("a routed block, scope branch", block.goals_on_gpu("branch")[0]),
@@ -355,7 +355,7 @@ def with_blocks(text: str, blocks: Mapping[str, str], where: Path) -> str:
     return filled
 
 
-# The README's rows: a scope, what its windows mask and what is skipped, and the benchmark and sizes that stand for it.
+# The README's rows: a scope, the masked and the skipped parts, and the benchmark and sizes that represent it.
 _SCOPES: Sequence[tuple[str, str, str, str, dict[str, str | int | float]]] = (
     ("block", "a block's input: the DTR paper", "QKV", "block", {"model": "DiT-S/2", "beta": 0.8}),
     ("branch", "the inputs of attention and MLP", "QKV, fc1", "block", {"model": "DiT-S/2", "beta": 0.8}),
@@ -364,7 +364,7 @@ _SCOPES: Sequence[tuple[str, str, str, str, dict[str, str | int | float]]] = (
 
 
 def _scopes(results: Results) -> str:
-    """Speed and memory of each scope on a CPU."""
+    """Write a table of the speed and memory of each scope on a CPU."""
     rows = [["scope", "masks", "skips in part", "measured with", "forward", "training", "kept for backward"]]
     used = {}
     for scope, masks, skips, benchmark, sizes in _SCOPES:
@@ -398,7 +398,7 @@ _STEPS = {
 
 
 def _steps(results: Results) -> str:
-    """Time of a training step with PCGrad on a CPU."""
+    """Write a table of the time of a training step with PCGrad on a CPU."""
     run = _run(results, "cpu", "surgery_step")
     case = _case(run, model="DiT-S/2", batch=20, clusters=5, precision="fp32")
     if run is None or case is None:
@@ -409,7 +409,7 @@ def _steps(results: Results) -> str:
 
 
 def _measured(*runs: Run) -> str:
-    """Machine, versions, date and commit of runs."""
+    """Return machine, versions, date and commit of runs."""
     facts = (f"{_machine(run)}, {str(run.environment.get('date'))[:10]}, commit {commit_of(run)[:7]}" for run in runs)
     return "; ".join(dict.fromkeys(facts))
 
@@ -429,7 +429,7 @@ def _run(results: Results, device: str, name: str) -> Run | None:
 
 
 def _case(run: Run | None, **cell: str | int | float) -> CaseResult | None:
-    """The case with these coordinates."""
+    """Return the case with these coordinates; None if there is none."""
     return next((case for case in (run.cases if run else ()) if cell.items() <= case.cell.items()), None)
 
 

@@ -194,7 +194,7 @@ def _worst(pairs: Sequence[tuple[CaseResult, Goal]]) -> str:
 
 
 def summary_table(runs: Iterable[Run]) -> str:
-    """One row for each benchmark: how ours compares with the baseline over all cases, and how many goals are met."""
+    """Write one row for each benchmark: our sides against the baseline over all cases, and how many goals are met."""
     rows = [["benchmark", "ours", "cases", "median", "least to most", *(f"goals {v}" for v in VERDICTS), "measured"]]
     for run in runs:
         for cases in grouped((case for case in run.cases if comparison(case)[1]), comparison):
@@ -255,7 +255,7 @@ def _overview_of(cases: Sequence[CaseResult]) -> str:
 
 
 def ours_in(cases: Sequence[CaseResult]) -> list[str]:
-    """The sides that goals are about, or else those of this library; never the baseline."""
+    """Return the sides with goals, or else those of this library; never the baseline."""
     sides = list(dict.fromkeys(side for case in cases for side in case.sides if side != comparison(case)[1]))
     with_goals = [side for side in sides if any(goal.side == side for case in cases for goal in case.goals)]
     return with_goals or [side for side in sides if is_ours(side)]

@@ -93,7 +93,7 @@ class Clusters:
                 f"generator must be a torch.Generator, got {type(generator).__name__}; "
                 "for a seed use torch.Generator().manual_seed(seed)"
             )
-        batch_size = int(batch_size)  # NumPy's unsigned ones wrap around
+        batch_size = int(batch_size)  # NumPy's unsigned integers wrap around
         source = device if generator is None else generator.device
         # Every round draws one time per cluster; the last round may have fewer places than clusters.
         rounds = -(-batch_size // self.num_clusters)

@@ -1,4 +1,4 @@
-"""Clusters of continuous time: intervals of t in [0, 1], as flow matching has it."""
+"""Clusters of continuous time: intervals of t in [0, 1], as in flow matching."""
 
 from __future__ import annotations
 

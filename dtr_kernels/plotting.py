@@ -35,14 +35,14 @@ def plot_routing(
     Args:
         routing: whose masks to draw.
         path: where to save the picture (PNG, PDF, SVG by its ending); None returns it only.
-        channels: number of channels C; default: those of DiT-XL.
+        channels: number of channels C; default: that of DiT-XL.
 
     Returns:
         The matplotlib figure.
 
     Raises:
         ImportError: if matplotlib is not installed (``pip install matplotlib``).
-        TypeError: if path is a number, where channels stood before version 0.2.
+        TypeError: if path is a number: before version 0.2 channels came second.
         ValueError: if the routing leaves no channel active.
     """
     from matplotlib.colors import ListedColormap
@@ -77,7 +77,7 @@ _TIMESTEPS = "timestep t (0: clean image, right: noise)"
 
 
 def _timestep_ticks(T: int) -> list[int]:
-    """Return about five even steps, and the last timestep in any case."""
+    """Return about five even steps, always with the last timestep."""
     step = max(1, T // 5)
     return [*range(0, T - step // 2 - 1, step), T - 1]
 
@@ -149,8 +149,8 @@ _MOST_PARTS = 50
 def plot_conflicts(grams: Iterable[Tensor], path: str | Path | None = None) -> Figure:
     """Draw how often each pair of clusters conflicts over a training, which is cut into at most 50 parts.
 
-    Pairs are ordered by how far apart their clusters are, neighbours at the bottom. A part in which one of the two
-    never has a gradient is grey.
+    Pairs are ordered by the distance between their clusters, neighbours at the bottom. A part is grey if one of the
+    two clusters never has a gradient in it.
 
     Args:
         grams: the Gram matrices of all steps, as for ``conflict_fractions``, with at least two clusters.
@@ -174,7 +174,7 @@ def plot_conflicts(grams: Iterable[Tensor], path: str | Path | None = None) -> F
     fractions = torch.stack([conflict_fractions(part) for part in parts]).cpu().numpy()
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
-    axes.set_facecolor("silver")  # where there is no share; white would look like 0
+    axes.set_facecolor("silver")  # parts without a share; white would look like 0
     image = axes.imshow(
         [[fraction[pair] for fraction in fractions] for pair in pairs],
         aspect="auto",

@@ -405,7 +405,7 @@ def draw(training: Training, out: Path) -> None:
 
 
 def parse_arguments(command_line: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """The recipe's attributes, but for ``cluster``, and where to train."""
+    """Parse the recipe's attributes, except ``cluster``, and where to train."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.train", usage="%(prog)s [options]", description="Train a small DTR-DiT on digits."
     )

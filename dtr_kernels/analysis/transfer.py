@@ -56,7 +56,7 @@ def negative_transfer_gaps(
             f"{len(specialists)}"
         )
     gaps = torch.full((len(specialists),), torch.nan, dtype=torch.float64)
-    # The first and the last one have no end: continuous times may be rounded past either, and t = 1 is in the last.
+    # The outer intervals have no end: continuous times may be rounded past either, and the last one holds t = 1.
     edges = (-math.inf, *clusters.bounds[1:-1], math.inf)
     present = {k: specialist for k, specialist in enumerate(specialists) if specialist is not None}
     with ticking(1 + len(present), 0, "models", progress) as tick:
@@ -133,7 +133,7 @@ class IntervalSpecialist(nn.Module):
         return out[torch.cat(order).argsort().to(out.device)]
 
     def _inside(self, t: Tensor) -> Tensor:
-        """Return which timesteps are in the interval. Continuous times are compared in fp32, as by their clusters."""
+        """Return which timesteps are in the interval. Continuous times are compared in fp32, as in ``assign``."""
         t = t.float() if t.is_floating_point() else t
         return (self.start <= t) & (t < self.stop)
 

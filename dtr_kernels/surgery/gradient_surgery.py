@@ -373,7 +373,7 @@ class GradientSurgery:
             # Weightings with an absolute scale, such as Nash-MTL's bound on the norm, must see unscaled gradients.
             gram = gram / scaler.scale(torch.ones((), device=gram.device)).double().square()
         with interrupts.LetThrough():
-            weights = self._weighting(gram.clone())  # which may write to it
+            weights = self._weighting(gram.clone())  # a weighting may write to it
         weights = self._ranks.agreed(weights)
         update = gradients.weighted_sum(weights)
         self._ranks.end()

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from dtr_kernels.quoting import quoted
 from dtr_kernels.routing import check_count, check_number, check_range
 
-# Weights of the squared error of each prediction. As fractions of SNRs those of eps would be 0 / 0 for pure noise, and
-# those of flow overflow fp16.
+# Weights of the squared error of each prediction, written so that eps avoids 0 / 0 for pure noise, and flow an overflow
+# of fp16.
 _MIN_SNR = {
     "eps": lambda snr, gamma: gamma / snr.clamp(min=gamma),
     "x0": lambda snr, gamma: snr.clamp(max=gamma),
     "v": lambda snr, gamma: snr.clamp(max=gamma) / (snr + 1),
     "flow": lambda snr, gamma: (snr.clamp(max=gamma).sqrt() / (snr.sqrt() + 1)).square(),
 }
-# SNRs are seen up to these, so that the logarithms of 0 and inf are finite, and so are their gradients.
+# SNRs are clamped to these, so that the logarithms of 0 and inf, and their gradients, are finite.
 _SNR_LIMITS = math.exp(-40), math.exp(40)
 
 
@@ -47,7 +47,7 @@ def min_snr_weights(snr: Tensor, prediction: str = "eps", gamma: float = 5.0) ->
         Weights of snr's shape and dtype.
 
     Raises:
-        TypeError: if snr is no floating-point tensor, or gamma no number.
+        TypeError: if snr is not a floating-point tensor, or gamma not a number.
         ValueError: if snr is negative or NaN (in compiled code a RuntimeError, on a GPU a device-side assertion, so
             that nothing waits), prediction is unknown, or gamma is not above 0.
     """
@@ -69,7 +69,7 @@ def p2_weights(snr: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:
         Weights of snr's shape and dtype.
 
     Raises:
-        TypeError: if snr is no floating-point tensor, or k or gamma no number.
+        TypeError: if snr is not a floating-point tensor, or k or gamma not a number.
         ValueError: if snr is negative or NaN (as in ``min_snr_weights``), or k or gamma is not above 0.
     """
     _check_snr(snr)
@@ -108,7 +108,7 @@ class NoiseLevelUncertainty(nn.Module):
         wide = snr.to(torch.promote_types(snr.dtype, torch.float32))
         log_sigma = -0.5 * wide.clamp(*_SNR_LIMITS).log()
         features = math.sqrt(2) * torch.cos(log_sigma[..., None] / 4 * self.frequencies + self.phases)
-        return (features * self.weight).sum(-1)  # no matrix product, which autocast would compute in 16 bits
+        return (features * self.weight).sum(-1)  # autocast would compute a matrix product in 16 bits
 
     def forward(self, losses: Tensor, snr: Tensor) -> Tensor:
         """Return the losses to differentiate, loss / exp(u) + u, of each sample.
@@ -121,7 +121,7 @@ class NoiseLevelUncertainty(nn.Module):
             [B], at least fp32.
 
         Raises:
-            TypeError: if losses is no tensor, or snr no floating-point tensor.
+            TypeError: if losses is not a tensor, or snr not a floating-point tensor.
             ValueError: if the shapes are not [B], or snr is negative or NaN (as in ``min_snr_weights``).
         """
         u = self.log_variances(snr)
