@@ -1,5 +1,5 @@
-"""Measures the library against its alternatives, from the checkout: ``python -m benchmarks``.
+"""Benchmarks of the library against its alternatives, from the checkout: ``python -m benchmarks``.
 
 A benchmark is a list of cases, a case a few ways ("sides") to do one piece of work. Every side is first compared with
-an oracle; only those that are right are timed, in turns within one process, so that a busy machine slows all of them.
+an oracle. Only the sides that pass are timed, in turns within one process, so that a busy machine slows all of them.
 """

@@ -28,7 +28,7 @@ _OTHER_RESULTS = Path("out/benchmarks")
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0; 1 if a side was wrong or broke; 130 after Ctrl-C."""
+    """Run a command and return its exit status: 0; 1 if a side was wrong or failed; 130 after Ctrl-C."""
     parser, commands = _parsers()
     arguments = parser.parse_args(command_line)
     try:
@@ -38,17 +38,18 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 
 def list_benchmarks(_: argparse.Namespace) -> int:
-    """Prints the benchmarks' names and what they are."""
+    """Print the benchmarks' names and summaries."""
     for benchmark in BENCHMARKS.values():
         print(f"{benchmark.name:20} {benchmark.summary}")
     return 0
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs benchmarks.
+    """Run benchmarks.
 
     Raises:
-        ValueError: before anything is measured, if the arguments do not fit one of them, or another run has the folder.
+        ValueError: before anything is measured, if the arguments do not fit a benchmark, or another run uses the
+            folder.
         OSError: if results cannot be written.
     """
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
@@ -73,12 +74,12 @@ def run(arguments: argparse.Namespace) -> int:
     rounds = Rounds(3, 3, 0) if options.quick else Rounds(least=5, most=50, seconds=arguments.seconds)
     if arguments.rounds:
         rounds = Rounds(arguments.rounds, arguments.rounds, 0)
-    # Only the whole of a benchmark replaces what is kept in the checkout.
+    # Only complete benchmarks replace the results in the checkout.
     partial_run = options.quick or options.asked or arguments.skip
     folder = arguments.out or (_OTHER_RESULTS if partial_run else _RESULTS) / environment.folder_name(device)
     bench = Bench(device, options.quick)
     status = 0
-    # A quick run on a CPU captures graphs and leaves out the C++ compiler, which takes minutes.
+    # A quick run on a CPU captures graphs but skips the C++ compiler, which takes minutes.
     backend = "aot_eager" if options.quick and device.type == "cpu" else None
     busy = f"another run puts its results into {folder}; wait until it has ended, or give another --out"
     with locked(folder / "run", busy):
@@ -93,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _without(skipped: Sequence[str], build: Callable[[], Case]) -> Case:
-    """A case without the sides whose names hold one of ``skipped``."""
+    """Return a case without the sides whose names contain one of ``skipped``."""
     case = build()
     return replace(case, sides=[side for side in case.sides if not any(text in side.name for text in skipped)])
 
@@ -106,19 +107,19 @@ def run_benchmark(
     folder: Path,
     where: dict[str, Any],
 ) -> Run:
-    """Measures cases, prints their tables and saves them as they come."""
+    """Measure cases, print their tables and save them as they complete."""
     run = Run(benchmark.name, benchmark.summary, sources.fingerprint(benchmark), where)
     try:
         for number, build in enumerate(builders, start=1):
             try:
                 case = build()
-            except Exception as error:  # too little memory, most of all
+            except Exception as error:  # mostly too little memory
                 traceback.print_exc()
                 run.cases.append(bench.not_built(f"case {number} of {len(builders)}", error))
                 continue
             run.cases.append(result := bench.result_of(case))
             bench.measure(case, result, rounds)
-            del case  # its tensors make room for the next case's
+            del case  # frees its tensors for the next case
             print(case_table(result), flush=True)
             run.save(folder, unfinished=True)
     except KeyboardInterrupt:
@@ -127,7 +128,7 @@ def run_benchmark(
             run.cases[-1].drop_incomplete_round()
             print(case_table(run.cases[-1]))
         print("interrupted", file=sys.stderr)
-    # What an interrupt cut short does not replace what an earlier run measured to its end.
+    # An interrupted run does not replace the results of a complete one.
     earlier = (folder / f"{benchmark.name}.json").exists()
     if not run.interrupted or any(case.copy.seconds for case in run.cases):
         print(f"{benchmark.name}: results are in {run.save(folder, unfinished=run.interrupted and earlier)}")
@@ -191,5 +192,5 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit keeps what was measured, as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit keeps the measurements, like Ctrl-C
     sys.exit(main())

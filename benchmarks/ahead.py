@@ -1,7 +1,8 @@
-"""``python -m benchmarks.ahead``: compiles for Hopper what ``make gpu`` and ``make gpu-benchmarks`` run, without a GPU.
+"""``python -m benchmarks.ahead``: compile the kernels of ``make gpu`` and ``make gpu-benchmarks`` for Hopper, without a
+GPU.
 
-Checks, tests, benchmarks and tuning are gone through as far as their launches, which are compiled into Triton's cache
-(TRITON_CACHE_DIR) instead of made. Run again, it says how many of the kernels the cache has.
+Checks, tests, benchmarks and tuning run up to their launches, which are compiled into Triton's cache (TRITON_CACHE_DIR)
+instead of run. A second run prints how many of the kernels the cache holds.
 """
 
 from __future__ import annotations
@@ -45,39 +46,39 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 KERNELS = {kernel.name: kernel for kernel in ops.KERNELS if kernel.sizes is SIZES}  # the others are CUDA kernels
 MODEL, XL = "DiT-XL/2", [Sizes(4, 256, 1152), Sizes(4, 33, 1152), Sizes(4, 1, 1152), Sizes(256, 256, 1152)]
 
-# --- what is gone through --------------------------------------------------------------------------------------------
+# --- jobs ------------------------------------------------------------------------------------------------------------
 
-# Runs inside of ``recording``, and yields wherever what was recorded is to be compiled.
+# Runs inside of ``recording``, and yields whenever the recorded launches are to be compiled.
 Job = Callable[[], Iterator[object]]
 
 
 def checks(name: str, precision: str) -> Iterator[object]:
-    """Go through ``verify --kernels`` of one kernel; on a CPU tensors are aligned as on a GPU."""
+    """Run ``verify --kernels`` of one kernel; on a CPU tensors are aligned as on a GPU."""
     for _, attempt in verify.kernel_cases(CPU, [KERNELS[name]], precision):
         yield attempt()
 
 
 def smoke(name: str) -> Iterator[object]:
-    """Go through one kernel in the sizes of DiT-XL/2, in bf16."""
+    """Run one kernel in the sizes of DiT-XL/2, in bf16."""
     for call in verify.calls(META, [replace(KERNELS[name], sizes=XL)]):
         with call.forced():
             yield call.kernel.launch(**call.kernel.inputs(Draw(call.sizes, PRECISIONS["bf16"], META), **call.mode))
 
 
 def blocks(part: int, parts: int) -> Iterator[object]:
-    """Go through a part of ``verify``."""
+    """Run a part of ``verify``."""
     for _, attempt in itertools.islice(verify.cases(CPU), part, None, parts):
         yield attempt()
 
 
 def training(scope: str) -> Iterator[object]:
-    """Go through a step of the benchmark of a block."""
+    """Run a step of the benchmark of a block."""
     piece = Piece.of(Cell(MODEL, 16, "bf16", scope, "per sample", 0.8, "training"), CPU)
     yield piece.call(piece.fused)()
 
 
 def tuning(problem: tune.Problem) -> Iterator[object]:
-    """Go through the tiles that ``tune`` tries."""
+    """Run the tiles that ``tune`` tries."""
     calls, default = tune.calls_of(problem, META), problem.default(ARCH)
     if isinstance(default, Crossover):
         tiles: Sequence[Any] = [tune.OURS, tune.CUBLAS]
@@ -89,7 +90,7 @@ def tuning(problem: tune.Problem) -> Iterator[object]:
 
 
 def tests(which: str) -> Iterator[object]:
-    """Go through tests on the CPU, with the examples that a seed gives, as if all comparisons passed."""
+    """Run tests on the CPU, with the examples of a fixed seed, as if all comparisons passed."""
 
     class Recording:
         @pytest.hookimpl(wrapper=True)
@@ -107,7 +108,7 @@ def tests(which: str) -> Iterator[object]:
 
 
 def jobs() -> list[Job]:
-    """Return everything, what takes longest first."""
+    """Return all jobs, the slowest first."""
     found: list[Job] = [partial(tests, "any_shape"), partial(tests, "not any_shape")]
     found += [partial(tuning, problem) for problem in tune.problems_of([MODEL], ["bf16"], list(KINDS), 256, tune.BETAS)]
     found += [partial(training, scope) for scope in reference.SCOPES]
@@ -118,12 +119,12 @@ def jobs() -> list[Job]:
 
 # --- compiling -------------------------------------------------------------------------------------------------------
 
-# By Triton's names for what this process has compiled or found since ``compiled`` was called: whether it was found.
+# By Triton's names of the kernels compiled or found since ``compiled`` was called: whether each was found.
 _found: dict[str, bool] = {}
 
 
 def compiled(job: Job) -> dict[str, bool]:
-    """Compile what a job launches, and return what of it was found."""
+    """Compile the launches of a job; return for each kernel whether it was found in the cache."""
     _found.clear()
     with recording(ARCH) as launches:
         for _ in job():
@@ -132,18 +133,18 @@ def compiled(job: Job) -> dict[str, bool]:
 
 
 def compile_all(launches: list[Launch]) -> None:
-    """Compile what was recorded, and forget it."""
+    """Compile the recorded launches, and clear the list."""
     for kernel, programs, args, options in launches:
         try:
             kernel.warmup(*args, grid=(programs,), **options)
-        except Exception:  # as on a GPU, where the others are run all the same
+        except Exception:  # the others go on, as on a GPU
             traceback.print_exc(limit=-2)
     launches.clear()
 
 
 def _begin(libcuda: str) -> None:
-    """Make Triton compile for the architecture; ``libcuda`` stands in for the driver's library, whose functions are
-    not called."""
+    """Make Triton compile for the architecture; ``libcuda`` replaces the driver's library, whose functions are never
+    called."""
     ctypes.CDLL(libcuda)
     sys.setdlopenflags(os.RTLD_LAZY)
     triton.knobs.nvidia.libcuda_path = str(Path(libcuda).parent)
@@ -155,11 +156,11 @@ def _begin(libcuda: str) -> None:
 
 def _listen(src: Any, metadata: dict[str, Any], cache_hit: bool, **_: Any) -> None:
     _found.setdefault(metadata["hash"], cache_hit)
-    CudaLauncher(src, SimpleNamespace(**metadata))  # C that launches the kernel, compiled into the same cache
+    CudaLauncher(src, SimpleNamespace(**metadata))  # compiles the C code that launches the kernel into the same cache
 
 
 def main() -> int:
-    """Compile on all cores and print how many kernels were compiled, and how many were there already."""
+    """Compile on all cores and print how many kernels were compiled, and how many were found."""
     found: dict[str, bool] = {}
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/libcuda.so.1"

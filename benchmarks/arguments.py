@@ -1,4 +1,4 @@
-"""What several command lines read alike."""
+"""Argument types that several command lines share."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from contextlib import suppress
 
 
 def positive(text: str) -> int:
-    """An argument that counts something.
+    """Parse a positive count.
 
     Raises:
-        argparse.ArgumentTypeError: if it is no whole number of at least 1.
+        argparse.ArgumentTypeError: if it is not a whole number of at least 1.
     """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
@@ -18,10 +18,10 @@ def positive(text: str) -> int:
 
 
 def share(text: str) -> float:
-    """An argument that is a part of a whole.
+    """Parse a share of a whole.
 
     Raises:
-        argparse.ArgumentTypeError: if it is no number above 0 and up to 1.
+        argparse.ArgumentTypeError: if it is not a number above 0 and up to 1.
     """
     with suppress(ValueError):
         if 0 < float(text) <= 1:

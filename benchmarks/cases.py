@@ -18,9 +18,9 @@ from dtr_kernels.routing import DenoisingTaskRouting
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUTOCAST = "autocast"  # parameters and residual stream in fp32, matrix products in bf16
-# "host" is for scope "inner", where timesteps may be on the CPU whatever the device.
+# "host" is for scope "inner", where timesteps may be on the CPU for any device.
 WINDOWS = ("per sample", "shared", "host")
-PASSES = ("forward", "training", "step", "sampling")  # the latter two of whole models
+PASSES = ("forward", "training", "step", "sampling")  # the last two for whole models
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -35,7 +35,7 @@ def _axis(plural: str, help: str, option: str = "", **argument: Any) -> Any:
 
 @dataclass(frozen=True)
 class Cell:
-    """Where a case stands: a value on each axis. Options, validation, grids and tables follow from these fields."""
+    """The place of a case: a value on each axis. Options, validation, grids and tables follow from these fields."""
 
     model: str = _axis("models", "tiny, DiT-S/2, ... (several for a grid, as below)", metavar="NAME")
     batch: int = _axis("batches", "samples in a batch", type=positive, metavar="B")
@@ -51,12 +51,12 @@ class Cell:
 
     @property
     def coordinates(self) -> dict[str, str | int | float]:
-        """The values by the names that a table has."""
+        """The values by their names in tables."""
         return {name.rstrip("_"): value for name, value in asdict(self).items()}
 
     @property
     def routing(self) -> DenoisingTaskRouting:
-        """The routing over 1000 timesteps, as in the paper; of heads evenly, which is what its study recommends."""
+        """The routing over 1000 timesteps, as in the paper; over heads with alpha 1, as its study recommends."""
         return DenoisingTaskRouting(alpha=1.0 if self.scope == "inner" else 4.0, beta=self.beta)
 
     @property
@@ -85,11 +85,11 @@ class Options:
 
     Args:
         device: where to measure.
-        quick: whether small sizes do.
-        asked: values for axes, by the axes' plurals. Axes without values are left to the benchmark.
+        quick: use small sizes.
+        asked: values for axes, by the axes' plurals. The benchmark chooses values for the other axes.
 
     Attributes:
-        asked: the same by the names of the fields of ``Cell``, without the empty ones.
+        asked: the same by the names of ``Cell``'s fields, without the empty ones.
     """
 
     def __init__(self, device: torch.device, quick: bool = False, **asked: Sequence[Any]) -> None:
@@ -98,16 +98,16 @@ class Options:
 
     @property
     def size(self) -> str:
-        """Which of a benchmark's grids is asked for: "quick", "cpu" or "cuda"."""
+        """The grid of a benchmark to use: "quick", "cpu" or "cuda"."""
         return "quick" if self.quick else self.device.type
 
     def check(self, benchmark: str, what: str, axes: Collection[str] = AXES, **allowed: Collection[str]) -> None:
-        """Raise ValueError unless values are given for these axes alone, and all of them are allowed.
+        """Raise ValueError unless only these axes have values, and all values are allowed.
 
         Args:
-            benchmark, what: its name, and the words for what it measures.
-            axes: those that the benchmark has.
-            allowed: values of an axis, where that is fewer than the command line knows.
+            benchmark, what: the benchmark's name, and the words for its subject.
+            axes: the axes of the benchmark.
+            allowed: the allowed values of an axis, if they are fewer than on the command line.
         """
         for axis in _AXES.values():
             name, argument = axis.name, axis.metadata["argument"]
@@ -132,16 +132,16 @@ def add_axes(parser: argparse.ArgumentParser) -> None:
 
 
 def asked(arguments: argparse.Namespace) -> dict[str, Sequence[Any]]:
-    """Return the values that the command line gives for axes, as ``Options`` takes them."""
+    """Return the command line's values for axes, as ``Options`` takes them."""
     return {plural: getattr(arguments, plural) for plural in _AXES}
 
 
-# What a goal is about; ``CaseResult.value`` measures it.
+# A goal limits one of these; ``CaseResult.value`` measures it.
 Quantity = Literal["speed-up", "time", "error", "share of copy", "share of floor", "FLOP rate", "bytes saved", "peak"]
 
 
 def do_nothing() -> None:
-    """Where a side needs no preparation."""
+    """Do nothing: the ``before`` of sides that need no preparation."""
 
 
 @dataclass(frozen=True)
@@ -150,16 +150,16 @@ class Side:
 
     Args:
         name: unique within the case.
-        call: what is timed. Its result is freed outside the clock.
-        error: how far the result of ``call`` is from the oracle's.
+        call: the timed call. Its result is freed after the clock has stopped.
+        error: returns the distance of a result of ``call`` from the oracle's.
         bound: the largest error that counts as right.
-        before: brings the inputs back to where they were; called before each ``call``, outside the clock. On a GPU
-            calls without it are recorded as a graph, and the graph is timed.
-        work: what the function that is computed needs at least.
+        before: restores the inputs; called before each ``call``, outside the clock. On a GPU, calls without it are
+            recorded as a graph, and the graph is timed.
+        work: the least work of the computed function.
         rotation: ``call`` on other buffers, for a GPU, so that no call finds its inputs in the L2 cache.
         forward: a forward pass whose result has a graph; the bytes that autograd saves for it are counted.
-        parameters: tensors that live anyway and are not counted among them.
-        compiles: whether the first ``call`` compiles something: then the peak memory is that of the second.
+        parameters: tensors that exist anyway and are not counted.
+        compiles: the first ``call`` compiles something, so the peak memory is measured in the second.
     """
 
     name: str
@@ -186,14 +186,14 @@ class Goal:
 
     @property
     def text(self) -> str:
-        """What is measured and what is wanted, in words."""
+        """The quantity and its limits, in words."""
         limits = [f"at least {self.at_least:g}"] if self.at_least > -math.inf else []
         limits += [f"at most {self.at_most:g}"] if self.at_most < math.inf else []
         over = f" over {self.over}" if self.over else ""
         return f"{self.quantity} of {self.side}{over} {' and '.join(limits)}"
 
     def met(self, value: float | None) -> bool | None:
-        """Whether a measured value is within the limits; None where there is none."""
+        """Return whether ``value`` is within the limits; None if nothing was measured."""
         return None if value is None else self.at_least <= value <= self.at_most
 
 
@@ -202,15 +202,15 @@ class Case:
     """One piece of work, done by every side.
 
     Args:
-        name: what and how large.
+        name: the work and its size.
         sides: the ways to do it.
-        cell: where the case stands in the benchmark's table, such as {"model": "DiT-S/2", "batch": 16}.
-        speedup_over: name of the side that the others are compared with: how many times as fast they are.
-        time_over: the same as a cost: how many times as long they take.
+        cell: the coordinates of the case in the benchmark's table, such as {"model": "DiT-S/2", "batch": 16}.
+        speedup_over: name of the side that is the baseline of speed-ups: how many times as fast the others are.
+        time_over: name of the baseline of costs: how many times as long the others take.
         goals: figures to reach.
-        matrix_dtype: whose matrix rate is a ceiling of the case; None where no side has FLOPs to count.
-        memory: whether the peak memory of a call of each side is measured.
-        notes: what a reader of the figures must know.
+        matrix_dtype: the dtype whose matrix rate is a ceiling of the case; None if no side counts FLOPs.
+        memory: measure the peak memory of a call of each side.
+        notes: facts that a reader of the figures must know.
     """
 
     name: str
@@ -231,10 +231,10 @@ class Benchmark:
     Args:
         name: also that of the files of results.
         summary: one sentence.
-        cases: returns functions that each build one case. They are called in turn, so that one case's tensors live at a
-            time. Raises ValueError if the options do not fit. Results are stale when the library code that its module
-            imports has changed.
-        modules: of the library, on which results depend too.
+        cases: returns functions that each build one case. They are called in turn, so that only one case's tensors
+            exist at a time. Raises ValueError if the options do not fit. Results are stale when the library code that
+            its module imports has changed.
+        modules: further modules of the library that results depend on.
     """
 
     name: str

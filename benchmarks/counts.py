@@ -1,16 +1,16 @@
-"""How many operations and bytes a function needs at least: the floor that measured times are held against.
+"""Counts of the least operations and bytes of a function: the floor for measured times.
 
-Counts are of the function, not of one way to compute it. A multiply-add is two operations; element-wise arithmetic is
-not counted, since it never is what takes the time, nor are sums over tokens. Masked channels are not counted either,
-also where an implementation multiplies them: the function needs its window alone.
+Counts belong to the function, not to one way to compute it. A multiply-add is two operations; element-wise arithmetic
+and sums over tokens are not counted, since they never take most of the time. Masked channels are not counted either,
+even if an implementation multiplies them: the function needs only its window.
 
-Bytes are those of kernels with everything between two matrix products in one of them: a matrix product reads its
-operands once and writes its result once, and so does the kernel between. What the backward pass can use again is not
-computed twice, but where the forward pass writes something for that purpose only, it counts.
+Bytes assume kernels that fuse everything between two matrix products: a matrix product reads its operands once and
+writes its result once, and so does the kernel between. Values that the backward pass can reuse are not computed twice,
+but a value that the forward pass writes only for the backward pass is counted.
 
-Kernels have their counts in their declarations. Sizes have the names that tensors have everywhere here: B samples, N
-tokens, C channels, W of them active (W = C is the unrouted function; in scope "inner" the channels of active heads), O
-outputs of a linear layer, H hidden channels of the MLP.
+Kernels have their counts in their declarations. Sizes have the usual names: B samples, N tokens, C channels, W of them
+active (W = C is the unrouted function; in scope "inner" the channels of active heads), O outputs of a linear layer, H
+hidden channels of the MLP.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dtr_kernels.ops.window_linear import mlp_backward_work as mlp_backward
 from dtr_kernels.ops.window_linear import mlp_forward_work as mlp_forward
 from dtr_kernels.reference.transformer import BlockKind
 
-#: For what is timed only.
+#: For sides that are only timed.
 NOT_COUNTED = Work()
 
 #: By the precision's name on the command line.
@@ -39,25 +39,25 @@ ITEMSIZES = {name: precision.items for name, precision in PRECISIONS.items()} | 
 
 
 def adamw_step(P: int, itemsize: int) -> Work:
-    """AdamW of P parameters: reads parameter, gradient and both moments, writes all but the gradient."""
+    """Count AdamW on P parameters: it reads parameter, gradient and both moments, and writes all but the gradient."""
     return Work(bytes=7 * P * itemsize)
 
 
 def linear_weight_gradient(M: int, K: int, O: int, items: Itemsizes) -> Work:
-    """The gradients of a linear layer's weight and bias: the tensors of its forward pass, read where that writes."""
+    """Count the gradients of a linear layer's weight and bias: the forward pass with reads and writes swapped."""
     return linear_forward(M, K, O, items)
 
 
 def attention_forward(B: int, N: int, C: int, items: Itemsizes) -> Work:
-    """Softmax attention between linear layers, whatever the number of heads: queries with keys, then with values."""
+    """Count softmax attention between linear layers, for any number of heads: queries with keys, then with values."""
     return Work(4 * B * N * N * C, 4 * B * N * C * items.operand)
 
 
 def attention_backward(B: int, N: int, C: int, heads: int, items: Itemsizes) -> Work:
-    """Gradients of queries, keys and values.
+    """Count the gradients of queries, keys and values.
 
-    Five products: one is the forward pass's first again, which takes less time than keeping N numbers for every token
-    and head. Kept is one, the softmax's denominator.
+    There are five products. One repeats the forward pass's first, which takes less time than storing N numbers for
+    every token and head; only one number is stored for each, the softmax's denominator.
     """
     return Work(10 * B * N * N * C, 8 * B * N * C * items.operand + B * heads * N * STATISTIC)
 
@@ -66,9 +66,9 @@ def attention_backward(B: int, N: int, C: int, heads: int, items: Itemsizes) -> 
 
 
 class Block(NamedTuple):
-    """The sizes of a routed block; H channels come out of its activation.
+    """The sizes of a routed block; H is the number of the activation's output channels.
 
-    Parameters of norms are not counted, vectors that there is one of for all samples.
+    Parameters of norms are not counted, as they are single vectors for all samples.
     """
 
     B: int
@@ -87,7 +87,7 @@ class Block(NamedTuple):
         return self.first_norm() + self.between_norms() + gated_residual_forward(B, N, C, self.items)
 
     def training(self) -> Work:
-        """Count its forward pass, and gradients of its input, its conditioning and its parameters."""
+        """Count the forward pass, and gradients of input, conditioning and parameters."""
         B, N, C = self[:3]
         return (
             self.forward()
@@ -101,12 +101,12 @@ class Block(NamedTuple):
         return norm_forward(*self._seen, self.items, branch, compact=True, rms=self._rms)
 
     def first_norm_backward(self, branch: bool = False) -> Work:
-        """Count its gradients."""
+        """Count the gradients of the first norm."""
         return norm_backward(*self._seen, self.items, branch, compact=True, rms=self._rms)
 
     def between_norms(self) -> Work:
-        """Count all of the forward pass but what joins the block to its neighbours: the first norm and the last gated
-        residual."""
+        """Count the forward pass without the parts that join the block to its neighbours, the first norm and the last
+        gated residual."""
         B, N, C, _, H, _, items, scope, _ = self
         *_, W = self._seen
         _, A, H = self._computed
@@ -121,8 +121,8 @@ class Block(NamedTuple):
         )
 
     def between_norms_backward(self) -> Work:
-        """Count its gradients, and what the forward pass writes for them alone: before the activation, and the
-        softmax's denominators."""
+        """Count the gradients of ``between_norms``, and the values that its forward pass writes only for them: the
+        activation's input, and the softmax's denominators."""
         B, N, C, _, H, _, items, scope, _ = self
         *_, W = self._seen
         heads, A, H = self._computed
@@ -141,12 +141,12 @@ class Block(NamedTuple):
 
     @property
     def _seen(self) -> tuple[int, int, int, int]:
-        """B, N, C, and the channels that norms see: in scope "inner" all."""
+        """B, N, C, and the number of channels that norms see: in scope "inner" all."""
         return self.B, self.N, self.C, self.C if self.scope == "inner" else self.W
 
     @property
     def _computed(self) -> tuple[int, int, int]:
-        """Heads, their channels, and hidden channels: in scope "inner" W of C."""
+        """Heads, their channels, and hidden channels: in scope "inner" the share W / C of each."""
         if self.scope != "inner":
             return self.heads, self.C, self.H
         return self.heads * self.W // self.C, self.W, self.H * self.W // self.C
@@ -166,7 +166,7 @@ class Block(NamedTuple):
 
 # --- a whole DiT -----------------------------------------------------------------------------------------------------
 
-# Frequencies, as sines and cosines, that a timestep is embedded with.
+# Frequencies, as sines and cosines, in the embedding of a timestep.
 _FREQUENCIES = 256
 
 
@@ -180,8 +180,8 @@ class Dit(NamedTuple):
 
 
 def dit_forward(dit: Dit) -> Work:
-    """A DiT from images, timesteps and labels to its prediction; its blocks are one chain, without a kernel to end
-    one."""
+    """Count a DiT from images, timesteps and labels to its prediction; its blocks form one chain, without kernels to
+    end each block."""
     block, depth, patch_inputs, patch_outputs = dit
     B, N, C, items = *block[:3], block.items
     return (
@@ -196,12 +196,12 @@ def dit_forward(dit: Dit) -> Work:
 
 
 def dit_modulations(B: int, C: int, depth: int, items: Itemsizes) -> Work:
-    """Of a DiT's forward pass what makes the vectors that its blocks and its final layer are modulated with."""
+    """Count the layers that compute modulations, of all blocks and the final layer, in a DiT's forward pass."""
     return depth * linear_forward(B, C, 6 * C, items) + linear_forward(B, C, 2 * C, items)
 
 
 def dit_training(dit: Dit) -> Work:
-    """Its forward pass, and from the gradient of the prediction that of every parameter. The optimizer's step is
+    """Count the forward pass, and the gradients of every parameter from that of the prediction. The optimizer's step is
     ``adamw_step``."""
     block, depth, patch_inputs, patch_outputs = dit
     B, N, C, items = *block[:3], block.items
@@ -218,7 +218,7 @@ def dit_training(dit: Dit) -> Work:
 
 
 def _embedding_forward(B: int, N: int, C: int, patch_inputs: int, items: Itemsizes) -> Work:
-    """Patches with their positions, timesteps through an MLP, and labels by a table."""
+    """Count patches with their positions, timesteps through an MLP, and labels by a table."""
     positions, labels = N * C * items.stream, B * C * items.stream
     return (
         linear_forward(B * N, patch_inputs, C, items)
@@ -229,7 +229,7 @@ def _embedding_forward(B: int, N: int, C: int, patch_inputs: int, items: Itemsiz
 
 
 def _embedding_backward(B: int, N: int, C: int, patch_inputs: int, items: Itemsizes) -> Work:
-    """Gradients of its parameters; images and timesteps have none."""
+    """Count the gradients of the embedding's parameters; images and timesteps have none."""
     labels = B * C * items.stream
     return (
         linear_weight_gradient(B * N, patch_inputs, C, items)

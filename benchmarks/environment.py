@@ -1,4 +1,4 @@
-"""Where and with what something was measured."""
+"""Description of the machine and the versions that something was measured with."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _ROOT = Path(__file__).parent.parent
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The machine, the versions, the commit and the command; for a GPU also where its kernels' tiles are from.
+    """Return the machine, the versions, the commit and the command; for a GPU also the origin of its kernels' tiles.
 
     ``commit`` is None outside a git checkout.
     """
-    # Without optional locks git reads alone; results that are written meanwhile do not make the code another.
+    # Without optional locks git only reads; results written meanwhile do not count as changes to the code.
     changes = _output("git", "--no-optional-locks", "status", "--porcelain", "--", ".", ":!benchmarks/results")
     facts = info.collect()
     on_gpu, index = device.type == "cuda", device.index
@@ -49,7 +49,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def folder_name(device: torch.device) -> str:
-    """ "cpu", or the name of the GPU as a folder's."""
+    """Return "cpu", or the name of the GPU in the form of a folder's."""
     return "cpu" if device.type == "cpu" else slug(torch.cuda.get_device_name(device))
 
 

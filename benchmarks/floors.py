@@ -1,4 +1,4 @@
-"""How long each part of a block takes at least: its operations and bytes over the two ceilings of a GPU.
+"""The least time of each part of a block: its operations and bytes over the two ceilings of a GPU.
 
 ``docs/performance.md`` is written against these floors.
 """
@@ -9,14 +9,14 @@ from benchmarks import counts
 from benchmarks.counts import ITEMSIZES, Work
 from benchmarks.tables import table
 
-# Of an H200, once measured with PyTorch 2.11: bytes read and written by a copy within its memory, per second, and
-# operations of a bf16 product of random matrices of side 8192. The benchmarks measure both again in every run.
+# Measured once on an H200 with PyTorch 2.11: bytes per second read and written by a copy within its memory, and
+# operations per second of a bf16 product of random 8192 x 8192 matrices. The benchmarks measure both in every run.
 BANDWIDTH, MATRIX_RATE = 4.3e12, 790e12
 
 
 def markdown(B: int = 256, N: int = 256, C: int = 1152, heads: int = 16) -> str:
-    """A table of the parts of a DiT block in bf16, scope "block": DiT-XL/2 on images of 256 x 256 if nothing else is
-    said."""
+    """Write a table of the parts of a DiT block in bf16, scope "block"; the defaults are DiT-XL/2 on images of
+    256 x 256."""
     W, H, items = int(0.8 * C), 4 * C, ITEMSIZES["bf16"]
     T, sizes = B * N, (B, N, C, W)
     qkv = (*sizes, 3 * C, items)
@@ -50,7 +50,7 @@ def markdown(B: int = 256, N: int = 256, C: int = 1152, heads: int = 16) -> str:
 
 
 def seconds(work: Work) -> float:
-    """The floor: whichever of the two takes longer."""
+    """Return the floor: the longer of the times for operations and for bytes."""
     return max(work.flops / MATRIX_RATE, work.bytes / BANDWIDTH)
 
 

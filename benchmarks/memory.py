@@ -1,4 +1,4 @@
-"""Peak memory of a call, and what autograd keeps for the backward pass."""
+"""Peak memory of a call, and memory that autograd keeps for the backward pass."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 def in_use(device: torch.device) -> int | None:
-    """Bytes in use now.
+    """Return the bytes in use now.
 
-    On a GPU the allocations of PyTorch are counted. On a CPU it is the resident memory of the process, which Linux
-    alone tells; elsewhere None.
+    On a GPU these are PyTorch's allocations. On a CPU it is the resident memory of the process, which only Linux
+    reports; elsewhere None.
     """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
@@ -24,7 +24,7 @@ def in_use(device: torch.device) -> int | None:
 
 
 def peak(call: Callable[[], object], device: torch.device) -> int | None:
-    """The most bytes that are in use during ``call``; None as ``in_use``."""
+    """Return the most bytes in use during ``call``; None like ``in_use``."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         call()
@@ -40,7 +40,7 @@ def peak(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def saved_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd keeps for the backward pass of ``forward``: every storage once, without the parameters."""
+    """Count the bytes that autograd keeps for the backward pass of ``forward``, each storage once, no parameters."""
     own = {p.untyped_storage().data_ptr() for p in parameters}
     storages: dict[int, torch.UntypedStorage] = {}
 
@@ -57,7 +57,7 @@ def saved_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor] = ()) -
 
 def _resident(field: str) -> int | None:
     try:
-        # Memory that was freed but not given back would count as used, and hide what a call allocates in it.
+        # Memory that was freed but not returned to the system would count as used, and hide allocations of a call.
         ctypes.CDLL(None).malloc_trim(0)
         kilobytes = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     except (OSError, AttributeError, TypeError):

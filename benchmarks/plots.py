@@ -1,4 +1,4 @@
-"""Pictures of results: how the sides compare with the baseline, and how near they come to the machine's limits."""
+"""Pictures of results: the sides against the baseline, and against the machine's limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# A side looks the same in all pictures: the colour says what is computed, the marker how.
+# A side looks the same in all pictures: its colour shows the computed function, its marker the way.
 OURS, OTHERS = "tab:blue", "tab:brown"
 COLOURS = {
     "reference|eager|loop|plain": "tab:orange",
@@ -43,11 +43,11 @@ MARKERS = {
 
 # Inches.
 COLUMN, BETWEEN_ROWS, AROUND_PANEL, LINE, LEGEND_LINE, TITLE_LINE = 7.0, 0.14, 0.5, 0.14, 0.2, 0.19
-# Characters that have room beside a row, above a column, in an inch of the legend, and on a share's axis.
+# Characters that fit beside a row, above a column, into an inch of the legend, and onto a share's axis.
 ROW_LABEL, COLUMN_TITLE, LEGEND_CHARACTERS, BAR_CHARACTERS = 34, 88, 15, 75
-# With more rows than these, cases are divided among panels, and panels among two columns.
+# With more rows than these, cases are split into panels, and panels into two columns.
 ROWS_OF_PANEL, ROWS_OF_COLUMN = 12, 18
-# Benchmarks of whole pieces, and of choices between them: their shares of the floor are left to the tables.
+# Benchmarks of whole pieces, and of choices between them: only tables show their shares of the floor.
 WITHOUT_SHARES = ("block", "model", "inner", "cpu_limits")
 
 
@@ -63,23 +63,23 @@ class Panel:
 
     @property
     def sides(self) -> list[str]:
-        """Those with something to draw."""
+        """The sides with something to draw."""
         return list(dict.fromkeys(side for case in self.cases for side in drawn_sides(case, self.shares)))
 
     @property
     def row_height(self) -> float:
-        """Inches."""
+        """The height of a row in inches."""
         lines = max(text.count("\n") + 1 for text in self.labels)
         return BETWEEN_ROWS + max(lines * LINE, len(self.sides) * (0.13 if self.shares else 0.075))
 
     @property
     def height(self) -> float:
-        """Inches, with title and the axis's labels."""
+        """The height in inches, with title and the axis's labels."""
         return AROUND_PANEL + LINE * self.title.count("\n") + len(self.cases) * self.row_height
 
 
 def drawable(run: Run) -> bool:
-    """Whether there is anything to draw."""
+    """Return whether there is anything to draw."""
     return bool(panels(run))
 
 
@@ -96,8 +96,8 @@ def draw(run: Run, path: Path) -> None:
 
 
 def draw_shares_of_heads(run: Run, path: Path) -> None:
-    """Save a picture of the time of the benchmark "inner" against the active share, next to what it would be if all of
-    a block shrank with it.
+    """Save a picture of the time of the benchmark "inner" against the active share, beside the line of time in
+    proportion to the share.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -132,7 +132,7 @@ def draw_shares_of_heads(run: Run, path: Path) -> None:
 
 
 def shares_of_heads(run: Run) -> dict[tuple[str, ...], list[CaseResult]]:
-    """Cases of blocks that differ in the active share alone, of which three or more were timed."""
+    """Return groups of cases of blocks that differ only in the active share, with at least three timed cases."""
     found: dict[tuple[str, ...], list[CaseResult]] = {}
     for case in run.cases:
         if case.speedup_over and case.timed("RoutedDiTBlock") and case.timed(case.speedup_over):
@@ -142,14 +142,14 @@ def shares_of_heads(run: Run) -> dict[tuple[str, ...], list[CaseResult]]:
 
 
 def drawn_sides(case: CaseResult, shares: bool) -> list[str]:
-    """The sides of a case that have a share of the floor, or can be compared with another."""
+    """Return the sides of a case that have a share of the floor, or can be compared with another side."""
     if shares:
         return [side for side in case.sides if case.share_of_floor(side) is not None]
     return [side for side in case.sides if side != comparison(case)[1] and compared(case, side) is not None]
 
 
 def panels(run: Run) -> list[Panel]:
-    """What there is to draw: comparisons first, then shares of the floor."""
+    """Return the panels of a run: comparisons first, then shares of the floor."""
     found = []
     for shares in (False,) if run.benchmark in WITHOUT_SHARES else (False, True):
         for cases in grouped([case for case in run.cases if drawn_sides(case, shares)], comparison):
@@ -161,7 +161,7 @@ def panels(run: Run) -> list[Panel]:
 
 
 def _panels_of(shares: bool, what: str, cases: Sequence[CaseResult], everywhere: Collection[str]) -> list[Panel]:
-    """Panels of cases that belong together. Coordinates that are the same ``everywhere`` need not be named."""
+    """Return panels of cases that belong together. Coordinates that are the same ``everywhere`` are not named."""
     found = []
     for part in _parts_of(cases):
         fixed, varying = coordinates(part)
@@ -177,7 +177,7 @@ def _panels_of(shares: bool, what: str, cases: Sequence[CaseResult], everywhere:
 
 
 def _parts_of(cases: Sequence[CaseResult]) -> list[Sequence[CaseResult]]:
-    """Parts of not too many cases, each of one value of the coordinate that divides them best."""
+    """Split the cases into smaller parts, each with one value of the coordinate that splits them best."""
     _, varying = coordinates(cases)
     best = [list(cases)]
     for name in varying:
@@ -190,13 +190,13 @@ def _parts_of(cases: Sequence[CaseResult]) -> list[Sequence[CaseResult]]:
 
 
 def _coordinate(case: CaseResult, name: str) -> str:
-    """Words speak for themselves, numbers need their name, from which no line break parts them."""
+    """Return a coordinate in words; a number is preceded by its name and a no-break space."""
     text = label(case, name)
     return text if isinstance(case.cell[name], str) else f"{name}\N{NO-BREAK SPACE}{text}"
 
 
 def figure(run: Run) -> Figure:
-    """All panels of a run, with one legend.
+    """Draw all panels of a run, with one legend.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -225,10 +225,10 @@ def figure(run: Run) -> Figure:
 
     picture = Figure(figsize=(width, height))
     picture.set_layout_engine("constrained", rect=(0, 0, 1, 1 - top / height))
-    first_of: dict[str, Axes] = {}  # what shows the same has the same scale
+    first_of: dict[str, Axes] = {}  # panels that show the same have the same scale
     places = picture.add_gridspec(1, len(columns))
     for number, column in enumerate(columns):
-        # An empty row fills a column that ends before the other.
+        # An empty row fills the shorter column.
         heights = [*(panel.height for panel in column), highest - height_of(column) + 1e-6]
         rows = places[0, number].subgridspec(len(heights), 1, height_ratios=heights)
         for row, panel in enumerate(column):
@@ -256,7 +256,7 @@ def figure(run: Run) -> Figure:
 
 
 def _title(run: Run) -> list[str]:
-    """Lines: what was measured, where and when, and the coordinates that all cases share."""
+    """Return the title's lines: the benchmark, the device, the date, and the coordinates that all cases share."""
     facts = [str(run.environment.get("device", "unknown device")), str(run.environment.get("date", ""))[:10]]
     if len(run.cases) > 1:
         facts += [f"{name} {value}" for name, value in coordinates(run.cases)[0].items()]
@@ -264,14 +264,14 @@ def _title(run: Run) -> list[str]:
 
 
 def style(side: str) -> tuple[str, str]:
-    """Colour and marker of a side, which depend on its name alone."""
+    """Return colour and marker of a side, which depend only on its name."""
     unknown = OURS if is_ours(side) else OTHERS
     colour = next((colour for words, colour in COLOURS.items() if re.search(words, side)), unknown)
     return colour, next((marker for words, marker in MARKERS.items() if re.search(words, side)), "o")
 
 
 def _marks(panel: Panel) -> Iterator[tuple[CaseResult, str, float]]:
-    """Each case with each of its sides, and at which height the side stands: in rows, the first at 0."""
+    """Yield each case with each of its sides, and the side's height: in rows, the first at 0."""
     sides = panel.sides
     step = (1 - BETWEEN_ROWS / panel.row_height) / len(sides)
     for row, case in enumerate(panel.cases):
@@ -280,7 +280,7 @@ def _marks(panel: Panel) -> Iterator[tuple[CaseResult, str, float]]:
 
 
 def _draw_comparison(axes: Axes, panel: Panel) -> None:
-    """Dots with whiskers from p20 to p80."""
+    """Draw dots with whiskers from p20 to p80."""
     for case, side, height in _marks(panel):
         spread = compared(case, side)
         assert spread is not None
@@ -290,7 +290,7 @@ def _draw_comparison(axes: Axes, panel: Panel) -> None:
 
 
 def _scale_comparison(axes: Axes, alike: Sequence[Panel]) -> None:
-    """A logarithmic scale with room for all panels."""
+    """Set a logarithmic scale with room for all panels."""
     from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
     spreads = [compared(case, side) for panel in alike for case in panel.cases for side in drawn_sides(case, False)]
@@ -305,7 +305,7 @@ def _scale_comparison(axes: Axes, alike: Sequence[Panel]) -> None:
 
 
 def _draw_shares(axes: Axes, panel: Panel) -> None:
-    """Bars with the sides' names."""
+    """Draw bars with the sides' names."""
     behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.3}
     for case, side, height in _marks(panel):
         share = case.share_of_floor(side)
@@ -316,7 +316,7 @@ def _draw_shares(axes: Axes, panel: Panel) -> None:
 
 
 def _scale_shares(axes: Axes, alike: Sequence[Panel]) -> None:
-    """From 0 on, with room for the names of sides."""
+    """Set a scale from 0 on, with room for the names of sides."""
     ends = [1.0]
     for case in (case for panel in alike for case in panel.cases):
         for side in drawn_sides(case, shares=True):
@@ -326,7 +326,7 @@ def _scale_shares(axes: Axes, alike: Sequence[Panel]) -> None:
 
 
 def _label_rows(axes: Axes, panel: Panel) -> None:
-    """The cases' names, and a line where the baseline or the floor is."""
+    """Write the cases' names, and draw a line at the baseline or the floor."""
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(panel.cases)), panel.labels, fontsize=8)
     axes.set_ylim(len(panel.cases) - 0.5, -0.5)  # the first case on top
@@ -339,7 +339,7 @@ def _label_rows(axes: Axes, panel: Panel) -> None:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers between two, as many as have room beside each other."""
+    """Return round numbers between two, as many as fit beside each other."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in (
         (1, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8, 9),

@@ -42,7 +42,7 @@ METHODS = Path("docs/methods.md")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command line of ``report`` takes."""
+    """Add the arguments of ``report``."""
     parser.add_argument(
         "folders",
         nargs="*",
@@ -56,10 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Reports and returns the exit status: 1 if ``--check`` finds text that would change.
+    """Report, and return the exit status: 1 if ``--check`` finds text that would change.
 
     Raises:
-        ValueError: if the arguments do not fit together, a folder has no results or the README an unknown marker.
+        ValueError: if the arguments do not fit together, a folder has no results, or the README has an unknown marker.
     """
     if arguments.folders and arguments.check:
         raise ValueError("--check is about the docs and the README, which come from benchmarks/results: give it no DIR")
@@ -80,7 +80,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def report_of_folder(folder: Path, target: Path) -> None:
-    """Prints the tables of all results in a folder, and writes them with pictures to ``target``."""
+    """Print the tables of all results in a folder, and write them with pictures to ``target``."""
     runs = load_all(folder)
     pictures = {target / f"{run.benchmark}.png": run for run in runs if plots.drawable(run)}
     drawn = _draw(pictures)
@@ -94,7 +94,7 @@ def report_of_folder(folder: Path, target: Path) -> None:
 
 
 def report_of_checkout(root: Path, check: bool) -> int:
-    """Writes all text that comes from the committed results, and the pictures; with ``check`` only compares the text.
+    """Write all text generated from the committed results, and the pictures; with ``check`` only compare the text.
 
     Returns:
         1 if ``check`` finds text that would change, else 0.
@@ -117,14 +117,14 @@ def report_of_checkout(root: Path, check: bool) -> int:
 
 
 def committed_results(root: Path) -> dict[str, list[Run]]:
-    """The results of each device's folder in a checkout; what compilers said of kernels is no device's."""
+    """Return the results of each device's folder in a checkout, without the compilers' report."""
     folders = [folder for folder in (root / RESULTS).glob("*") if folder.is_dir() and folder != (root / STATIC).parent]
     with_results = [folder for folder in folders if any(folder.glob("*.json"))]
     return {folder.name: load_all(folder) for folder in sorted(with_results, key=lambda f: (f.name != "cpu", f.name))}
 
 
 def generated_texts(root: Path, results: Results) -> dict[Path, str]:
-    """All text of a checkout that is generated from results, by the path where it belongs."""
+    """Return all text of a checkout that is generated from results, by its path."""
     texts = {
         root / RESULTS / device / f"{run.benchmark}.md": run_markdown(run)
         for device, runs in results.items()
@@ -156,7 +156,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _draw(pictures: Mapping[Path, Run]) -> bool:
-    """Draws runs; False where that cannot be done here, which is said."""
+    """Draw runs; return False, and print why, if that is not possible here."""
     try:
         for path, run in pictures.items():
             plots.draw(run, path)
@@ -171,10 +171,10 @@ def _picture(path: str, run: Run) -> str:
 
 
 def compare(now: Sequence[Run], then: Sequence[Run], now_name: str, then_name: str) -> str:
-    """How long each side takes in two sets of results, as Markdown.
+    """Write the times of each side in two sets of results, as Markdown.
 
-    A side is called faster or slower where the ranges from p20 to p80 of its two times do not meet, and neither where
-    one of them is of a replayed graph and the other of launches.
+    A side is faster or slower if the ranges from p20 to p80 of its two times do not overlap. It is neither if only one
+    of them is the time of a replayed graph.
     """
     before = {run.benchmark: run for run in then}
     parts = [f"# {now_name} (now) against {then_name} (then)"]
@@ -188,7 +188,7 @@ def compare(now: Sequence[Run], then: Sequence[Run], now_name: str, then_name: s
     return "\n\n".join(parts) + "\n"
 
 
-# What makes times incomparable when it differs.
+# Times are not comparable if any of these differ.
 _MACHINE = ("device", "driver", "cpu", "cores", "threads", "platform", "torch", "cuda", "triton")
 
 
@@ -220,7 +220,7 @@ def _compare_runs(now: Run, then: Run) -> list[str]:
 
 
 def _compare_sides(now: SideResult | None, then: SideResult | None) -> list[str]:
-    """Times now and then, their ratio and what it means."""
+    """Return both times, their ratio and the verdict."""
     if now is None or then is None or not (now.seconds and then.seconds):
         return [_time_or_reason(now), _time_or_reason(then), "", ""]
     a, b = now.spread, then.spread
@@ -281,7 +281,7 @@ python -m benchmarks report                      # this page and the README's fi
 
 
 def _goals_on_gpu() -> str:
-    """A table of what is to be reached on an H200 in bf16, and by what."""
+    """Write a table of the goals on an H200 in bf16, each with the block or kernel that has to reach it."""
     goals = [
         *(("a routed block, scope block", goal) for goal in block.goals_on_gpu("block")),
         ("a routed block, scope branch", block.goals_on_gpu("branch")[0]),
@@ -328,13 +328,13 @@ def tables_page(results: Results) -> str:
 
 
 def with_blocks(text: str, blocks: Mapping[str, str], where: Path) -> str:
-    """A text with each ``<!-- begin NAME --> ... <!-- end NAME -->`` filled with the block of that name.
+    """Return a text with each ``<!-- begin NAME --> ... <!-- end NAME -->`` filled with the block of that name.
 
     Args:
-        where: the file that it is from, for error messages.
+        where: the file of the text, for error messages.
 
     Raises:
-        ValueError: if a block is unknown, begins and does not end, or ends and did not begin.
+        ValueError: if a block is unknown, has no end, or has no beginning.
     """
     pieces = re.split(r"<!-- (begin|end) (.+?) -->", text)
     filled, open_block = pieces[0], None
@@ -355,7 +355,7 @@ def with_blocks(text: str, blocks: Mapping[str, str], where: Path) -> str:
     return filled
 
 
-# The README's rows: a scope, what its windows mask and what is skipped, and the benchmark and sizes that stand for it.
+# The README's rows: a scope, the masked and the skipped parts, and the benchmark and sizes that represent it.
 _SCOPES: Sequence[tuple[str, str, str, str, dict[str, str | int | float]]] = (
     ("block", "a block's input: the DTR paper", "QKV", "block", {"model": "DiT-S/2", "beta": 0.8}),
     ("branch", "the inputs of attention and MLP", "QKV, fc1", "block", {"model": "DiT-S/2", "beta": 0.8}),
@@ -364,7 +364,7 @@ _SCOPES: Sequence[tuple[str, str, str, str, dict[str, str | int | float]]] = (
 
 
 def _scopes(results: Results) -> str:
-    """Speed and memory of each scope on a CPU."""
+    """Write a table of the speed and memory of each scope on a CPU."""
     rows = [["scope", "masks", "skips in part", "measured with", "forward", "training", "kept for backward"]]
     used = {}
     for scope, masks, skips, benchmark, sizes in _SCOPES:
@@ -398,7 +398,7 @@ _STEPS = {
 
 
 def _steps(results: Results) -> str:
-    """Time of a training step with PCGrad on a CPU."""
+    """Write a table of the time of a training step with PCGrad on a CPU."""
     run = _run(results, "cpu", "surgery_step")
     case = _case(run, model="DiT-S/2", batch=20, clusters=5, precision="fp32")
     if run is None or case is None:
@@ -409,13 +409,13 @@ def _steps(results: Results) -> str:
 
 
 def _measured(*runs: Run) -> str:
-    """Machine, versions, date and commit of runs."""
+    """Return machine, versions, date and commit of runs."""
     facts = (f"{_machine(run)}, {str(run.environment.get('date'))[:10]}, commit {commit_of(run)[:7]}" for run in runs)
     return "; ".join(dict.fromkeys(facts))
 
 
 def _inner(results: Results) -> str:
-    """Scope "inner" on a CPU, for a page of the docs."""
+    """Write the results of scope "inner" on a CPU, for a page of the docs."""
     run = _run(results, "cpu", "inner")
     if run is None:
         return _not_stored(["inner"])
@@ -429,7 +429,7 @@ def _run(results: Results, device: str, name: str) -> Run | None:
 
 
 def _case(run: Run | None, **cell: str | int | float) -> CaseResult | None:
-    """The case with these coordinates."""
+    """Return the case with these coordinates; None if there is none."""
     return next((case for case in (run.cases if run else ()) if cell.items() <= case.cell.items()), None)
 
 

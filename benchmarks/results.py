@@ -1,4 +1,4 @@
-"""What was measured: figures that follow from it, and how it is stored as JSON."""
+"""Measurements, the figures that follow from them, and how they are stored as JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FACTS = dict[str, _Fact | dict[str, _Fact]]
 
 @dataclass
 class SideResult:
-    """What became of one side. Without ``seconds``, ``message`` says why."""
+    """The result of one side. If ``seconds`` is empty, ``message`` says why."""
 
     bound: float
     work: Work = NOT_COUNTED
@@ -39,7 +39,7 @@ class SideResult:
 
     @property
     def spread(self) -> Spread:
-        """Of the seconds, of which there is at least one."""
+        """The spread of the seconds; there must be at least one."""
         return Spread.of(self.seconds)
 
 
@@ -60,8 +60,8 @@ class Ceiling:
 class CaseResult:
     """The figures of one case; ``seconds`` of sides and ceilings have one entry for each complete round.
 
-    ``copy`` counts bytes read and bytes written; ``matrix`` is None where no side has FLOPs to count. ``problem`` says
-    why the case could not be built; then there are no sides.
+    ``copy`` counts bytes read and bytes written; ``matrix`` is None if no side counts FLOPs. ``problem`` says why the
+    case could not be built; there are then no sides.
     """
 
     name: str
@@ -77,64 +77,64 @@ class CaseResult:
 
     @classmethod
     def of(cls, case: Case, copy_bytes: int, matrix_flops: int | None = None) -> CaseResult:
-        """The still empty result of a case."""
+        """Return an empty result for a case."""
         matrix = None if matrix_flops is None else Ceiling(matrix_flops)
         lists = dict(case.cell), list(case.notes), list(case.goals)
         return cls(case.name, Ceiling(copy_bytes), matrix, None, *lists, case.speedup_over, case.time_over)
 
     @property
     def ceilings(self) -> list[Ceiling]:
-        """The copy, and the matrix product where there is one."""
+        """The copy, and the matrix product if there is one."""
         return [self.copy] if self.matrix is None else [self.copy, self.matrix]
 
     def add_round(self, seconds: dict[str, float], *ceilings: float) -> None:
-        """Add the seconds of one call of every side that is timed, of the copy and of the matrix product."""
+        """Add the seconds of one call of every timed side, of the copy and of the matrix product."""
         for name, value in seconds.items():
             self.sides[name].seconds.append(value)
         for ceiling, value in zip(self.ceilings, ceilings, strict=True):
             ceiling.seconds.append(value)
 
     def _rounds(self) -> list[list[float]]:
-        """Each list of seconds of what was timed."""
+        """Return all lists of seconds, of timed sides and ceilings."""
         return [side.seconds for side in self.sides.values() if side.seconds] + [c.seconds for c in self.ceilings]
 
     def drop_incomplete_round(self) -> None:
-        """Take away what an interrupt left of a round."""
+        """Remove the round that an interrupt cut short."""
         complete = min(map(len, self._rounds()))
         for values in self._rounds():
             del values[complete:]
 
     def timed(self, *sides: str | None) -> bool:
-        """Whether there are figures for all of these sides."""
+        """Return whether all of these sides have times."""
         return all(side in self.sides and self.sides[side].seconds for side in sides)
 
     def speedup(self, side: str, over: str) -> Spread | None:
-        """How many times as fast ``side`` is as ``over``."""
+        """Return how many times as fast ``side`` is as ``over``."""
         return ratio(self.sides[over].seconds, self.sides[side].seconds) if self.timed(side, over) else None
 
     def time(self, side: str, over: str) -> Spread | None:
-        """How many times as long ``side`` takes as ``over``."""
+        """Return how many times as long ``side`` takes as ``over``."""
         return self.speedup(over, side)
 
     def compared(self, kind: str, side: str, over: str | None) -> Spread | None:
-        """Its speed-up, or its time, over another side; None for quantities that are not measured round by round."""
+        """Return the side's speed-up, or time, over another side; None for other quantities, not measured by round."""
         measure = {"speed-up": self.speedup, "time": self.time}.get(kind)
         return None if over is None or measure is None else measure(side, over)
 
     def bandwidth(self, side: str) -> float | None:
-        """Bytes per second that the side's function needs; None where they were not counted."""
+        """Return the bytes per second that the side's function needs; None if they were not counted."""
         return self._per_second(side, self.sides[side].work.bytes) if side in self.sides else None
 
     def flop_rate(self, side: str) -> float | None:
-        """FLOPs per second that the side's function needs; None where they were not counted."""
+        """Return the FLOPs per second that the side's function needs; None if they were not counted."""
         return self._per_second(side, self.sides[side].work.flops) if side in self.sides else None
 
     def share_of_copy(self, side: str) -> float | None:
-        """The side's bandwidth over that of the copy."""
+        """Return the side's bandwidth over that of the copy."""
         return quotient(self.bandwidth(side), self.copy.rate)
 
     def floor_seconds(self, side: str) -> float | None:
-        """max(FLOPs / matrix rate, bytes / copy bandwidth), what a perfect implementation takes about."""
+        """Return max(FLOPs / matrix rate, bytes / copy bandwidth), about the time of a perfect implementation."""
         if not self.timed(side):
             return None
         work = self.sides[side].work
@@ -143,12 +143,12 @@ class CaseResult:
         return max((time for time in times if time), default=None)
 
     def share_of_floor(self, side: str) -> float | None:
-        """The floor over the time that was taken: 1 is perfect."""
+        """Return the floor over the measured time: 1 is perfect."""
         floor = self.floor_seconds(side)
         return None if floor is None else floor / self.sides[side].spread.median
 
     def value(self, goal: Goal) -> float | None:
-        """What was measured for a goal; None where a side that it needs has no figure."""
+        """Return the figure that a goal limits; None if a side that it needs has none."""
         side, over = goal.side, goal.over
         if side not in self.sides or (over is not None and over not in self.sides):
             return None
@@ -165,11 +165,11 @@ class CaseResult:
         return figure(side) if over is None else quotient(figure(side), figure(over))
 
     def spread(self, goal: Goal) -> Spread | None:
-        """The spread of what a goal is about, where that was measured round by round."""
+        """Return the spread of the figure that a goal limits, if it was measured round by round."""
         return self.compared(goal.quantity, goal.side, goal.over)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, in bytes, seconds and FLOPs; what follows from it stands beside it, for readers of the file."""
+        """Return everything, in bytes, seconds and FLOPs, together with the derived figures for readers of the file."""
         kept = {name: getattr(self, name) for name in _KEPT}
         goals = [self._goal_as_json(goal) for goal in self.goals]
         copy, matrix = (ceiling and asdict(ceiling) | {"rate": ceiling.rate} for ceiling in (self.copy, self.matrix))
@@ -178,7 +178,7 @@ class CaseResult:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> CaseResult:
-        """The inverse of ``as_json``."""
+        """Read the result of ``as_json``."""
         copy, matrix = (
             facts and Ceiling(facts["amount"], facts["seconds"]) for facts in (stored["copy"], stored["matrix"])
         )
@@ -216,7 +216,7 @@ class CaseResult:
         return amount / self.sides[side].spread.median if amount and self.timed(side) else None
 
     def check(self) -> None:
-        """Raise ValueError where figures could not follow from what was read."""
+        """Raise ValueError if figures could not follow from the values read."""
         lists = self._rounds()
         if any(len(seconds) != len(lists[0]) for seconds in lists):
             raise ValueError(f"{self.name} has rounds of which something is missing")
@@ -226,16 +226,16 @@ class CaseResult:
             raise ValueError(f"{self.name} has ceilings that are not positive")
 
 
-# Seconds: what is shorter or longer was not measured, and has no ratios.
+# Seconds: shorter or longer times were not measured, and have no ratios.
 _SHORTEST, _LONGEST = 1e-12, 1e12
-# Fields of a case, and of a run, that a file holds as they are.
+# Fields of a case, and of a run, that a file holds unchanged.
 _KEPT = ("name", "problem", "cell", "notes", "speedup_over", "time_over")
 _KEPT_OF_RUN = ("benchmark", "summary", "sources", "interrupted", "environment")
 
 
 @dataclass
 class Run:
-    """One benchmark's cases, where and with what they were measured."""
+    """The cases of one benchmark, and the environment in which they were measured."""
 
     benchmark: str
     summary: str
@@ -246,27 +246,26 @@ class Run:
 
     @cached_property
     def stale(self) -> bool:
-        """True if the source that it depends on has changed since, or its benchmark is gone."""
+        """True if the source that the run depends on has changed since, or its benchmark is gone."""
         known = BENCHMARKS.get(self.benchmark)
         return known is None or self.sources != sources.fingerprint(known)
 
     @property
     def failed(self) -> bool:
-        """Whether a case could not be built, a side gave a wrong result or broke; one that cannot run here at all is no
-        failure."""
+        """True if a case could not be built, or a side failed or was wrong; one that cannot run here is no failure."""
         sides = (side for case in self.cases for side in case.sides.values())
         return any(case.problem for case in self.cases) or any(side.status in ("wrong", "failed") for side in sides)
 
     def save(self, folder: Path, unfinished: bool = False) -> Path:
-        """Writes <benchmark>.json.unfinished, or <benchmark>.json in its place, and returns the path.
+        """Write <benchmark>.json.unfinished or, to replace it, <benchmark>.json; return the path.
 
         Raises:
-            OSError: if the file cannot be written. The old one is then as before.
+            OSError: if the file cannot be written. The old file stays as it was.
         """
         facts = {key: getattr(self, key) for key in _KEPT_OF_RUN}
         head = json.dumps(facts, indent=1, allow_nan=False).removesuffix("\n}")
         cases = ",\n".join(f"  {json.dumps(case.as_json(), allow_nan=False)}" for case in self.cases)
-        text = f'{head},\n "cases": [\n{cases}\n ]\n}}'  # a case is a line, so that files can be compared
+        text = f'{head},\n "cases": [\n{cases}\n ]\n}}'  # one line per case, so that files can be compared
         partial, final = folder / f"{self.benchmark}.json.unfinished", folder / f"{self.benchmark}.json"
         with replacing(partial if unfinished else final) as draft:
             draft.write_text(text + "\n", encoding="utf-8")
@@ -276,11 +275,11 @@ class Run:
 
     @classmethod
     def load(cls, path: Path) -> Run:
-        """Reads what ``save`` has written.
+        """Read a file that ``save`` has written.
 
         Raises:
             OSError: if the file cannot be read.
-            ValueError: naming the file, if it is not that.
+            ValueError: naming the file, if it holds anything else.
         """
         advice = f"measure again with python -m benchmarks run {path.stem} --out {path.parent}, or delete the file"
         with expecting("results of this version of the benchmarks", path, advice):
@@ -298,7 +297,7 @@ class Run:
 
 
 def load_all(folder: Path) -> list[Run]:
-    """The results in a folder, by name.
+    """Return the results in a folder, by name.
 
     Raises:
         ValueError: if there are none, or a file holds something else.
@@ -312,5 +311,5 @@ def load_all(folder: Path) -> list[Run]:
 
 
 def quotient(a: float | None, b: float | None) -> float | None:
-    """a / b where both are known."""
+    """Return a / b if both are known, else None."""
     return a / b if a is not None and b else None

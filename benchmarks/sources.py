@@ -1,7 +1,7 @@
-"""Which source a result was measured on, so that a report can say when it is older than the checkout's.
+"""The source that a result was measured on, so that a report can say if it is older than the checkout's.
 
-A benchmark depends on the library functions that its module imports, on the modules that these import, and so on; and
-where they reach the extension, on the files that are compiled into it and on the compiler flags.
+A benchmark depends on the library functions that its module imports, on the modules that these import, and so on. If
+these reach the extension, it also depends on the files compiled into the extension and on the compiler flags.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ ROOT = Path(__file__).parent.parent
 
 _EXTENSION = "dtr_kernels._C"
 _COMPILATION = "dtr_kernels/compilation.py"
-# Parts of the compilation that decide what the compiled kernels are; the rest finds programs and explains failures.
+# The parts of the compilation that determine the compiled kernels; the rest finds programs and explains failures.
 _FLAGS = ("CXX_FLAGS", "NVCC_FLAGS", "commands")
 _BUILDING = ("dtr_kernels.compilation", "dtr_kernels.just_in_time")
-# CUDA kernels are those of gradient surgery, whose launchers all stand on this module.
+# The CUDA kernels are those of gradient surgery, whose launchers all use this module.
 _USES_CUDA = "dtr_kernels.ops.gradient_lists"
 _USES_TILES, _TILES = "dtr_kernels.ops.tiles", "dtr_kernels/tuned/*.json"
 
@@ -34,7 +34,7 @@ def fingerprint(benchmark: Benchmark, root: Path | None = None) -> str:
 
 
 def fingerprint_of(*modules: str, root: Path | None = None, with_tiles: bool = False) -> str:
-    """Hash what modules of the library say, and all that they import of it; of a package, all that it exports.
+    """Hash the content of library modules and of all that they import of it; of a package, all that it exports.
 
     Comments, docstrings and layout do not count.
     """
@@ -57,7 +57,7 @@ def fingerprint_of(*modules: str, root: Path | None = None, with_tiles: bool = F
 
 
 def _reached(modules: Iterable[str], root: Path) -> dict[str, Path]:
-    """The files of modules and of all that they import of the library and of the benchmarks' suite, by module name."""
+    """Return the files of modules and of their imports from the library and the benchmarks' suite, by module name."""
     found: dict[str, Path] = {}
     waiting = list(modules)
     while waiting:
@@ -66,7 +66,7 @@ def _reached(modules: Iterable[str], root: Path) -> dict[str, Path]:
         if name in found or path is None or name in _BUILDING:
             continue
         if path.stem == "__init__" and name not in modules:
-            continue  # what is used of it is imported from where it stands
+            continue  # its exports are followed to the modules that define them
         found[name] = path
         if path.suffix == ".py":
             waiting += _imports(path, root)
@@ -74,7 +74,7 @@ def _reached(modules: Iterable[str], root: Path) -> dict[str, Path]:
 
 
 def _path(module: str, root: Path) -> Path | None:
-    """The file of a module of the library or the suite; None for one of others."""
+    """Return the file of a module of the library or the suite; None for other modules."""
     if not module.startswith(("dtr_kernels", "benchmarks.suite")):
         return None
     whole = root / module.replace(".", "/")
@@ -83,7 +83,7 @@ def _path(module: str, root: Path) -> Path | None:
 
 
 def _imports(path: Path, root: Path) -> set[str]:
-    """The modules that define what a file imports."""
+    """Return the modules that define the names that a file imports."""
     found = set()
     for module, *names in _mentions(path.read_text()):
         for name in names:
@@ -94,7 +94,7 @@ def _imports(path: Path, root: Path) -> set[str]:
 
 @functools.cache
 def _mentions(text: str) -> set[tuple[str, ...]]:
-    """Yield what a file imports and uses of that: modules, each followed by a name in it, a name in that, ..."""
+    """Return the imports of a file and their uses: modules, each followed by a name in it, a name in that, ..."""
     tree = _parsed(text)
     names: dict[str, tuple[str, ...]] = {}
     for node in ast.walk(tree):
@@ -113,7 +113,7 @@ def _mentions(text: str) -> set[tuple[str, ...]]:
 
 
 def _home(module: str, name: str, root: Path) -> str:
-    """The module that defines what ``from module import name`` gives; itself, if that is a module."""
+    """Return the module that defines the result of ``from module import name``; the result itself, if a module."""
     path = _path(module, root)
     if path is None or path.stem != "__init__":
         return module
@@ -129,7 +129,7 @@ def _home(module: str, name: str, root: Path) -> str:
 
 
 def _compiled(root: Path, cuda: bool) -> set[Path]:
-    """The files that are compiled into the extension, and those that they include."""
+    """Return the files that are compiled into the extension, and the files that they include."""
     suffixes = (".cpp", ".cu") if cuda else (".cpp",)
     waiting = [path for path in (root / "csrc").rglob("*.c*") if path.suffix in suffixes]
     found: set[Path] = set()
@@ -142,7 +142,7 @@ def _compiled(root: Path, cuda: bool) -> set[Path]:
     return found
 
 
-# --- what a file says ------------------------------------------------------------------------------------------------
+# --- content of a file -----------------------------------------------------------------------------------------------
 
 
 def _c(text: str) -> str:
@@ -154,7 +154,7 @@ _parsed = functools.cache(ast.parse)
 
 @functools.cache
 def _python(text: str, only: Sequence[str] = ()) -> str:
-    """A file's syntax tree without docstrings, the same in all versions of Python; ``only`` chooses among its names."""
+    """Return a file's syntax tree without docstrings, the same in all Python versions; ``only`` selects its names."""
     tree = _parsed(text)
     return _tree([node for node in tree.body if _names_of(node) & set(only)] if only else tree)
 
@@ -173,6 +173,6 @@ def _tree(node: object) -> str:
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
         fields["body"] = node.body[1:]
-    # Without empty fields, some of which only newer versions of Python have.
+    # Skip empty fields, some of which exist only in newer versions of Python.
     said = [f"{name}={_tree(value)}" for name, value in fields.items() if value is not None and value != []]
     return f"{type(node).__name__}({','.join(said)})"

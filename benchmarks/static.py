@@ -1,7 +1,7 @@
-"""``python -m benchmarks static``: what compilers say of every kernel. Needs no GPU.
+"""``python -m benchmarks static``: the compilers' report of every kernel. Needs no GPU.
 
-Every Triton kernel in the configurations that the launchers choose is compiled for each architecture, and the CUDA
-kernels are read from the built extension. The report fails where a kernel spills registers, or lacks the matrix or
+Every Triton kernel is compiled for each architecture in the configurations that the launchers choose, and the CUDA
+kernels are read from the built extension. The report fails if a kernel spills registers, or lacks the matrix or
 bulk-copy instructions that it is written for.
 """
 
@@ -44,8 +44,8 @@ from dtr_kernels.ops.tiles import forced
 from dtr_kernels.ops.tuned_tiles import Crossover, Tuned, packaged
 
 WIDTHS = (384, 768, 1024, 1152)  # of DiT-S, B, L and XL
-TOKENS = (256, 16)  # of patches of 2 and of 8, in latents of 32 x 32
-# A thread may load an element of a bias.
+TOKENS = (256, 16)  # for patches of 2 and of 8, in latents of 32 x 32
+# Loads of single elements of a bias are allowed.
 _MOST_NARROW = 2
 GEMMS = ("window_forward", "window_input_gradient", "window_weight_gradient", "closed_form")
 _RELATIVE = "benchmarks/results/static"
@@ -54,14 +54,14 @@ _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 # --- occupancy -------------------------------------------------------------------------------------------------------
 
-# Of one multiprocessor of every architecture here.
+# Limits of one multiprocessor, the same for every architecture here.
 _WARPS, _BLOCKS, _REGISTERS, _SCHEDULERS = 64, 32, 65536, 4
-# Registers are given to warps, shared memory to blocks, in multiples of these; each block takes a KiB for the system.
+# Registers are allocated to warps, shared memory to blocks, in multiples of these; the system takes a KiB per block.
 _REGISTER_UNIT, _SHARED_UNIT, _SHARED_RESERVED = 256, 128, 1024
 
 
 class Multiprocessor(NamedTuple):
-    """Whose it is; bytes of shared memory, also the most that one block may have; and columns of tensor memory."""
+    """The names of its GPUs; bytes of shared memory, in total and at most per block; and columns of tensor memory."""
 
     name: str
     shared: int
@@ -77,7 +77,7 @@ PROCESSORS = {
 
 
 class Occupancy(NamedTuple):
-    """Blocks and warps that run on a multiprocessor at a time, and what does not let there be more."""
+    """Blocks and warps that run on a multiprocessor at a time, and the resource that limits them."""
 
     blocks: int
     warps: int
@@ -85,7 +85,7 @@ class Occupancy(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of the most warps that a multiprocessor takes."""
+        """The share of the most warps that a multiprocessor takes."""
         return self.warps / _WARPS
 
 
@@ -95,7 +95,7 @@ def _rounded_up(n: int, unit: int) -> int:
 
 # --- binaries --------------------------------------------------------------------------------------------------------
 
-# Names of instructions in PTX, what finds them there, and what finds their opcodes in machine code, one a line.
+# Instructions by name, with regular expressions that find them in PTX, and their opcodes in machine code, one a line.
 MATRIX = {
     "mma.sync": (r"\bmma\.sync\b", r"^[HI]MMA\b"),
     "wgmma": (r"\bwgmma\.mma_async\b", r"^[HIQ]GMMA\b"),
@@ -109,15 +109,15 @@ COPIES = {
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel takes of a multiprocessor, and how it uses it.
+    """The resources that one kernel takes of a multiprocessor, and the instructions that use them.
 
     Attributes:
         threads: of a block. registers: of a thread. instructions: of its code.
         spilled: bytes of a thread's stack and local memory, where registers are spilled to.
         shared: bytes of a block. tensor_columns: of Blackwell's tensor memory that a block allocates.
-        matrix, copies: how many instructions of ``MATRIX`` and ``COPIES`` it has.
-        buffers: tiles of an operand that are on their way to shared memory or in use; 0 where loads are waited for.
-        narrow: how many instructions load or store single elements of 16 bits in global memory.
+        matrix, copies: counts of the instructions in ``MATRIX`` and ``COPIES``.
+        buffers: tiles of an operand that are in flight to shared memory or in use; 0 if loads are synchronous.
+        narrow: number of instructions that load or store single elements of 16 bits in global memory.
     """
 
     threads: int
@@ -132,11 +132,11 @@ class Usage:
     narrow: int
 
     def occupancy(self, arch: int) -> Occupancy:
-        """How many of its blocks run on a multiprocessor of this architecture at a time."""
+        """Return how many of its blocks run on a multiprocessor of this architecture at a time."""
         processor = PROCESSORS[arch]
         warps = -(-self.threads // 32)
         registers_of_warp = _rounded_up(32 * self.registers, _REGISTER_UNIT)
-        # A warp's registers all belong to one of the schedulers.
+        # A warp's registers all belong to one scheduler.
         warps_with_registers = _SCHEDULERS * (_REGISTERS // _SCHEDULERS // max(1, registers_of_warp))
         blocks = {
             "registers": warps_with_registers // warps,
@@ -154,18 +154,18 @@ class Usage:
 
 
 class Function(NamedTuple):
-    """A CUDA kernel in a binary: what it takes, and its opcodes, one a line."""
+    """A CUDA kernel in a binary: its usage, and its opcodes, one a line."""
 
     usage: Usage
     opcodes: str
 
     def count(self, opcode: str) -> int:
-        """Instructions whose opcodes begin with what the regular expression matches."""
+        """Count instructions whose opcodes begin with a match of the regular expression."""
         return len(re.findall(f"^(?:{opcode})", self.opcodes, re.MULTILINE))
 
 
 def functions(path: Path, arch: int) -> dict[str, Function]:
-    """The CUDA kernels for an architecture in an object file or a library, by mangled name.
+    """Return the CUDA kernels for an architecture in an object file or a library, by mangled name.
 
     Raises:
         subprocess.CalledProcessError: if the file holds no kernels at all.
@@ -187,7 +187,7 @@ def functions(path: Path, arch: int) -> dict[str, Function]:
             shared -= _SHARED_RESERVED
         opcodes = opcodes_of(code[name])
         matrix, copies = (_found(known, opcodes, in_code=True) for known in (MATRIX, COPIES))
-        # It waits until so many groups are left, which come after the tile that it goes on to use; one more is next.
+        # It waits until this many groups, issued after the tile in use, are left; one more is issued next.
         groups = [int(group, 16) for group in re.findall(r"\bDEPBAR\.LE SB0, (0x[0-9a-f]+)", code[name])]
         buffers = max(groups, default=0) + 2 if copies else 0
         narrow = len(re.findall(r"^(?:LDG|STG)\.E\.[US]16\b", opcodes, re.MULTILINE))
@@ -208,16 +208,16 @@ def functions(path: Path, arch: int) -> dict[str, Function]:
 
 
 def opcodes_of(code: str) -> str:
-    """The opcodes of a kernel's machine code, one a line."""
+    """Return the opcodes of a kernel's machine code, one a line."""
     return "\n".join(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z][\w.]*)", code, re.MULTILINE))
 
 
 def usage_of_binary(binary: Binary) -> Usage:
-    """Of a Triton kernel, from its binary and from what it was compiled from."""
+    """Read the usage of a Triton kernel from its binary and its intermediate code."""
     compiled = binary.compiled
     registers, spilled = _registers(compiled.asm["cubin"])
     matrix, copies = (_found(known, compiled.asm["ptx"], in_code=False) for known in (MATRIX, COPIES))
-    # The pipeliner gives a tile one more dimension, the first, of as many buffers as there are.
+    # The pipeliner adds a first dimension to a tile, of the number of buffers.
     buffers = re.findall(r"local_alloc : \(\) -> .*<(\d+)x\d+x(?:\d+x)+b?f\d+,.*\bmutable\b", compiled.asm["ttgir"])
     return Usage(
         threads=32 * compiled.metadata.num_warps,
@@ -234,8 +234,8 @@ def usage_of_binary(binary: Binary) -> Usage:
 
 
 def _instructions(cubin: bytes) -> int:
-    """Instructions of the one kernel in a binary, 16 bytes each, by the size of its section: disassembling takes longer
-    than compiling."""
+    """Count the instructions of the one kernel in a binary, 16 bytes each, by the size of its section: disassembling
+    takes longer than compiling."""
     (headers,) = struct.unpack_from("<Q", cubin, 40)
     size, number = struct.unpack_from("<HH", cubin, 58)
     sections = [struct.unpack_from("<IIQQQQ", cubin, headers + size * i) for i in range(number)]
@@ -243,14 +243,14 @@ def _instructions(cubin: bytes) -> int:
 
 
 def _found(known: Mapping[str, tuple[str, str]], text: str, in_code: bool) -> dict[str, int]:
-    """How often each of these instructions that is there occurs in machine code, or in PTX."""
+    """Count the occurrences of these instructions in machine code, or in PTX; missing ones are left out."""
     counts = {name: len(re.findall(patterns[in_code], text, re.MULTILINE)) for name, patterns in known.items()}
     return {name: number for name, number in counts.items() if number}
 
 
 @cache
 def _registers(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of stack and local memory, of a thread of the one kernel in a binary."""
+    """Return registers, and bytes of stack and local memory, of a thread of the one kernel in a binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -259,12 +259,12 @@ def _registers(cubin: bytes) -> tuple[int, int]:
 
 
 def _resource_usage(text: str) -> list[tuple[str, ...]]:
-    """(name, registers, stack, shared, local) of each kernel."""
+    """Return (name, registers, stack, shared, local) of each kernel."""
     return re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
 
 
 def cuobjdump(*arguments: str | Path) -> str:
-    """The output of a tool that comes with Triton."""
+    """Return the output of a tool that comes with Triton."""
     # It calls nvdisasm by name.
     environment = os.environ | {"PATH": f"{_TOOLS}:{os.environ['PATH']}"}
     command = [_TOOLS / "cuobjdump", *arguments]
@@ -275,7 +275,7 @@ def cuobjdump(*arguments: str | Path) -> str:
 
 
 class Target:
-    """Stands in for Triton's GPU driver: names the architecture to compile for."""
+    """Replaces Triton's GPU driver and names the architecture to compile for."""
 
     def __init__(self, arch: int) -> None:
         self._arch = arch
@@ -284,7 +284,7 @@ class Target:
         return GPUTarget("cuda", self._arch, 32)
 
     def get_current_device(self) -> int:
-        return self._arch  # Triton keeps what it compiled per device
+        return self._arch  # Triton caches compiled kernels per device
 
     def get_current_stream(self, device: object = None) -> int:
         return 0
@@ -324,7 +324,7 @@ def binaries(arch: int, dtype: torch.dtype, sizes: Sizes, tile: str | None = Non
                     found.append(Binary(name, mode_name(call.mode), options, compiled))
                 launches.clear()
     finally:
-        triton.runtime.driver.set_active(None)  # finds the real driver when next it is asked for
+        triton.runtime.driver.set_active(None)  # finds the real driver at the next use
     return found
 
 
@@ -336,13 +336,12 @@ class Row:
     """A kernel in one configuration, compiled for one architecture.
 
     Attributes:
-        kernel: such as "window_forward"; of a CUDA kernel its name in the source.
+        kernel: such as "window_forward"; for a CUDA kernel, its name in the source.
         language: "Triton" or "CUDA".
-        dtype: of its operands; "" of a kernel that has one type for all.
-        tile: sides of the tile, warps and stages; of a CUDA kernel its template's number K.
-        chosen: why this tile: "default", the GPU that it was tuned for, or "" where there is no choice.
-        tokens, widths, modes: samples' tokens and channels, and what the launcher is asked for; of all that give what
-            ``usage`` says.
+        dtype: of its operands; "" for a kernel with one type for all.
+        tile: sides of the tile, warps and stages; for a CUDA kernel, its template's number K.
+        chosen: the origin of the tile: "default", the GPU that it was tuned for, or "" if there is no choice.
+        tokens, widths, modes: the samples' tokens and channels, and the launcher's modes, that share this ``usage``.
     """
 
     arch: int
@@ -358,7 +357,7 @@ class Row:
 
     @property
     def complaints(self) -> list[str]:
-        """What the kernel was not meant to be."""
+        """The faults of the kernel, as sentences."""
         usage, where = self.usage, f"{self.title} on sm_{self.arch}"
         said = []
         if usage.spilled:
@@ -367,12 +366,12 @@ class Row:
             said.append(f"{where} does not fit a multiprocessor")
         if self.kernel == "gram_tiled" and "cp.async" not in usage.copies:
             said.append(f"{where} does not copy asynchronously")
-        # Where there is no copy engine, tensor descriptors become what their alignment is not known of.
+        # Without a copy engine, tensor descriptors become loads of unknown alignment.
         if self.language == "Triton" and self.arch >= 90 and usage.narrow > _MOST_NARROW:
             said.append(f"{where} loads or stores {usage.narrow} times single elements of 16 bits")
         if self.kernel not in GEMMS:
             return said
-        # Warpgroup instructions take 64 rows; samples of fewer tokens use the older ones.
+        # Warpgroup instructions take 64 rows; samples of fewer tokens use the older instructions.
         instruction = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}[self.arch if self.tile["m"] >= 64 else 80]
         if self.dtype == "tf32" and not usage.matrix:
             said.append(f"{where} has no matrix instructions")
@@ -384,7 +383,7 @@ class Row:
 
     @property
     def title(self) -> str:
-        """One line that tells it from the others of its architecture."""
+        """A line that distinguishes the row from the others of its architecture."""
         tile = " ".join(f"{name} {value}" for name, value in self.tile.items())
         sizes = f"{_listed(self.tokens)} tokens, {_listed(self.widths)} channels" if self.widths else ""
         modes = " or ".join(f"({mode})" for mode in self.modes if mode)
@@ -393,19 +392,19 @@ class Row:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, and its occupancy."""
+        """Return all fields, and the occupancy."""
         occupied = self.usage.occupancy(self.arch)
         return asdict(self) | {"occupancy": occupied._asdict() | {"share": occupied.share}}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Row:
-        """The inverse of ``as_json``."""
+        """Read the result of ``as_json``."""
         known = {name: value for name, value in stored.items() if name in cls.__dataclass_fields__}
         return cls(**known | {"usage": Usage(**stored["usage"])})
 
 
 def rows_of_launchers(arch: int, dtype: torch.dtype, sizes: Sizes, tuned: Tuned | None = None) -> list[Row]:
-    """The Triton kernels that the launchers run on arguments of these sizes: with default tiles, or a tuned one's."""
+    """Return rows of the Triton kernels that the launchers run at these sizes, with default tiles or a tuned one."""
     with nullcontext() if tuned is None else forced(tuned.op, tuned.tile):
         compiled = binaries(arch, dtype, sizes, tuned.op if tuned else None)
     rows = []
@@ -418,7 +417,7 @@ def rows_of_launchers(arch: int, dtype: torch.dtype, sizes: Sizes, tuned: Tuned 
         }
         tile |= {name: options[f"num_{name}"] for name in ("warps", "stages") if f"num_{name}" in options}
         if tuned and tile != tuned.tile._asdict():
-            continue  # another kernel, which runs beside the tuned one
+            continue  # another kernel, which runs along with the tuned one
         rows.append(
             Row(
                 arch,
@@ -437,8 +436,8 @@ def rows_of_launchers(arch: int, dtype: torch.dtype, sizes: Sizes, tuned: Tuned 
 
 
 def rows_of_tuned(entry: Tuned) -> list[Row]:
-    """The kernels of a tuned configuration."""
-    # The sums over tokens are of a gradient with the channels of q, k and v.
+    """Return the rows of the kernels of a tuned configuration."""
+    # The sums over tokens read a gradient with the channels of q, k and v.
     channels = entry.channels // 3 if entry.op == "token_sums" else entry.channels
     # Rows of a closed form are samples.
     sizes = Sizes(entry.rows if entry.op == "closed_form" else 8, entry.rows, channels)
@@ -450,7 +449,7 @@ _CUDA_DTYPES = {"": "", "f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16
 
 
 def rows_of_extension(path: Path, arch: int) -> list[Row]:
-    """The CUDA kernels of an object file or library."""
+    """Return the rows of the CUDA kernels in an object file or library."""
     rows = []
     for mangled, function in functions(path, arch).items():
         match = _CUDA_NAME.match(mangled)
@@ -463,8 +462,8 @@ def rows_of_extension(path: Path, arch: int) -> list[Row]:
 
 
 def jobs_for(architectures: Sequence[int]) -> list[Callable[[], list[Row]]]:
-    """Functions that together give the rows of every Triton kernel, with default and with packaged tiles."""
-    # Every width on its own, with 8 samples: tokens of all samples are the rows of a GEMM without windows.
+    """Return functions that together return the rows of every Triton kernel, with default and with packaged tiles."""
+    # Each width separately, with 8 samples: the tokens of all samples are the rows of a GEMM without windows.
     problems = itertools.product(architectures, DTYPES.values(), TOKENS, WIDTHS)
     jobs: list[Callable[[], list[Row]]] = [
         partial(rows_of_launchers, arch, dtype, Sizes(8, tokens, width)) for arch, dtype, tokens, width in problems
@@ -478,7 +477,7 @@ def jobs_for(architectures: Sequence[int]) -> list[Callable[[], list[Row]]]:
 
 
 def joined(rows: Iterable[Row]) -> list[Row]:
-    """Rows that differ in widths alone become one; then those that differ in tokens alone, then in modes."""
+    """Join rows that differ only in widths, then those that differ only in tokens, then in modes."""
     merged = list(rows)
     for name in ("widths", "tokens", "modes"):
         groups = grouped(merged, partial(_all_but, name))
@@ -498,7 +497,7 @@ def _all_but(name: str, row: Row) -> str:
 class Report:
     """All rows, with the versions of the compilers and the fingerprint of the source.
 
-    ``no_cuda`` says why there are no CUDA kernels among them; None where there are.
+    ``no_cuda`` says why there are no CUDA kernels among them; None if there are.
     """
 
     triton: str
@@ -509,7 +508,7 @@ class Report:
 
     @classmethod
     def collect(cls, architectures: Sequence[int]) -> Report:
-        """Compiles and reads everything, on all cores and with a progress bar."""
+        """Compile and read everything, on all cores and with a progress bar."""
         no_cuda, nvcc = extension.unavailable, None
         if no_cuda is None:
             config = extension.kernels.build_config()
@@ -530,18 +529,18 @@ class Report:
 
     @property
     def complaints(self) -> list[str]:
-        """Of all rows."""
+        """The complaints of all rows."""
         return [complaint for row in self.rows for complaint in row.complaints]
 
     def as_json(self) -> str:
-        """Everything, a line for each row."""
+        """Return everything as JSON, one line for each row."""
         facts = {key: value for key, value in vars(self).items() if key != "rows"}
         rows = ",\n  ".join(json.dumps(row.as_json(), separators=(",", ":")) for row in self.rows)
         return json.dumps(facts)[:-1] + f', "rows": [\n  {rows}\n]}}\n'
 
     @classmethod
     def load(cls, path: Path) -> Report:
-        """Read what ``as_json`` gave.
+        """Read a file that holds the result of ``as_json``.
 
         Raises:
             OSError: if the file cannot be read.
@@ -556,7 +555,7 @@ class Report:
             return report
 
     def markdown(self) -> str:
-        """The tables."""
+        """Write the report's tables."""
         said = [f"- **{complaint}**" for complaint in self.complaints]
         parts = [
             "# What compilers say of every kernel",
@@ -662,7 +661,7 @@ def _listed(numbers: Iterable[int]) -> str:
 
 
 def _with_dtypes_joined(lines: Iterable[list[str]]) -> list[list[str]]:
-    """Lines that differ in the dtype alone become one."""
+    """Join lines that differ only in the dtype."""
     groups = grouped(lines, lambda line: (line[0], *line[2:]))
     return [[one[0], ", ".join(line[1] for line in (one, *others)), *one[2:]] for one, *others in groups]
 
@@ -671,7 +670,7 @@ def _with_dtypes_joined(lines: Iterable[list[str]]) -> list[list[str]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command line of ``static`` takes."""
+    """Add the arguments of ``static``."""
     parser.add_argument(
         "--arch", nargs="+", type=int, choices=PROCESSORS, default=(), help="default: all; a part is only printed"
     )
@@ -679,7 +678,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Prints and stores the report; returns 1 if a kernel spills or lacks instructions."""
+    """Print and store the report; return 1 if a kernel spills or lacks instructions."""
     report = Report.collect(arguments.arch or tuple(PROCESSORS))
     print(report.markdown())
     if folder := arguments.out or (None if arguments.arch else REPORT):

@@ -1,4 +1,4 @@
-"""Results in files: whether they hold what the fields that they are read into can take."""
+"""Check that stored results fit the types of the fields that they are read into."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _hints = cache(get_type_hints)
 
 
 def misfit(value: object, kind: Any, name: str) -> str | None:
-    """Return the name of the first value that is not of its type; None if there is none.
+    """Return the name of the first value of another type than declared; None if all fit.
 
     Args:
         value: of a dataclass, a container or a plain type.
-        kind: its type, as in an annotation. Integers are floats, too.
+        kind: its type, as in an annotation. Integers count as floats, too.
         name: of the value.
     """
     origin, inner = get_origin(kind), get_args(kind)

@@ -1,4 +1,4 @@
-"""Results as Markdown tables whose columns line up as plain text too."""
+"""Results as Markdown tables whose columns also line up as plain text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERDICTS = (MET, WITHIN, NOT_MET, NOT_COMPARABLE, NOT_MEASURED)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of rows of equal length, of which the first is the head."""
+    """Write a Markdown table of rows of equal length; the first row is the head."""
     rows = [[text.replace("|", "\\|") for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)) + " |" for row in rows]
@@ -27,7 +27,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> list[list[Item]]:
-    """The items with equal keys together, in the order of the first of each."""
+    """Group items with equal keys, in the order of the first of each."""
     groups: dict[Any, list[Item]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -35,7 +35,7 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> list[list[Item
 
 
 def run_markdown(run: Run) -> str:
-    """All cases' tables, and below them where they were measured."""
+    """Write all cases' tables, followed by the environment in which they were measured."""
     facts = [f"- {name}: {_plainly(value)}" for name, value in run.environment.items() if value is not None]
     head = [f"## {run.benchmark}", run.summary, *(f"**{caveat}**" for caveat in caveats(run))]
     cases = [case_table(case).rstrip() for case in run.cases]
@@ -43,7 +43,7 @@ def run_markdown(run: Run) -> str:
 
 
 def caveats(run: Run) -> list[str]:
-    """What a reader of any figure of a run must be told, as sentences."""
+    """Return the sentences that a reader of any figure of this run must see."""
     commit, unbuilt = commit_of(run), sum(case.problem is not None for case in run.cases)
     told = {
         f"STALE: measured on commit {commit}; the source that the figures depend on has changed since.": run.stale,
@@ -55,12 +55,12 @@ def caveats(run: Run) -> list[str]:
 
 
 def commit_of(run: Run) -> str:
-    """The first digits of the commit that was measured."""
+    """Return the first digits of the measured commit."""
     return (run.environment.get("commit") or "unknown")[:10]
 
 
 def case_table(case: CaseResult) -> str:
-    """The sides, the goals, the ceilings that were measured in the same rounds, and the notes."""
+    """Write the sides, the goals, the ceilings measured in the same rounds, and the notes."""
     lines = [f"- {case.problem}"] if case.problem else []
     lines += [_goal_line(case, goal) for goal in case.goals]
     if rounds := len(case.copy.seconds):
@@ -73,7 +73,7 @@ def case_table(case: CaseResult) -> str:
 
 
 def _sides_table(case: CaseResult) -> str:
-    """One row for each side; empty where there is none."""
+    """Write one row for each side; empty if there is none."""
     if not case.sides:
         return ""
     columns = _columns(case)
@@ -87,7 +87,7 @@ def _sides_table(case: CaseResult) -> str:
 
 
 def _columns(case: CaseResult) -> dict[str, Callable[[str], str]]:
-    """For each column's title a function from the name of a side with figures to its cell."""
+    """Return, for each column's title, a function from the name of a side with figures to its cell."""
     sides, matrix = case.sides, case.matrix
     columns: dict[str, Callable[[str], str]] = {"ms (p20 to p80)": lambda side: milliseconds(sides[side].spread)}
     if speedup_over := case.speedup_over:
@@ -98,7 +98,7 @@ def _columns(case: CaseResult) -> dict[str, Callable[[str], str]]:
         "GB/s": lambda side: _number(case.bandwidth(side), 1e-9),
         "of bandwidth": lambda side: percent(case.share_of_copy(side)),
     }
-    if matrix:  # without FLOPs the floor is the bandwidth's
+    if matrix:  # without FLOPs the floor is the bandwidth alone
         columns |= {
             "TFLOP/s": lambda side: _number(case.flop_rate(side), 1e-12),
             "of matrix rate": lambda side: percent(quotient(case.flop_rate(side), matrix.rate)),
@@ -115,13 +115,13 @@ def _columns(case: CaseResult) -> dict[str, Callable[[str], str]]:
 
 
 def _without_empty_columns(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Without columns that say nothing below their head, but for the first two."""
+    """Drop columns that are empty below their head, except the first two."""
     shown = [i for i, column in enumerate(zip(*rows, strict=True)) if i < 2 or any(column[1:])]
     return [[row[i] for i in shown] for row in rows]
 
 
 def verdict(case: CaseResult, goal: Goal) -> str:
-    """Whether a goal was reached. A limit inside p20 to p80 of the ratio by round decides nothing."""
+    """Say whether a goal was reached. A limit inside p20 to p80 of the ratio by round decides nothing."""
     met = goal.met(case.value(goal))
     if met is None:
         return NOT_MEASURED
@@ -133,12 +133,12 @@ def verdict(case: CaseResult, goal: Goal) -> str:
     return MET if met else NOT_MET
 
 
-# Quantities that depend on how long a side takes.
+# Quantities that depend on the time of a side.
 _OF_TIMES = ("speed-up", "time", "FLOP rate", "share of copy", "share of floor")
 
 
 def comparable(case: CaseResult, side: str, over: str) -> bool:
-    """Whether two sides were called alike: replaying a graph leaves out the time that the host takes to launch."""
+    """Return whether both or neither of two sides replay a graph, which leaves out the host's time to launch."""
     return case.sides[side].graph == case.sides[over].graph
 
 
@@ -150,7 +150,7 @@ def _goal_line(case: CaseResult, goal: Goal) -> str:
 
 
 def goal_figure(case: CaseResult, goal: Goal) -> str:
-    """What was measured for a goal, in the unit of its limits; empty where nothing was."""
+    """Format the figure that a goal limits, in the unit of its limits; empty if nothing was measured."""
     value, spread = case.value(goal), case.spread(goal)
     if value is None:
         return ""
@@ -158,7 +158,7 @@ def goal_figure(case: CaseResult, goal: Goal) -> str:
 
 
 def goals_table(runs: Iterable[Run]) -> str:
-    """One row for each goal of a benchmark, over all of its cases, with the worst of them."""
+    """Write one row for each goal of a benchmark, over all of its cases, with the worst of them."""
     rows = [["benchmark", "goal", "cases", *VERDICTS, "worst"]]
     for run in runs:
         of_run = [(case, goal) for case in run.cases for goal in case.goals]
@@ -170,7 +170,7 @@ def goals_table(runs: Iterable[Run]) -> str:
 
 
 def marked(run: Run) -> str:
-    """The benchmark's name, with a mark where a caveat holds."""
+    """Return the benchmark's name, with a mark if a caveat holds."""
     marks = [f"STALE, commit {commit_of(run)}"] if run.stale else []
     marks += ["uncommitted changes"] if run.environment.get("uncommitted changes") else []
     marks += ["interrupted"] if run.interrupted else []
@@ -178,7 +178,7 @@ def marked(run: Run) -> str:
 
 
 def _worst(pairs: Sequence[tuple[CaseResult, Goal]]) -> str:
-    """The figure that is farthest on the wrong side of a goal, and its case."""
+    """Return the figure farthest on the wrong side of a goal, and its case."""
 
     def distance(pair: tuple[CaseResult, Goal]) -> float:
         case, goal = pair
@@ -194,7 +194,7 @@ def _worst(pairs: Sequence[tuple[CaseResult, Goal]]) -> str:
 
 
 def summary_table(runs: Iterable[Run]) -> str:
-    """One row for each benchmark: how ours compares with the baseline over all cases, and how many goals are met."""
+    """Write one row for each benchmark: our sides against the baseline over all cases, and how many goals are met."""
     rows = [["benchmark", "ours", "cases", "median", "least to most", *(f"goals {v}" for v in VERDICTS), "measured"]]
     for run in runs:
         for cases in grouped((case for case in run.cases if comparison(case)[1]), comparison):
@@ -211,10 +211,10 @@ def summary_table(runs: Iterable[Run]) -> str:
 
 
 def overview(run: Run) -> str:
-    """One row for each case: how the sides compare with the baseline, and whether the goals are met.
+    """Write one row for each case: the sides against the baseline, and whether the goals are met.
 
-    Sides that goals are about, or else ours, stand with their spread. Cases of another baseline have a table of their
-    own; one alone has a row for each side. Cases that could not be built are listed with the reason.
+    Sides with goals, or else our sides, are shown with their spread. Cases with another baseline have their own table;
+    a single case has a row for each side. Cases that could not be built are listed with the reason.
     """
     built = [case for case in run.cases if case.problem is None]
     groups = grouped(built, lambda case: (case.speedup_over, case.time_over))
@@ -255,30 +255,30 @@ def _overview_of(cases: Sequence[CaseResult]) -> str:
 
 
 def ours_in(cases: Sequence[CaseResult]) -> list[str]:
-    """The sides that goals are about, or else those of this library; never the baseline."""
+    """Return the sides with goals, or else those of this library; never the baseline."""
     sides = list(dict.fromkeys(side for case in cases for side in case.sides if side != comparison(case)[1]))
     with_goals = [side for side in sides if any(goal.side == side for case in cases for goal in case.goals)]
     return with_goals or [side for side in sides if is_ours(side)]
 
 
 def is_ours(side: str) -> bool:
-    """Whether a side is of this library, and nothing that it is compared with."""
+    """Return whether a side is this library's, not one that it is compared with."""
     return re.search(r"reference|eager|loop|unrouted|TorchJD|torch\.|\bF\.|matmul|plain|dense", side) is None
 
 
 def comparison(case: CaseResult) -> tuple[str, str | None]:
-    """What the sides of a case are compared by, and with which of them."""
+    """Return the quantity by which the sides of a case are compared, and the side that is the baseline."""
     return ("speed-up", case.speedup_over) if case.speedup_over or not case.time_over else ("time", case.time_over)
 
 
 def compared(case: CaseResult, side: str) -> Spread | None:
-    """The speed-up, or the time where that is what the case asks for, of a side over the baseline."""
+    """Return the speed-up of a side over the baseline, or its time if the case asks for that."""
     kind, baseline = comparison(case)
     return case.compared(kind, side, baseline)
 
 
 def coordinates(cases: Sequence[CaseResult]) -> tuple[dict[str, str], list[str]]:
-    """The coordinates that all cases share, with their values, and the names of those that vary."""
+    """Return the coordinates that all cases share, with their values, and the names of those that vary."""
     names = list(dict.fromkeys(name for case in cases for name in case.cell))
     values = {name: list(dict.fromkeys(label(case, name) for case in cases)) for name in names}
     fixed = {name: found[0] for name, found in values.items() if len(found) == 1}
@@ -286,7 +286,7 @@ def coordinates(cases: Sequence[CaseResult]) -> tuple[dict[str, str], list[str]]
 
 
 def label(case: CaseResult, coordinate: str) -> str:
-    """A coordinate of a case in words; empty where the case has none of that name."""
+    """Return a coordinate of a case in words; empty if the case does not have it."""
     value = case.cell.get(coordinate, "")
     if isinstance(value, str):
         return value
@@ -311,14 +311,14 @@ def _saved(case: CaseResult, side: str, baseline: str | None) -> str:
 
 
 def _launched(case: CaseResult) -> str:
-    """The sides whose time contains launches, where that of others does not."""
+    """Name the sides whose time contains launches, if that of others does not."""
     timed = {name: side for name, side in case.sides.items() if side.seconds}
     launched = [name for name, side in timed.items() if not side.graph]
     return ", ".join(launched) if len(launched) < len(timed) else ""
 
 
 def _goals_in_short(case: CaseResult) -> str:
-    """ "met", or those that are not with their figures."""
+    """Return "met", or the goals that are not met with their figures."""
     short = []
     for goal in case.goals:
         if (found := verdict(case, goal)) != MET:
@@ -332,20 +332,20 @@ def _median_ms(case: CaseResult, side: str) -> str:
 
 
 def milliseconds(spread: Spread) -> str:
-    """Seconds as milliseconds, from p20 to p80."""
+    """Format seconds as milliseconds, from p20 to p80."""
     median, p20, p80 = (_number(value, 1e3) for value in (spread.median, spread.p20, spread.p80))
     return f"{median} ({p20} to {p80})"
 
 
 def times(spread: Spread | None, with_spread: bool = True) -> str:
-    """A ratio; empty where there is none."""
+    """Format a ratio; empty for None."""
     if spread is None:
         return ""
     return f"{spread.median:.2f}x" + (f" ({spread.p20:.2f} to {spread.p80:.2f})" if with_spread else "")
 
 
 def percent(value: float | None) -> str:
-    """A share; empty where there is none."""
+    """Format a share; empty for None."""
     return "" if value is None else f"{value:.0%}"
 
 
@@ -356,7 +356,7 @@ def _number(value: float | None, scale: float) -> str:
 
 
 def _plainly(value: Any) -> str:
-    """A fact of the environment without Python's punctuation."""
+    """Format a fact of the environment without Python's punctuation."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):

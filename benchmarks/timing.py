@@ -1,4 +1,4 @@
-"""Clocks, the ceilings that results are held against, and what is reported of repeated measurements."""
+"""Clocks, the ceilings for results, and the statistics of repeated measurements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Calls of buffers of their own that one graph holds at most: enough for times of a few microseconds.
+# The most calls on separate buffers in one graph: enough for times of a few microseconds.
 _MOST_COPIES = 64
 
 
@@ -21,7 +21,7 @@ class Timer:
     """The seconds of one call: a function without arguments.
 
     Attributes:
-        graph: whether a CUDA graph is replayed, without the time that the host takes to launch kernels.
+        graph: a CUDA graph is replayed, without the time that the host takes to launch kernels.
     """
 
     seconds: Callable[[], float]
@@ -32,10 +32,10 @@ class Timer:
 
 
 class Stopwatch:
-    """Measures calls on a device, for one case: what it has recorded lives and ends together.
+    """Measures calls on a device, for one case; its recordings live as long as the stopwatch.
 
-    On a GPU between two device events, with nothing of the call's inputs left in the L2 cache. On a CPU by the wall
-    clock; there inputs that fit into a cache may be found in it.
+    On a GPU the time is between two device events, with none of the call's inputs left in the L2 cache. On a CPU it is
+    wall clock time, and inputs that fit into a cache may be found there.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -43,18 +43,18 @@ class Stopwatch:
         if device.type == "cuda":
             cache = torch.cuda.get_device_properties(device).L2_cache_size
             self._in_the_way = torch.zeros(2 * cache // 8, dtype=torch.int64, device=device)
-            # One pool for all graphs: they are replayed one after the other and nobody reads what they leave. And one
-            # stream for warm-up and recording, so that libraries set up what they keep for it outside of the pool.
+            # One pool for all graphs: they are replayed one by one and nobody reads their results. One stream for
+            # warm-up and recording, so that the libraries' workspaces for it are allocated outside of the pool.
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(device)
 
     def timer(self, calls: Sequence[Callable[[], Any]], graph: bool = True) -> Timer:
-        """A timer of ``calls``, which do the same work on buffers of their own.
+        """Return a timer of ``calls``, which do the same work on separate buffers.
 
         Args:
             calls: at least one. On a GPU all of them are recorded into one graph and the time is divided by their
-                number; on a CPU, or where they cannot be recorded, the next one is called each time.
-            graph: whether to try to record them.
+                number; on a CPU, or if they cannot be recorded, each time the next one is called.
+            graph: try to record them.
         """
         if graph and self._device.type == "cuda" and (recorded := self._record(calls)):
             return Timer(lambda: self._between_events(recorded.replay) / len(calls), graph=True)
@@ -64,7 +64,7 @@ class Stopwatch:
 
     def _by_wall_clock(self, call: Callable[[], Any]) -> float:
         start = time.perf_counter()
-        _result = call()  # freed when this function returns, after the clock is read
+        _result = call()  # freed on return, after the clock is read
         return time.perf_counter() - start
 
     def _between_events(self, call: Callable[[], Any]) -> float:
@@ -78,12 +78,12 @@ class Stopwatch:
         return begin.elapsed_time(end) / 1e3
 
     def _record(self, calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph | None:
-        """The calls as a graph; None where one of them waits for the device or cannot be recorded otherwise."""
+        """Record the calls as a graph; None if one of them waits for the device or cannot be recorded otherwise."""
         recorded = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
             with torch.cuda.stream(self._stream):
-                for call in calls:  # lazy initialisation is no part of a graph
+                for call in calls:  # lazy initialisation must precede the graph
                     call()
                 torch.cuda.synchronize(self._device)
                 with _no_waiting():
@@ -91,7 +91,7 @@ class Stopwatch:
                         call()
                 torch.cuda.synchronize(self._device)
                 with torch.cuda.graph(recorded, pool=self._pool, stream=self._stream):
-                    # Kept until the end: one result written over the other would stay in the cache.
+                    # Kept until the end: one result overwriting the other would stay in the cache.
                     _results = [call() for call in calls]
         except torch.OutOfMemoryError:
             raise
@@ -102,7 +102,7 @@ class Stopwatch:
         return recorded
 
     def _start_again(self) -> None:
-        """After a recording that failed: its pool is not used again, and an empty recording ends what it left open."""
+        """Recover from a failed recording: drop its pool, and record an empty graph to end the open capture."""
         self._pool = torch.cuda.graph_pool_handle()
         with suppress(RuntimeError), torch.cuda.stream(self._stream):
             torch.cuda.synchronize(self._device)
@@ -112,8 +112,7 @@ class Stopwatch:
 
 @contextmanager
 def _no_waiting() -> Iterator[None]:
-    """Inside, what waits for the device is an error: recording it would be one too, which PyTorch recovers from
-    badly."""
+    """Make waiting for the device an error while the context is open: PyTorch recovers badly from it in a recording."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -123,7 +122,7 @@ def _no_waiting() -> Iterator[None]:
 
 
 def copies(device: torch.device, bytes_per_call: int) -> int:
-    """How many sets of buffers a rotation needs so that no call finds its own in the L2 cache; 1 on a CPU."""
+    """Return the number of buffer sets for a rotation in which no call finds its own in the L2 cache; 1 on a CPU."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -133,8 +132,8 @@ def copies(device: torch.device, bytes_per_call: int) -> int:
 class Copy:
     """A copy of a tensor far larger than any cache: the machine's bandwidth, counting bytes read and bytes written.
 
-    A CPU also reads what it is about to overwrite, which is not counted: kernels that only read, or that write where
-    they have read, can be faster there than a copy.
+    A CPU also reads the memory that it overwrites, which is not counted: kernels that only read, or overwrite their
+    input, can be faster there than a copy.
     """
 
     def __init__(self, device: torch.device, bytes_moved: int) -> None:
@@ -147,10 +146,10 @@ class Copy:
 
 
 class MatrixProduct:
-    """A large product of random square matrices by the library that PyTorch calls: the machine's matrix rate."""
+    """A large product of random square matrices by PyTorch's library: the machine's matrix rate."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, size: int) -> None:
-        # Of random numbers: products of zeros take less power, so GPUs run them at higher clocks.
+        # Random numbers, since products of zeros take less power, so GPUs run them at higher clocks.
         self._a, self._b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         self.amount = 2 * size**3
 
@@ -160,7 +159,7 @@ class MatrixProduct:
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and the 20th and 80th percentiles."""
+    """The median, and the 20th and 80th percentiles."""
 
     median: float
     p20: float
@@ -168,12 +167,12 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """The spread of at least one value."""
+        """Return the spread of at least one value."""
         at = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
         return cls(*torch.tensor(values, dtype=torch.float64).quantile(at).tolist())
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
-    """The ratio of the medians of two lists of the same rounds, and the percentiles of the ratios round by round."""
+    """Return the ratio of the medians of two lists of the same rounds, with percentiles of the ratios by round."""
     by_round = Spread.of([a / b for a, b in zip(over, under, strict=True)])
     return Spread(Spread.of(over).median / Spread.of(under).median, by_round.p20, by_round.p80)

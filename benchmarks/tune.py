@@ -1,12 +1,11 @@
-"""``python -m benchmarks tune``: finds the fastest tile of every Triton kernel on this machine's GPU, and from how many
-tokens on the GEMMs among them beat cuBLAS.
+"""``python -m benchmarks tune``: find the fastest tile of every Triton kernel on this machine's GPU, and the number of
+tokens from which on our GEMMs beat cuBLAS.
 
-A candidate must compile, spill no registers and compute what plain PyTorch computes in fp64. It replaces the default
-tile only if it is faster by more than the measurements scatter. Crossovers come after the tiles, and are timed with
-them.
+A candidate must compile, spill no registers and agree with plain PyTorch in fp64. It replaces the default tile only if
+it is faster by more than the scatter of the measurements. Crossovers are timed after the tiles, with the tuned tiles.
 
-Times are of CUDA graphs wherever a call can be recorded, without what the host takes to launch kernels. A small batch
-that is run without graphs may wait for the host longer than the kernels take; crossovers do not take that into account.
+Times are of CUDA graphs whenever a call can be recorded, without the host's time to launch kernels. A small batch that
+runs without graphs may wait for the host longer than its kernels take; crossovers do not take that into account.
 """
 
 from __future__ import annotations
@@ -46,27 +45,27 @@ from dtr_kernels.ops.tuned_tiles import NEVER, Crossover, GemmTile, Measurement,
 from dtr_kernels.ops.window_linear import WindowsOp
 
 MODELS = ("DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2")
-# Shares of active channels that crossovers of windows are found for; everything else is tuned with 0.8.
+# Shares of active channels for which the crossovers of windows are found; all else is tuned at 0.8.
 BETAS = (0.2, 0.5, 0.8)
-# A tile must be faster than the default by this share, and our GEMM than cuBLAS, in four of five rounds.
+# In four of five rounds a tile must be faster than the default by this share, and our GEMM than cuBLAS.
 MARGIN = 0.02
-# Rounds that choose the finalists among the candidates, and those that compare the finalists with the default.
+# Rounds that select the finalists among the candidates, and rounds that compare the finalists with the default.
 ROUNDS, FINAL_ROUNDS, FINALISTS = 7, 40, 4
-# What an element may be off, relative to its size and that of the others: several roundings. In fp32 they are those of
-# tf32, where that is allowed. Of what a wrong tile computes, elements are off by about one.
+# The largest error of an element, relative to its size and that of the others: several roundings, in fp32 those of
+# tf32, where that is allowed. Elements that a wrong tile computes are off by about one.
 BOUNDS = {torch.float32: 0.005, torch.bfloat16: 0.03, torch.float16: 0.005}
 # The two ways of an op with a crossover.
 OURS, CUBLAS = Crossover(1), Crossover(NEVER)
 
 
 class NotTuned(Exception):
-    """Why there is no result for a problem."""
+    """Raised with the reason why a problem has no result."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A tile is chosen for it: one op on a batch of ``batch`` samples with ``tokens`` tokens of ``channels``, a share
-    ``beta`` of them active; and a crossover, up to that batch."""
+    """A search for the best tile of one op, on a batch of ``batch`` samples with ``tokens`` tokens of ``channels``, a
+    share ``beta`` of them active; or for its crossover, up to that batch."""
 
     op: str
     dtype: torch.dtype
@@ -82,8 +81,8 @@ class Problem:
 
     @property
     def key(self) -> tuple[str, str, int, int, int]:
-        """Of the entry that holds the result."""
-        # fc2's input gradient has no window: its rows are the tokens of all samples. Those of closed forms are samples.
+        """The key of the entry that holds the result."""
+        # fc2's input gradient has no window: its rows are the tokens of all samples. Rows of closed forms are samples.
         own_rows = {"gelu_input_gradient": self.tokens * self.batch, "closed_form": self.batch}
         rows = own_rows.get(self.op, self.tokens)
         channels = self.channels * (3 if self.op == "token_sums" else 1)
@@ -91,7 +90,7 @@ class Problem:
         return self.op, str(self.dtype).removeprefix("torch."), channels, tuned_tiles.rows_class(rows), active
 
     def default(self, arch: int) -> Tile:
-        """The tile that runs without tuning."""
+        """Return the default tile."""
         op, _, channels, rows, active = self.key
         return KINDS[op].default(self.dtype, rows, channels, arch, active)
 
@@ -101,7 +100,7 @@ class Problem:
 
 
 class Choice(NamedTuple):
-    """The tile or crossover that was chosen, and seconds of a call with it and with the default."""
+    """The chosen tile or crossover, and seconds of a call with it and with the default."""
 
     tile: Tile
     seconds: float
@@ -112,7 +111,7 @@ class Choice(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what ``main`` reads."""
+    """Add the arguments of ``tune``."""
     parser.add_argument("--model", nargs="+", default=MODELS, metavar="NAME", help=f"default: {' '.join(MODELS)}")
     parser.add_argument("--dtype", nargs="+", default=("bf16", "fp32"), choices=DTYPES, help="default: bf16 fp32")
     parser.add_argument(
@@ -136,10 +135,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Tunes and returns the exit status: 0; 1 if there was something that could not be tuned; 130 after Ctrl-C.
+    """Tune, and return the exit status: 0; 1 if something could not be tuned; 130 after Ctrl-C.
 
     Raises:
-        ValueError: if there is no GPU, no model of a name, or nothing can be added to the file.
+        ValueError: if there is no GPU, no model of a given name, or nothing can be added to the file.
     """
     problems = problems_of(arguments.model, arguments.dtype, arguments.ops, arguments.batch, arguments.beta)
     if not torch.cuda.is_available():
@@ -160,10 +159,10 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def cached_file(gpu: str) -> Path:
-    """The user's file of a GPU.
+    """Return the user's file for a GPU.
 
     Raises:
-        ValueError: if nobody knows where that is.
+        ValueError: if the user's home, and so the file's place, is unknown.
     """
     path = tuned_tiles.user_file(gpu)
     if path.parts[0] == "~":
@@ -177,11 +176,11 @@ def cached_file(gpu: str) -> Path:
 def problems_of(
     models: Sequence[str], precisions: Sequence[str], names: Sequence[str], batch: int, betas: Sequence[float]
 ) -> list[Problem]:
-    """List what is to be tuned, none of it twice, the crossovers of a model in a dtype after its tiles, those of
-    windows for each beta.
+    """List the problems without duplicates; the crossovers of a model in a dtype follow its tiles, those of windows for
+    each beta.
 
     Raises:
-        ValueError: if there is no model of a name.
+        ValueError: if there is no model of a given name.
     """
     problems: dict[tuple[Any, ...], Problem] = {}
     names = sorted(names, key=lambda op: op in crossovers())
@@ -189,7 +188,7 @@ def problems_of(
         if model not in DiT_models:
             raise ValueError(f"argument --model: there is no {model}; there are {', '.join(DiT_models)}")
         size = DiT_models[model].keywords  # type: ignore[attr-defined]
-        # Of latents of 32 x 32, which images of 256 x 256 have.
+        # Tokens of 32 x 32 latents, which images of 256 x 256 have.
         problem = Problem(op, DTYPES[precision], size["hidden_size"], (32 // size["patch_size"]) ** 2, batch)
         for beta in betas if op in get_args(WindowsOp) else [problem.beta]:
             tuned = replace(problem, beta=beta)
@@ -198,7 +197,7 @@ def problems_of(
 
 
 def measurement_on(device: torch.device) -> Measurement:
-    """What a file says of everything that is measured now."""
+    """Describe a measurement on ``device`` now, as a file of tiles stores it."""
     facts = environment.describe(device)
     modules = sorted({kernel.inputs.__module__ for op in KINDS for kernel, _ in kernels_of(op)})
     return Measurement(
@@ -212,7 +211,7 @@ def measurement_on(device: torch.device) -> Measurement:
 
 @dataclass
 class Tuning:
-    """A file that tuned tiles are added to as they are found; entries of other problems stay.
+    """A file to which tuned tiles are added as they are found; entries of other problems stay.
 
     Raises:
         ValueError: if the file holds something else, or its folder cannot be written to.
@@ -245,7 +244,7 @@ class Tuning:
     def run(
         self, problems: Sequence[Problem], choose: Callable[[Problem], Choice], seconds: float | None = None
     ) -> None:
-        """Solves problems until Ctrl-C, or until ``seconds`` have passed when the next would begin."""
+        """Solve problems until Ctrl-C, or until ``seconds`` have passed before the next one."""
         start = time.perf_counter()
         progress = tqdm(problems, "tuning", **BAR)
         try:
@@ -256,12 +255,12 @@ class Tuning:
                 try:
                     with instead_of_users(self.path):
                         choice = choose(problem)
-                except (NotTuned, RuntimeError) as error:  # such as too little memory for the batch
+                except (NotTuned, RuntimeError) as error:  # such as too little memory
                     self.failures[problem] = str(error).strip().partition("\n")[0]
                 else:
                     op, dtype, channels, rows, active = problem.key
                     self.found.append(Tuned(op, dtype, channels, rows, active, *choice, self.measurement))
-                    # Read again, for another process may have added to it.
+                    # Read again, since another process may have added to it.
                     tuned_tiles.write(self.path, tuned_tiles.merged(self._stored(), self.found))
         except KeyboardInterrupt:
             self.interrupted = True
@@ -270,7 +269,7 @@ class Tuning:
 
 
 def table(found: Sequence[Tuned]) -> str:
-    """What was found, a line for each problem."""
+    """Format the results as a table, a line for each problem."""
     lines = [
         f"{'op':22} {'dtype':9} {'width':>5} {'rows':>4} {'active':>6} {'default':>10} {'best':>10} {'gain':>6}  tile"
     ]
@@ -289,7 +288,7 @@ def table(found: Sequence[Tuned]) -> str:
 
 
 def choose(default: Tile, tiles: Sequence[Tile], bound: float, trial: TrialOnGpu) -> Choice:
-    """The fastest of the usable and right tiles if it beats the default clearly, else the default.
+    """Return the fastest usable and correct tile if it clearly beats the default, else the default.
 
     Raises:
         NotTuned: if the default itself does not run, or is wrong.
@@ -312,11 +311,13 @@ def choose(default: Tile, tiles: Sequence[Tile], bound: float, trial: TrialOnGpu
 def choose_crossover(
     problem: Problem, default: Crossover, bound: float, trial_of: Callable[[Problem], TrialOnGpu]
 ) -> Choice:
-    """The fewest tokens from which on our GEMM is clearly faster, among those of the problem's batch, half of it, a
-    quarter, ... until it is not; never if it is not for the whole batch. Seconds are those of the whole batch.
+    """Return the fewest tokens from which on our GEMM is clearly faster; never, if it is not for the whole batch.
+
+    Tries the problem's batch, half of it, a quarter, ... until our GEMM is no longer faster. Seconds are those of the
+    whole batch.
 
     Raises:
-        NotTuned: if either of the two does not run, or is wrong.
+        NotTuned: if our GEMM or cuBLAS does not run, or is wrong.
     """
     found = CUBLAS
     medians: dict[Tile, float] = {}
@@ -330,16 +331,16 @@ def choose_crossover(
         medians = medians or {way: Spread.of(taken).median for way, taken in seconds.items()}
         if not _clearly_faster(seconds[OURS], seconds[CUBLAS]):
             break
-        # The power of two between these tokens and the half of them.
+        # The power of two between half of these tokens and all of them.
         found = Crossover(1 << ((smaller.tokens * smaller.batch).bit_length() - 1))
-        del trial  # its memory, before the next takes more
+        del trial  # free its memory before the next one
     largest = problem.tokens * problem.batch
     taken, by_default = (medians[OURS if way.tokens <= largest else CUBLAS] for way in (found, default))
     return Choice(found, taken, by_default)
 
 
 def _require(what: str, tile: Tile, unusable: dict[Tile, str], bound: float, trial: TrialOnGpu) -> None:
-    """Spilled registers make a kernel slow, not wrong."""
+    """Raise NotTuned unless a tile runs and is right; spilled registers make a kernel slow, not wrong."""
     if unusable.get(tile, SPILLS) != SPILLS:
         raise NotTuned(f"{what} does not run: {unusable[tile]}")
     if not (error := trial.error(tile)) <= bound:
@@ -351,7 +352,7 @@ def _clearly_faster(seconds: Sequence[float], than: Sequence[float]) -> bool:
 
 
 def alternating(timers: dict[Tile, Callable[[], float]], rounds: int) -> dict[Tile, list[float]]:
-    """Seconds of every tile in every round, with another tile first each time and a round before for the clocks."""
+    """Time every tile in every round, with another tile first each time, after a warm-up round for the clocks."""
     tiles = list(timers)
     seconds: dict[Tile, list[float]] = {tile: [] for tile in tiles}
     for number in range(-1, rounds):
@@ -367,7 +368,7 @@ def alternating(timers: dict[Tile, Callable[[], float]], rounds: int) -> dict[Ti
 
 
 def candidates(problem: Problem, arch: int, shared_memory: int) -> list[Tile]:
-    """Tiles worth a try: of those that a kernel can run with, the ones that fit a multiprocessor.
+    """Return tiles worth a try: tiles with which a kernel can run and that fit a multiprocessor.
 
     Args:
         problem: of an op whose kernel has a tile.
@@ -388,30 +389,30 @@ def candidates(problem: Problem, arch: int, shared_memory: int) -> list[Tile]:
 
 def _gemm_tiles(op: str, dtype: torch.dtype, rows: int, arch: int, shared_memory: int) -> Iterator[GemmTile]:
     sides, most_accumulators = [64, 128, 256], 128
-    if dtype == torch.float32:  # fused multiply-adds: a thread has operands in its registers too
+    if dtype == torch.float32:  # fused multiply-adds keep operands in registers too
         sides, most_accumulators = [32, 64, 128], 64
-        loads = [(16, 2), (16, 3), (32, 2)]  # contraction depth, and how many loads are under way or in use
-    elif 90 <= arch < 110:  # where the defaults too are larger: warpgroup instructions and much shared memory
+        loads = [(16, 2), (16, 3), (32, 2)]  # contraction depth, and loads in flight or in use
+    elif 90 <= arch < 110:  # larger, like the defaults: warpgroup instructions, much shared memory
         loads = [(64, 3), (64, 4), (128, 2), (128, 3)]
     else:
         loads = [(32, 3), (32, 4), (64, 2), (64, 3)]
-    # Tokens of one sample share a window, and no tile reaches beyond them.
+    # Tokens of one sample share a window, and no tile extends beyond them.
     if op == "weight_gradient":
         heights, loads = sides, [(min(depth, rows), buffers) for depth, buffers in loads]
     else:
         heights = [min(side, rows) for side in sides]
     for m, n, (k, buffers), warps in dict.fromkeys(itertools.product(heights, sides, loads, (4, 8))):
         accumulators = m * n // (32 * warps)
-        # Half the most that registers hold keeps a thread busy; samples of few tokens do not have as many.
+        # At least half of the registers' capacity keeps a thread busy; samples of few tokens have less to do.
         busy = min(most_accumulators, max(heights)) // 2 <= accumulators <= most_accumulators
         if busy and buffers * (m + n) * k * dtype.itemsize <= shared_memory:
-            # A step of the weight gradient first loads its sample's start, which takes as many stages again.
+            # A step of the weight gradient first loads its sample's start, which doubles the stages.
             yield GemmTile(m, n, k, warps, 2 * buffers - 1 if op == "weight_gradient" else buffers)
 
 
 def _sum_tiles() -> Iterator[SumTile]:
     for block, warps in itertools.product((64, 128, 256, 512, 1024), (2, 4, 8, 16)):
-        if 16 <= block // warps <= 64:  # elements a thread, which has a part of 32 tokens
+        if 16 <= block // warps <= 64:  # elements per thread, over a part of 32 tokens
             yield SumTile(block, warps)
 
 
@@ -428,7 +429,7 @@ SPILLS = "it spills registers"
 
 
 def choose_on(problem: Problem, device: torch.device, stopwatch: Stopwatch) -> Choice:
-    """Solves a problem on a GPU."""
+    """Solve a problem on a GPU."""
     arch, bound = capability(torch.empty(0, device=device)), BOUNDS[problem.dtype]
     default = problem.default(arch)
     if isinstance(default, Crossover):
@@ -438,14 +439,14 @@ def choose_on(problem: Problem, device: torch.device, stopwatch: Stopwatch) -> C
 
 
 def bytes_of(launch: Launch) -> int:
-    """Bytes of the tensors that a launch reads and writes."""
-    tensors = [getattr(arg, "base", arg) for arg in launch.args]  # of a tensor descriptor
+    """Count the bytes of the tensors that a launch reads and writes."""
+    tensors = [getattr(arg, "base", arg) for arg in launch.args]  # a descriptor's tensor
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
 class TrialOnGpu:
-    """Runs the tiles of a problem, in every mode that training and sampling call its kernels, on buffers that L2 cannot
-    hold."""
+    """Runs the tiles of a problem in every mode in which training and sampling call its kernels, on buffers larger than
+    the L2 cache."""
 
     def __init__(self, problem: Problem, device: torch.device, stopwatch: Stopwatch) -> None:
         self._op, self._device, self._stopwatch = problem.op, device, stopwatch
@@ -460,15 +461,15 @@ class TrialOnGpu:
             self._rotation = self._rotation + calls_of(problem, device)
 
     def unusable(self, tiles: Sequence[Tile]) -> dict[Tile, str]:
-        """Why some of the tiles cannot be used: they do not compile, do not fit, or spill registers.
+        """Return why some of the tiles cannot be used: they do not compile, do not fit, or spill registers.
 
-        Compiles as many at a time as there are cores.
+        Compiles as many tiles at a time as there are cores.
         """
         cores = os.cpu_count() or 1
         reasons: dict[Tile, str] = {}
         pool = ThreadPoolExecutor(cores)
         try:
-            # The first alone: it initialises what the others share.
+            # The first tile alone: it initialises state that the others share.
             for some in (tiles[:1], *(tiles[i : i + cores] for i in range(1, len(tiles), cores))):
                 launches = [self._launches(tile) for tile in some]
                 list(pool.map(self._compile, launches))
@@ -482,12 +483,12 @@ class TrialOnGpu:
         return reasons
 
     def error(self, tile: Tile) -> float:
-        """How far an element is off at most, for ``BOUNDS``."""
+        """Return the largest error of an element, for ``BOUNDS``."""
         found = [results(self._run(call, tile)) for call in self._calls]
         return largest_error(list(itertools.chain(*found)), list(itertools.chain(*self._exact)))
 
     def timer(self, tile: Tile) -> Callable[[], float]:
-        """A function that runs the tile and gives the seconds of a call."""
+        """Return a function that runs the tile and returns the seconds of a call."""
         return self._stopwatch.timer([partial(self._run, call, tile) for call in self._rotation])
 
     def _run(self, call: Callable[[], Any], tile: Tile) -> Any:
@@ -501,37 +502,37 @@ class TrialOnGpu:
         return launches
 
     def _compile(self, launches: Sequence[Launch]) -> None:
-        # What fails here is compiled once more by ``_try``: Python's parser, which Triton calls, can fail in threads.
-        with suppress(Exception), torch.cuda.device(self._device):  # the device is a thread's own
+        # ``_try`` compiles again what fails here: Python's parser, which Triton calls, can fail in threads.
+        with suppress(Exception), torch.cuda.device(self._device):  # each thread has its own current device
             for kernel, programs, args, options in launches:
                 kernel.warmup(*args, grid=(programs,), **options)
 
     def _try(self, launches: Sequence[Launch]) -> str | None:
-        """Only what has been loaded says what it spills."""
+        """Launch a tile and return why it cannot be used; only loaded kernels report spills."""
         try:
             compiled = [kernel[(programs,)](*args, **options) for kernel, programs, args, options in launches]
-        except Exception as error:  # too much shared memory, most of all
+        except Exception as error:  # mostly too much shared memory
             return one_line(error)
         return SPILLS if any(kernel.n_spills for kernel in compiled) else None
 
 
 def largest_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest error of an element over the sum of its size and its tensor's root mean square; NaN if one is."""
+    """Return the largest error of an element over the sum of its size and its tensor's root mean square, or NaN."""
 
     def error(a: Tensor, b: Tensor) -> Tensor:
-        if not b.is_floating_point():  # a place, where u begins
+        if not b.is_floating_point():  # an index, u's first channel
             return (a != b).any().double()
         return ((a.double() - b).abs() / (b.abs() + b.square().mean().sqrt())).max()
 
     return torch.stack([error(a, b) for a, b in zip(found, exact, strict=True)]).max().item()
 
 
-# --- what is tuned ---------------------------------------------------------------------------------------------------
+# --- kernels of an op ------------------------------------------------------------------------------------------------
 
 
 def kernels_of(op: str) -> list[tuple[Kernel, Mode]]:
-    """The first declared kernel, in its modes, that runs with a tile, or whose way a crossover decides. Others that do
-    so, the layers over heads, take what is best for that one."""
+    """Return the first declared kernel that runs with the op's tile or has its crossover, in its modes. Other such
+    kernels, the layers over heads, use its result."""
     for kernel in ops.KERNELS:
         modes = [mode for mode in kernel.modes if kernel.timed(**mode)]
         found = [mode for mode in modes if op in kernel.tiles(**mode) or op == kernel.crossover]
@@ -541,19 +542,19 @@ def kernels_of(op: str) -> list[tuple[Kernel, Mode]]:
 
 
 def calls_of(problem: Problem, device: torch.device) -> list[partial[Any]]:
-    """Calls of these kernels, on arguments of their own."""
+    """Return calls of these kernels, each on its own arguments."""
     draw = Draw(problem.sizes, Precision(problem.dtype, problem.dtype), device)
     return [partial(kernel.launch, **kernel.inputs(draw, **mode)) for kernel, mode in kernels_of(problem.op)]
 
 
 def exact_of(kernel: Kernel, call: partial[Any]) -> list[Tensor]:
-    """Compute in fp64 what the call should return."""
+    """Compute the exact result of a call in fp64."""
     return results(kernel.exact(**widened(call.keywords)))
 
 
 @contextmanager
 def _by_our_gemm(op: str) -> Iterator[None]:
-    """Inside, a tile's kernel runs however few tokens there are."""
+    """Run a tile's kernel for any number of tokens while the context is open."""
     with ExitStack() as stack:
         for crossover in {kernel.crossover for kernel, mode in kernels_of(op) if op in kernel.tiles(**mode)}:
             if crossover is not None:

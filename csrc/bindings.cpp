@@ -54,7 +54,7 @@ struct InstructionSet {
     const SurgeryKernels& surgery;
 };
 
-// What this processor runs, the best first.
+// The instruction sets that this processor runs, the best first.
 std::vector<InstructionSet> instruction_sets() {
     std::vector<InstructionSet> sets;
 #if defined(__x86_64__)

@@ -1,6 +1,6 @@
-// What the extension asks of its arguments, a table for each entry point. Everything that addresses, sizes, strides and
-// dtypes alone show to be wrong is refused before a kernel runs, with std::invalid_argument (ValueError in Python).
-// Whether as much memory as described lies behind an address cannot be known here; the callers' tensors hold it.
+// The requirements of the extension's arguments, a table for each entry point. Before a kernel runs, a mistake that
+// addresses, sizes, strides and dtypes show throws std::invalid_argument (ValueError in Python). The size of the memory
+// behind an address cannot be checked here; the callers' tensors hold it.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -122,8 +122,8 @@ inline void check(const Shape& s) {
                    std::to_string(s.start[b]) + " for sample " + std::to_string(b));
 }
 
-// What the rows of a table say: whether a kernel reads or writes an argument, and what the argument holds. Only for shapes
-// with tokens.
+// The rows of a table: each says whether a kernel reads or writes an argument, and what the argument holds. Only for
+// shapes with tokens.
 class Table {
 public:
     // `leading`, the type of the tensor of that name, chooses the compute type.

@@ -34,7 +34,7 @@ nitpick_ignore_regex = [
     ("py:class", r"dtr_kernels\.swap\..*\.(Model|NewFamily)|dtr_kernels\.clusters\._Kind"),
     # Described by its whole name, and raised by its last.
     ("py:exc", "Unfit"),
-    # Of an engine, which is no public name.
+    # The engine's module is private.
     ("py:exc", r"one_pass\.Unsupported"),
 ]
 

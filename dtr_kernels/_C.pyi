@@ -1,7 +1,7 @@
-"""Types of the compiled extension; see csrc/cpu/kernels.h and csrc/surgery.h for what each function computes.
+"""Types of the compiled extension; csrc/cpu/kernels.h and csrc/surgery.h describe its functions.
 
-Addresses are bare. What csrc/checks.h finds to be wrong with them, and with sizes, strides and types, is refused with
-ValueError before anything is read or written; that memory of that size lies behind them is the caller's word.
+Addresses are bare. Mistakes that csrc/checks.h finds in addresses, sizes, strides and types raise ValueError before
+anything is read or written; the caller guarantees that memory of that size lies behind each address.
 
 The environment variable DTR_ISA (baseline, avx2, avx512) chooses the instruction set, once in a process.
 """

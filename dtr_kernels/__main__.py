@@ -1,4 +1,4 @@
-"""Command line: ``dtr-kernels info``, ``verify`` and ``build``, or ``python -m dtr_kernels`` with the same."""
+"""Command line: ``dtr-kernels info``, ``verify`` and ``build``; ``python -m dtr_kernels`` takes the same."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sizes(text: str) -> Sizes:
 
 
 def main() -> int:
-    """Runs the command given on the command line and returns its exit status."""
+    """Run the command given on the command line and return its exit status."""
     parser = argparse.ArgumentParser(prog="dtr-kernels")
     parser.add_argument("--version", action="version", version=f"dtr_kernels {dtr_kernels.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)

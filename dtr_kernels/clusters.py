@@ -1,8 +1,8 @@
 """Clusters of timesteps: interval clustering by exact dynamic programming (Go et al., NeurIPS 2023, section 4.1).
 
 Neighbouring denoising tasks help each other and distant ones may not, so ANT takes intervals of timesteps as the tasks
-of its multi-task learning. Where the intervals begin and end is found once, before training, on the CPU; which cluster
-a timestep belongs to is computed where the timesteps are.
+of its multi-task learning. The intervals are found once, before training, on the CPU. The cluster of a timestep is
+computed on the device of the timesteps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["IntervalClusters", "interval_clusters"]
 
 COSTS = ("timestep", "snr", "log_snr", "affinity")
 FORMAT = 1
-# Of a value's magnitude: the sum of T distances between two of them stays finite.
+# The largest magnitude of a value: the sum of T distances between values stays finite.
 _LARGEST = 1e300
 
 _Kind = TypeVar("_Kind", bound="Clusters")
@@ -34,7 +34,7 @@ _Kind = TypeVar("_Kind", bound="Clusters")
 
 @dataclass(frozen=True)
 class Clusters:
-    """K contiguous intervals of time, as batches are spread over them and files hold them."""
+    """K contiguous intervals of time: the base of both kinds of clusters, with balanced batches and files."""
 
     bounds: tuple[float, ...]
 
@@ -44,10 +44,10 @@ class Clusters:
         return len(self.bounds) - 1
 
     def save(self, path: str | Path) -> None:
-        """Write the clusters as JSON. A reader, or another process that saves the same, never finds half a file.
+        """Write the clusters as JSON. A reader or another writer of the same file never finds half a file.
 
         Raises:
-            OSError: if the file cannot be written. The old one is then as before.
+            OSError: if the file cannot be written. The old file stays as it was.
         """
         text = json.dumps({"format": FORMAT, **vars(self)}) + "\n"
         with replacing(path) as unfinished:
@@ -55,11 +55,11 @@ class Clusters:
 
     @classmethod
     def load(cls: type[_Kind], path: str | Path) -> _Kind:
-        """Read what ``save`` has written; the file may be edited by hand, and so has no checksum.
+        """Read a file that ``save`` has written. The file has no checksum, so that it can be edited by hand.
 
         Raises:
-            ValueError: naming the file, if it holds something else, or is of another version of the format.
-            OSError: if it cannot be read.
+            ValueError: naming the file, if it holds something else or has another version of the format.
+            OSError: if the file cannot be read.
         """
         advice = "make them again, or name another file"
         with expecting(f"clusters that {cls.__name__}.save has written", path, advice):
@@ -80,11 +80,11 @@ class Clusters:
         device: torch.device | str | None,
         draw: Callable[[int, int, torch.device | str | None], Tensor],
     ) -> Tensor:
-        """Return B times of which each cluster has floor or ceil(B / K), in random order.
+        """Return B times, floor or ceil(B / K) of each cluster, in random order.
 
         Args:
             batch_size, generator, device: as in ``sample``.
-            draw: called with a cluster, n and a device, for n times of the cluster on the device.
+            draw: called with a cluster, n and a device; returns n times of the cluster on the device.
         """
         if not is_integer(batch_size) or not 1 <= batch_size < 2**63:
             raise ValueError(f"batch_size must be a positive integer below 2**63, got {quoted(batch_size)}")
@@ -93,9 +93,9 @@ class Clusters:
                 f"generator must be a torch.Generator, got {type(generator).__name__}; "
                 "for a seed use torch.Generator().manual_seed(seed)"
             )
-        batch_size = int(batch_size)  # NumPy's unsigned ones wrap around
+        batch_size = int(batch_size)  # NumPy's unsigned integers wrap around
         source = device if generator is None else generator.device
-        # In every round each cluster gives one time; in the last there may be fewer places than clusters.
+        # Every round draws one time per cluster; the last round may have fewer places than clusters.
         rounds = -(-batch_size // self.num_clusters)
         columns = [draw(k, rounds, source) for k in range(self.num_clusters)]
         table = torch.stack(columns, dim=1)[:, torch.randperm(len(columns), generator=generator, device=source)]
@@ -110,12 +110,12 @@ class Clusters:
 
 @dataclass(frozen=True)
 class IntervalClusters(Clusters):
-    """K contiguous, non-empty intervals that cover the timesteps 0..T-1, as ``interval_clusters`` finds them.
+    """K contiguous, non-empty intervals that cover the timesteps 0..T-1, as ``interval_clusters`` returns them.
 
     Attributes:
         bounds: K + 1 edges, 0 = b[0] < b[1] < ... < b[K] = T, below 2**63; cluster k holds the timesteps
             b[k] <= t < b[k + 1].
-        cost: what they were made with, "timestep", "snr", "log_snr" or "affinity".
+        cost: the cost that the intervals minimise, "timestep", "snr", "log_snr" or "affinity".
 
     Raises:
         ValueError: if bounds or cost is not as described.
@@ -159,7 +159,7 @@ class IntervalClusters(Clusters):
 
         Raises:
             ValueError: if t is out of range (on a GPU: a device-side assertion, so that nothing waits), has another
-                shape, or is no integer.
+                shape, or is not an integer.
             TypeError: if t is neither a tensor nor a number.
         """
         if not isinstance(t, Tensor):
@@ -169,7 +169,7 @@ class IntervalClusters(Clusters):
         if t.dim() != 1 or t.dtype == torch.bool or t.is_complex():
             raise ValueError(f"t must be a vector [B] of integer timesteps, got {t.dtype} of shape {list(t.shape)}")
         timesteps: Tensor = torch.ops.dtr_kernels.checked_timesteps(t, self.num_timesteps)
-        # A comparison for each bound: a table of bounds would have to be copied to the GPU, and the host to wait.
+        # One comparison per bound: a table of bounds would have to be copied to the GPU, and the host would wait.
         clusters = torch.zeros_like(timesteps)
         for bound in self.bounds[1:-1]:
             clusters += timesteps >= bound
@@ -181,17 +181,17 @@ class IntervalClusters(Clusters):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Timesteps of a training batch in which no cluster has more than one sample more than another.
+        """Draw the timesteps of a training batch, balanced over the clusters.
 
-        Each cluster gets floor or ceil(B / K) timesteps, B in all, uniform within the cluster and in random order.
-        Which clusters get one more is random, so on average all get the same, and a timestep of a short cluster comes
+        Each cluster gets floor or ceil(B / K) timesteps, B in all, uniform within the cluster and in random order. The
+        clusters that get one more are random, so on average all get the same, and a timestep of a short cluster comes
         more often than one of a long cluster.
 
         Args:
             batch_size: B, at least 1; may be less than K.
             generator: draws on its own device; a CPU generator gives the same timesteps for every ``device``.
-                Default: PyTorch's own for ``device``, so that nothing waits or is copied.
-            device: where the timesteps are wanted. Default: the generator's, or PyTorch's default device.
+                Default: PyTorch's generator of ``device``, which needs no copy and no wait.
+            device: of the timesteps. Default: the generator's, or PyTorch's default device.
 
         Returns:
             int64 [B].
@@ -226,10 +226,10 @@ class IntervalClusters(Clusters):
         )
 
 
-# An op of its own, so that the range check (a data-dependent branch on a CPU) does not break a torch.compile graph.
+# A separate op, so that the range check (a data-dependent branch on a CPU) does not break a torch.compile graph.
 @torch.library.custom_op("dtr_kernels::checked_timesteps", mutates_args=())
 def _checked_timesteps(t: Tensor, num_timesteps: int) -> Tensor:
-    """Return the timesteps as int64, in memory of their own, as the op's output must be."""
+    """Return a copy of the timesteps as int64: an op's output must not share memory with its input."""
     check_range(t, num_timesteps - 1, _covered(num_timesteps))
     return t.to(torch.int64, copy=True)
 
@@ -247,9 +247,9 @@ def _covered(num_timesteps: int) -> str:
 
 
 def interval_clusters(num_timesteps: int, k: int, cost: str = "timestep", values: Any = None) -> IntervalClusters:
-    """Split the timesteps 0..T-1 into the K intervals of the least total cost (ANT, section 4.1: interval clustering).
+    """Split the timesteps 0..T-1 into the K intervals of least total cost (ANT, section 4.1: interval clustering).
 
-    With c = (l + r + 1) // 2, the centre of an interval l..r, its cost is the sum over t = l..r of
+    With c = (l + r + 1) // 2, the centre of an interval l..r, the cost of the interval is the sum over t = l..r of
 
     - "timestep": \\|t - c\\|, which makes intervals of equal length, or nearly;
     - "snr": \\|SNR[t] - SNR[c]\\|, which cuts the clean end, where the SNR is large, into tiny intervals;
@@ -258,16 +258,16 @@ def interval_clusters(num_timesteps: int, k: int, cost: str = "timestep", values
 
     ANT uses K = 5, and DTR's runs with it K = 8.
 
-    The minimum is exact, by dynamic programming over costs in fp64, in O(K T^2) time and, beside ``values``, O(K T)
-    memory. Where several clusterings cost the same, the one with the least sum of
-    squared lengths is taken, and of those the one whose last bound is largest, then the one before it, and so on:
-    longer intervals come first, as in ``numpy.array_split``, whose lengths the timestep cost always gives.
+    The minimum is exact, by dynamic programming over costs in fp64, in O(K T^2) time and O(K T) memory beside
+    ``values``. Among clusterings of equal cost, the one with the least sum of squared lengths wins, then the one whose
+    last bound is largest, then the one before it, and so on: longer intervals come first, as in ``numpy.array_split``,
+    whose lengths the timestep cost always gives.
 
     Args:
         num_timesteps: T, the number of timesteps, below 2**63.
         k: K, the number of clusters, 1 to T.
         cost: "timestep", "snr", "log_snr" or "affinity".
-        values: what the cost is made from, a tensor, array or sequence. "snr" and "log_snr": the SNR itself at every
+        values: the tensor, array or sequence that defines the cost. "snr" and "log_snr": the SNR itself at every
             timestep, [T], alpha_bar / (1 - alpha_bar) in DDPM's notation; "log_snr" takes its logarithm. "affinity":
             A, [T, T]. "timestep": None.
 
@@ -297,7 +297,7 @@ def interval_clusters(num_timesteps: int, k: int, cost: str = "timestep", values
 
 
 def _distances(num_timesteps: int, cost: str, values: Any) -> Iterator[np.ndarray]:
-    """Yield for every centre c the fp64 vector [T] of what each timestep costs in an interval with that centre."""
+    """Yield, for every centre c, the cost of each timestep in an interval with that centre, fp64 [T]."""
     if cost == "affinity":
         affinity = real_numbers(values, (num_timesteps, num_timesteps), "the affinity of all pairs of timesteps")
         return (-row for row in affinity)
@@ -310,13 +310,13 @@ def _distances(num_timesteps: int, cost: str, values: Any) -> Iterator[np.ndarra
 def _cheapest_bounds(distances: Iterable[np.ndarray], num_timesteps: int, k: int) -> tuple[int, ...]:
     """Return the bounds of the K intervals of least total cost; see ``interval_clusters`` for ties.
 
-    Takes the intervals centre by centre, so that each cost is needed once: an interval with centre c starts at c or
-    before, and every clustering that ends there is made of intervals with earlier centres.
+    Intervals are visited centre by centre, so that each cost is needed once: an interval with centre c starts at c
+    or before, and every clustering that ends there is made of intervals with earlier centres.
     """
     T = num_timesteps
     longest = T - k + 1  # every other cluster holds a timestep
     squared = np.arange(longest + 2) ** 2
-    # The best clustering into j clusters that end at e, [j, e]: cost, sum of squared lengths, start of the last one.
+    # For the best clustering into j clusters ending at e, [j, e]: cost, sum of squared lengths, start of the last one.
     total = np.full((k + 1, T + 1), np.inf)
     total[0, 0] = 0
     squares = np.zeros((k + 1, T + 1), dtype=np.int64)
@@ -329,10 +329,10 @@ def _cheapest_bounds(distances: Iterable[np.ndarray], num_timesteps: int, k: int
         costs[::2] = distance[c : c + odd]
         costs[1::2] = distance[c - even : c][::-1]
         costs = costs.cumsum()
-        # Two of them may end at the same place: the one of odd length starts later, and wins ties.
+        # Two intervals may end at the same place: the one of odd length starts later, and wins ties.
         for n, parity in ((even, 0), (odd, 1)):
             start, end = slice(c + parity - n, c + parity), slice(c + 1, c + 1 + n)
-            before = slice(max(0, c - (T - k)), min(k, c + n))  # how many clusters: each holds a timestep
+            before = slice(max(0, c - (T - k)), min(k, c + n))  # numbers of clusters: each holds a timestep
             after = slice(before.start + 1, before.stop + 1)
             new_total = total[before, start][:, ::-1] + costs[1 - parity :: 2]
             new_squares = squares[before, start][:, ::-1] + squared[2 - parity :: 2][:n]
@@ -356,7 +356,7 @@ def _check_cost(cost: object) -> None:
 
 
 def real_numbers(values: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
-    """Return the values in fp64, checked; to be read only: they may be the caller's own memory."""
+    """Return the values in fp64, checked. They may be the caller's own memory, so do not write to them."""
     wanted = f"values must be {what}, finite real numbers of shape {list(shape)}"
     if isinstance(values, Tensor):
         values = values.detach().cpu()

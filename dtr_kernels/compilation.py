@@ -1,11 +1,10 @@
-"""How the extension ``dtr_kernels._C`` is built: the one set of parameters, of setup.py and of
-``python -m dtr_kernels build``.
+"""Compile the extension ``dtr_kernels._C``, for setup.py and ``python -m dtr_kernels build``.
 
-Takes a C++17 compiler, ninja and pybind11, and nvcc for the CUDA kernels; no PyTorch, no GPU, no network. Needs only
-Python's own library, so that setup.py loads it by its path where nothing is installed.
+Needs a C++17 compiler, ninja and pybind11, and nvcc for the CUDA kernels, but no PyTorch, GPU or network. This module
+imports only Python's standard library, so that setup.py can load it by its path before anything is installed.
 
-Read from the environment: CXX, CXXFLAGS, LDFLAGS; CUDA_HOME; TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"); MAX_JOBS;
-DTR_CUDA (0: without CUDA kernels; 13.0: with those of that version, or not at all).
+Environment variables: CXX, CXXFLAGS, LDFLAGS; CUDA_HOME; TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"); MAX_JOBS;
+DTR_CUDA (0: no CUDA kernels; 13.0: CUDA kernels of that version, or the build fails).
 """
 
 from __future__ import annotations
@@ -34,25 +33,25 @@ EXTRA = 'pip install "dtr_kernels[build]", or ninja and "pybind11>=2.13" where d
 
 @dataclass
 class Cuda:
-    """What the CUDA kernels are built with, or why they are not."""
+    """The CUDA compiler and options of a build; ``missing`` says why CUDA kernels are not built."""
 
     missing: str | None = None
     nvcc: str = ""
     version: str | None = None
-    architectures: list[str] = field(default_factory=list)  # in nvcc's words: sm_90, and compute_90 for PTX
+    architectures: list[str] = field(default_factory=list)  # as nvcc names them: sm_90, and compute_90 for PTX
     libraries: list[Path] = field(default_factory=list)
 
 
 def sources(root: Path) -> list[str]:
-    """What is compiled, relative to the folder that holds csrc; CUDA, which takes longest, comes first."""
+    """Return the files to compile, relative to the folder that holds csrc. CUDA comes first, as it takes longest."""
     found = sorted((root / "csrc").rglob("*.c*"), reverse=True)
     return [str(path.relative_to(root)) for path in found if path.suffix in (".cpp", ".cu")]
 
 
 def build(root: Path, folder: Path, target: Path, cuda: Cuda) -> str | None:
-    """Compiles what has changed of root's sources in ``folder`` and links ``target``; returns what went wrong.
+    """Compile the changed sources of root in ``folder`` and link ``target``; return an error message, or None.
 
-    Both paths are absolute, or root is the working folder: nvcc fails on absolute ones that hold quotes.
+    Both paths must be absolute, or root the working folder: nvcc fails on absolute paths that hold quotes.
     """
     if sys.platform != "linux":
         return "they need Linux"
@@ -75,14 +74,14 @@ def build(root: Path, folder: Path, target: Path, cuda: Cuda) -> str | None:
 
 
 def commands(compiler: str, includes: list[str], cuda: Cuda) -> dict[str, str]:
-    """The build's parameters: the command of each ninja rule, in which $in and $out stand for files."""
-    # Quoted word by word: ninja gives the command to a shell, which is to find nothing in it to run.
+    """Return the command of each ninja rule, in which $in and $out stand for files."""
+    # Each word is quoted, since ninja passes the command to a shell.
     compiler, cxx_flags, link_flags = (
         shlex.join(shlex.split(words))
         for words in (compiler, os.environ.get("CXXFLAGS", ""), os.environ.get("LDFLAGS", ""))
     )
     cxx = f"{compiler} {CXX_FLAGS} {cxx_flags}"
-    # Conversions of fp16 are linked in: of the shared libgcc only those of GCC 12 and later have them.
+    # Link libgcc statically for conversions of fp16: the shared libgcc has them only since GCC 12.
     link = f"-shared {link_flags} -lgcc"
     rules = {
         "cxx": f"{cxx} -MMD -MF $out.d -c $in -o $out",
@@ -93,14 +92,14 @@ def commands(compiler: str, includes: list[str], cuda: Cuda) -> dict[str, str]:
         host = "" if os.environ.get("NVCC_CCBIN") else f"-ccbin {shlex.quote(program)}"
         codes = " ".join(f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in cuda.architectures)
         rules["nvcc"] = f"{shlex.quote(cuda.nvcc)} {host} {NVCC_FLAGS} {codes} -MD -MF $out.d -c $in -o $out"
-        # The CUDA runtime is linked in and stays hidden: another one in the process must not be called in its place.
+        # The CUDA runtime is linked statically and hidden, so that no other one in the process is called in its place.
         link += f" {shlex.join(f'-L{path}' for path in cuda.libraries)} -lcudart_static -Wl,--exclude-libs,ALL"
         link += " -ldl -lrt -lpthread"
     return rules | {"link": f"{compiler} $in -o $out {link}"}
 
 
 def ninja_file(sources: list[str], folder: Path, target: Path, rules: dict[str, str]) -> str:
-    """The text of build.ninja: an object for each source, all linked into target."""
+    """Return the text of build.ninja: an object for each source, all linked into target."""
 
     def escaped(path: str | Path) -> str:
         return re.sub(r"([$ :])", r"$\1", str(path))
@@ -122,7 +121,7 @@ def ninja_file(sources: list[str], folder: Path, target: Path, rules: dict[str, 
 
 
 def config_header(cuda: Cuda) -> str:
-    """The text of build_config.h: what csrc/bindings.cpp tells of its own build."""
+    """Return the text of build_config.h, from which csrc/bindings.cpp describes its own build."""
     strings = {
         "kCudaVersion": cuda.version,
         "kArchitectures": " ".join(cuda.architectures),
@@ -140,7 +139,7 @@ def find_ninja() -> str | None:
         from ninja import BIN_DIR
     except ImportError:
         BIN_DIR = ""
-    # In an isolated build BIN_DIR is another environment's, and the PATH leads to ninja.
+    # In an isolated build BIN_DIR belongs to another environment, and the PATH leads to ninja.
     return shutil.which("ninja", path=BIN_DIR) or shutil.which("ninja")
 
 
@@ -152,7 +151,7 @@ def find_compiler() -> str | None:
 
 
 def jobs() -> int:
-    """How many compilers run at once: MAX_JOBS, or one for each core and each 2 GB of memory."""
+    """Return how many compilers to run at once: MAX_JOBS, or one for each core and each 2 GB of memory."""
     if asked := os.environ.get("MAX_JOBS"):
         if not asked.isdecimal() or not int(asked):
             sys.exit(f"MAX_JOBS={asked!r} must be a whole number, 1 or more")
@@ -169,8 +168,8 @@ def output(*command: str) -> str:
 
 
 def asked_cuda() -> str | None:
-    """DTR_CUDA: "0" to leave the CUDA kernels out, or the version that they must be built with, like "13.0"; None where
-    it is unset, for what is found. Exits where it is anything else."""
+    """Read DTR_CUDA: "0" for no CUDA kernels, a version like "13.0" that they must be built with, or None if it is
+    unset. Exits on any other value."""
     asked = os.environ.get("DTR_CUDA") or None
     if asked and not re.fullmatch(r"0|[1-9]\d*\.\d+", asked):
         sys.exit(f"DTR_CUDA={asked!r} must be 0, or a CUDA version like 13.0")
@@ -178,9 +177,9 @@ def asked_cuda() -> str | None:
 
 
 def find_cuda(listed: str | None = None) -> Cuda:
-    """What the CUDA kernels are built with. Exits where DTR_CUDA asks for a version that cannot be had.
+    """Find nvcc and the architectures to compile for. Exits if the version that DTR_CUDA asks for is not available.
 
-    ``listed``: the architectures, as in TORCH_CUDA_ARCH_LIST, which it stands in for.
+    ``listed`` replaces TORCH_CUDA_ARCH_LIST and has the same format.
     """
     asked = asked_cuda()
     if asked == "0":
@@ -199,7 +198,7 @@ def _cuda_of(nvcc: str, listed: str) -> Cuda:
     try:
         version = re.search(r"V([\d.]+)", output(nvcc, "--version"))[1]  # type: ignore[index]
         supported = output(nvcc, "--list-gpu-code").split()
-        # Where it really is; the one that was found may be a wrapper.
+        # The real location; the nvcc that was found may be a wrapper.
         root = Path(re.search(r"TOP=(.*)", output(nvcc, "--dryrun", "-c", "none.cu"))[1])  # type: ignore[index]
     except (OSError, subprocess.CalledProcessError, TypeError) as error:
         return Cuda(missing=f"{nvcc} does not work ({error}); repair it or set CUDA_HOME, and {AGAIN}")
@@ -212,14 +211,14 @@ def _cuda_of(nvcc: str, listed: str) -> Cuda:
 
 
 def find_nvcc(version: str | None = None) -> str | None:
-    """The first one, or the first of a version like 13.0: from CUDA_HOME, from the PATH, from /usr/local/cuda-13.0, or
-    from the compiler packages on PyPI (nvidia-cuda-nvcc and its companions)."""
+    """Find the first nvcc, or the first of a version like 13.0: from CUDA_HOME, the PATH, /usr/local/cuda-13.0, or the
+    compiler packages on PyPI (nvidia-cuda-nvcc and its companions)."""
     home = os.environ.get("CUDA_HOME")
     folders = [f"{home}/bin"] if home else []
     folders.append(os.environ.get("PATH", os.defpath))
     if version:
         folders.append(f"/usr/local/cuda-{version}/bin")
-    # In an isolated build sys.path lacks the environment that is installed into.
+    # In an isolated build sys.path lacks the environment that the package is installed into.
     for packages in [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]:
         folders += map(str, Path(packages).glob("nvidia/cu*/bin"))
     for folder in folders:
@@ -242,7 +241,7 @@ def usual_architectures(supported: list[str]) -> list[str]:
 
 
 def asked_architectures(listed: str, nvcc: str, supported: list[str]) -> list[str]:
-    """A TORCH_CUDA_ARCH_LIST in nvcc's words. Exits where it is not one, or nvcc does not support it."""
+    """Translate a TORCH_CUDA_ARCH_LIST into nvcc's names. Exits if it is malformed or nvcc does not support it."""
     architectures = []
     for name in re.findall(r"[^;\s]+", listed):
         parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
@@ -256,10 +255,10 @@ def asked_architectures(listed: str, nvcc: str, supported: list[str]) -> list[st
 
 
 def has_code_for(major: int, minor: int, architectures: Iterable[str]) -> bool:
-    """Whether a GPU of this compute capability runs what was compiled for some of ``architectures``, in nvcc's words.
+    """Return whether a GPU of this compute capability runs code compiled for any of ``architectures`` ("sm_90", ...).
 
-    A binary (sm_) runs on later minor versions of its major one, and PTX (compute_) on everything later. Those of an
-    "a" architecture run on that alone, those of an "f" on later minor versions of its family.
+    A binary (sm_) runs on the same major version with the same or a later minor one, PTX (compute_) on everything
+    later. Code for an "a" architecture runs on that one alone, code for an "f" on later minor versions of its family.
     """
     for name in architectures:
         kind, number, suffix = re.fullmatch(r"(sm|compute)_(\d+)([af]?)", name).groups()  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Clusters of continuous time: intervals of t in [0, 1], as flow matching has it."""
+"""Clusters of continuous time: intervals of t in [0, 1], as in flow matching."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from dtr_kernels.routing import check_number, check_range, is_integer
 
 __all__ = ["ContinuousClusters", "continuous_clusters"]
 
-# Time at a log SNR l, of each process that equal parts of l are taken of.
+# Time at log SNR l, for each process whose log SNR can be split into equal parts.
 _TIMES = {
     "flow": lambda l: 1 / (1 + math.exp(l / 2)),
     "cosine": lambda l: 2 / math.pi * math.atan(math.exp(-l / 2)),
 }
 SPACINGS = ("time", *_TIMES)
-# Each is a comparison in ``assign``.
+# Each cluster is a comparison in ``assign``.
 _MOST_CLUSTERS = 10_000
-# Beyond it fp32 tells no times apart at either end.
+# Beyond it fp32 cannot distinguish times at either end.
 _LARGEST_LOG_SNR = 100.0
-# The least part of a normal distribution in a cluster that fp64 can divide.
+# The least probability of a cluster under a normal distribution that fp64 can divide by.
 _LEAST_PROBABILITY = 1e-290
 
 
@@ -39,7 +39,7 @@ class ContinuousClusters(Clusters):
 
     Attributes:
         bounds: K + 1 edges, 0 = b[0] < b[1] < ... < b[K] = 1, also in fp32; cluster k holds the times
-            b[k] <= t < b[k + 1], the last one also 1. Times are compared with them in fp32.
+            b[k] <= t < b[k + 1], the last one also t = 1. Times are compared with the bounds in fp32.
 
     Raises:
         ValueError: if bounds is not as described.
@@ -67,7 +67,7 @@ class ContinuousClusters(Clusters):
         """Return the cluster of every time, computed on t's device without a host synchronisation.
 
         Args:
-            t: floating-point tensor [B] of times in [0, 1] on any device, or one Python or NumPy float. They may be
+            t: floating-point tensor [B] of times in [0, 1] on any device, or one Python or NumPy float. Times may be
                 rounded past either end.
 
         Returns:
@@ -98,15 +98,16 @@ class ContinuousClusters(Clusters):
         *,
         logit_normal: tuple[float, float] | None = None,
     ) -> Tensor:
-        """Times of a training batch in which no cluster has more than one sample more than another.
+        """Draw the times of a training batch, balanced over the clusters.
 
-        Each cluster gets floor or ceil(B / K) times, B in all, in random order. Which clusters get one more is random.
+        Each cluster gets floor or ceil(B / K) times, B in all, in random order. The clusters that get one more are
+        random.
 
         Args:
             batch_size: B, at least 1; may be less than K.
             generator: draws on its own device; a CPU generator gives the same times for every ``device``.
-                Default: PyTorch's own for ``device``, so that nothing waits or is copied.
-            device: where the times are wanted. Default: the generator's, or PyTorch's default device.
+                Default: PyTorch's generator of ``device``, which needs no copy and no wait.
+            device: of the times. Default: the generator's, or PyTorch's default device.
             logit_normal: mean and standard deviation of a normal distribution of log(t / (1 - t)), such as (0, 1)
                 (Esser et al., 2024, section 3.1). Each cluster's times follow it exactly, restricted to the cluster,
                 while clusters still come equally often. Default: uniform within each cluster.
@@ -115,9 +116,9 @@ class ContinuousClusters(Clusters):
             fp32 [B].
 
         Raises:
-            ValueError: if batch_size is not a positive integer below 2**63, or logit_normal not two finite numbers, the
-                second above 0, or a cluster is so far from the mean that less than 1e-290 of the
-                probability is in it.
+            ValueError: if batch_size is not a positive integer below 2**63, logit_normal is not two finite numbers
+                with the second above 0, or a cluster holds less than 1e-290 of the probability because it is so far
+                from the mean.
             TypeError: if generator is something else, such as a seed.
         """
         normal = None if logit_normal is None else _checked_normal(logit_normal)
@@ -146,10 +147,10 @@ def _not_continuous(given: object) -> str:
     )
 
 
-# An op of its own, so that the range check (a data-dependent branch on a CPU) does not break a torch.compile graph.
+# A separate op, so that the range check (a data-dependent branch on a CPU) does not break a torch.compile graph.
 @torch.library.custom_op("dtr_kernels::checked_times", mutates_args=())
 def _checked_times(t: Tensor) -> Tensor:
-    """Return the times in fp32, in memory of their own, as the op's output must be."""
+    """Return a copy of the times in fp32: an op's output must not share memory with its input."""
     check_range(t, 1, "t is continuous time, 0 the clean image and 1 noise")
     return t.to(torch.float32, copy=True)
 
@@ -202,16 +203,16 @@ def continuous_clusters(
     """Split the times [0, 1] into K intervals.
 
     - "time": of equal length;
-    - "flow": of equal parts of the log SNR of flow matching, x_t = (1 - t) x_0 + t eps, 2 log((1 - t) / t);
-    - "cosine": the same of x_t = cos(pi t / 2) x_0 + sin(pi t / 2) eps, -2 log tan(pi t / 2).
+    - "flow": of equal parts of the log SNR of flow matching, 2 log((1 - t) / t), where x_t = (1 - t) x_0 + t eps;
+    - "cosine": of equal parts of -2 log tan(pi t / 2), where x_t = cos(pi t / 2) x_0 + sin(pi t / 2) eps.
 
     Args:
         k: K, the number of clusters, 1 to 10,000.
         spacing: "time", "flow" or "cosine".
-        log_snr: of "flow" and "cosine", the least and the largest log SNR of the range that is divided, from -100 to
-            100. At t = 0 and t = 1 the log SNR is infinite, so that only a part of it can have K equal parts; what is
-            beyond belongs to the first and the last cluster. Default: about what DDPM's linear schedule covers, 9.2
-            to -10.1.
+        log_snr: for "flow" and "cosine", the least and the largest log SNR of the range to divide, from -100 to 100.
+            At t = 0 and t = 1 the log SNR is infinite, so only a finite range has K equal parts; times beyond it
+            belong to the first and the last cluster. Default: about the range of DDPM's linear schedule, 9.2 to
+            -10.1.
 
     Returns:
         ``ContinuousClusters``, with ``bounds``, ``assign``, ``sample``, ``save`` and ``load``.

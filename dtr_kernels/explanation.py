@@ -1,4 +1,4 @@
-"""What runs in a model, block by block, and why not something faster: ``dtr_kernels.explain``."""
+"""Report which ops run in each block of a model, and why not faster ones: ``dtr_kernels.explain``."""
 
 from __future__ import annotations
 
@@ -27,16 +27,15 @@ __all__ = ["BlockReport", "Explanation", "explain"]
 
 @dataclass
 class BlockReport:
-    """What ran in one block.
+    """The ops that ran in one block.
 
     Attributes:
         name: of the block in its model.
         kind: its class, before a swap.
         routing: the channels it saw, in words.
-        input: shape, dtype and device of its input, in words; None where the batch did not reach it.
-        ops: the fused ops that ran, each with its path and why that was not a faster one; empty where plain PyTorch
-            ran.
-        why_plain: why plain PyTorch ran, and what to do about it; None where fused ops did.
+        input: shape, dtype and device of its input, in words; None if the batch did not reach it.
+        ops: the fused ops that ran, each with its path and why no faster path was taken; empty if plain PyTorch ran.
+        why_plain: why plain PyTorch ran, and what to do about it; None if fused ops ran.
     """
 
     name: str
@@ -49,7 +48,7 @@ class BlockReport:
 
 @dataclass
 class Explanation:
-    """What ``explain`` found; ``str`` is a page for people, ``as_dict`` holds the same for JSON.
+    """The result of ``explain``; ``str`` gives readable text, ``as_dict`` the same for JSON.
 
     Attributes:
         blocks: one report for each block, in the model's order.
@@ -58,7 +57,7 @@ class Explanation:
     blocks: list[BlockReport]
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it in dicts, lists and strings."""
+        """Return the report as dicts, lists and strings."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -75,7 +74,7 @@ class Explanation:
 
 
 def _alike(blocks: Sequence[BlockReport]) -> Iterator[tuple[str, BlockReport]]:
-    """Neighbours of which everything but the name is the same, under one name."""
+    """Group neighbours that differ only in their names under one name."""
     groups: list[list[BlockReport]] = []
     for report in blocks:
         same = groups and asdict(report) | {"name": ""} == asdict(groups[-1][-1]) | {"name": ""}
@@ -86,19 +85,19 @@ def _alike(blocks: Sequence[BlockReport]) -> Iterator[tuple[str, BlockReport]]:
 
 
 def explain(model: nn.Module, batch: Tensor | Sequence[Any] | Mapping[str, Any]) -> Explanation:
-    """Says which kernels run in each block of a model for a batch, and why not faster ones.
+    """Report which kernels run in each block of a model for a batch, and why not faster ones.
 
-    The batch goes once through the model, without gradients and in the model's own mode; random number generators and
-    buffers are put back. Fused ops are watched while they run; of a block that is called more than once the last call
-    counts. Blocks that could be swapped and are not are named with what is in the way. Blocks are those of
+    The batch runs once through the model, without gradients and in the model's own mode; random number generators and
+    buffers are restored. Fused ops are watched while they run; if a block runs more than once, the last call counts.
+    For a block that could be swapped and is not, the report says what prevents it. Blocks are those of
     ``swap_blocks``, swapped or not, ``RoutedDiTBlock`` and ``RoutedResBlock``.
 
     Args:
-        model: any module; not compiled, since a compiled model no longer runs its blocks one by one.
+        model: any module that is not compiled, since a compiled model does not run its blocks one by one.
         batch: the arguments of its forward: a tuple or list, a dict of keywords, or one tensor.
 
     Returns:
-        ``Explanation``; print it.
+        ``Explanation``; print it to read it.
 
     Raises:
         TypeError: if batch is something else.
@@ -128,7 +127,7 @@ def explain(model: nn.Module, batch: Tensor | Sequence[Any] | Mapping[str, Any])
 
 @contextmanager
 def _kept(buffers: list[Tensor]) -> Iterator[None]:
-    """Puts buffers back, such as the statistics that BatchNorm keeps in training."""
+    """Restore buffers on exit, such as the statistics that BatchNorm keeps in training."""
     before = [buffer.clone() for buffer in buffers]
     try:
         yield
@@ -157,18 +156,18 @@ def _is_ours(module: nn.Module) -> bool:
 
 
 class _Watch(TorchDispatchMode):
-    """Writes down which of our ops run in which block, and the choices that were made there."""
+    """Records which of our ops run in which block, and the choices made there."""
 
     def __init__(self) -> None:
         super().__init__()
         self.reports: dict[str, BlockReport] = {}
         self.choices: list[Choice] = []
-        # With the number of choices made before each.
+        # Each block with the number of choices made before it.
         self._running: list[tuple[BlockReport, int]] = []
 
     @contextmanager
     def block(self, name: str, block: Any) -> Iterator[None]:
-        """Watches a block while the context is open."""
+        """Watch a block while the context is open."""
         report = self.reports[name] = BlockReport(
             name, type(block).__name__, why_plain="the batch did not reach this block"
         )
@@ -184,7 +183,7 @@ class _Watch(TorchDispatchMode):
             if not report.ops and report.why_plain is None:
                 report.why_plain = "its forward was replaced, and called no fused op"
 
-        # Else a DiT would give the block tensors, and run something else than without being watched.
+        # Otherwise a DiT would pass tensors to the watched block, which would then run other kernels.
         enter.takes_streams = leave.takes_streams = True  # type: ignore[attr-defined]
         handles = [
             block.register_forward_pre_hook(enter, with_kwargs=True),
@@ -207,7 +206,7 @@ class _Watch(TorchDispatchMode):
 
 
 def _describe(report: BlockReport, block: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    """Fills in what is known before a block runs."""
+    """Fill in what is known before a block runs."""
     if is_block(block):
         x, c = block_input(block, arguments, keywords)
         window = block._dtr.window(block, block._dtr.family.marker(c))
@@ -235,7 +234,7 @@ def _in_words(window: ChannelWindow | Tensor | None, what: str) -> str:
 
 
 def _known_before(block: Any, x: Tensor, window: ChannelWindow | Tensor | None) -> str | None:
-    """Why plain PyTorch is about to compute a block, where nothing is left to choose."""
+    """Return why plain PyTorch is about to compute a block, if that is known before it runs."""
     if not _is_ours(block) and not is_block(block):
         family = family_of(block)
         assert family is not None
@@ -247,7 +246,7 @@ def _known_before(block: Any, x: Tensor, window: ChannelWindow | Tensor | None) 
 
 
 def _explain(report: BlockReport, choice: Choice) -> None:
-    """Fills in the first choice that was made in a block, which is for all of it."""
+    """Fill in the first choice made in a block, which holds for the whole block."""
     if choice.path == "plain":
         report.why_plain = choice.why
     elif choice.path == "dense":
@@ -257,10 +256,10 @@ def _explain(report: BlockReport, choice: Choice) -> None:
 
 
 def _in_the_op(choices: Sequence[Choice], before: int) -> str:
-    """The kernels that were chosen for an op, and what was chosen inside of it, from number ``before`` on."""
+    """Return the choice of kernels for an op, and the choices made inside the op, from number ``before`` on."""
     kernels = next(choice.why for choice in reversed(choices) if choice.path in ("triton", "cpu"))
     inside = choices[before:]
-    # A GEMM with an epilogue is another than the one that was chosen without.
+    # A GEMM with an epilogue replaces the one that was chosen without.
     if inside and inside[-1].path == "epilogue":
         inside = inside[-1:]
     return "; ".join([kernels, *(choice.why for choice in inside)])

@@ -1,4 +1,4 @@
-"""Files that are written as a whole or not at all, are checked when they are read, and have one writer at a time."""
+"""Files that are written as a whole or not at all, are checked when read, and have one writer at a time."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from dtr_kernels.quoting import shortened
 def cache_folder() -> Path:
     """Return $DTR_KERNELS_CACHE, $XDG_CACHE_HOME/dtr_kernels or ~/.cache/dtr_kernels; it need not exist."""
     own, shared = os.environ.get("DTR_KERNELS_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    # A home that is unknown, as in some containers, stays "~", where no file is found.
+    # An unknown home, as in some containers, stays "~", where no file is found.
     return Path(own) if own else Path(shared or os.path.expanduser("~/.cache")) / "dtr_kernels"
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a path to write to; the file takes the place of ``path`` when it is complete and on the disk.
+    """Yield a path to write to; that file replaces ``path`` when it is complete and on the disk.
 
     Folders are made, a symbolic link is followed, and the file's permissions stay. A reader, and other threads and
-    processes that write the same file, never find half of one. Drafts that killed processes of this machine have left
-    behind are deleted.
+    processes that write the same file, never find half of one. Drafts left behind by killed processes of this machine
+    are deleted.
 
     Raises:
-        OSError: naming the file, if it cannot be written, or is a folder, pipe or device. It is then as before.
+        OSError: naming the file, if it cannot be written, or is a folder, pipe or device. The old file stays as it was.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -62,7 +62,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def _drafts_of(path: Path) -> str:
-    """Return how the names of the drafts begin that this machine makes of a file."""
+    """Return the prefix of the names of this machine's drafts of a file."""
     return f".{path.name}.{socket.gethostname()}."
 
 
@@ -77,7 +77,7 @@ def _delete_drafts_of_dead_processes(path: Path) -> None:
 
 
 def _is_running(pid: int) -> bool:
-    # Not by /proc, which may hide the processes of other users.
+    # /proc may hide the processes of other users.
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -89,17 +89,17 @@ def _is_running(pid: int) -> bool:
 
 @contextmanager
 def locked(path: str | Path, busy: str) -> Iterator[None]:
-    """Hold a lock on a file or folder: ``<path>.lock`` beside it. The system frees it when the process dies.
+    """Hold a lock on a file or folder: ``<path>.lock`` beside it. The system releases it when the process dies.
 
-    Every spelling of a path, and a symbolic link to it, is the same lock. Children that a process forks meanwhile
-    hold it too, should it be killed and they live on. A file system without locks has none to hold.
+    All spellings of a path, and symbolic links to it, share one lock. Child processes that are forked meanwhile hold
+    it too, and keep it if they outlive a killed parent. On a file system without locks nothing is held.
 
     Args:
-        busy: the message of the error where another holds it.
+        busy: the message of the error if another process or thread holds the lock.
 
     Raises:
         OSError: if no file can be made there.
-        ValueError: if another process or thread holds it, or a file of that name is no lock.
+        ValueError: if another process or thread holds the lock, or a file of that name is no lock.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def locked(path: str | Path, busy: str) -> Iterator[None]:
                 raise ValueError(busy) from None
             except OSError:
                 pass  # no locks here
-            if os.fstat(file).st_nlink == 0:  # its last holder has deleted it: it locks nothing any more
+            if os.fstat(file).st_nlink == 0:  # deleted by its last holder: it locks nothing any more
                 continue
             try:
                 yield
@@ -129,12 +129,12 @@ def locked(path: str | Path, busy: str) -> Iterator[None]:
 
 @contextmanager
 def expecting(what: str, path: str | Path, advice: str) -> Iterator[None]:
-    """Refuse a file that turns out to hold something else, whatever is raised while it is read and understood.
+    """Turn any error while a file is read and understood into a ValueError that says what the file should hold.
 
     Args:
-        what: must be in the file.
+        what: the expected content.
         path: of the file.
-        advice: what to do then.
+        advice: what to do if the file holds something else.
 
     Raises:
         OSError: if the file cannot be read.
@@ -142,15 +142,15 @@ def expecting(what: str, path: str | Path, advice: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:  # as many kinds as there are other files
-        if isinstance(error, OSError) and error.filename:  # of one without a name, zipfile was led out of the file
+    except Exception as error:  # other files fail in many ways
+        if isinstance(error, OSError) and error.filename:  # without a name, zipfile was led out of the file
             raise
         reason = " ".join((str(error) if isinstance(error, ValueError) else repr(error)).split())
         raise ValueError(f"{path} does not hold {what}: {shortened(reason)}; {advice}") from error
 
 
 def read_json(path: str | Path) -> Any:
-    """Return what a JSON file holds, with numbers of at most 64 bits.
+    """Return the content of a JSON file, with numbers of at most 64 bits.
 
     Raises:
         OSError: if it cannot be read.
@@ -165,7 +165,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def check_no_device(path: str | Path) -> None:
-    """Refuse folders, and pipes, at which a reader would wait forever."""
+    """Refuse folders, pipes and devices: a reader would wait at a pipe forever."""
     if Path(path).exists() and not Path(path).is_file():
         raise ValueError(f"{path} is not a file; name another path")
 
@@ -183,17 +183,17 @@ def _finite(digits: str) -> float:
 
 
 def write_tensors(state: object, path: str | Path) -> None:
-    """Write what ``torch.save`` can, as a whole or not at all; ``torch.load`` reads it, too.
+    """Write what ``torch.save`` can, as a whole or not at all; ``torch.load`` reads it too.
 
-    The comment of the archive is a SHA-256 digest. PyTorch does not look at the checksums of a zip file, and these do
-    not cover what says where its parts are, and of which kind.
+    The comment of the archive is a SHA-256 digest: PyTorch does not check the checksums of a zip file, which do not
+    cover the places and the kinds of its parts anyway.
 
     Raises:
-        OSError: if it cannot be written, as on a full disk. The old file is then as before.
+        OSError: if it cannot be written, as on a full disk. The old file stays as it was.
     """
     with replacing(path) as draft:
         try:
-            # Given a name, PyTorch writes by itself; into a Python file it would call back, where Ctrl-C may strike.
+            # Given a name, PyTorch writes by itself; given a Python file it would call back, where Ctrl-C may strike.
             torch.save(state, draft)
             with draft.open("r+b") as file:
                 digest = _digest(file, draft.stat().st_size - 2)
@@ -205,7 +205,7 @@ def write_tensors(state: object, path: str | Path) -> None:
 
 
 def _digest(file: BinaryIO, size: int) -> bytes:
-    """Return the digest of a file's first bytes, in hexadecimal digits; the file is then read up to there."""
+    """Return the hexadecimal digest of a file's first bytes, leaving the file positioned after them."""
     file.seek(0)
     digest = hashlib.sha256()
     while data := file.read(min(size, 1 << 20)):
@@ -215,11 +215,11 @@ def _digest(file: BinaryIO, size: int) -> bytes:
 
 
 def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:
-    """Return what ``write_tensors`` has written: tensors, numbers, strings, and lists and dicts of them.
+    """Read what ``write_tensors`` has written: tensors, numbers, strings, and lists and dicts of them.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: naming the file, if it is damaged, or holds anything else.
+        ValueError: naming the file, if it is damaged or holds anything else.
     """
     check_no_device(path)
     try:
@@ -230,5 +230,5 @@ def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:
         return torch.load(path, map_location=device, weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # as many kinds as there are other files
+    except Exception as error:  # other files fail in many ways
         raise ValueError(f"{path} is damaged, or no file that this library has written: {shortened(error)}") from error

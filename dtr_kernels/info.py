@@ -1,4 +1,4 @@
-"""What runs on this machine, and why: ``python -m dtr_kernels info``."""
+"""Report which kernels run on this machine, and why: ``python -m dtr_kernels info``."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from dtr_kernels.ops.window_linear import WindowsOp
 __all__ = ["collect", "show"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Of ops that are tuned alike, the most that are named.
+# More ops than these that are tuned alike are counted, not named.
 _MOST_OPS = 3
-# Crossovers are told for: tokens of a sample, and channels, as the models DiT-S/2 to DiT-XL/2 have them; and per
-# cent of the channels that are active.
+# Crossovers are printed for these tokens per sample, channels of DiT-S/2 to DiT-XL/2, and percentages of active
+# channels.
 _TOKENS, _WIDTHS, _ACTIVE = 256, (384, 768, 1024, 1152), (20, 50, 80)
 
 
@@ -63,7 +63,7 @@ def _gpu(index: int) -> str:
 
 
 def _tiles(index: int) -> str:
-    """Where the tiles of a GPU's Triton kernels are from. A file that cannot be used makes a warning."""
+    """Say which files the tiles of a GPU's Triton kernels come from. Warns about a file that cannot be used."""
     gpu = torch.cuda.get_device_name(index)
     tuned = _configuration(index)
     sources = [f"user's file ({user_file(gpu)}): {_summary(tuned.user)}"] if tuned.user else []
@@ -81,7 +81,7 @@ def _configuration(index: int) -> Configuration:
 
 
 def _crossovers(index: int) -> list[str]:
-    """From how many tokens of a batch on our GEMMs run instead of cuBLAS on a GPU, and where that is from."""
+    """Say from how many tokens of a batch on our GEMMs replace cuBLAS on a GPU, and where the crossovers come from."""
     dtypes_of: dict[tuple[str, str], list[str]] = {}
     for op, dtype in itertools.product(crossovers(), (torch.bfloat16, torch.float16, torch.float32)):
         betas: dict[str, list[str]] = {}
@@ -111,7 +111,7 @@ def _crossover(index: int, op: str, dtype: torch.dtype, active: int) -> str:
 
 
 def _summary(entries: Sequence[Tuned]) -> str:
-    """What is tuned: ops, dtypes and widths, with the ops together that have the same of both."""
+    """Summarise tuned entries, grouping ops that share dtype and width."""
     widths: dict[tuple[str, str], set[int]] = {}
     for entry in entries:
         widths.setdefault((entry.op, entry.dtype), set()).add(entry.channels)
@@ -161,7 +161,7 @@ def _surgery_path(device: torch.device, dtype: torch.dtype) -> str:
     return f"PyTorch ops: {why}" if path == "plain" else why
 
 
-# Other ops run as their kernels do.
+# All other ops follow the choice for their kernels.
 _PATHS: dict[str, Callable[[torch.device, torch.dtype], str]] = {
     "routed_linear": _linear_path,
     "routed_mlp": _linear_path,
@@ -172,7 +172,7 @@ _OPS = [name for name in ops.__all__ if name not in ("pcgrad_coefficients", "ran
 
 
 def show() -> None:
-    """Prints ``collect()`` for people."""
+    """Print ``collect()`` as text."""
     facts = collect()
     computed, built, tiles, crossovers = (facts.pop(name) for name in ("ops", "extension", "tiles", "crossovers"))
     for name, value in facts.items():

@@ -1,7 +1,7 @@
 """The extension that ``python -m dtr_kernels build`` compiles for this machine, kept in the user's cache.
 
-For a GPU that the installed one has no code for, for a machine with nvcc where the installed one has no CUDA kernels,
-and where the installed one does not load. It is loaded in place of that; nothing compiles at import.
+It serves a GPU that the installed extension has no code for, a machine with nvcc whose installed extension has no CUDA
+kernels, and one where the installed extension does not load. It is loaded in place of that; nothing compiles at import.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 def path() -> Path:
-    """Where it is, if there is one. The folder's name says Python's ABI and what it is compiled from, so that one of
-    other sources is never found."""
+    """Return where the extension is, if it was built. The folder's name holds Python's ABI and a digest of the sources,
+    so that an extension of other sources is never found."""
     digest = hashlib.sha256()
     for file in [Path(compilation.__file__), *sorted(ROOT.glob("csrc/**/*.*"))]:
         digest.update(f"{file.name}\0".encode() + file.read_bytes())
@@ -39,10 +39,10 @@ def path() -> Path:
 
 
 def load() -> None:
-    """Makes it ``dtr_kernels._C``, if there is one.
+    """Load the extension as ``dtr_kernels._C``, if there is one.
 
-    Warns if it is damaged, if it does not load, as on a machine with older libraries that shares the folder, or if
-    somebody else could have put it there; then the installed one is used.
+    Warns, and leaves the installed extension in use, if the file is damaged, does not load (as on a machine with older
+    libraries that shares the folder), or could have been put there by another user.
     """
     if not os.path.isdir(
         cache_folder() / "extension"
@@ -75,7 +75,7 @@ def _check_trusted(file: Path) -> None:
 
 
 def _check_complete(file: Path) -> None:
-    """Raise ImportError unless the file is the one that was built: loading half of one would end Python."""
+    """Raise ImportError unless the file is as it was built: loading half a file would crash Python."""
     try:
         if read_json(_description_of(file)) != _described(file):
             raise ValueError("its size or its checksum has changed")
@@ -84,7 +84,7 @@ def _check_complete(file: Path) -> None:
 
 
 def _description_of(file: Path) -> Path:
-    """Return where the build says which file it has made."""
+    """Return the path of the file in which the build describes the extension."""
     return file.with_name(f"{file.name}.json")
 
 
@@ -96,12 +96,12 @@ def _described(file: Path) -> dict[str, int | str]:
 
 
 def _parts(file: Path) -> tuple[Path, ...]:
-    """What must not be another user's: the file and the folders made for it."""
+    """Return the paths that no other user may own: the file and the folders made for it."""
     return file, file.parent, file.parent.parent
 
 
 def build() -> Path:
-    """Compiles the extension for this machine's Python, GPUs and nvcc, to be used in place of the installed one.
+    """Compile the extension for this machine's Python, GPUs and nvcc, to be used in place of the installed one.
 
     Takes a C++ compiler, ninja and pybind11 (pip install "dtr_kernels[build]"), and nvcc. Reads from the environment:
 
@@ -145,6 +145,6 @@ def _build(target: Path, cuda: compilation.Cuda) -> None:
 
 
 def _architectures_here() -> str:
-    """As TORCH_CUDA_ARCH_LIST lists them; those below 8.0 (Ampere) have no kernels."""
+    """List this machine's GPUs as in TORCH_CUDA_ARCH_LIST, without those below 8.0 (Ampere), which have no kernels."""
     found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     return ";".join(f"{major}.{minor}" for major, minor in sorted(found) if major >= 8)

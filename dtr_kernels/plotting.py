@@ -35,14 +35,14 @@ def plot_routing(
     Args:
         routing: whose masks to draw.
         path: where to save the picture (PNG, PDF, SVG by its ending); None returns it only.
-        channels: number of channels C; default: those of DiT-XL.
+        channels: number of channels C; default: that of DiT-XL.
 
     Returns:
         The matplotlib figure.
 
     Raises:
         ImportError: if matplotlib is not installed (``pip install matplotlib``).
-        TypeError: if path is a number, where channels stood before version 0.2.
+        TypeError: if path is a number: before version 0.2 channels came second.
         ValueError: if the routing leaves no channel active.
     """
     from matplotlib.colors import ListedColormap
@@ -77,7 +77,7 @@ _TIMESTEPS = "timestep t (0: clean image, right: noise)"
 
 
 def _timestep_ticks(T: int) -> list[int]:
-    """Return about five even steps, and the last timestep in any case."""
+    """Return about five even steps, always with the last timestep."""
     step = max(1, T // 5)
     return [*range(0, T - step // 2 - 1, step), T - 1]
 
@@ -88,9 +88,9 @@ def plot_affinity(
     """Draw the cosines of the gradients at every two timesteps, along axes of timesteps.
 
     Args:
-        affinity: what to draw. Each timestep's cell reaches halfway to its neighbours.
+        affinity: the affinity to draw. Each timestep's cell reaches halfway to its neighbours.
         path: where to save the picture (PNG, PDF, SVG by its ending); None returns it only.
-        clusters: whose squares to draw on top; the axes are then all of their timesteps.
+        clusters: drawn as squares on top; the axes then cover all of their timesteps.
 
     Returns:
         The matplotlib figure.
@@ -129,7 +129,7 @@ def plot_affinity(
 
 
 def _cell_edges(timesteps: Tensor, clusters: IntervalClusters | None) -> Tensor:
-    """Return the n + 1 edges of cells around ascending timesteps [n]: halfway between two, the last ones as far beyond.
+    """Return the n + 1 edges of cells around ascending timesteps [n]: halfway between two, the outer two as far beyond.
 
     With clusters the outer cells reach to the first and the last of their timesteps, as in ``TaskAffinity.resized``.
     """
@@ -142,18 +142,18 @@ def _cell_edges(timesteps: Tensor, clusters: IntervalClusters | None) -> Tensor:
     return torch.cat([ends[:1], between, ends[1:]])
 
 
-# A training is cut into so many parts at most, to be drawn.
+# A training is drawn in at most so many parts.
 _MOST_PARTS = 50
 
 
 def plot_conflicts(grams: Iterable[Tensor], path: str | Path | None = None) -> Figure:
-    """Draw how often every two clusters conflict over a training, which is cut into at most 50 parts.
+    """Draw how often each pair of clusters conflicts over a training, which is cut into at most 50 parts.
 
-    Pairs are ordered by how far apart their clusters are, neighbours at the bottom. A part in which one of the two
-    never has a gradient is grey.
+    Pairs are ordered by the distance between their clusters, neighbours at the bottom. A part is grey if one of the
+    two clusters never has a gradient in it.
 
     Args:
-        grams: the Gram matrices of all steps, as for ``conflict_fractions``, of at least two clusters.
+        grams: the Gram matrices of all steps, as for ``conflict_fractions``, with at least two clusters.
         path: where to save the picture (PNG, PDF, SVG by its ending); None returns it only.
 
     Returns:
@@ -174,7 +174,7 @@ def plot_conflicts(grams: Iterable[Tensor], path: str | Path | None = None) -> F
     fractions = torch.stack([conflict_fractions(part) for part in parts]).cpu().numpy()
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
-    axes.set_facecolor("silver")  # where there is no share; white would look like 0
+    axes.set_facecolor("silver")  # parts without a share; white would look like 0
     image = axes.imshow(
         [[fraction[pair] for fraction in fractions] for pair in pairs],
         aspect="auto",
@@ -194,9 +194,9 @@ def plot_conflicts(grams: Iterable[Tensor], path: str | Path | None = None) -> F
     return figure
 
 
-# In pictures of clusters, in inches: a line and a character of small print, the wedges below the boxes.
+# In pictures of clusters, in inches: the height of a line and the width of a character, and the wedges' height.
 _LINE, _CHARACTER, _WEDGE = 0.11, 0.055, 0.35
-# With more clusters than these the boxes have no labels.
+# Boxes have labels up to this number of clusters.
 _MOST_LABELS = 64
 
 
@@ -205,16 +205,16 @@ def plot_clusters(
 ) -> Figure:
     """Draw the intervals over the timesteps, with the curve or the matrix that they were made from.
 
-    Every cluster has a box above with its number, its first and last timestep and how many it holds (of continuous
-    time, its bounds and its length), and a wedge that leads from the box to where it is; so one of a single timestep
-    can be read too. More than 64 have no labels.
+    Every cluster has a box above with its number, its first and last timestep and its size (in continuous time its
+    bounds and its length), and a wedge from the box to its interval, so that a cluster of a single timestep is
+    readable too. With more than 64 clusters the boxes have no labels.
 
     Args:
-        clusters: what to draw.
+        clusters: the clusters to draw.
         path: where to save the picture (PNG, PDF, SVG by its ending); None returns it only.
-        values: what to draw with them, as for ``interval_clusters``: the SNR at every timestep, [T], as a curve on a
-            logarithmic scale, which leaves out zeros; or the affinity of all pairs of timesteps, [T, T], as a heat map
-            with the clusters as squares. None draws the intervals only, and is all there is for continuous time.
+        values: as for ``interval_clusters``: the SNR at every timestep, [T], is drawn as a curve on a logarithmic
+            scale, which leaves out zeros; the affinity of all pairs of timesteps, [T, T], as a heat map with the
+            clusters as squares. None draws the intervals only, and must be None for continuous time.
 
     Returns:
         The matplotlib figure.
@@ -261,12 +261,12 @@ def plot_clusters(
 
 
 def _edges(clusters: Clusters) -> list[float]:
-    """Return where the intervals begin and end: at their bounds, and of timesteps halfway between two."""
+    """Return the edges of the drawn intervals: their bounds, for timesteps shifted to halfway between two."""
     return [bound - 0.5 * isinstance(clusters, IntervalClusters) for bound in clusters.bounds]
 
 
 class _Labels(NamedTuple):
-    """The texts beside the boxes and in each; degrees that it is turned by; how high the boxes must be, in inches."""
+    """The caption and the text of each box; the rotation of the texts in degrees; the boxes' height in inches."""
 
     caption: str
     texts: list[str]
@@ -294,7 +294,7 @@ def _labels(clusters: IntervalClusters | ContinuousClusters, box_width: float) -
 
 
 def _fit(figure: Figure, width: float, height: float, right: float) -> None:
-    """Give the figure the size at which its axes, one on the other, have this width and height in inches."""
+    """Resize the figure so that its axes, one on the other, have this width and height in inches."""
     left, below, above = 0.75, 0.55, 0.35
     W, H = left + width + right, below + height + above
     figure.set_size_inches(W, H)
@@ -302,7 +302,7 @@ def _fit(figure: Figure, width: float, height: float, right: float) -> None:
 
 
 def _draw_affinity(axes: Axes, clusters: Clusters, affinity: np.ndarray) -> None:
-    """Return the heat map, white where tasks neither help nor hinder each other, and a square for each cluster."""
+    """Draw the heat map, white where tasks neither help nor hinder each other, and a square for each cluster."""
     from matplotlib.patches import Rectangle
 
     largest = max(1.0, np.abs(affinity).max())
@@ -328,7 +328,7 @@ def _draw_bands(axes: Axes, clusters: Clusters) -> None:
 
 
 def _draw_boxes(axes: Axes, clusters: Clusters, labels: _Labels) -> None:
-    """Boxes of one width, and a wedge from each down to its interval."""
+    """Draw boxes of one width, and a wedge from each down to its interval."""
     edges, K = _edges(clusters), clusters.num_clusters
     length = edges[-1] - edges[0]
     middle, top = _WEDGE + labels.height / 2, _WEDGE + labels.height
@@ -340,7 +340,7 @@ def _draw_boxes(axes: Axes, clusters: Clusters, labels: _Labels) -> None:
     for k, ((first, end), colour) in enumerate(zip(pairwise(edges), _colours(clusters), strict=True)):
         left, right = (edges[0] + length * (k + part) / K for part in (0.03, 0.97))
         x = [first, end, right, right, left, left]
-        # The outline shows an interval that is narrower than itself.
+        # The outline keeps an interval visible that is narrower than a line.
         axes.fill(x, [0, 0, _WEDGE, top, top, _WEDGE], facecolor=colour, edgecolor=colour, linewidth=0.6)
         write((left + right) / 2, labels.texts[k], ha="center")
     axes.set_ylim(0, top)
@@ -348,7 +348,7 @@ def _draw_boxes(axes: Axes, clusters: Clusters, labels: _Labels) -> None:
 
 
 def _colours(clusters: Clusters) -> list[np.ndarray]:
-    """Pale ones, on which black can be read, darker and lighter in turn, so that neighbours differ."""
+    """Return pale colours, on which black is readable, alternately darker and lighter so that neighbours differ."""
     from matplotlib import colormaps
 
     colours = colormaps["viridis"](np.linspace(0, 1, clusters.num_clusters))[:, :3]

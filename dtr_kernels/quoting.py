@@ -1,10 +1,10 @@
-"""Texts that fit into an error message, whatever a file or an argument holds."""
+"""Texts for error messages that stay short, whatever a file or an argument holds."""
 
 _LONGEST = 200
 
 
 def shortened(thing: object) -> str:
-    """Return a text of it that fits into an error message, whatever a file held."""
+    """Return ``str(thing)``, shortened to fit into an error message."""
     text = str(thing)
     half = _LONGEST // 2
     return text if len(text) <= _LONGEST else f"{text[:half]} ... {text[-half:]}"

@@ -1,8 +1,8 @@
-"""Which channels a timestep sees: Denoising Task Routing (Park et al., ICLR 2024, section 4).
+"""The channels that each timestep sees: Denoising Task Routing (Park et al., ICLR 2024, section 4).
 
 At timestep t a block sees W = int(beta * C) of its C channels, and DTR makes them neighbours: the window
-``[start, start + W)``. A mask is therefore two integers per sample, never a [B, C] tensor, and that is what makes
-skipping possible. Random routing (the paper's R-TR baseline) draws an arbitrary subset, which is not a window.
+``[start, start + W)``. A mask is therefore two integers per sample, never a [B, C] tensor, and that makes skipping
+possible. Random routing (the paper's R-TR baseline) draws an arbitrary subset, which is not a window.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class ChannelWindow:
     """The channels each sample of a batch sees: ``start[b] <= c < start[b] + width``.
 
     Attributes:
-        start: int32 [B], the first active channel of each sample, on the device of the batch; in 0..channels - width,
-            which is checked where it is used on a CPU and not on a GPU.
+        start: int32 [B], the first active channel of each sample, on the device of the batch, in 0..channels - width.
+            CPU ops check the range where they use it, GPU ops do not.
         width: number of active channels W, the same for every sample; 1 <= W <= channels.
         channels: number of channels C of the residual stream. In scope "inner" these are attention heads.
-        shared_start: the common start where the host knows it (sampling, t given as a Python number), else None.
-            It selects a faster path and never changes the result.
+        shared_start: the common start if the host knows it (sampling, t given as a Python number), else None. It
+            selects a faster path and never changes the result.
 
     Raises:
         ValueError: if ``start`` is not an int32 vector or ``width`` is outside 1..channels.
@@ -57,10 +57,10 @@ class ChannelWindow:
         return (offset >= 0) & (offset < self.width)
 
     def for_batch(self, batch_size: int, device: torch.device) -> ChannelWindow:
-        """This window for ``batch_size`` samples on ``device``; a start of shape [1] is shared by all of them.
+        """Return this window for ``batch_size`` samples on ``device``; a start of shape [1] is shared by all of them.
 
         Raises:
-            ValueError: if the window holds the starts of another number of samples, or lives on another device.
+            ValueError: if the window holds the starts of another number of samples, or is on another device.
         """
         if self.shared_start is not None:
             start = torch.full((batch_size,), self.shared_start, dtype=torch.int32, device=device)
@@ -85,7 +85,7 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
 
     Raises:
         TypeError: if value is not an integer.
-        ValueError: if it is less than ``least``, or not below 2**63, as PyTorch's integers are.
+        ValueError: if it is less than ``least``, or not below 2**63, the limit of PyTorch's integers.
     """
     if not is_integer(value):
         raise TypeError(f"{name} must be an integer of at least {least}, got {quoted(value)}")
@@ -113,7 +113,7 @@ def check_number(name: str, value: Any) -> int | float:
 
 
 def check_timesteps(t: Any) -> None:
-    """Refuse a t that is neither a vector [B] of integers or floating-point numbers nor one number.
+    """Refuse a t that is neither a vector [B] of integers or floating-point numbers nor a single number.
 
     Raises:
         TypeError: if t is neither a tensor nor a number.
@@ -139,10 +139,10 @@ def _check_ratio(beta: float) -> float:
 
 
 def window_width(beta: float, channels: int, name: str = "channels") -> int:
-    """Return W = int(beta * C); ``name`` says in messages what there are C of.
+    """Return W = int(beta * C); error messages call the C things ``name``.
 
     Raises:
-        ValueError: if none is active.
+        ValueError: if W is 0.
     """
     width = int(beta * channels)
     if width < 1:
@@ -156,7 +156,7 @@ def window_width(beta: float, channels: int, name: str = "channels") -> int:
 def check_range(t: Tensor, last: float, hint: str, name: str = "t") -> None:
     """Refuse t outside [0, last] without a host synchronisation: on a GPU and in compiled code by an assertion there.
 
-    A floating-point t may be a few rounding units outside, of fp32 where it is a Python number made of one.
+    A floating-point t may be a few rounding units outside, of fp32 if it was made of a Python number.
     """
     message = f"{name} must be in 0..{last}; {hint}"
     margin: float = 0
@@ -171,7 +171,7 @@ def check_range(t: Tensor, last: float, hint: str, name: str = "t") -> None:
         torch._assert_async(valid, message)
 
 
-# An op of its own, so that the range check (a data-dependent branch on a CPU) does not break a torch.compile graph.
+# A separate op, so that the range check (a data-dependent branch on a CPU) does not break a torch.compile graph.
 @torch.library.custom_op("dtr_kernels::window_starts", mutates_args=())
 def _window_starts(t: Tensor, num_timesteps: int, alpha: float, travel: int, float_timesteps: bool = False) -> Tensor:
     """Return start[b] = round(u[b]**alpha * travel), half to even, in fp64 as the reference code computes it."""
@@ -187,10 +187,10 @@ def _window_starts(t: Tensor, num_timesteps: int, alpha: float, travel: int, flo
         last = num_timesteps - 1
         check_range(t, last, f"the routing was made for num_timesteps={num_timesteps}")
         time = t.double()
-        # As numpy.linspace(0, 1, T) has it: t / (T - 1) differs in the last bit, and so where halves are rounded.
+        # As in numpy.linspace(0, 1, T): t / (T - 1) differs in the last bit, and so where halves are rounded.
         time = torch.where(time == max(last, 1), 1.0, time * (1 / max(last, 1)))
-    # The exponent as a tensor on t's device: for small integers PyTorch would multiply, and differ from pow in the last
-    # bit.
+    # The exponent is a tensor on t's device: for small integers PyTorch would multiply, and differ from pow in the
+    # last bit.
     exponent = torch.full((), alpha, dtype=torch.float64, device=t.device)
     return (time.clamp(0, 1) ** exponent * travel).round().to(torch.int32)
 
@@ -213,12 +213,12 @@ class DenoisingTaskRouting:
             sampler passes the original timestep numbers.
         alpha: shape of the slide, > 0. The paper uses 4.
         beta: ratio of active channels, in (0, 1]. The paper uses 0.8; 1 is the ordinary, unrouted model.
-        float_timesteps: take a floating-point t as a timestep number in 0..T-1, which may lie between two of them, as
-            diffusers' Euler schedulers count. By default it is a continuous time in [0, 1].
+        float_timesteps: take a floating-point t as a timestep number in 0..T-1, which may lie between two timesteps, as
+            in diffusers' Euler schedulers. By default a floating-point t is a continuous time in [0, 1].
 
     Raises:
         TypeError: if an argument is not a number, num_timesteps not an integer or float_timesteps not a bool.
-        ValueError: if beta is outside (0, 1], alpha <= 0, num_timesteps < 1, or one of them is too large for 64 bits.
+        ValueError: if beta is outside (0, 1], alpha <= 0, num_timesteps < 1, or an argument is too large for 64 bits.
     """
 
     num_timesteps: int = 1000
@@ -232,7 +232,7 @@ class DenoisingTaskRouting:
             raise ValueError(f"alpha, the exponent of the slide, must be greater than 0, got {alpha}")
         if not isinstance(self.float_timesteps, bool):
             raise TypeError(f"float_timesteps must be True or False, got {self.float_timesteps!r}")
-        # Python's own numbers, which ops and compiled code take where they refuse NumPy's.
+        # Python's own numbers: ops and compiled code refuse NumPy's.
         _set(self, num_timesteps=check_count("num_timesteps", self.num_timesteps), alpha=alpha)
         _set(self, beta=_check_ratio(self.beta))
 
@@ -243,9 +243,9 @@ class DenoisingTaskRouting:
             t: integer tensor [B] of timesteps 0..T-1, or floating-point tensor [B] of continuous times in [0, 1]
                 (flow matching), with ``float_timesteps`` of timestep numbers in 0..T-1; or one Python or NumPy number
                 shared by the whole batch (sampling). Floating-point numbers may be rounded past either end. Inside a
-                function given to torch.compile a Python float compiles anew for each value; an int or a tensor does
+                function given to torch.compile, each value of a Python float compiles anew; an int or a tensor does
                 not.
-            channels: number of channels C of the residual stream; in scope "inner" of attention heads.
+            channels: number of channels C of the residual stream; in scope "inner", of attention heads.
 
         Returns:
             ``ChannelWindow`` with start int32 [B] ([1] for a number).
@@ -276,8 +276,8 @@ def _set(routing: Any, **values: Any) -> None:
 class RandomRouting:
     """Random task routing (R-TR), the paper's ablation baseline: a fixed random subset of channels for each timestep.
 
-    The subset is not a window, so blocks run it through the plain PyTorch path, where nothing is skipped. There is one
-    for each integer timestep and none between them, so floating-point timesteps are refused.
+    The subset is not a window, so blocks run it through the plain PyTorch path, where nothing is skipped. Only integer
+    timesteps have a subset, so floating-point timesteps are refused.
 
     Args:
         num_timesteps: T, the number of timesteps.
@@ -286,7 +286,7 @@ class RandomRouting:
 
     Raises:
         TypeError: if num_timesteps or seed is not an integer or beta not a number.
-        ValueError: if beta is outside (0, 1], num_timesteps < 1, seed < 0, or one of the two is not below 2**63.
+        ValueError: if beta is outside (0, 1], num_timesteps < 1, seed < 0, or num_timesteps or seed is not below 2**63.
     """
 
     num_timesteps: int = 1000
@@ -298,11 +298,11 @@ class RandomRouting:
         _set(self, seed=check_count("seed", self.seed, least=0))
 
     def mask(self, t: Tensor, channels: int) -> Tensor:
-        """Bool mask [B, C], True where active, on t's device.
+        """Return the bool mask [B, C], True where active, on t's device.
 
         Args:
             t: integer tensor [B] of timesteps 0..T-1.
-            channels: number of channels C; in scope "inner" of attention heads.
+            channels: number of channels C; in scope "inner", of attention heads.
 
         Raises:
             TypeError: if t is not a tensor, or channels not an integer.

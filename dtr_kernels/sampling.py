@@ -1,9 +1,8 @@
-"""A model in sampling: one timestep for the whole batch, the same conditioning at every step.
+"""Sampling with a routed model: one timestep for the whole batch, the same conditioning at every step.
 
-What a step of sampling can leave out that a step of training cannot: the window is known to the host, so a U-Net
-convolves only the groups that it touches; what a block makes of timestep and conditioning alone, its modulation, is the
-same for every batch and is remembered; and as every step launches the same kernels on the same memory, a CUDA graph
-replays it.
+Three things save time that a training step cannot save. The host knows the window, so a U-Net convolves only the groups
+that it touches. A block's modulation depends on timestep and conditioning alone, so it is remembered from batch to
+batch. Every step launches the same kernels on the same memory, so a CUDA graph can replay it.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from dtr_kernels.swap.core import is_block, is_compiled, one_timestep
 
 __all__ = ["Sampler"]
 
-# A step changes the model's modules while it runs, and several samplers may share a model.
+# A step patches the model's modules while it runs, and several samplers may share a model.
 _LOCK = threading.Lock()
 
 
 class Sampler:
-    """Calls a routed model at one timestep after another, with the conditioning it is given here.
+    """Calls a routed model at one timestep after another, with a fixed conditioning.
 
-    Windows come from the timestep as a number, so a U-Net convolves only what they touch. Modulations are computed at
-    the first step at a timestep and remembered, in one row for all samples that have the same conditioning; later
-    batches read them instead of the weights that make them, which are a third of a DiT's. Nothing of this changes
-    a result but for rounding. Copies and pickles begin without memory.
+    Windows come from the timestep as a number, so a U-Net convolves only the groups that they touch. Modulations are
+    computed at the first step at a timestep and remembered, one row for all samples with the same conditioning; later
+    batches read them instead of the weights that compute them, which are a third of a DiT's. Results change only by
+    rounding. Copies and pickles begin with nothing remembered.
 
     Example::
 
@@ -45,21 +44,21 @@ class Sampler:
 
     Args:
         model: ``dtr_kernels.nn.DiT``, or a model after ``swap_blocks``, in eval mode and not compiled. When its weights
-            change in place, what is remembered is dropped; after any other change call ``forget``.
-        guidance_scale: for classifier-free guidance; None for none. Then the conditioning holds 2B samples, those
-            wanted followed by those of no class, and both go through the model in one batch.
-        remember: keep modulations: for each timestep, block and different conditioning 6 C numbers. Without it, every
+            change in place, remembered modulations and graphs are dropped; after any other change call ``forget``.
+        guidance_scale: for classifier-free guidance; None for none. The conditioning then holds 2B samples, the wanted
+            ones followed by those of no class, and both go through the model in one batch.
+        remember: keep modulations, 6 C numbers for each timestep, block and different conditioning. Otherwise every
             step computes them.
-        cuda_graphs: capture a CUDA graph at the first step at each timestep and replay it later. For x of one shape
-            and dtype, on a GPU. All graphs share their memory.
-        guided_channels: number of the prediction's channels that are guided, the first ones; None for as many as x has.
+        cuda_graphs: capture a CUDA graph at the first step at each timestep and replay it later. Needs a GPU, and x of
+            one shape and dtype. All graphs share their memory.
+        guided_channels: how many of the prediction's first channels are guided; None for as many as x has.
             facebookresearch/DiT guides 3 of 4.
-        conditioning: the other arguments of the model's forward by their names, such as y=labels. Tensors among them
-            have one entry per sample, and are copied.
+        conditioning: the other arguments of the model's forward by their names, such as y=labels. Tensors must have one
+            entry per sample, and are copied.
 
     Raises:
-        TypeError: if the model is neither.
-        ValueError: if it is compiled, or if the conditioning's tensors do not fit each other.
+        TypeError: if the model is of another class.
+        ValueError: if the model is compiled, or if the conditioning's tensors do not fit each other.
     """
 
     def __init__(
@@ -101,19 +100,19 @@ class Sampler:
 
         Args:
             x: [B, channels, H, W], the samples at timestep t.
-            t: the timestep of all of them, in the numbers that the model was trained with: a Python or NumPy number,
-                or a tensor that holds one, for which the host waits if it is on a GPU.
+            t: the timestep of all samples, in the numbers that the model was trained with: a Python or NumPy number, or
+                a tensor that holds one. The host waits for a tensor on a GPU.
 
         Returns:
-            What the model returns for x, [B, ...]: its ``sample`` or its first element where that is not a tensor. With
-            guidance, the first ``guided_channels`` of its channels are guided, and others (a learned variance) are
-            those with conditioning.
+            The model's output for x, [B, ...]; if that is not a tensor, its ``sample`` or its first element. With
+            guidance, its first ``guided_channels`` channels are guided, and the others (a learned variance) are those
+            with conditioning.
 
         Raises:
             TypeError: if t is not a number.
-            ValueError: if x does not have as many samples as the conditioning, the model is in training mode, t is not
-                one finite number or, unless the routing has ``float_timesteps``, is an integer at one step and not at
-                another, or, with CUDA graphs, x is not on a GPU or of another shape than at the first step.
+            ValueError: if x does not have as many samples as the conditioning; if the model is in training mode; if t
+                is not one finite number or, unless the routing has ``float_timesteps``, is an integer at one step and
+                not at another; or, with CUDA graphs, if x is not on a GPU or changes its shape after the first step.
             RuntimeError: if a block's modulation turns out to depend on more than timestep and conditioning.
         """
         if self.model.training:
@@ -179,7 +178,7 @@ class Sampler:
         stream = torch.cuda.Stream(x.device)
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):
-            for _ in range(2):  # kernels are compiled, modulations computed; and then those are checked
+            for _ in range(2):  # first compile kernels and compute modulations, then check these
                 self._step(x, t)
         torch.cuda.current_stream(x.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
@@ -193,8 +192,8 @@ class _Modulations:
     """Results of modules that see timestep and conditioning alone.
 
     Args:
-        first: of each different conditioning, one sample that has it. None: every sample has its own.
-        like: which of these each sample has.
+        first: the index of one sample for each different conditioning. None: every sample has its own.
+        like: for each sample, which of these it shares.
     """
 
     def __init__(self, first: Tensor | None, like: Tensor | None) -> None:
@@ -203,12 +202,12 @@ class _Modulations:
         self._known: dict[tuple[Any, ...], Tensor] = {}
         self._calls: dict[int, int] = {}
         self._thread: int | None = None  # that samples
-        self._computed: set[int] = set()  # modules that are checked once when they compute,
-        self._repeated: set[int] = set()  # and once when they need not
+        self._computed: set[int] = set()  # modules checked once when they compute,
+        self._repeated: set[int] = set()  # and once when they are recalled
 
     @contextmanager
     def remembered(self, modules: list[Any], when: tuple[Any, ...]) -> Iterator[None]:
-        """Let modules return what they returned at the same timestep before, in this thread."""
+        """Let modules return their earlier results at the same timestep, in this thread."""
         patched = [vars(module).get("forward") for module in modules]
         self._calls.clear()
         self._thread = threading.get_ident()
@@ -226,9 +225,9 @@ class _Modulations:
     def _recall(
         self, module: int, when: tuple[Any, ...], compute: Callable[..., Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
-        if threading.get_ident() != self._thread:  # which calls the model directly, at a timestep of its own
+        if threading.get_ident() != self._thread:  # another thread calls the model directly
             return compute(*args, **kwargs)
-        # Blocks may share a module, which each of them calls with a conditioning of its own.
+        # Blocks may share a module, and each calls it with its own conditioning.
         call = self._calls[module] = self._calls.get(module, 0) + 1
         key = (module, call, *when)
         if key not in self._known:
@@ -250,7 +249,7 @@ class _Modulations:
 
     @staticmethod
     def _check(out: Tensor, remembered: Tensor) -> None:
-        """Refuse modulations that depend on more. On a GPU the host waits, so this is not done at every step."""
+        """Raise if a modulation depends on more. On a GPU the host waits, so this is not done at every step."""
         if out.numel() and (out - remembered).abs().max() > torch.finfo(out.dtype).eps ** 0.5 * out.abs().max():
             raise RuntimeError(
                 "a block's modulation differs between samples, or steps, of one timestep and one conditioning, so it "
@@ -278,7 +277,7 @@ def _at_one_timestep(model: nn.Module) -> Callable[[Tensor, int | float, Mapping
 
 
 def _conditioned(model: nn.Module) -> list[Any]:
-    """Return the modules whose result depends on timestep and conditioning alone."""
+    """Return the modules whose results depend on timestep and conditioning alone."""
     own: list[Any] = [module for module in model.modules() if isinstance(module, RoutedDiTBlock | FinalLayer)]
     swapped: list[Any] = [module for module in model.modules() if is_block(module)]
     parts = [module.adaLN_modulation for module in own]
@@ -287,12 +286,12 @@ def _conditioned(model: nn.Module) -> list[Any]:
 
 
 def _versions(weights: list[nn.Parameter]) -> list[tuple[int, int]]:
-    """Changes when a weight is written or moved. Inference tensors count no writing."""
+    """Return the address and version of each weight, to notice moves and writes. Inference tensors count no writes."""
     return [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
 
 
 def _has_float_timesteps(model: nn.Module) -> bool:
-    """Return whether integer and floating-point timesteps mean the same to the model."""
+    """Return whether an integer timestep and a floating-point one mean the same to the model."""
     blocks: list[Any] = [module for module in model.modules() if is_block(module)]
     routing = model.routing if isinstance(model, DiT) else blocks[0]._dtr.model.routing
     return isinstance(routing, DenoisingTaskRouting) and routing.float_timesteps
@@ -307,7 +306,7 @@ def _number(t: Any) -> int | float:
 
 
 def _samples(conditioning: Mapping[str, Any]) -> int | None:
-    """Return the number of samples that the conditioning has; None where no tensor says so."""
+    """Return the number of samples in the conditioning; None if no tensor shows it."""
     sizes = {
         name: len(value) if value.dim() else 0 for name, value in conditioning.items() if isinstance(value, Tensor)
     }
@@ -317,9 +316,9 @@ def _samples(conditioning: Mapping[str, Any]) -> int | None:
 
 
 def _distinct(conditioning: Mapping[str, Any], samples: int | None) -> tuple[Tensor | None, Tensor | None]:
-    """One sample for each conditioning that is different, and which of these each sample is like.
+    """Return the index of one sample for each different conditioning, and which of these each sample shares.
 
-    None where all samples are different, or may be for all that is known of other objects than tensors.
+    Both are None if all samples differ, or may differ because of objects that are not tensors.
     """
     others = [value for value in conditioning.values() if not isinstance(value, Tensor)]
     if not samples or not all(isinstance(value, Real | None) for value in others):

@@ -1,12 +1,12 @@
 """Compare the kernels with plain PyTorch on this machine: ``python -m dtr_kernels verify``.
 
 The bound is threefold: with everything also computed in fp64, the error of a kernel may be at most twice the error
-that plain PyTorch makes in the same dtype, plus a few rounding units of the largest value. That holds for the output
-and for every gradient, with a window, timestep and modulation of its own for every sample.
+that plain PyTorch makes in the same dtype, plus a few rounding units of the largest value. It applies to the output and
+to every gradient, with a window, timestep and modulation of its own for every sample.
 
-By default whole blocks and gradient surgery are compared; with ``--kernels`` instead every declared kernel in each of
-its modes and on odd sizes, with NaN in uninitialised memory. That is made to run under compute-sanitizer too. A call
-that raises is wrong, and the next one is made all the same: a CUDA error spoils the process, which then starts again.
+By default whole blocks and gradient surgery are compared. With ``--kernels`` every declared kernel runs instead, in
+each of its modes, on odd sizes and with NaN in uninitialised memory, also under compute-sanitizer. A call that raises
+counts as wrong, and the next one follows; after a CUDA error, which spoils the process, the process starts again.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ OURS, LIBRARY = Crossover(1), Crossover(NEVER)
 
 Function = Callable[..., tuple[Tensor, ...]]
 
-# Numbers of which the largest may be small by chance.
+# So few numbers that the largest may be small by chance.
 _FEW = 16
 # The constant of the bound, in rounding units of the largest value: plain PyTorch may happen to be exact.
 _SLACK = {torch.float64: 1024, torch.float32: 8, torch.bfloat16: 2, torch.float16: 2}
@@ -61,8 +61,7 @@ _SLACK = {torch.float64: 1024, torch.float32: 8, torch.bfloat16: 2, torch.float1
 
 @dataclass(frozen=True)
 class Comparison:
-    """Largest absolute errors against fp64 of one tensor: the kernel's, plain PyTorch's, and what the kernel may
-    have."""
+    """Largest absolute errors of a tensor against fp64: the kernel's, plain PyTorch's and the bound for the kernel."""
 
     name: str
     error: float
@@ -71,7 +70,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """True if the error is within the bound; NaN is not."""
+        """True if the error is within the bound; False for NaN."""
         return self.error <= self.bound
 
 
@@ -88,9 +87,9 @@ def compare(
 
     Args:
         fused, plain: the kernels and the reference, called with ``inputs`` as keyword arguments; return tensors.
-        inputs: tensors in the precision they are used in; a gradient is taken of each that requires one. A view
-            of a wider tensor keeps its strides.
-        dtype: whose rounding unit the bound allows.
+        inputs: tensors in the precision they are used in; gradients are taken of those that require one. A view of a
+            wider tensor keeps its strides.
+        dtype: its rounding unit scales the constant of the bound.
         precision: a context such as ``torch.autocast`` that both run in; the fp64 run does not.
         conditioning: multiplies the constant of the bound, for inputs whose gradients nearly cancel.
         outputs: names for the outputs; default: "out0", "out1", ...
@@ -138,7 +137,7 @@ def random_block(
     dtype: torch.dtype,
     kind: nn.BlockKind = nn.BlockKind(),  # noqa: B008
 ) -> nn.RoutedDiTBlock:
-    """A block whose modulation is random too: at initialisation its gates are zero and would hide every difference."""
+    """Return a block with random modulation too: initial gates are zero and would hide every difference."""
     block = nn.RoutedDiTBlock(channels, heads, scope=scope, kind=kind)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.5 if parameter.dim() == 1 else parameter.shape[1] ** -0.5)
@@ -193,7 +192,7 @@ def _inner(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Call(NamedTuple):
-    """One way to call a declared kernel; ``way`` is the side of its crossover, None where it has none."""
+    """One call of a declared kernel; ``way`` is the side of its crossover, None if it has none."""
 
     kernel: Kernel
     mode: Mode
@@ -206,7 +205,7 @@ class Call(NamedTuple):
 
     @contextmanager
     def forced(self) -> Iterator[None]:
-        """Inside, kernels run on this side of the crossover."""
+        """Run kernels on this side of the crossover while the context is open."""
         with nullcontext() if self.way is None else forced(self.kernel.crossover or "", self.way):
             yield
 
@@ -223,7 +222,7 @@ def calls(device: torch.device, kernels: Sequence[Kernel] | None = None) -> Iter
 
 
 def check(call: Call, precision: Precision, device: torch.device) -> list[Comparison]:
-    """Compare what a kernel computes from random arguments with plain PyTorch in the same precision and in fp64."""
+    """Compare a kernel's results on random arguments with plain PyTorch in the same precision and in fp64."""
     arguments = call.kernel.inputs(Draw(call.sizes, precision, device), **call.mode)
     exact, plain = (results(call.kernel.exact(**given)) for given in (widened(arguments), arguments))
     with call.forced():
@@ -236,8 +235,8 @@ def check(call: Call, precision: Precision, device: torch.device) -> list[Compar
 
 
 def _slack_of(sizes: Sizes | Gradients, found: Tensor, exact: Tensor, operand: torch.dtype) -> float:
-    """The constant of the bound over the largest value."""
-    # Kernels compute fp64 results of lesser operands in fp32 at least.
+    """Return the constant of the bound over the largest value."""
+    # Kernels compute fp64 results of narrower operands in fp32 at least.
     unit = min(_unit(operand), _unit(torch.float32)) if found.dtype == torch.float64 != operand else _unit(operand)
     if isinstance(sizes, Gradients):  # sums of K terms, which are larger than the sums
         unit *= 1 + sizes.K / 16
@@ -251,7 +250,7 @@ def _unit(dtype: torch.dtype) -> float:
     return _SLACK[dtype] * torch.finfo(dtype).eps
 
 
-# A name, and what compares.
+# A name, and a function that compares.
 Case = tuple[str, Callable[[], list[Comparison]]]
 
 
@@ -265,7 +264,7 @@ def kernel_cases(device: torch.device, kernels: Sequence[Kernel], precision: str
 
 @contextmanager
 def nan_in_uninitialised_memory() -> Iterator[None]:
-    """Inside, what a kernel leaves unwritten is NaN."""
+    """Fill uninitialised memory with NaN while the context is open."""
     settings: Any = torch.utils.deterministic
     enabled = torch.are_deterministic_algorithms_enabled()
     before = settings.fill_uninitialized_memory, torch.is_deterministic_algorithms_warn_only_enabled()
@@ -307,7 +306,7 @@ def cases(device: torch.device) -> Iterator[Case]:
     for precision, scope, products in itertools.product(_DTYPES, reference.SCOPES, _products(device)):
         name = f"{precision:13}  scope {scope:6}  RMSNorm, SwiGLU" + (f", {products}" if products else "")
         yield name, partial(_check_scope, scope, _TIMESTEPS, products, *_DTYPES[precision], device, kind=modern)
-    # So narrow and long that a CPU too multiplies with slices of the weight, in both passes.
+    # So narrow and long that a CPU too runs GEMMs on slices of the weight, in both passes.
     narrow = partial(_check_scope, "branch", _TIMESTEPS, "", *_DTYPES["fp32"], device, beta=0.5, tokens=1030)
     yield f"{'fp32':13}  scope branch  one window per sample, beta 0.5, 1030 tokens", narrow
     for precision, clusters in itertools.product(PRECISIONS, (5, 8, 64)):
@@ -345,13 +344,13 @@ def _check_surgery(precision: str, clusters: int, device: torch.device) -> list[
 
 
 def _products(device: torch.device) -> list[str]:
-    """On a GPU a block this small would run cuBLAS alone, where a large one runs our GEMMs: both are checked."""
+    """Name the ways to multiply: on a GPU a small block would run cuBLAS alone and a large one our GEMMs, so both."""
     return ["our GEMMs", "cuBLAS"] if kernels_for(device, torch.float32).path == "triton" else [""]
 
 
 @contextmanager
 def _from_the_first_token(products: str) -> Iterator[None]:
-    """Inside, matrix products of any size run in the way that ``_products`` names; "" leaves the choice."""
+    """Run GEMMs of any size in the way that ``_products`` names while the context is open; "" leaves the choice."""
     with ExitStack() as stack:
         for op in crossovers() if products else ():
             stack.enter_context(forced(op, Crossover(1 if products == "our GEMMs" else NEVER)))
@@ -373,11 +372,11 @@ def run(
     """Print a table of errors and return whether all are within their bounds.
 
     Its rows are routed blocks, for each precision, scope and kind of window, and gradient surgery, for each precision
-    and number of clusters; with ``kernels`` they are the calls of these, in one precision or in all, of which only
-    those that fail are printed. A row shows the comparison that comes closest to its bound, of all that were made.
+    and number of clusters. With ``kernels`` the rows are calls of these, in one precision or in all, and only failures
+    are printed. A row shows the comparison that comes closest to its bound.
 
     Args:
-        after: how many calls have been made before, and how many of them were wrong.
+        after: the number of earlier calls, and of those that were wrong.
     """
     given = list(cases(device) if kernels is None else kernel_cases(device, kernels, precision))
     done, wrong = after
@@ -417,7 +416,7 @@ def run(
 
 
 def _found(seed: int, attempt: Callable[[], list[Comparison]]) -> list[Comparison] | str:
-    """Return what a case finds, or a line about the error that it ends with."""
+    """Return the comparisons of a case, or a line about the error that it ends with."""
     torch.manual_seed(seed)
     try:
         return attempt()
@@ -436,7 +435,7 @@ def usable(device: torch.device) -> bool:
 
 
 def _start_again(done: int, wrong: int) -> None:
-    """Replace the process by one like it that goes on after as many calls."""
+    """Replace the process by one like it that continues after ``done`` calls."""
     sys.stdout.flush()
     again = ["--seed", str(torch.initial_seed()), "--after", str(done), str(wrong)]
     os.execv(sys.executable, [*sys.orig_argv, *again])

@@ -1,17 +1,17 @@
-"""Trains a small DTR-DiT on scikit-learn's 1,797 handwritten digits, draws new ones, and checks the fused blocks.
+"""Train a small DTR-DiT on scikit-learn's 1,797 handwritten digits, draw new ones, and check the fused blocks.
 
     python -m examples.demo --out out/demo
 
-Two CPU cores take about two minutes. What --out then holds:
+Two CPU cores take about two minutes. --out then holds:
 
-    windows.png     which channels are active at which timestep
+    windows.png     the active channels at each timestep
     loss.png        the training loss
     samples.png     new digits, one column per class
     comparison.md   time, memory and accuracy of a training step: plain PyTorch blocks and fused blocks
     metrics.json    every number, and the machine it was measured on
 
 The exit status is 1 if the trained model's output or gradients are less accurate than fp32 allows. Ctrl-C ends training
-early and goes on with what was trained. Needs ``pip install "dtr_kernels[demo]"``.
+early and continues with the model trained so far. Needs ``pip install "dtr_kernels[demo]"``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ROUTING = dtr.DenoisingTaskRouting(digits.TIMESTEPS)
 
 
 def train(training: Training) -> None:
-    """Trains to the end, or until Ctrl-C."""
+    """Train to the end, or until Ctrl-C."""
     progress = tqdm(range(training.recipe.steps), "training", **digits.BAR)
     try:
         for step in progress:
@@ -57,7 +57,7 @@ def train(training: Training) -> None:
 
 
 def plain_forward(model: dtr.nn.DiT, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """The model in plain PyTorch, where routing multiplies by masks."""
+    """Run the model in plain PyTorch, where routing multiplies by masks."""
     return dtr.reference.dit(model, x, t, y, ROUTING.window(t, model.hidden_size).mask())
 
 
@@ -65,7 +65,7 @@ FORWARDS: dict[str, Callable[..., Tensor]] = {"plain": plain_forward, "fused": d
 
 
 def bytes_saved(forward: Callable[..., Tensor], model: dtr.nn.DiT, x: Tensor, t: Tensor, y: Tensor) -> int:
-    """Bytes that autograd keeps for the backward pass: every storage once, parameters not counted."""
+    """Count the bytes that autograd keeps for the backward pass: every storage once, without parameters."""
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -73,14 +73,14 @@ def bytes_saved(forward: Callable[..., Tensor], model: dtr.nn.DiT, x: Tensor, t:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        _graph = forward(model, x, t, y)  # held until the sum, or freed memory would be handed out and counted again
+        _graph = forward(model, x, t, y)  # held until the sum, as freed memory would be reused and counted again
     for parameter in model.parameters():
         saved.pop(parameter.untyped_storage().data_ptr(), None)
     return sum(saved.values())
 
 
 def compare(model: dtr.nn.DiT, batch: tuple[Tensor, ...], repeats: int = 25, warmup: int = 3) -> dict[str, dict]:
-    """Time and memory of a training step with plain and with fused blocks: they alternate, and medians count."""
+    """Measure time and memory of a training step with plain and with fused blocks, alternating; return medians."""
     model = copy.deepcopy(model).train()
     optimizer = torch.optim.AdamW(model.parameters())
     x, t, y, velocity = batch
@@ -101,7 +101,7 @@ def compare(model: dtr.nn.DiT, batch: tuple[Tensor, ...], repeats: int = 25, war
 
 
 def check(model: dtr.nn.DiT, batch: tuple[Tensor, ...]) -> dict[str, dict[str, float]]:
-    """Errors of plain and fused fp32 against plain fp64, relative to the largest entry of each tensor."""
+    """Return the errors of plain and fused fp32 against plain fp64, relative to the largest entry of each tensor."""
 
     def output_and_gradients(name: str, model: dtr.nn.DiT, x: Tensor, t: Tensor, y: Tensor, velocity: Tensor) -> list:
         out = FORWARDS[name](model, x, t, y)
@@ -127,7 +127,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def machine(device: torch.device) -> dict[str, str | int | None]:
-    """Where and with what the numbers were measured; commit is None outside a git checkout."""
+    """Describe the machine and the versions; commit is None outside a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -212,7 +212,7 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:  # after training: what was written stays
+    except KeyboardInterrupt:  # after training: written files stay
         sys.exit(130)
     except OSError as error:
         sys.exit(f"--out cannot be written to: {error}; give another folder, or free some space")

@@ -1,7 +1,7 @@
-"""What the examples and the study train on: scikit-learn's 1,797 handwritten digits, under a cosine diffusion process.
+"""Data of the examples and the study: scikit-learn's 1,797 handwritten digits, under a cosine diffusion process.
 
-At timestep t an image is seen as ``x_t = cos(phi) * image + sin(phi) * noise`` with phi growing evenly from almost 0 to
-pi / 2, pure noise, and a model learns the velocity ``dx_t / dphi = cos(phi) * noise - sin(phi) * image``.
+At timestep t a model sees ``x_t = cos(phi) * image + sin(phi) * noise``, where phi grows evenly from almost 0 to
+pi / 2, pure noise. It learns the velocity ``dx_t / dphi = cos(phi) * noise - sin(phi) * image``.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dtr_kernels.files import replacing
 
 CLASSES, TIMESTEPS = 10, 1000
 NULL_CLASS = CLASSES  # stands for "any digit"
-# Bars redraw often for a person and leave few lines in a log.
+# Redraw often for a person, but leave few lines in a log.
 BAR: dict[str, Any] = {"unit": "step", "mininterval": 0.2 if sys.stderr.isatty() else 15.0}
 
 
 def load_images(device: torch.device | str = "cpu", size: int = 8) -> tuple[Tensor, Tensor]:
-    """All images [1797, 1, size, size] in [-1, 1], enlarged from 8 x 8 where asked for, and their classes [1797]."""
+    """Return all images [1797, 1, size, size] in [-1, 1], enlarged from 8 x 8 if needed, and their classes [1797]."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
     if size != 8:
@@ -45,9 +45,9 @@ def make_model(
     depth: int = 4,
     num_heads: int = 4,
 ) -> dtr.nn.DiT:
-    """A DiT that predicts the velocity of images [B, 1, size, size] of one of ten classes, or of the null class.
+    """Build a DiT that predicts the velocity of images [B, 1, size, size] of one of ten classes, or of the null class.
 
-    Batches come with null labels already among theirs, so the model drops none itself (class_dropout_prob 0).
+    Batches already contain null labels, so the model drops none itself (class_dropout_prob 0).
     """
     return dtr.nn.DiT(
         input_size=size,
@@ -65,24 +65,24 @@ def make_model(
 
 
 def angle(t: Tensor) -> Tensor:
-    """phi of integer timesteps t [B], as [B, 1, 1, 1]: from pi / 2000 to pi / 2; at -1 it is 0, no noise."""
+    """Return phi at integer timesteps t [B], as [B, 1, 1, 1]: from pi / 2000 to pi / 2; at -1 it is 0, no noise."""
     return (math.pi / 2 * (t + 1) / TIMESTEPS)[:, None, None, None]
 
 
 def snr(t: Tensor) -> Tensor:
-    """The signal-to-noise ratio at integer timesteps t [B], [B]."""
+    """Return the signal-to-noise ratio [B] at integer timesteps t [B]."""
     return angle(t).flatten().tan() ** -2
 
 
 def noisy(images: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """x_t of images under fresh noise, and the velocity to predict from it, both like images."""
+    """Return x_t of images under fresh noise, and the velocity to predict from it, both shaped like images."""
     phi, noise = angle(t), torch.randn_like(images)
     return phi.cos() * images + phi.sin() * noise, phi.cos() * noise - phi.sin() * images
 
 
 @torch.no_grad()
 def sample(model: Any, labels: Tensor, *, size: int = 8, steps: int = 50, guidance: float = 1.0) -> Tensor:
-    """Draws images [B, 1, size, size] in [-1, 1] of the classes ``labels`` [B] by DDIM.
+    """Draw images [B, 1, size, size] in [-1, 1] of the classes ``labels`` [B] by DDIM.
 
     Args:
         model: called as ``model(x, t, y)`` with t a Python number; for guidance also needs ``forward_with_cfg``.
@@ -108,7 +108,7 @@ def sample(model: Any, labels: Tensor, *, size: int = 8, steps: int = 50, guidan
 
 
 def save_samples(images: Tensor, path: Path) -> None:
-    """Draws images [n * CLASSES, 1, size, size] in n rows of one digit of each class."""
+    """Save a picture of images [n * CLASSES, 1, size, size], in n rows of one digit of each class."""
     framed = F.pad(images.cpu(), (1, 1, 1, 1), value=-1)
     rows = framed.view(-1, CLASSES, *framed.shape[2:])
     figure = Figure(figsize=(CLASSES, len(rows)))
@@ -119,7 +119,7 @@ def save_samples(images: Tensor, path: Path) -> None:
 
 
 def save_losses(losses: Tensor, path: Path) -> None:
-    """Draws the loss of every training step, [steps], and its moving average."""
+    """Save a plot of the loss of every training step, [steps], and its moving average."""
     width = max(len(losses) // 20, 1)
     smooth = losses.cpu().unfold(0, width, 1).mean(dim=1).tolist()
     figure = Figure(figsize=(6, 3.2), layout="constrained")

@@ -4,12 +4,12 @@ average of the weights, autocast, checkpoints, and several processes.
     python -m examples.train --out out/train --weighting pcgrad
     torchrun --standalone --nproc-per-node 2 -m examples.train --out out/train --weighting uw --precision bf16
 
-A run that was killed at any moment goes on when the same command is given again, and ends with the same weights, bit
-for bit on a CPU with as many threads, as one that was left alone: everything random in a step follows from the seed and
-the step's number, and the rest of a run's state is in its checkpoint. Any number of processes trains the same model, to
+A run that was killed at any moment continues when the same command is given again, and ends with the same weights as an
+uninterrupted one, bit for bit on a CPU with as many threads: everything random in a step follows from the seed and the
+step's number, and the rest of a run's state is in its checkpoint. Any number of processes trains the same model, up to
 rounding.
 
---out, of the first process alone, then holds checkpoint.pt, averaged.pt (the weights to use), loss.png and samples.png.
+--out, of the first process only, then holds checkpoint.pt, averaged.pt (the weights to use), loss.png and samples.png.
 Needs ``pip install "dtr_kernels[demo]"``, and "dtr_kernels[torchjd]" for --weighting nash.
 """
 
@@ -47,23 +47,24 @@ ANOTHER = "delete the file, or give another folder"  # for a checkpoint that can
 WEIGHTINGS = ("none", "uw", "pcgrad", "nash", "min-snr", "edm2")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHOICES = {"routing": ROUTINGS, "scope": dtr.reference.SCOPES, "weighting": WEIGHTINGS, "precision": PRECISIONS}
-# Whole numbers are at least 1, a seed 0, and at most these; far beyond, memory runs out.
+# Upper bounds; beyond them memory runs out. Whole numbers are at least 1, a seed at least 0.
 LARGEST = {"clusters": digits.TIMESTEPS, "size": 256, "hidden_size": 2**14, "depth": 1000, "num_heads": 2**10}
 LARGEST |= {"steps": 10**7, "batch_size": 10**6, "seed": 2**32 - 1}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained, and how. A checkpoint continues only under the recipe that it was made with.
+    """The settings of a training. A checkpoint continues only under the recipe that it was made with.
 
     Attributes:
         routing: "none", "random" (the DTR paper's R-TR) or "dtr".
         scope: what the routing masks, see ``dtr.nn.RoutedDiTBlock``.
         alpha, beta: of the routing, see ``dtr.DenoisingTaskRouting``.
-        weighting: of the clusters' losses: "none" (the mean loss), "uw" (uncertainty weighting), or gradient surgery by
-            "pcgrad" or "nash"; of each sample's loss by its noise level: "min-snr", or "edm2", which is learned.
-        clusters: K. Every batch is spread evenly over K intervals of timesteps, whatever the weighting.
-        cluster: train on the timesteps of this one alone; None trains on all.
+        weighting: "none" (the mean loss); weights of the clusters' losses: "uw" (uncertainty weighting), or "pcgrad" or
+            "nash" (gradient surgery); or weights of each sample's loss by its noise level: "min-snr", or "edm2", which
+            is learned.
+        clusters: K. Every batch is spread evenly over K intervals of timesteps, for every weighting.
+        cluster: train only on the timesteps of this cluster; None trains on all.
         size, hidden_size, depth, num_heads: of the images and of the model.
         steps, batch_size (of all processes together), learning_rate (its peak), precision, seed: of the training.
 
@@ -116,12 +117,12 @@ class MinSNR(nn.Module):
     """Min-SNR-gamma of the velocity's error, called like ``dtr.NoiseLevelUncertainty``."""
 
     def forward(self, losses: Tensor, snr: Tensor) -> Tensor:
-        """The weighted losses [B]."""
+        """Return the weighted losses [B]."""
         return dtr.min_snr_weights(snr, "v") * losses
 
 
 class Objective(nn.Module):
-    """The model and what turns its errors into losses: one module, so that DDP averages the gradients of all of it."""
+    """The model and the weighting of its losses in one module, so that DDP averages all their gradients."""
 
     def __init__(self, model: nn.Module, weighting: nn.Module | None, precision: torch.dtype) -> None:
         super().__init__()
@@ -130,18 +131,18 @@ class Objective(nn.Module):
         self.precision = precision
 
     def losses(self, x: Tensor, t: Tensor, y: Tensor, velocity: Tensor) -> Tensor:
-        """The mean squared error of each sample [B], fp32."""
+        """Return the mean squared error of each sample [B], fp32."""
         with torch.autocast(x.device.type, self.precision, enabled=self.precision != torch.float32):
             predicted = self.model(x, t, y)
         return (predicted.float() - velocity).square().mean(dim=(1, 2, 3))
 
     def forward(self, clusters: Tensor, shares: Tensor, *batch: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss to differentiate, and the mean loss.
+        """Return the loss to differentiate, and the mean loss.
 
         Args:
             clusters: int [B], of each sample.
             shares: [B], the weight of each sample in the mean of its cluster.
-            batch: what ``losses`` takes.
+            batch: the arguments of ``losses``.
         """
         losses = self.losses(*batch)
         if self.weighting is None:
@@ -154,13 +155,13 @@ class Objective(nn.Module):
 
 
 class Training:
-    """A run: ``step`` until ``done`` is ``recipe.steps``; ``save`` and ``load`` whenever.
+    """A run: call ``step`` until ``done`` is ``recipe.steps``, and ``save`` and ``load`` at any time.
 
     Args:
-        recipe: what to train.
-        images, labels: what to train on, [M, 1, size, size] and [M], on the device to train on.
+        recipe: the settings.
+        images, labels: the training data, [M, 1, size, size] and [M], on the device to train on.
 
-    With an initialised ``torch.distributed`` every process makes one and calls the same methods.
+    With an initialised ``torch.distributed`` every process makes one run and calls the same methods.
 
     Raises:
         ValueError: if the batch cannot be divided evenly among the processes.
@@ -198,7 +199,7 @@ class Training:
             groups.append({"params": list(weighting.parameters()), "weight_decay": 0.0})
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
         for parameter in (p for group in groups for p in group["params"] if p.requires_grad):
-            # As AdamW makes them in its first step; with them, every checkpoint has the same keys.
+            # Like AdamW's in its first step; with them, every checkpoint has the same keys.
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {"step": torch.tensor(0.0)} | moments
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
@@ -207,7 +208,7 @@ class Training:
         self.surgery = None
         self._parallel: nn.Module = self.objective
         if recipe.weighting in ("pcgrad", "nash"):
-            # One engine by name: "auto" measures, and two runs could choose differently.
+            # Name the engine: "auto" measures, and two runs could choose differently.
             self.surgery = dtr.GradientSurgery(
                 self.model.named_parameters(),
                 recipe.clusters,
@@ -219,8 +220,8 @@ class Training:
             self._parallel = DistributedDataParallel(self.objective)
 
     def step(self) -> None:
-        """One optimizer step, on a batch that follows from the seed and the step's number."""
-        torch.manual_seed(self.recipe.seed * 1_000_003 + self.done + 1)  # + 1: the weights had the first
+        """Take one optimizer step, on a batch that follows from the seed and the step's number."""
+        torch.manual_seed(self.recipe.seed * 1_000_003 + self.done + 1)  # + 1: the weights used the first
         clusters, shares, *batch = self._batch()
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * self._schedule()
@@ -240,19 +241,20 @@ class Training:
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        """A moving average of the weights that reaches back over about a tenth of the training."""
+        """Update a moving average of the weights over about the last tenth of the training."""
         for average, parameter in zip(self.averaged.parameters(), self.model.parameters(), strict=True):
             average.lerp_(parameter, min(10 / self.recipe.steps, 1))
 
     def _schedule(self) -> float:
-        """Linear warm-up over a twentieth of the steps, then a cosine to 0."""
+        """Return a linear warm-up over a twentieth of the steps, then a cosine to 0."""
         warmup = math.ceil(0.05 * self.recipe.steps)
         return min((self.done + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * self.done / self.recipe.steps))
 
     def _batch(self) -> tuple[Tensor, ...]:
-        """This process's part of the batch: clusters, on the CPU, shares and what ``Objective.losses`` takes.
+        """Return this process's part of the batch: clusters, on the CPU, shares, and the arguments of
+        ``Objective.losses``.
 
-        Every process draws the whole batch and takes its part, so the number of processes changes nothing.
+        Every process draws the whole batch and takes its part, so the number of processes makes no difference.
         """
         recipe, device = self.recipe, self.images.device
         if recipe.cluster is None:
@@ -271,14 +273,14 @@ class Training:
         return tuple(tensor[self.rank :: self.world] for tensor in (clusters, shares, x, t, y, velocity))
 
     def _on_device(self, tensor: Tensor) -> Tensor:
-        """A copy for which the host does not wait."""
+        """Return a copy that the host does not wait for."""
         device = self.images.device
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint, by the first process; with an OSError, in all, a file at ``path`` is as before."""
-        if self.world > 1:  # each has seen its part of the batches
-            total = self.losses.double()  # in which the mean of equal numbers is exact, however often it is taken
+        """Write a checkpoint in the first process; an OSError is raised in all, and leaves an old file as it was."""
+        if self.world > 1:  # each process has seen its part of the batches
+            total = self.losses.double()  # in fp64 repeated means of equal numbers are exact
             dist.all_reduce(total)
             self.losses.copy_(total / self.world)
         by_the_first(lambda: write_tensors(self._state(), path))
@@ -288,11 +290,11 @@ class Training:
 
         Raises:
             OSError: if the file cannot be read.
-            ValueError: if it is damaged, or was made with another recipe. Nothing has changed then.
+            ValueError: if it is damaged, or was made with another recipe. The run is then unchanged.
         """
         state = by_the_first(lambda: self._read(path))
         if self.surgery is not None:
-            self.surgery.load_state_dict(state["surgery"])  # first, as only this one may still raise
+            self.surgery.load_state_dict(state["surgery"])  # first, as only this call may still raise
         self.done = state["done"]
         self.losses.copy_(state["losses"])
         self.objective.load_state_dict(state["objective"])
@@ -313,7 +315,7 @@ class Training:
         }
 
     def _read(self, path: Path) -> dict[str, Any]:
-        """Return a checkpoint in which all keys, types and shapes are those of this training."""
+        """Read a checkpoint, checked to have the keys, types and shapes of this training."""
         state, here = read_tensors(path), self._state()
         if not isinstance(state, dict) or not isinstance(state.get("recipe"), dict):
             raise ValueError(f"{path} is no checkpoint of a training; {ANOTHER}")
@@ -331,7 +333,7 @@ class Training:
 
 
 def by_the_first(function: Callable[[], Any]) -> Any:
-    """Call a function in the first process alone; all return its result, or raise its OSError or ValueError."""
+    """Call a function in the first process only; all return its result, or raise its OSError or ValueError."""
     outcome: list[Any] = [None, None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
@@ -346,7 +348,7 @@ def by_the_first(function: Callable[[], Any]) -> Any:
 
 
 def _check_alike(found: Any, here: Any, name: str) -> None:
-    """Raise a ValueError where a checkpoint has other keys, types or shapes than one that is made here."""
+    """Raise a ValueError if a checkpoint has other keys, types or shapes than one made here."""
     if isinstance(found, dict) and isinstance(here, dict):
         for key in here | found:
             _check_alike(found.get(key), here.get(key), f"{name}[{shortened(repr(key))}]")
@@ -360,10 +362,10 @@ def _check_alike(found: Any, here: Any, name: str) -> None:
 
 
 def run(training: Training, checkpoint: Path, save_every: int) -> bool:
-    """Trains to the end and saves; False if Ctrl-C or SIGTERM came.
+    """Train to the end and save; return False if Ctrl-C or SIGTERM came.
 
-    One process then finishes its step and saves it. Several cannot know of each other's signals in time: they stop
-    where they are, and go on from the last multiple of ``save_every`` steps.
+    A single process then finishes its step and saves it. Several cannot learn of each other's signals in time: they
+    stop where they are, and continue from the last multiple of ``save_every`` steps.
     """
     total = training.recipe.steps
     bar = tqdm(total=total, initial=training.done, desc="training", disable=training.rank > 0, **digits.BAR)
@@ -382,7 +384,7 @@ def run(training: Training, checkpoint: Path, save_every: int) -> bool:
 
 @contextmanager
 def _signals(kept: bool) -> Iterator[list[int]]:
-    """Where ``kept``, Ctrl-C and SIGTERM go into the list instead of ending the process."""
+    """If ``kept``, append Ctrl-C and SIGTERM to the list instead of ending the process while the context is open."""
     received: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM) if kept else ()
     before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
@@ -403,7 +405,7 @@ def draw(training: Training, out: Path) -> None:
 
 
 def parse_arguments(command_line: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """The recipe's attributes, but for ``cluster``, and where to train."""
+    """Parse the recipe's attributes, except ``cluster``, and where to train."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.train", usage="%(prog)s [options]", description="Train a small DTR-DiT on digits."
     )
@@ -443,7 +445,7 @@ def main(command_line: list[str] | None = None) -> int:
             by_the_first(lambda: held.enter_context(locked(checkpoint, busy)))
             if by_the_first(checkpoint.exists):
                 training.load(checkpoint)
-            training.save(checkpoint)  # whether it can be is known before an hour of training
+            training.save(checkpoint)  # fails now rather than after an hour of training
         except OSError as error:
             parser.error(f"argument --out: {error}; give another folder")
         except ValueError as error:
@@ -460,7 +462,7 @@ def main(command_line: list[str] | None = None) -> int:
             print(f"{error}; the last checkpoint is whole, and the same command goes on from it", file=sys.stderr)
             return 1
     if dist.is_initialized():
-        del training  # DDP must not be the last to let go of the process group: PyTorch may wait forever then
+        del training  # if DDP released the process group last, PyTorch could wait forever
         dist.destroy_process_group()
     return 0
 

@@ -56,7 +56,7 @@ def rms(x):
 
 
 def differ(actual, expected):
-    """Whether any tensor is far from the expected one."""
+    """Return whether any tensor is far from the expected one."""
     return any((a - e).abs().max() > 1e-2 * e.abs().max() for a, e in zip(actual, expected, strict=True))
 
 

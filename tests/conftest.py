@@ -77,7 +77,7 @@ def kernels_at_every_size(monkeypatch):
 
 @pytest.fixture
 def dense_products(monkeypatch, kernels_at_every_size):
-    """What runs where windows do not pay: PyTorch's products on all channels, and GELU in a pass of its own."""
+    """Run as where windows do not pay: PyTorch's products on all channels, and GELU in a pass of its own."""
     monkeypatch.setattr("dtr_kernels.ops.window_linear._LEAST_GAIN", sys.maxsize)
     for op in crossovers():
         monkeypatch.setitem(tiles._forced, op, Crossover(NEVER))

@@ -1,4 +1,4 @@
-"""What test_distributed.py runs in several processes at once. Every check is called on all ranks."""
+"""Checks that test_distributed.py runs in several processes at once. Every check is called on all ranks."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def sequential():
 
 
 def flat_update(model):
-    """What is in p.grad, whole; zero where there is nothing."""
+    """Return the full ``p.grad`` of all parameters as one vector, zero for a parameter without one."""
     parts = []
     for p in model.parameters():
         grad = torch.zeros_like(p) if p.grad is None else p.grad

@@ -20,7 +20,7 @@ import numpy as np
 
 TYPES = {"f32": 0, "f64": 1, "bf16": 2, "f16": 3}
 _STORED = {"f32": np.float32, "f64": np.float64, "bf16": np.uint16, "f16": np.float16, "i32": np.int32, "i64": np.int64}
-# What a result may be off by, relative to the largest number of its kind: mistakes show, roundings do not.
+# The largest error, relative to the largest number of its kind: mistakes show, roundings do not.
 _TOLERANCE = {"f64": 1e-9, "f32": 1e-4, "f16": 3e-2, "bf16": 0.2}
 
 _libc = ctypes.CDLL(None)
@@ -91,7 +91,7 @@ class Operand:
         return np.array_equal(self._memory.view(np.uint8), self._before.view(np.uint8))
 
     def assert_nothing_else_written(self) -> None:
-        """What lies between the rows of a result, and all of an input, is as before."""
+        """Assert that the memory between the rows of a result, and all of an input, is unchanged."""
         now, before = (x.view(np.uint8).reshape(-1, self.itemsize) for x in (self._memory, self._before))
         inside = np.zeros(len(self._memory), bool)
         if self.written:
@@ -99,7 +99,7 @@ class Operand:
         assert ((now == before).all(1) | inside).all()
 
 
-# What the extension is given. Plain numbers, so that they can be made wrong.
+# The extension's arguments as plain numbers, so that they can be made wrong.
 
 
 class Rows(NamedTuple):
@@ -583,7 +583,7 @@ def _gpu_workspace(draw: Draw) -> Call:
 
 
 def calls(kernels: Any) -> dict[str, Callable[[Draw], Call]]:
-    """What makes a random call of each function; those of the submodule only where the extension has it."""
+    """Return a maker of random calls for each function, for those of the submodule only if the extension has it."""
     ours = [norm_forward, norm_backward, residual_forward, residual_backward, activation]
     surgery = [gram, combine, weighted_sum, pcgrad_coefficients]
     makers = {make.__name__: make for make in [*ours, *surgery]}
@@ -601,7 +601,7 @@ _HUGE = 1 << 62
 
 
 def wrong(call: Call) -> Iterator[tuple[str, list[Any]]]:
-    """What is wrong, and the arguments: everything that the extension must refuse, one mistake at a time."""
+    """Yield everything that the extension must refuse, one mistake at a time: the mistake and the arguments."""
     right = call.plain()
 
     def with_(name: str, value: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What tests of bad input ask of an error."""
+"""Assertions on the errors for bad input."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def run_setup(project, *command, **settings):
 
 
 def build(project, **settings):
-    """What the build printed, and what the extension says of itself."""
+    """Build; return the output and the extension's description of itself."""
     done = run_setup(project, **settings)
     assert done.returncode == 0, done.stdout + done.stderr
     (extension,) = project.glob("dtr_kernels/_C*.so")

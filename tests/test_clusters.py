@@ -314,7 +314,7 @@ def test_assign_does_not_wait_for_the_gpu():
 
 
 def within(counts, trials, share):
-    """Whether binomial counts are within seven standard deviations, which by chance one in 10^11 is not."""
+    """Return whether binomial counts are within seven standard deviations, which one in 10^11 is not by chance."""
     counts = torch.as_tensor(counts, dtype=torch.float64)
     return ((counts - trials * share).abs() <= 7 * math.sqrt(trials * share * (1 - share)) + 1).all()
 
@@ -631,7 +631,7 @@ def test_a_seed_is_no_generator():
 
 
 def pictures():
-    """Of clusters of one timestep and of many, many clusters, and one; with and without a curve and a heat map."""
+    """Clusters of one timestep and of many, many clusters, and one; with and without a curve and a heat map."""
     affinity = torch.rand(30, 30) * 1.5 - 0.5
     return [
         (dtr.interval_clusters(1000, 8, "snr", schedule()), schedule()),

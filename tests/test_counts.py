@@ -203,8 +203,8 @@ def test_blocks_of_a_model_share_a_kernel():
     """In a model the sum after a block and the next block's norm are one pass: the sum is not read again."""
     block = counts.Block(4, 6, 8, 5, 32, 2, BF16, "block")
     forward, one_more = (counts.dit_forward(counts.Dit(block, depth, 16, 32)).bytes for depth in (3, 4))
-    # Of the 24 tokens a block alone reads 2C and writes C at its end, reads W and writes W at its start; one among
-    # others reads 2C, writes C and W. Gate, shift, scale and statistics are the same.
+    # For each of 24 tokens, a block alone reads 2C and writes C at its end, reads W and writes W at its start; one
+    # among others reads 2C, writes C and W. Gate, shift, scale and statistics are the same.
     assert one_more - forward == block.forward().bytes - 2 * 24 * 5
 
 
@@ -300,7 +300,7 @@ PRECISIONS = [
     ("bf16", torch.bfloat16, torch.bfloat16),
     ("autocast", torch.float32, torch.bfloat16),
 ]
-# Whether there is a branch, u is compact, and the branch is kept on all channels.
+# There is a branch; u is compact; the branch is kept on all channels.
 FORMS = [(False, True, False), (True, True, False), (False, False, False), (True, False, False), (True, False, True)]
 
 
@@ -352,7 +352,7 @@ def layer(seed):
     run.mean_rstd = run.out.mean * run.out.rstd
     run.closed = linear_ops.ClosedForm(run.mean_rstd, run.shift, run.scale, run.start)
     run.sizes = run.B, run.N, run.C, run.W, run.O, FP32
-    # Of shift and scale the deactivated channels are read, wherever they are.
+    # The closed form reads the deactivated channels of shift and scale, wherever they are.
     run.of_inactive = run.shift[:, run.W :], run.scale[:, run.W :]
     return run
 

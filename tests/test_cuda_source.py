@@ -86,7 +86,7 @@ class Kernels:
         library.gram_workspace.restype = ctypes.c_int64
 
     def on_every_device(self, run) -> list[Tensor]:
-        """What run() returns, the same bits each time."""
+        """Return the result of run(), after checking that its bits are the same on every device."""
         results = []
         for processors, backward in ((1, True), (2, False)):  # blocks with several chunks
             self.library.set_device(processors, backward)

@@ -27,7 +27,7 @@ pytest.importorskip("myst_parser", reason="NOT RUN: needs myst_parser; pip insta
 pytest.importorskip("sklearn", reason="NOT RUN: needs sklearn; pip install '.[demo,test]'")
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-# What a person has written, and what commands have.
+# Pages written by hand, and pages that commands generate.
 WRITTEN = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(DOCS.glob("*.md"))])
 GENERATED = sorted([*DOCS.glob("*/*.md"), *ROOT.glob("benchmarks/results/*/*.md"), *ROOT.glob("dtr_kernels/**/*.md")])
 LANGUAGES = {"", "bash", "python", "text", "{eval-rst}", "{include}", "{toctree}"}
@@ -87,7 +87,7 @@ def test_every_block_says_what_it_is_in_a_word_that_is_known_here(page):
 
 
 def help_of(words, monkeypatch, capsys):
-    """What ``python -m <words> --help`` prints."""
+    """Return the output of ``python -m <words> --help``."""
     module, *subcommand = words
     package = importlib.util.find_spec(module)
     name = f"{module}.__main__" if package.submodule_search_locations else module

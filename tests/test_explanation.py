@@ -28,7 +28,7 @@ def make_model(routing=ROUTING, **options):
 
 
 def only(report):
-    """What is said of all blocks, which is the same."""
+    """Return the report that all blocks share."""
     first, *others = ({**block, "name": ""} for block in report.as_dict()["blocks"])
     assert all(other == first for other in others)
     return first

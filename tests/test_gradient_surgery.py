@@ -1811,7 +1811,7 @@ def test_auto_falls_back_where_one_pass_is_refused(refused_at, monkeypatch):
 
 
 def test_one_pass_refused_within_a_step(monkeypatch):
-    """What the earlier micro-batches have left can be neither undone nor kept: an error, and the next step goes."""
+    """Gradients of earlier micro-batches can be neither undone nor kept: the step fails, and the next one works."""
     choice, fake = EngineChoice("auto"), FakeEngines(monkeypatch, refuses=[2])
     fake.step(choice)
     with pytest.raises(one_pass.Unsupported):

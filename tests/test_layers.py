@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dtr_kernels"
-# Of each part the others that it may import. What is not listed stands above all and may import everything below.
+# The parts that each part may import. A part that is not listed stands above all and may import everything below.
 ALLOWED = {
     "compilation": set(),
     "quoting": set(),

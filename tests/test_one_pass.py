@@ -570,7 +570,7 @@ MIXING = {
 @pytest.mark.parametrize("engine", ["one_pass", "low_memory"])
 @pytest.mark.parametrize("forward", MIXING.values(), ids=MIXING)
 def test_refusal_of_mixed_samples(seed, forward, engine):
-    """What keeps the length of dimension 0 is found out by what it leaves in the gradients of other clusters."""
+    """Mixing that keeps the length of dimension 0 is detected by what it leaves in the gradients of other clusters."""
     model, x = Holder(forward), torch.randn(6, 4)
     surgery = dtr.GradientSurgery(model.named_parameters(), 3, engine=engine)
     for _ in range(2):

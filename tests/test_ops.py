@@ -143,7 +143,7 @@ def test_routed_mlp_on_all_channels(seed, device, dtype, keep_branch, dense_prod
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_pass_over_windows_and_the_other_over_all_channels(seed, device, dtype, dense_products, monkeypatch):
-    """What the forward pass keeps serves either: the choice is made anew in the backward pass."""
+    """The backward pass chooses anew: the saved tensors serve both choices."""
     monkeypatch.setitem(tiles._forced, "windows_forward", Crossover(1))
     window = windows(3, 136, 0.8, device)
     check_routed_linear(3, 37, 136, 200, window, dtype, device)

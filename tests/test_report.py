@@ -31,7 +31,7 @@ SPEEDUPS = {
 
 
 def environment(**others) -> dict:
-    """What ``benchmarks.environment.describe`` finds, made up."""
+    """Made-up output of ``benchmarks.environment.describe``."""
     known = {"device": "A CPU", "cpu": "A CPU", "driver": None, "cores": 2, "threads": 2, "torch": "2.13.0"}
     versions = {"extension": {"compiler": "12.2", "architectures": ["sm_90", "sm_100"]}, "commit": COMMIT}
     rest = {"uncommitted changes": False, "date": "2026-11-21T03:14:59+00:00", "command": "python -m benchmarks run"}
@@ -434,7 +434,7 @@ def test_markers_that_do_not_fit(text, message):
 
 
 def test_floors_of_a_block():
-    """Of XL: fc2 is 2 * 65536 * 4608 * 1152 operations, the first norm reads x and writes u on 921 channels."""
+    """In XL, fc2 is 2 * 65536 * 4608 * 1152 operations; the first norm reads x and writes u on 921 channels."""
     cells = {tuple(cells[:2]): cells[2:] for cells in map(cells_of, floors.markdown().splitlines()) if len(cells) > 2}
     assert cells["forward", "fc2"] == ["0.696", "0.77", "0.881", "operations"]
     tflop, gigabytes, milliseconds, bound = cells["forward", "first norm, active channels"]

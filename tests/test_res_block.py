@@ -99,7 +99,7 @@ def mask_of(window, x):
 
 
 def out_and_gradients(function, block, x, emb):
-    """What a random projection of the output has as gradients, by x, emb and the parameters."""
+    """Return the output and the gradients of a random projection of it by x, emb and the parameters."""
     out = function(block, x, emb)
     generator = torch.Generator().manual_seed(0)
     cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device, out.dtype)
@@ -610,7 +610,7 @@ def test_operations_are_counted(name, pass_):
     count = suite.training_work if pass_ == "training" else suite.forward_work
     items = ITEMSIZES["fp32"]
     assert count(place, B, C, items).flops == counter.get_total_flops()
-    # Of the first convolution, in the forward pass and in both of its gradients, one channel less.
+    # One channel less in the first convolution, in the forward pass and in both of its gradients.
     times = 3 if pass_ == "training" else 1
     saved = times * 2 * 9 * O * (B * place.out_size**2 - B)
     assert count(place, B, C, items).flops - count(place, B, C - 1, items).flops == saved

@@ -65,7 +65,7 @@ def test_windows_near_halves_are_those_of_linspace(device, T, alpha, beta, chann
 
 
 def test_half_rounds_to_even():
-    """Of three timesteps the middle one is at half the travel; Python's round(2.5) is 2 and round(3.5) is 4."""
+    """The middle one of three timesteps is at half the travel; Python's round(2.5) is 2 and round(3.5) is 4."""
     for channels, start in ((2, 0), (4, 2), (6, 2), (8, 4)):
         assert dtr.DenoisingTaskRouting(3, 1.0, beta=1 / channels).window(1, channels).shared_start == start
 

@@ -295,13 +295,13 @@ _NAMES = [
 _NAMES += [
     f"os.{how}{which}" for how in ("exec", "spawn") for which in ("l", "le", "lp", "lpe", "v", "ve", "vp", "vpe")
 ]
-# Of these calls an argument must have this value.
+# Calls in which an argument must have this value.
 _ARGUMENTS = {"torch.load": ("weights_only", True), "numpy.load": ("allow_pickle", False)}
 _SHELLS = {"sh", "bash", "dash", "zsh", "/bin/sh", "/bin/bash"}
 
 
 def refused(source: str) -> Iterator[str]:
-    """What a file does that this project does without."""
+    """Yield the names in a file that this project does without."""
     tree = ast.parse(source)
     full_names = {}
     for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"""What docs/support.md claims of PyTorch's features, where no other file has a test of it."""
+"""Tests of the PyTorch features that docs/support.md claims, unless another file tests them."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_export(make, strict, seed, fresh_compiler):
 
 @BOTH
 def test_export_of_a_batch_on_both_sides_of_the_limit(make, seed, monkeypatch):
-    """Of small tensors on a CPU, which an exported graph does not know."""
+    """The limit for small tensors on a CPU, which an exported graph does not know."""
     model = make(depth=1)
     monkeypatch.setattr(dispatch, "LEAST_ELEMENTS_ON_CPU", 16 * 9 * DIM)  # 16 samples
     exported = export(model).module()
@@ -302,7 +302,7 @@ def is_block(module):
 
 
 def apply_checkpointing(model, kind=CheckpointImpl.NO_REENTRANT, **options):
-    """Of each block, as libraries do it."""
+    """Checkpoint each block, as libraries do."""
     wrapper = functools.partial(checkpoint_wrapper, checkpoint_impl=kind, **options)
     apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrapper, check_fn=is_block)
     return model

@@ -110,7 +110,7 @@ def assert_not_worse(got, exact, plain, largest):
 
 
 class Expected:
-    """What PCGrad must give for some gradients, in fp64, and how large the terms are that make it up.
+    """The exact result of PCGrad in fp64, and the size of the terms that it sums.
 
     A projected gradient is a sum of terms C[i, j] g_j. An error in a Gram matrix moves it along the other gradients,
     by a part of its own norm.

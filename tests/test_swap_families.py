@@ -241,7 +241,7 @@ def test_a_modulation_that_is_a_function_needs_its_gates_opened(monkeypatch):
 
 
 def test_a_modulation_may_be_supplied():
-    """What a sampler does that remembers the modulation of each timestep."""
+    """A sampler may remember the modulation of each timestep."""
     block, (x, c, t) = Layer(), batch()
     layers = Layers.layers(block)
     vectors = layers.adaLN_modulation(c)

@@ -267,7 +267,7 @@ class MaxDownsample(nn.MaxPool2d):
 
 
 class HiddenDownsample(nn.Module):
-    """What guided-diffusion's Downsample does, but with nothing to tell it from its Upsample."""
+    """Guided-diffusion's Downsample, but with nothing to tell it from Upsample."""
 
     channels = 24
 
@@ -291,7 +291,7 @@ def insert_dropout(block):
     block.in_layers = nn.Sequential(block.in_layers[0], nn.SiLU(), nn.Dropout(0.1), block.in_layers[2])
 
 
-# What is done to a block of 24 channels, and what the error says.
+# Changes to a block of 24 channels, and words of the error.
 REFUSED_BLOCKS = {
     "missing attributes": (
         lambda block: (delattr(block, "skip_connection"), delattr(block, "use_scale_shift_norm")),

@@ -36,7 +36,7 @@ def entry(op="forward", dtype="bfloat16", channels=1152, rows=128, tile=SPECIAL,
 
 
 def ask(op="forward", dtype=bf16, rows=256, channels=1152, active=100):
-    """What a launcher on an H200 is told."""
+    """Return the tile that a launcher on an H200 gets."""
     x = SimpleNamespace(device=torch.device("cuda"), get_device=lambda: 0, dtype=dtype)
     return KINDS[op].tile(x, rows, channels, active)
 

@@ -31,7 +31,7 @@ OURS, CUBLAS = tune.OURS, tune.CUBLAS
 DEFAULT, SLOW, FAST, FASTEST = (RowTile(rows, 2048, 16) for rows in (1, 2, 4, 8))
 PROBLEM = tune.Problem("norm_forward", torch.bfloat16, 1152, 256, 32)
 SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-# What launchers call the sides of a tile.
+# Launchers' names for the sides of a tile.
 OPTIONS = {"m": "BLOCK_M", "n": "BLOCK_N", "k": "BLOCK_K", "rows": "ROWS", "block": "BLOCK"}
 OPTIONS |= {"warps": "num_warps", "stages": "num_stages"}
 
@@ -116,7 +116,7 @@ def test_tiles_alternate():
 
 
 def test_spilling_and_failing_tiles_are_found(monkeypatch):
-    """Of a problem with two launches, as the library calls some ops in several ways."""
+    """A problem may have two launches, as the library calls some ops in several ways."""
 
     class Kernel:
         def __init__(self, spills=0, error_in_thread=None, launch_error=None):

@@ -1,11 +1,11 @@
 """The whole method on real images: ``python -m benchmarks study``.
 
-plan        what is compared, and at which size
-judge       how good a model is
+plan        the methods, and the sizes at which they are compared
+judge       the quality of a model
 units       the pieces of work, each done once
 inner       the study of scope "inner"
 findings    from numbers to sentences, tables and the README
-page        everything in one picture
+page        all results in one picture
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dtr_kernels.files import locked, replacing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command line of ``study`` takes."""
+    """Add the arguments of ``study``."""
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     parser.add_argument("--quick", action="store_true", help="tiny models, to see that everything works")
     parser.add_argument(
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Trains what has not been trained yet, and writes the findings: JSON, a page in words and one in pictures.
+    """Train what has not been trained yet, and write the findings: JSON, a page in words and one in pictures.
 
     The whole study without ``--out`` also writes them to docs/study.
 
@@ -47,12 +47,12 @@ def main(arguments: argparse.Namespace) -> int:
         0; 130 after Ctrl-C.
 
     Raises:
-        ValueError: if there is no such device, the folder holds another study or another process works in it, or a file
-            in it is damaged.
+        ValueError: if there is no such device, the folder holds another study or another process uses it, or a file in
+            it is damaged.
         OSError: if a file cannot be read or written.
         ImportError: without scikit-learn, matplotlib and tqdm.
     """
-    # Here, because the other commands must work without these.
+    # Imported here, because the other commands must work without these.
     from tqdm import tqdm
 
     from benchmarks.study.units import InnerStudy, Interrupted, Study
@@ -68,7 +68,7 @@ def main(arguments: argparse.Namespace) -> int:
     with locked(folder / "study", busy):
         try:
             study = kind(plan, folder, device)
-            study.findings()  # what is damaged is refused before the work
+            study.findings()  # refuse damaged files before the work
             with tqdm(dict(study.units()).items(), "study", unit="unit") as bar:
                 for name, function in bar:
                     bar.set_postfix_str(name)

@@ -1,4 +1,4 @@
-"""From what the units found to what the study says: comparisons seed by seed, in numbers and in sentences."""
+"""The study's findings from those of the units: comparisons seed by seed, in numbers and in sentences."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOT_RUN = "The study has not been run: `make study`."
 
 @dataclass(frozen=True)
 class Change:
-    """A method against vanilla: relative differences, negative where the method's is lower, of each seed."""
+    """A method against vanilla: the relative difference of each seed, negative if the method is lower."""
 
     each: tuple[float, ...]
 
@@ -35,7 +35,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """Whether all seeds agree."""
+        """The number of seeds in which the method is lower or higher, in words."""
         lower, higher = sum(change < 0 for change in self.each), sum(change > 0 for change in self.each)
         if len(self.each) in (lower, higher):
             return f"{'lower' if lower else 'higher'} in every seed"
@@ -46,18 +46,18 @@ class Change:
 
 
 def collect(plan: Plan, found: Mapping[str, Mapping[str, Any]], bounds: Sequence[int]) -> dict[str, Any]:
-    """Everything that a page and the README are made from, as JSON.
+    """Return everything that a page and the README are made from, as JSON.
 
     Args:
         plan: the size of the study.
-        found: what each unit found, and where.
+        found: the findings of each unit, with its environment.
         bounds: of the clusters.
     """
     seeds = range(plan.seeds)
     specialists = [[found[unit(f"specialist {k}", seed)]["losses"] for k in range(plan.clusters)] for seed in seeds]
     return {
         "plan": asdict(plan),
-        "environment": found["seconds"]["environment"],  # of what depends on the machine most
+        "environment": found["seconds"]["environment"],  # of the unit that depends most on the machine
         "commits": commits_of(found),
         "bounds": list(bounds),
         "real": {name: value for name, value in found["real"].items() if name != "environment"},
@@ -87,7 +87,7 @@ def of_methods(plan: Plan, found: Mapping[str, Mapping[str, Any]], methods: Iter
 
 
 def commits_of(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The commits that the units ran on."""
+    """Return the commits that the units ran on."""
     return sorted({_commit(of_unit["environment"]) for of_unit in found.values()})
 
 
@@ -102,38 +102,38 @@ def _rounded(values: Sequence[float]) -> list[float]:
 
 
 def losses_of(study: Mapping[str, Any], method: str) -> list[float]:
-    """The mean denoising loss over the timesteps, of each seed."""
+    """Return the mean denoising loss over the timesteps, for each seed."""
     return mean_losses(study["methods"][method]["losses"])
 
 
 def mean_losses(of_seeds: Sequence[Sequence[float]]) -> list[float]:
-    """The means of each seed's losses."""
+    """Return the mean of each seed's losses."""
     return [sum(losses) / len(losses) for losses in of_seeds]
 
 
 def changes(study: Mapping[str, Any], method: str) -> tuple[Change, Change]:
-    """How a method's losses and distances differ from vanilla's."""
+    """Return how a method's losses and distances differ from vanilla's."""
     distances = (study["methods"][each]["distance"] for each in (method, VANILLA))
     return Change.of(losses_of(study, method), losses_of(study, VANILLA)), Change.of(*distances)
 
 
 def step_time(study: Mapping[str, Any], method: str) -> Spread:
-    """The time of a training step over that of vanilla, and the percentiles of single steps' ratios."""
+    """Return the time of a training step over that of vanilla, and the percentiles of single steps' ratios."""
     by_step = ratio(study["methods"][method]["seconds"], study["methods"][VANILLA]["seconds"])
     return Spread(step_seconds(study, method) / step_seconds(study, VANILLA), by_step.p20, by_step.p80)
 
 
 def step_seconds(study: Mapping[str, Any], method: str) -> float:
-    """Of an average step: the median, with the step that solves for Nash-MTL's weights counted as one in 25."""
+    """Return the seconds of an average step: the median, with Nash-MTL's solving step counted as one in 25."""
     seconds = study["methods"][method]["seconds"]
     median = Spread.of(seconds).median
     return median + (seconds[SOLVING] - median) / len(seconds)
 
 
 def loss_gaps(study: Mapping[str, Any]) -> torch.Tensor:
-    """The negative transfer gap of vanilla in each interval by its own denoising loss, relative to it, [seeds, K].
+    """Return vanilla's negative transfer gap in each interval, relative to its denoising loss there, [seeds, K].
 
-    Negative where the specialist's loss is lower: negative transfer.
+    It is negative if the specialist's loss is lower: negative transfer.
     """
     shared = torch.tensor(study["methods"][VANILLA]["losses"], dtype=torch.float64)
     gaps = []
@@ -145,7 +145,7 @@ def loss_gaps(study: Mapping[str, Any]) -> torch.Tensor:
 
 
 def affinity_falls(study: Mapping[str, Any]) -> tuple[float, float]:
-    """The mean cosine of neighbouring timesteps, and of those half of the timesteps or more apart."""
+    """Return the mean cosine of neighbouring timesteps, and of timesteps at least half of the process apart."""
     matrix = torch.tensor(study["affinity"]["matrix"], dtype=torch.float64)
     count = len(matrix)
     apart = (torch.arange(count)[:, None] - torch.arange(count)).abs()
@@ -153,7 +153,7 @@ def affinity_falls(study: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def as_table(study: Mapping[str, Any]) -> str:
-    """One row for each method."""
+    """Write a table with one row for each method."""
     rows = [["", "denoising loss", "against vanilla", "Frechet distance", "against vanilla", "recognised", "a step"]]
     for method, found in study["methods"].items():
         loss, distance = ("", "") if method == VANILLA else map(str, changes(study, method))
@@ -164,7 +164,7 @@ def as_table(study: Mapping[str, Any]) -> str:
 
 
 def over_seeds(values: Sequence[float], form: str) -> str:
-    """The mean over seeds, and the least and the most."""
+    """Format the mean, the least and the most over seeds."""
     mean, least, most = (form.format(value) for value in (sum(values) / len(values), min(values), max(values)))
     return f"{mean} ({least} to {most})"
 
@@ -176,7 +176,7 @@ def _step(study: Mapping[str, Any], method: str) -> str:
 
 
 def sentences(study: Mapping[str, Any]) -> list[str]:
-    """What was found, in five sentences."""
+    """Write the findings as five sentences."""
     plan, real = study["plan"], study["real"]
     near, far = affinity_falls(study)
     gaps = loss_gaps(study)
@@ -198,7 +198,7 @@ def sentences(study: Mapping[str, Any]) -> list[str]:
 
 
 def _best(study: Mapping[str, Any]) -> str:
-    """The method whose samples are closest in every seed, if there is one."""
+    """Name the method whose samples are closest in every seed, if there is one."""
     seeds = zip(*(found["distance"] for found in study["methods"].values()), strict=True)
     best = {list(study["methods"])[distances.index(min(distances))] for distances in seeds}
     if len(best) > 1:
@@ -218,14 +218,14 @@ def _compared(study: Mapping[str, Any], methods: Sequence[str]) -> str:
 
 
 def _intervals(study: Mapping[str, Any], which: torch.Tensor) -> str:
-    """Intervals as their first and last timesteps, 0 being the clean end."""
+    """Write intervals as their first and last timesteps, 0 being the clean end."""
     bounds = study["bounds"]
     chosen = [f"{bounds[k]}..{bounds[k + 1] - 1}" for k in range(len(which)) if which[k]]
     return "at t " + ", ".join(chosen) if chosen else "nowhere"
 
 
 def setup(study: Mapping[str, Any]) -> str:
-    """What was trained on what, where and when."""
+    """Say which models were trained, on which data, where and when."""
     plan, where, real = study["plan"], study["environment"], study["real"]
     model = f"a DiT of {plan['hidden_size']} channels and {plan['depth']} blocks"
     images = f"{plan['batch_size']} images of {plan['size']} x {plan['size']}"
@@ -238,17 +238,17 @@ def setup(study: Mapping[str, Any]) -> str:
 
 
 def committed(root: Path) -> list[dict[str, Any]]:
-    """The studies whose figures are in a checkout's docs, the largest first.
+    """Return the studies whose figures are in a checkout's docs, the largest first.
 
     Raises:
-        ValueError: naming the file, if one holds anything else.
+        ValueError: naming the file, if a file holds anything else.
     """
     paths = [root / DOCS / f"{name}.json" for name in reversed(PLANS)]
     return [read(path, markdown) for path in paths if path.exists()]
 
 
 def read(path: Path, page: Callable[[dict[str, Any]], str]) -> dict[str, Any]:
-    """Return a study, from which its page can be made.
+    """Read a study from which its page can be made.
 
     Raises:
         ValueError: naming the file, if it holds anything else.
@@ -278,11 +278,11 @@ def readme_block(root: Path) -> str:
 
 
 def methods_block(root: Path) -> str:
-    """Write the block of ``docs/methods.md``: each method of the largest committed study against vanilla, and which are
-    not in it yet."""
+    """Write the block of ``docs/methods.md``: each method of the largest committed study against vanilla, and the
+    methods that it lacks."""
     for study in committed(root):
         rows = [["against vanilla", "denoising loss", "Frechet distance", "time of a step"]]
-        for method in list(study["methods"])[1:]:  # but for vanilla
+        for method in list(study["methods"])[1:]:  # without vanilla
             changed = (f"{change.mean:+.1%}, {change.verdict}" for change in changes(study, method))
             rows.append([method, *changed, _step(study, method)])
         parts = [f"{setup(study)} ([all figures](study/{study['plan']['name']}.md)):", table(rows)]
@@ -293,7 +293,7 @@ def methods_block(root: Path) -> str:
 
 
 def markdown(study: Mapping[str, Any]) -> str:
-    """The page beside the picture."""
+    """Write the page beside the picture."""
     real = study["real"]
     return (
         "\n\n".join(

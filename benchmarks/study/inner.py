@@ -1,5 +1,5 @@
-"""Scope "inner" against the ordinary model and against narrower ones of as many operations: after as many steps, and
-after as much time."""
+"""Scope "inner" against the ordinary model, and against narrower models with as many operations: after equally many
+steps, and after equally much time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from benchmarks.study.plan import PLANS, VANILLA, Plan, unit
 from benchmarks.tables import table
 from dtr_kernels.files import replacing
 
-#: Sizes of the study: heads that have a half and three quarters.
+#: Sizes of the study, with numbers of heads divisible by four.
 INNER_PLANS = {
     "quick": replace(PLANS["quick"], name="inner quick", num_heads=4),
     "cpu": replace(PLANS["cpu"], name="inner", num_heads=8),
@@ -55,23 +55,23 @@ def methods(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def _narrower(plan: Plan, share: float) -> int:
-    """The nearest number of channels that the heads divide."""
+    """Return the nearest number of channels that is divisible by the number of heads."""
     heads = plan.num_heads
     return heads * round(plan.hidden_size * share**0.5 / heads)
 
 
 def at_equal_time(plan: Plan) -> list[str]:
-    """The methods that are also trained for as long as vanilla is."""
+    """Return the methods that are also trained for as long as vanilla."""
     return [method for method in methods(plan) if method.endswith(("alpha 1", "channels"))]
 
 
 def as_long(method: str, seed: int) -> str:
-    """The name of a training for as long as vanilla takes."""
+    """Return the name of a training that takes as long as vanilla's."""
     return unit(f"{method}, as long", seed)
 
 
 def collect(plan: Plan, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Everything that a page and the README are made from, as JSON."""
+    """Return everything that a page and the README are made from, as JSON."""
     return {
         "plan": asdict(plan),
         "environment": found["seconds"]["environment"],
@@ -89,7 +89,7 @@ def collect(plan: Plan, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
 
 
 def _changes_as_long(study: Mapping[str, Any], method: str) -> tuple[Change, Change]:
-    """How losses and distances differ from vanilla's after as much time."""
+    """Return how losses and distances differ from vanilla's after equally much time."""
     runs, vanilla = study["as long"][method], study["methods"][VANILLA]
     losses = Change.of(mean_losses([run["losses"] for run in runs]), mean_losses(vanilla["losses"]))
     return losses, Change.of([run["distance"] for run in runs], vanilla["distance"])
@@ -106,7 +106,7 @@ def _table_as_long(study: Mapping[str, Any]) -> str:
 
 
 def sentence(study: Mapping[str, Any]) -> str:
-    """Say the findings in a sentence, for the README."""
+    """Write the findings as a sentence, for the README."""
 
     def said(found: Callable[[str], tuple[Change, Change]], method: str) -> str:
         loss, distance = found(method)
@@ -122,12 +122,12 @@ def sentence(study: Mapping[str, Any]) -> str:
     return f"{what} After as many steps, {after_steps}. After as much training time, {after_time}."
 
 
-#: Of the committed study, without the ending of its files.
+#: The committed study's files, without their suffixes.
 PAGE = DOCS / "inner"
 
 
 def committed(root: Path) -> dict[str, Any] | None:
-    """The study whose figures are in a checkout's docs; ValueError, naming the file, if it holds anything else."""
+    """Read the study whose figures are in a checkout's docs; ValueError, naming the file, if it holds anything else."""
     path = root / PAGE.with_suffix(".json")
     return read(path, markdown) if path.exists() else None
 
@@ -140,7 +140,7 @@ def block(study: Mapping[str, Any] | None) -> str:
 
 
 def markdown(study: Mapping[str, Any]) -> str:
-    """The page beside the picture."""
+    """Write the page beside the picture."""
     parts = [
         '# What scope "inner" does on real digits',
         f"{setup(study)}. Made by `{study['environment']['command']}`.",
@@ -168,8 +168,8 @@ _METHOD = """\
 
 
 def draw(study: Mapping[str, Any], path: Path) -> None:
-    """Saves a picture of loss and distance against the time of training, an arrow from as many steps to as much
-    time."""
+    """Save a picture of loss and distance against the time of training, with arrows from equally many steps to equally
+    much time."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""How good is a model? Its denoising loss on held-out images, and a Frechet distance of what is drawn from it."""
+"""The quality of a model: its denoising loss on held-out images, and a Frechet distance of its samples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Images(NamedTuple):
 
 
 def split(images: Tensor, labels: Tensor) -> tuple[Images, Images]:
-    """Four fifths to train on, and one fifth held out; always the same."""
+    """Split images into four fifths for training and one fifth held out, always in the same way."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(images.device)
     held_out, training = order[: len(images) // 5], order[len(images) // 5 :]
     return Images(images[training], labels[training]), Images(images[held_out], labels[held_out])
@@ -55,7 +55,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def trained_classifier(training: Images, path: Path, epochs: int) -> Classifier:
-    """The classifier in the file at ``path``; if there is none, one trained on these images, and saved there."""
+    """Load the classifier in the file at ``path``; if there is none, train one on these images and save it there."""
     torch.manual_seed(0)
     classifier = Classifier().to(training.images.device)
     if path.exists():
@@ -73,9 +73,9 @@ def trained_classifier(training: Images, path: Path, epochs: int) -> Classifier:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|mean difference|^2 + tr(A + B - 2 (A B)^(1/2)) of normal distributions fitted to features [M, D] and [N, D].
+    """Return |mean difference|^2 + tr(A + B - 2 (A B)^(1/2)) of normals fitted to features [M, D] and [N, D].
 
-    (A B)^(1/2) has the trace of (A^(1/2) B A^(1/2))^(1/2), which is symmetric. In fp64.
+    (A B)^(1/2) has the trace of (A^(1/2) B A^(1/2))^(1/2), which is symmetric. Computed in fp64.
     """
     a, b = a.double(), b.double()
     covariance_a, covariance_b = a.T.cov(), b.T.cov()
@@ -87,14 +87,14 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 class Judge:
-    """Looks at every model with the same noise, so that differences between models are those of the models.
+    """Judges all models with the same noise, so that differences come only from the models.
 
     Args:
         training, held_out: the images.
         classifier: see ``trained_classifier``.
-        samples: images to draw from a model, a multiple of ten: as many of each class.
+        samples: images to draw from a model, a multiple of ten, with equally many of each class.
         sampling_steps: of DDIM.
-        timesteps: int [n], where the denoising loss is looked at.
+        timesteps: int [n], at which the denoising loss is computed.
     """
 
     def __init__(
@@ -120,25 +120,25 @@ class Judge:
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """The share of images that the classifier takes for their classes."""
+        """Return the share of images that the classifier assigns to their classes."""
         return (self.classifier(images).argmax(1) == labels).double().mean().item()
 
     def distance_of_images(self, images: Tensor) -> float:
-        """The Frechet distance between the features of these images and of the training images.
+        """Return the Frechet distance between the features of these images and of the training images.
 
-        It is larger for fewer images, whatever they show, so only those of as many can be compared.
+        It is larger for fewer images, whatever they show, so only distances of equally many can be compared.
         """
         return frechet_distance(self._features(images), self._real)
 
     def draw(self, model: Any) -> Tensor:
-        """As many images of each class, [samples, 1, size, size]."""
+        """Draw equally many images of each class, [samples, 1, size, size]."""
         torch.manual_seed(1)
         size = self.held_out.images.shape[-1]
         return digits.sample(model, self.classes, size=size, steps=self.sampling_steps)
 
     @torch.no_grad()
     def losses(self, model: Any) -> Tensor:
-        """The denoising loss at each of the timesteps, [n], on the held-out images."""
+        """Return the denoising loss at each of the timesteps, [n], on the held-out images."""
         images, labels = self.held_out
         found = []
         for t in self.timesteps.tolist():

@@ -23,11 +23,11 @@ BINS = 10  # of the timesteps, for losses
 
 
 def draw(study: Mapping[str, Any], samples: Mapping[str, Tensor], path: Path) -> None:
-    """Saves the page.
+    """Save the page.
 
     Args:
-        study: what ``findings.collect`` returns.
-        samples: of each method two images of each class, [20, 1, size, size].
+        study: the result of ``findings.collect``.
+        samples: for each method two images of each class, [20, 1, size, size].
         path: of the PNG file.
     """
     import textwrap
@@ -59,7 +59,7 @@ def draw(study: Mapping[str, Any], samples: Mapping[str, Tensor], path: Path) ->
 
 
 def _losses(axes: Axes, study: Mapping[str, Any]) -> None:
-    """Losses over those of vanilla, of each seed in bins of timesteps: the mean over seeds, and their range."""
+    """Draw losses over those of vanilla, in bins of timesteps: the mean over seeds, and their range."""
     plan = study["plan"]
     count = digits.TIMESTEPS // plan["loss_every"]
     bins = torch.arange(count) * min(BINS, count) // count
@@ -89,7 +89,7 @@ def _losses(axes: Axes, study: Mapping[str, Any]) -> None:
 
 
 def _samples(axes: Axes, samples: Mapping[str, Tensor]) -> None:
-    """Two digits of each class from each method, in one row."""
+    """Draw two digits of each class from each method, in one row."""
     rows = []
     for images in samples.values():
         by_class = images.unflatten(0, (-1, digits.CLASSES)).transpose(0, 1).flatten(0, 1)
@@ -104,7 +104,7 @@ def _samples(axes: Axes, samples: Mapping[str, Tensor]) -> None:
 
 
 def _per_method(axes: Axes, title: str, label: str, of_methods: Mapping[str, Sequence[float]]) -> None:
-    """A dot for each seed, and the mean."""
+    """Draw a dot for each seed, and the mean."""
     for row, (method, values) in enumerate(of_methods.items()):
         axes.plot(values, [row] * len(values), "o", color=COLOURS[method], markersize=4, alpha=0.6)
         axes.plot(sum(values) / len(values), row, "|", color=COLOURS[method], markersize=16, markeredgewidth=2)
@@ -146,7 +146,7 @@ def _affinity(axes: Axes, study: Mapping[str, Any]) -> None:
 
 
 def _gaps(axes: Axes, study: Mapping[str, Any], gaps: Tensor, title: str, label: str) -> None:
-    """A bar for each interval, and a dot for each seed."""
+    """Draw a bar for each interval, and a dot for each seed."""
     bounds = torch.tensor(study["bounds"])
     centres, widths = ((bounds[1:] + bounds[:-1]) / 2).tolist(), (0.9 * bounds.diff()).tolist()
     means = gaps.mean(0).tolist()

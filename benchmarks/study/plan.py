@@ -1,4 +1,4 @@
-"""What is compared, and at which size."""
+"""The methods that the study compares, and the sizes at which it does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 VANILLA = "vanilla"
 
-#: What each method changes in the recipe. Steps, batches and noise are the same for all of them.
+#: Changes to the recipe by method. All methods have the same steps, batches and noise.
 METHODS: dict[str, dict[str, str]] = {
     VANILLA: {"routing": "none"},
     "+R-TR": {"routing": "random"},
@@ -23,14 +23,14 @@ METHODS: dict[str, dict[str, str]] = {
     "+DTR+Min-SNR": {"routing": "dtr", "weighting": "min-snr"},
 }
 
-#: Nash-MTL solves for new weights at the first of so many steps. As many are timed, after two to warm up: so the last
-#: but one solves.
+#: Nash-MTL solves for new weights once in this number of steps. As many steps are timed, after two for warm-up, so the
+#: last but one solves.
 TIMED_STEPS, WARM_UP = 25, 2
 SOLVING = -WARM_UP
 
 
 def unit(what: str, seed: int) -> str:
-    """The name of a piece of work that is done for every seed."""
+    """Return the name of a piece of work that is done for every seed."""
     return f"{what}, seed {seed}"
 
 
@@ -39,12 +39,12 @@ class Plan:
     """The size of a study.
 
     Attributes:
-        seeds: how many times everything is trained; seed s has the same batches and noise for every method.
+        seeds: number of trainings of everything; seed s has the same batches and noise for every method.
         steps, batch_size, learning_rate, precision, size, hidden_size, depth, num_heads: as in ``Recipe``.
         clusters: K, of the weightings and of the specialists.
         samples: images drawn from each model, a multiple of ten.
         sampling_steps: of DDIM.
-        loss_every, affinity_every: timesteps between two at which losses, and gradients, are looked at.
+        loss_every, affinity_every: distance of the timesteps at which losses, and gradients, are computed.
         epochs: of the classifier's training.
     """
 
@@ -66,7 +66,7 @@ class Plan:
     epochs: int = 40
 
     def settings(self) -> dict[str, Any]:
-        """Of the recipes of all models."""
+        """Return the settings that the recipes of all models share."""
         not_of_recipes = ("name", "seeds", "samples", "sampling_steps", "loss_every", "affinity_every", "epochs")
         return {name: value for name, value in asdict(self).items() if name not in not_of_recipes}
 
@@ -76,7 +76,7 @@ PLANS = {
     for plan in (
         Plan("quick", 2, 12, 20, 100, 4, 100, 500, hidden_size=32, depth=2, num_heads=2, epochs=2),
         Plan("cpu", 3, 400, 128, 1000, 25, 20, 20),
-        # A larger model on larger images; its figures have never been made: no GPU has run it yet.
+        # A larger model on larger images. It has no figures: no GPU has run it yet.
         Plan(
             "cuda",
             *(3, 2000, 256, 2000, 50, 10, 20),

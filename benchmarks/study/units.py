@@ -1,4 +1,4 @@
-"""The pieces of a study: each is done once, and its findings are kept, so that an interrupted study goes on."""
+"""The units of a study: each is done once, and its findings are kept, so that an interrupted study can continue."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dtr_kernels.quoting import quoted
 from examples import digits
 from examples.train import Recipe, Training, run
 
-# Of training: when the gradients of the timesteps are compared.
+# Shares of the training after which the gradients of the timesteps are compared.
 AFFINITY_AT = (0.1, 0.3, 1.0)
 
 
@@ -33,13 +33,13 @@ class Interrupted(Exception):
 
 
 class Study:
-    """The pieces of a study, in a folder that keeps what each found.
+    """The units of a study, in a folder that keeps the findings of each.
 
     Args:
         plan: the size.
-        folder: of the findings; is made.
+        folder: of the findings; created if needed.
         device: where to train.
-        methods: what is compared, and what each changes in the recipe.
+        methods: the methods to compare, with their changes to the recipe.
 
     Raises:
         ValueError: if the folder holds a study of another plan, or a file in it is damaged.
@@ -49,13 +49,13 @@ class Study:
         self, plan: Plan, folder: Path, device: torch.device, methods: Mapping[str, Mapping[str, Any]] = METHODS
     ) -> None:
         self.plan, self.folder, self.device, self.methods = plan, folder, device, methods
-        # The running code was read from the checkout as it is now, whatever is committed there later.
+        # Describe the checkout now: later commits do not change the running code.
         self._environment = environment.describe(device)
         folder.mkdir(parents=True, exist_ok=True)
         self._check_plan()
         self.clusters = dtr.interval_clusters(digits.TIMESTEPS, plan.clusters)
         self.training, self.held_out = split(*digits.load_images(device, plan.size))
-        dtr.GradientSurgery([torch.zeros(1, requires_grad=True)], 1, "nash")  # raises at once where TorchJD is missing
+        dtr.GradientSurgery([torch.zeros(1, requires_grad=True)], 1, "nash")  # raises at once if TorchJD is missing
         self.judge = Judge(
             self.training,
             self.held_out,
@@ -78,7 +78,7 @@ class Study:
                 )
 
     def units(self) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-        """Names and functions, in an order in which each finds what it needs, seed by seed."""
+        """Yield names and functions of units, seed by seed, each after the units that it needs."""
         yield "real", self.real
         for seed in range(self.plan.seeds):
             for method in self.methods:
@@ -94,16 +94,16 @@ class Study:
         return name, partial(self.train, name, self._recipe(seed, **self.methods[method]))
 
     def findings(self) -> dict[str, dict[str, Any]]:
-        """What the units found that are done, by their names."""
+        """Read the findings of the units that are done, by name."""
         names = (name for name, _ in self.units())
         return {name: _read(self._path(name)) for name in names if self._path(name).exists()}
 
     def collected(self) -> dict[str, Any]:
-        """Everything that the pages are made from."""
+        """Return everything that the pages are made from."""
         return findings.collect(self.plan, self.findings(), self.clusters.bounds)
 
     def markdown(self, found: dict[str, Any]) -> str:
-        """The page in words."""
+        """Write the page in words."""
         return findings.markdown(found)
 
     def sentences(self, found: dict[str, Any]) -> list[str]:
@@ -111,11 +111,11 @@ class Study:
         return findings.sentences(found)
 
     def draw(self, found: dict[str, Any], path: Path) -> None:
-        """Saves the page of pictures."""
+        """Save the page of pictures."""
         page.draw(found, self.samples(), path)
 
     def samples(self) -> dict[str, Tensor]:
-        """Two images of each class from a model of each method, [20, 1, size, size]."""
+        """Return two images of each class from a model of each method, [20, 1, size, size]."""
         return {method: self._images(unit(method, 0)) for method in self.methods}
 
     def _images(self, name: str) -> Tensor:
@@ -130,7 +130,7 @@ class Study:
             return images
 
     def do(self, name: str, function: Callable[[], dict[str, Any]]) -> None:
-        """Runs a unit and keeps what it found."""
+        """Run a unit and keep its findings."""
         _write(function() | {"environment": self._environment}, self._path(name))
 
     def done(self, name: str) -> bool:
@@ -140,7 +140,7 @@ class Study:
         return self.folder / f"{name}.json"
 
     def real(self) -> dict[str, Any]:
-        """What the judge says of real images."""
+        """Judge real images."""
         return {
             "training images": len(self.training.labels),
             "held-out images": len(self.held_out.labels),
@@ -150,7 +150,7 @@ class Study:
         }
 
     def train(self, name: str, recipe: Recipe) -> dict[str, Any]:
-        """Trains a model of a unit and judges it."""
+        """Train a model of a unit and judge it."""
         model = self._trained(name, recipe)
         images = self.judge.draw(model)
         write_tensors(images[: 2 * digits.CLASSES].cpu().clone(), self.folder / f"{name} images.pt")
@@ -163,13 +163,13 @@ class Study:
         }
 
     def specialist(self, k: int, seed: int) -> dict[str, Any]:
-        """Trains a vanilla model on one interval alone, for as many steps, and looks at its losses there."""
+        """Train a vanilla model on one interval alone, for equally many steps, and return its losses there."""
         recipe = self._recipe(seed, **METHODS[VANILLA], cluster=k)
         losses = self.judge.losses(self._trained(unit(f"specialist {k}", seed), recipe))
         return {"losses": losses[self.clusters.assign(self.judge.timesteps) == k].tolist()}
 
     def transfer(self, seed: int) -> dict[str, Any]:
-        """The negative transfer gaps of the vanilla model, by denoising loss and by the distance of samples."""
+        """Return the negative transfer gaps of the vanilla model, by denoising loss and by the distance of samples."""
         shared = self._trained(unit(VANILLA, seed), self._recipe(seed, **METHODS[VANILLA]))
         recipes = [self._recipe(seed, **METHODS[VANILLA], cluster=k) for k in range(self.plan.clusters)]
         specialists = [self._trained(unit(f"specialist {k}", seed), recipe) for k, recipe in enumerate(recipes)]
@@ -180,7 +180,7 @@ class Study:
         return {"distance": dtr.negative_transfer_gaps(distance, shared, specialists, self.clusters).tolist()}
 
     def affinity(self) -> dict[str, Any]:
-        """The affinity of denoising tasks along a vanilla training, averaged over its checkpoints."""
+        """Return the affinity of denoising tasks along a vanilla training, averaged over its checkpoints."""
         timesteps = range(self.plan.affinity_every // 2, digits.TIMESTEPS, self.plan.affinity_every)
         training = Training(self._recipe(0, **METHODS[VANILLA]), *self.training)
         found = []
@@ -193,7 +193,7 @@ class Study:
         return {"steps": list(moments), "timesteps": list(timesteps), "matrix": matrix}
 
     def _moments(self) -> dict[int, Path]:
-        """Files of the weights of vanilla's first training after some of its steps; it is trained again for them."""
+        """Return files of vanilla's weights after some steps of its first training, which is run again for them."""
         steps = [max(round(part * self.plan.steps), 1) for part in AFFINITY_AT]
         paths = {until: self.folder / f"vanilla at step {until}.pt" for until in steps}
         training = Training(self._recipe(0, **METHODS[VANILLA]), *self.training)
@@ -205,7 +205,7 @@ class Study:
         return paths
 
     def _mean_loss(self, training: Training) -> Callable[[int], Tensor]:
-        """The loss at a timestep over all training images, with noise of its own."""
+        """Return the loss at a timestep over all training images, with its own noise."""
         images, labels = self.training
 
         def loss(t: int) -> Tensor:
@@ -216,7 +216,7 @@ class Study:
         return loss
 
     def seconds(self) -> dict[str, Any]:
-        """Seconds of some training steps of every method, in rounds in which all take turns."""
+        """Return the seconds of some training steps of every method, in rounds in which all take turns."""
         trainings = {
             method: Training(self._recipe(0, **{**changes, "steps": 2 * TIMED_STEPS}), *self.training)
             for method, changes in self.methods.items()
@@ -228,14 +228,14 @@ class Study:
 
     @property
     def _few(self) -> int:
-        """As many images as are held out, or as are drawn, if those are fewer."""
+        """The number of images that are held out, or drawn if those are fewer."""
         return min(len(self.held_out.labels), self.plan.samples)
 
     def _recipe(self, seed: int, **changes: Any) -> Recipe:
         return Recipe(**{"seed": seed} | self.plan.settings() | changes)
 
     def _trained(self, name: str, recipe: Recipe) -> dtr.nn.DiT:
-        """The moving average of a training, which goes on where it was interrupted."""
+        """Return the moving average of a training, which continues if it was interrupted."""
         checkpoint, weights = self.folder / f"{name} checkpoint.pt", self.folder / f"{name}.pt"
         if weights.exists():
             return self._averaged(name, recipe)
@@ -249,15 +249,15 @@ class Study:
         return training.averaged
 
     def _averaged(self, name: str, recipe: Recipe) -> dtr.nn.DiT:
-        """The model that ``_trained`` kept."""
+        """Return the model that ``_trained`` kept."""
         model = Training(recipe, *self.training).averaged
         load_weights(model, self.folder / f"{name}.pt")
         return model
 
 
 class InnerStudy(Study):
-    """The pieces of the study of scope "inner"; at equal time a model takes as many steps as fit, by the time of a step
-    here."""
+    """The units of the study of scope "inner"; at equal time, a model takes as many steps as fit by the time of a step
+    on this machine."""
 
     def __init__(self, plan: Plan, folder: Path, device: torch.device) -> None:
         super().__init__(plan, folder, device, inner.methods(plan))
@@ -272,7 +272,7 @@ class InnerStudy(Study):
                 yield inner.as_long(method, seed), partial(self.train_as_long, method, seed)
 
     def train_as_long(self, method: str, seed: int) -> dict[str, Any]:
-        """Trains a model of a method for as long as vanilla's takes, and judges it."""
+        """Train a model of a method for as long as vanilla's training, and judge it."""
         seconds = _read(self._path("seconds"))["seconds"]
         share = Spread.of(seconds[VANILLA]).median / Spread.of(seconds[method]).median
         steps = round(self.plan.steps * share)
@@ -297,10 +297,10 @@ def _write(found: Mapping[str, Any], path: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return what ``_write`` has written, to the last bit.
+    """Read a file that ``_write`` has written, exact to the last bit.
 
     Raises:
-        ValueError: naming the file, if it is damaged, or holds anything else.
+        ValueError: naming the file, if it is damaged or holds anything else.
     """
     with expecting("what this study has found", path, "delete it, and the same command makes it anew"):
         found = read_json(path)

@@ -1,5 +1,5 @@
-"""The benchmarks by name: declared kernels, one for each file of ``ops``; whole blocks, models and steps; what the
-library decides by."""
+"""The benchmarks by name: declared kernels, one for each file of ``ops``; whole blocks, models and steps; and the
+limits by which the library chooses."""
 
 from __future__ import annotations
 

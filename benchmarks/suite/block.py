@@ -1,4 +1,4 @@
-"""One block of a DiT: routed by our kernels, routed by plain PyTorch, and not routed at all."""
+"""One block of a DiT: routed by our kernels, routed by plain PyTorch, and unrouted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _STAR: dict[str, Sequence[Axes]] = {
     "cpu": (
         {"batch": (1, 4, 64)},
         {"model": ("DiT-B/2", "DiT-L/2", "DiT-XL/2", LIGHTNING), "batch": (4,)},
-        # In 16-bit dtypes a CPU's GEMMs are dense, whatever the window.
+        # In 16-bit dtypes a CPU's GEMMs are dense for every window.
         *({**changed, "precision": ("fp32",)} for changed in _ROUTINGS),
     ),
     "cuda": (
@@ -47,15 +47,15 @@ _STAR: dict[str, Sequence[Axes]] = {
 
 
 def cases(options: Options) -> list[Callable[[], Case]]:
-    """A star: from its centre one thing is varied at a time. With options, all combinations of what they give."""
+    """Return a star of cases that vary one axis at a time around its centre; with options, all their combinations."""
     options.check("block", "a block", pass_=PASSES)
     cells = whole.grid(options, dit_channels, _CENTRE[options.size], _STAR[options.size])
     return [partial(build, cell, options.device) for cell in cells]
 
 
 def build(cell: Cell, device: torch.device) -> Case:
-    """A forward pass, or forward and backward to the gradients of x, c and all parameters."""
-    torch.compiler.reset()  # each case compiles for itself, and none is the one too many for PyTorch's limit
+    """Build a forward pass, or forward and backward to the gradients of x, c and all parameters."""
+    torch.compiler.reset()  # each case compiles anew, below PyTorch's limit of recompilations
     piece = Piece.of(cell, device)
     notes = [whole.ABOUT_PEERS]
     if not piece.runs_kernels:
@@ -67,13 +67,13 @@ def build(cell: Cell, device: torch.device) -> Case:
 
 @dataclass(frozen=True)
 class Piece(Whole):
-    """A block of x and c, whose queries and keys are turned where the model turns them."""
+    """A block of x and c; its queries and keys are rotated if the model's are."""
 
     rope: Callable[[Tensor], Tensor] | None
 
     @classmethod
     def of(cls, cell: Cell, device: torch.device) -> Piece:
-        """Random parameters and inputs."""
+        """Draw random parameters and inputs."""
         torch.manual_seed(SEED)
         model = blueprint(cell.model)
         tokens, channels = model.pos_embed.shape[1:]
@@ -91,7 +91,7 @@ class Piece(Whole):
 
     @property
     def runs_kernels(self) -> bool:
-        """Whether our block is more than plain PyTorch at this size."""
+        """True if our block runs more than plain PyTorch at this size."""
         return choose(self.x).path != "plain"
 
     def plain(self, module: Any, *batch: Any) -> Tensor:
@@ -108,7 +108,7 @@ class Piece(Whole):
 
 
 def goals_on_gpu(scope: str) -> list[Goal]:
-    """To reach in bf16, forward and training."""
+    """Return the goals in bf16, forward and training."""
     return [
         Goal("speed-up", FUSED, over=MASKED + COMPILED, at_least=1.2 if scope == "branch" else 1.15),
         Goal("speed-up", FUSED, over=UNROUTED + COMPILED, at_least=1.0),

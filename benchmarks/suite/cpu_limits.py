@@ -1,7 +1,6 @@
-"""The limits by which the ops choose between two ways on a CPU: are they where one becomes faster than the other?
+"""The limits by which the ops choose between two ways on a CPU, checked to be where the faster way changes.
 
-Either way is forced by setting the library's own constant around each call. Beside the two stands what the library
-chooses.
+Either way is forced by setting the library's own constant around each call. A third side runs the library's choice.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from dtr_kernels.ops.declaration import PRECISIONS, Draw, Sizes, results, widene
 from dtr_kernels.ops.window_linear import slice_gain
 
 DISPATCHED = "as dispatched"
-# Near a limit both ways take as long, and noise decides which is ahead.
+# Near a limit both ways take equally long, and noise decides which is faster.
 NOT_SLOWER = 0.97
 # Models and batches: 49 to 590 thousand elements of x, in samples of 64 and of 256 tokens.
 BLOCKS = (
@@ -35,7 +34,7 @@ BLOCKS = (
     *(("DiT-XL/4", batch) for batch in (1, 2, 4, 8)),
     *(("DiT-XL/2", batch) for batch in (1, 2)),
 )
-# Channels, and for each beta tokens per sample. All samples together have as many each time, so that only the slices
+# Channels, and for each beta tokens per sample. The total number of tokens stays the same, so that only the slices
 # grow.
 CHANNELS, TOKENS, ALL_TOKENS = (384, 1152), {0.8: (64, 128, 256, 1024), 0.65: (64, 256), 0.5: (16, 64)}, 4096
 QUICK_BLOCKS, QUICK_CHANNELS, QUICK_TOKENS, QUICK_ALL_TOKENS = ((TINY, 4),), (384,), {0.8: (64, 1024)}, 1024
@@ -47,7 +46,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class _Limit:
-    """A constant of the library, and what runs from it on (as with a limit of 0) and below it."""
+    """A constant of the library, and the ways that run at or above it (as with a limit of 0) and below it."""
 
     module: ModuleType
     name: str
@@ -55,11 +54,11 @@ class _Limit:
     below: str
 
     def chosen(self, size: int) -> str:
-        """What the library runs."""
+        """Return the way that the library runs at this size."""
         return self.at_least if size >= getattr(self.module, self.name) else self.below
 
     def set_to(self, value: int, call: Callable[[], Result]) -> Callable[[], Result]:
-        """``call`` under another limit."""
+        """Return ``call`` under another limit."""
 
         def forced() -> Result:
             before = getattr(self.module, self.name)
@@ -77,7 +76,7 @@ _SLICES = _Limit(window_linear, "_LEAST_GAIN", "slices of the weight", "dense we
 
 
 def cases(options: Options) -> list[Callable[[], Case]]:
-    """Blocks of several numbers of elements, and linear layers of several numbers of tokens per sample."""
+    """Return blocks of several numbers of elements, and linear layers of several numbers of tokens per sample."""
     if options.device.type != "cpu":
         raise ValueError(f"cpu_limits measures the CPU's limits: --device must be cpu, got {options.device.type}")
     options.check("cpu_limits", "the CPU's limits", ("precision", "pass_"), precision=DTYPES, pass_=block.PASSES)
@@ -100,15 +99,15 @@ def cases(options: Options) -> list[Callable[[], Case]]:
 
 
 def elements(cell: Cell) -> Case:
-    """A block by the compiled kernels, and by plain PyTorch."""
+    """Build a block by the compiled kernels, and by plain PyTorch."""
     piece = block.Piece.of(cell, torch.device("cpu"))
     side = replace(piece.routed(DISPATCHED, piece.fused), forward=None)
     return _case(_ELEMENTS, piece.x.numel(), side, tuple(piece.x.shape), cell.precision, cell.pass_)
 
 
 def slices(pass_: str, sizes: Sizes) -> Case:
-    """A norm and its linear layer by GEMMs on each sample's slice of the weight, and by one dense GEMM for all: the
-    forward pass, or the gradients without it."""
+    """Build a norm and its linear layer by GEMMs on each sample's slice of the weight, and by one dense GEMM: the
+    forward pass, or only the gradients."""
     B, N, C, beta = sizes
     mode = {"routed": True, "update": False, "rms": False}
     if pass_ == "backward":
@@ -131,7 +130,7 @@ def slices(pass_: str, sizes: Sizes) -> Case:
 def _case(
     limit: _Limit, size: int, side: Side, shape: Sequence[int], precision: str, pass_: str, beta: float = 0.8
 ) -> Case:
-    """What the limit chooses at this size against either of the two that it chooses between."""
+    """Compare the limit's choice at this size with both ways that it chooses between."""
     forced = ((limit.at_least, 0), (limit.below, sys.maxsize))
     other = limit.below if limit.chosen(size) == limit.at_least else limit.at_least
     B, N, C = shape

@@ -33,7 +33,7 @@ _STAR: dict[str, Sequence[Axes]] = {
     ),
     "cuda": ({"batch": (32,)}, {"window": ("shared",), "beta": (0.25, 1.0)}, {**_SAMPLING, "window": ("shared",)}),
 }
-# How many times as fast as the peer, for three quarters of the heads and for half of them.
+# Speed-ups over the peer to reach, for three quarters of the heads and for half of them.
 _SHARED = {"forward": (1.25, 1.75), "training": (1.2, 1.7), "sampling": (1.25, 1.6)}
 _PER_SAMPLE = {"forward": (1.2, 1.7), "training": (1.15, 1.6)}
 _ON_GPU = {"per sample": (1.15, 1.5)}
@@ -41,8 +41,8 @@ _SAVED = (0.46, 0.36)
 
 
 def cases(options: Options) -> list[Callable[[], Case]]:
-    """Blocks at a shared window and at one per sample, other active shares, guided steps of a Sampler. With options,
-    all combinations of what they give."""
+    """Return blocks with a shared window and with one per sample, other active shares, and guided steps of a Sampler;
+    with options, all their combinations."""
     options.check("inner", 'scope "inner"', scope=("inner",), pass_=PASSES)
     if "sampling" in options.asked.get("pass_", ()) and options.asked.get("window", ("shared",)) != ("shared",):
         raise ValueError("--window must be shared for --pass sampling, whose samples all have one timestep")
@@ -51,14 +51,14 @@ def cases(options: Options) -> list[Callable[[], Case]]:
 
 
 def build(cell: Cell, device: torch.device) -> Case:
-    """A case of ``block`` or ``model``, with fewer sides, against the unrouted one."""
+    """Build a case of ``block`` or ``model`` with fewer sides, against the unrouted side."""
     case = (model if cell.pass_ == "sampling" else block).build(cell, device)
     sides = [side for side in case.sides if side.name in _SIDES]
     return replace(case, sides=sides, speedup_over=PEER, goals=goals(cell, device))
 
 
 def goals(cell: Cell, device: torch.device) -> list[Goal]:
-    """To reach where three quarters or half of the heads are active."""
+    """Return the goals for three quarters or half of the heads; none for other shares."""
     shares = {0.75: 0, 0.5: 1}
     if cell.beta not in shares or cell.model == TINY:
         return []

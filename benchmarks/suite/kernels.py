@@ -38,14 +38,14 @@ _SIZE: dict[str, Axes] = {
     "cuda": {"model": ("DiT-S/2", "DiT-XL/2"), "batch": (32,)},
 }
 _PRECISION = {"quick": ("fp32",), "cpu": ("fp32", "bf16"), "cuda": ("bf16",)}
-# Gradients larger than any cache, of the clusters of ANT and of DTR.
+# Gradients larger than any cache, with the clusters of ANT and of DTR.
 _GRADIENTS = {True: [Gradients(5, 1 << 16)], False: [Gradients(5, 8 << 20), Gradients(8, 8 << 20)]}
 # Shares of the copy's bandwidth to reach. On a CPU a copy also reads what it writes.
 _SHARE = {"cpu": 0.7, "cuda": 0.9}
 
 
 class Point(NamedTuple):
-    """Where a case stands: sizes, a precision, whether the batch shares a window, and the coordinates of all that."""
+    """The place of a case: sizes, a precision, whether the batch shares a window, and the coordinates of all these."""
 
     sizes: Any
     precision: Precision
@@ -99,7 +99,7 @@ def _of_gradients(file: str, kernels: list[Kernel], options: Options) -> Iterato
 
 
 def build(kernel: Kernel, mode: Mode, point: Point, device: torch.device) -> Case:
-    """The kernel, the reference, and what else people would call, in one mode at one point."""
+    """Build the kernel, the reference and the peers, in one mode at one point."""
     assert kernel.work is not None
     torch.compiler.reset()
     precision = str(point.coordinates["precision"])
@@ -126,7 +126,7 @@ def build(kernel: Kernel, mode: Mode, point: Point, device: torch.device) -> Cas
         exact, eager = (peer(**arguments) for arguments in (wide, sets[0]))
         if exact and eager:
             found = results(exact())
-            # It may be another function, whose work nobody counted.
+            # A peer may compute another function, whose work is not counted.
             same = [t.shape for t in found] == [t.shape for t in right] and gate.error(found) <= gate.bound
             own = Gate(found, results(eager()), precision)
             sides.append(side(name, peer, own, work if same else NOT_COUNTED))
@@ -148,7 +148,7 @@ def build(kernel: Kernel, mode: Mode, point: Point, device: torch.device) -> Cas
 
 
 def _reference(kernel: Kernel, wrap: Callable[[Any], Any], **arguments: Any) -> Callable[[], Any]:
-    """Plain PyTorch; of a backward pass the backward pass alone."""
+    """Return a call of plain PyTorch; for a backward pass, only the backward pass."""
     if isinstance(kernel.exact, Gradient):
         return kernel.exact.prepare(arguments, wrap)
     function = wrap(kernel.exact)
@@ -156,7 +156,7 @@ def _reference(kernel: Kernel, wrap: Callable[[Any], Any], **arguments: Any) -> 
 
 
 def goals(kernel: Kernel, device_type: str) -> list[Goal]:
-    """Return what the kernel is to reach: the bandwidth of a copy, or of products nearly the speed of PyTorch's."""
+    """Return the kernel's goals: the bandwidth of a copy, or for products nearly the speed of PyTorch's."""
     mode = next(mode for mode in kernel.modes if kernel.timed(**mode))
     of_gradients, items = isinstance(kernel.sizes[0], Gradients), PRECISIONS["fp32"].items
     moves_alone = kernel.work is not None and not kernel.work(kernel.sizes[0], items, **mode).flops

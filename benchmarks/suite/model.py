@@ -21,7 +21,7 @@ from dtr_kernels.sampling import Sampler
 
 FUSED = "DiT"
 REMEMBERED = "Sampler"
-# Strength of guidance, and the label that stands for no label: the models here have no class for it.
+# Strength of guidance, and the label that means no label: the models here have no class for it.
 GUIDANCE, NO_LABEL = 4.0, 0
 
 _COMMON: Axes = {"precision": ("fp32",), "scope": ("block",), "window": ("per sample",), "beta": (0.8,)}
@@ -38,7 +38,7 @@ _STAR: dict[str, Sequence[Axes]] = {
 
 
 def cases(options: Options) -> list[Callable[[], Case]]:
-    """Steps of training and of sampling. With options, all combinations of what they give."""
+    """Return steps of training and of sampling; with options, all their combinations."""
     options.check("model", "a model")
     if "sampling" in options.asked.get("pass_", ()) and "per sample" in options.asked.get("window", ()):
         raise ValueError("--window must be shared for --pass sampling, whose samples all have one timestep")
@@ -48,8 +48,8 @@ def cases(options: Options) -> list[Callable[[], Case]]:
 
 
 def build(cell: Cell, device: torch.device) -> Case:
-    """One pass of a model by every side, all of which use the same parameters."""
-    torch.compiler.reset()  # each case compiles for itself, and none is the one too many for PyTorch's limit
+    """Build one pass of a model by every side, all with the same parameters."""
+    torch.compiler.reset()  # each case compiles anew, below PyTorch's limit of recompilations
     piece = (GuidedStep if cell.pass_ == "sampling" else Prediction).of(cell, device)
     sides = piece.sides(FUSED)
     notes = [
@@ -76,16 +76,16 @@ def build(cell: Cell, device: torch.device) -> Case:
 class Prediction(Whole):
     """A model of x, timesteps and labels."""
 
-    t: Tensor | int  # the timesteps as they are given to our model
+    t: Tensor | int  # the timesteps as passed to our model
 
     @classmethod
     def of(cls, cell: Cell, device: torch.device) -> Prediction:
-        """Random parameters and inputs."""
+        """Draw random parameters and inputs."""
         torch.manual_seed(SEED)
         model = make_dit(cell.model, device, cell.dtype, cell.routing, cell.scope)
         whole.draw(model)
         with torch.no_grad():
-            # Tokens get a mean, for the reason that ``whole.tokens`` gives.
+            # Tokens get a mean, for the reason in ``whole.tokens``.
             model.get_parameter("x_embedder.proj.bias").add_(1)
         t = whole.timesteps(cell, device)
         x = torch.randn(cell.batch, model.in_channels, model.input_size, model.input_size).to(device, cell.dtype)
@@ -97,7 +97,7 @@ class Prediction(Whole):
 
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW that changes nothing."""
+        """An AdamW with learning rate 0, which changes nothing."""
         capturable = self.x.device.type == "cuda"
         return torch.optim.AdamW(whole.trainable(self.module), lr=0.0, fused=True, capturable=capturable)
 
@@ -109,7 +109,7 @@ class Prediction(Whole):
 
     def exact(self, mask: Tensor | None) -> list[Tensor]:
         exact = super().exact(mask)
-        return exact[1:] if self.cell.pass_ == "step" else exact  # a step leaves gradients only
+        return exact[1:] if self.cell.pass_ == "step" else exact  # a step leaves only gradients
 
     def work(self, active: int) -> Work:
         model = self.module
@@ -139,7 +139,7 @@ class Prediction(Whole):
 
 
 class GuidedStep(Prediction):
-    """The step from noise at one timestep to noise at the next, with classifier-free guidance."""
+    """A guided step from noise at one timestep to noise at the next, with classifier-free guidance."""
 
     def plain(self, module: Any, *batch: Any) -> Tensor:
         x, t, y, mask = batch
@@ -159,27 +159,27 @@ class GuidedStep(Prediction):
         return ddim(self.x, out[: len(self.x), : self.module.in_channels])
 
     def remembered(self) -> Forward:
-        """The step by a ``Sampler``. (On a GPU the stopwatch makes a CUDA graph of it, as of the other sides.)"""
+        """Return the step by a ``Sampler``. (On a GPU the stopwatch records it as a graph, like the other sides.)"""
         sampler = Sampler(self.module.eval(), guidance_scale=GUIDANCE, y=self._labels)
         return lambda: ddim(self.x, sampler(self.x, self.t)[:, : self.module.in_channels])
 
     def modulations(self) -> Work:
-        """The part of a step that a ``Sampler`` remembers."""
+        """Count the part of a step that a ``Sampler`` remembers."""
         model, items = self.module, ITEMSIZES[self.cell.precision]
         return dit_modulations(2 * len(self.x), model.hidden_size, len(model.blocks), items)
 
 
 def _signal(t: int) -> float:
-    """What is left of the image's variance at timestep t, with DDPM's linear schedule."""
+    """Return the share of the image's variance left at timestep t, with DDPM's linear schedule."""
     return math.prod(1 - (1e-4 + (0.02 - 1e-4) * step / 999) for step in range(t + 1))
 
 
-# In ten steps from 999 to 0: large ones, so that errors of the prediction are seen.
+# One of ten steps from 999 to 0: steps so large that errors of the prediction show.
 _NOW, _NEXT = _signal(SHARED_TIMESTEP), _signal(SHARED_TIMESTEP - 100)
 
 
 def ddim(x: Tensor, noise: Tensor) -> Tensor:
-    """The deterministic update of DDIM (Song et al., 2021): x at the next timestep, given the noise predicted in it."""
+    """Apply DDIM's deterministic update (Song et al., 2021): x at the next timestep, given the predicted noise."""
     image = (x - math.sqrt(1 - _NOW) * noise) / math.sqrt(_NOW)
     return math.sqrt(_NEXT) * image + math.sqrt(1 - _NEXT) * noise
 

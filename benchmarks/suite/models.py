@@ -16,7 +16,7 @@ MODELS = (TINY, *dtr.nn.DiT_models, LIGHTNING)
 
 
 def dit_channels(name: str) -> int:
-    """Return the channels of the model of that name; raise ValueError where there is none."""
+    """Return the channels of the named model; raise ValueError if there is none."""
     if name not in MODELS:
         raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {name}")
     return blueprint(name).hidden_size
@@ -24,7 +24,7 @@ def dit_channels(name: str) -> int:
 
 @lru_cache
 def blueprint(model: str) -> dtr.nn.DiT:
-    """A DiT without memory for its parameters."""
+    """Return a DiT without memory for its parameters."""
     with torch.device("meta"):
         return make_dit(model, torch.device("meta"), torch.float32)
 
@@ -36,11 +36,11 @@ def make_dit(
     routing: DenoisingTaskRouting | None = None,
     scope: str = "block",
 ) -> dtr.nn.DiT:
-    """A DiT of the published sizes for latents of 32 x 32 (images of 256 x 256), or "tiny"; or one of LightningDiT's
+    """Build a DiT of a published size for latents of 32 x 32 (images of 256 x 256), or "tiny"; or one of LightningDiT's
     blocks, for its latents of 16 x 16.
 
-    Training starts with closed gates and a last layer of zeros, where most gradients are zero; here all weights are
-    random. Labels are never dropped, so that everyone who trains the model on a batch computes the same.
+    Training starts with closed gates and a last layer of zeros, so that most gradients are zero; here all weights are
+    random. Labels are never dropped, so that all sides that train the model on a batch compute the same.
     """
     chosen = {"routing": routing, "scope": scope, "class_dropout_prob": 0}
     if name == TINY:
@@ -59,8 +59,8 @@ def make_dit(
 
 
 def rotary(tokens: int, channels: int, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return a rotary embedding of queries or keys [B, heads, tokens, channels], which turns pairs of channels by 1 to
-    1 / 10000 of a token's number."""
+    """Return a rotary embedding of queries or keys [B, heads, tokens, channels]: it rotates pairs of channels by the
+    token's number times 1 to 1 / 10000."""
     frequencies = 10_000 ** -torch.linspace(0, 1, channels // 2, device=device)
     angles = torch.outer(torch.arange(tokens, device=device), frequencies)
     cos, sin = angles.cos(), angles.sin()

@@ -1,4 +1,4 @@
-"""One residual block of ADM's U-Net: routed by our code, routed by plain PyTorch, and not routed at all."""
+"""One residual block of ADM's U-Net: routed by our code, routed by plain PyTorch, and unrouted."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ TAPS = 9  # of a 3x3 kernel
 
 @dataclass(frozen=True)
 class Place:
-    """Where in ADM a block stands: its input and output channels, its input's height and width, what it does to them,
-    and the width of the conditioning."""
+    """A block's place in ADM: its input and output channels, its input's height and width, its resampling, and the
+    width of the conditioning."""
 
     channels: int
     out_channels: int
@@ -38,18 +38,18 @@ class Place:
 
     @property
     def out_size(self) -> int:
-        """Height and width of the output."""
+        """The height and width of the output."""
         return 2 * self.size if self.up else self.size // 2 if self.down else self.size
 
 
-#: By the name of a "model" on the command line. 256 channels and their multiples are those of ADM for ImageNet.
+#: Places by their "model" on the command line. 256 channels and their multiples are those of ADM for ImageNet.
 PLACES = {
     "ADM-256x32": Place(256, 256, 32),
     "ADM-512x16": Place(512, 512, 16),
     "ADM-1024x8": Place(1024, 1024, 8),
     "ADM-256x32, down": Place(256, 256, 32, down=True),
     "ADM-512x16, up": Place(512, 512, 16, up=True),
-    "ADM-1024x16 to 512": Place(1024, 512, 16),  # of the decoder, where the encoder's output is joined on
+    "ADM-1024x16 to 512": Place(1024, 512, 16),  # in the decoder, after concatenation with the encoder's output
     "tiny": Place(64, 96, 8, emb_channels=32),
 }
 
@@ -73,7 +73,7 @@ _STAR: dict[str, Sequence[Axes]] = {
 
 
 def cases(options: Options) -> list[Callable[[], Case]]:
-    """A star: from its centre one thing is varied at a time. With options, all combinations of what they give.
+    """Return a star of cases that vary one axis at a time around its centre; with options, all their combinations.
 
     Raises:
         ValueError: if an option does not fit a residual block.
@@ -90,8 +90,8 @@ def _channels(model: str) -> int:
 
 
 def build(cell: Cell, device: torch.device) -> Case:
-    """A forward pass, or forward and backward to the gradients of x, emb and all parameters."""
-    torch.compiler.reset()  # each case compiles for itself, and none is the one too many for PyTorch's limit
+    """Build a forward pass, or forward and backward to the gradients of x, emb and all parameters."""
+    torch.compiler.reset()  # each case compiles anew, below PyTorch's limit of recompilations
     piece = Piece.of(cell, device)
     sides = [
         piece.routed(MASKED, piece.masked),
@@ -115,13 +115,13 @@ class Piece(Whole):
 
     @classmethod
     def of(cls, cell: Cell, device: torch.device) -> Piece:
-        """Random parameters and inputs."""
+        """Draw random parameters and inputs."""
         torch.manual_seed(SEED)
         place = PLACES[cell.model]
         B, C, O, H = cell.batch, place.channels, place.out_channels, place.out_size
         block = nn.RoutedResBlock(C, place.emb_channels, out_channels=O, up=place.up, down=place.down)
         _draw(block)
-        # Every channel has a mean of its own, as those of trained models have.
+        # Every channel has its own mean, as in trained models.
         x = torch.randn(B, C, place.size, place.size) + torch.randn(B, C, 1, 1)
         emb, cotangent = torch.randn(B, place.emb_channels), torch.randn(B, O, H, H)
         x, emb, cotangent = (tensor.to(device, cell.dtype) for tensor in (x, emb, cotangent))
@@ -143,7 +143,7 @@ class Piece(Whole):
 
 @torch.no_grad()
 def _draw(block: nn.RoutedResBlock) -> None:
-    """Random parameters that make the branch as large as the skip, and deactivated channels as large as active ones."""
+    """Draw parameters that make the branch as large as the skip, and deactivated channels as large as active ones."""
     whole.draw(block)
     for norm in (block.in_layers[0], block.out_layers[0]):
         for parameter in norm.parameters():
@@ -154,7 +154,7 @@ def _draw(block: nn.RoutedResBlock) -> None:
 
 
 def forward_work(place: Place, B: int, W: int, items: Itemsizes) -> Work:
-    """What a block of W active channels needs; W = C is the unrouted one."""
+    """Count the forward pass of a block with W active channels; W = C is the unrouted block."""
     C, O = place.channels, place.out_channels
     P, Q = B * place.size**2, B * place.out_size**2
     return (
@@ -169,8 +169,8 @@ def forward_work(place: Place, B: int, W: int, items: Itemsizes) -> Work:
 
 
 def training_work(place: Place, B: int, W: int, items: Itemsizes) -> Work:
-    """Its forward pass, and gradients of x, emb and the parameters: of a convolution's input and weight each by one
-    that reads and writes as much."""
+    """Count the forward pass, and gradients of x, emb and the parameters: for each convolution two more that read and
+    write as much, of its input and of its weight."""
     C, O = place.channels, place.out_channels
     P, Q = B * place.size**2, B * place.out_size**2
     return (
@@ -183,8 +183,8 @@ def training_work(place: Place, B: int, W: int, items: Itemsizes) -> Work:
 
 
 def _convolutions(place: Place, B: int, W: int, items: Itemsizes) -> Work:
-    """The branch's two and the skip's. To the first a deactivated channel of a sample is one number, which each of the
-    kernel's taps multiplies once."""
+    """Count the branch's two convolutions and the skip's. In the first, a deactivated channel of a sample is one
+    number, which each of the kernel's taps multiplies once."""
     C, O, Q = place.channels, place.out_channels, B * place.out_size**2
     constants = Work(2 * TAPS * B * (C - W) * O, TAPS * (C - W) * O * items.stream)
     skip = Work() if C == O else _convolution(Q, C, O, 1, items)

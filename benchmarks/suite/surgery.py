@@ -1,4 +1,4 @@
-"""What the benchmarks of gradient surgery share: the oracle, and how other code draws its random orders."""
+"""Shared by the benchmarks of gradient surgery: the oracle, and random orders drawn as other code draws them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from torch import Tensor
 from dtr_kernels import reference
 from dtr_kernels.ops.gradient_lists import choose_surgery
 
-# Columns of the gradients that are widened to fp64 at a time: so few that they stay in a CPU's cache.
+# Columns of the gradients that are widened to fp64 at a time, few enough for a CPU's cache.
 _CHUNK = 1 << 15
 
 # Errors relative to the norm. Ours may be a few roundings of the gradients' dtype.
 OURS = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
-# The loop rounds every dot product and every projected gradient; how accurate the alternatives are is a result.
+# The loop rounds every dot product and every projected gradient; the accuracy of the alternatives is a result.
 OTHERS = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
 
 
 class Oracle:
-    """PCGrad in fp64 on gradients [K, P] of a lesser dtype, without an fp64 copy of them.
+    """PCGrad in fp64 on gradients [K, P] of a lower precision, without an fp64 copy of them.
 
-    The loop of ``reference.pcgrad`` in the coordinates that the gradients themselves are: ``coefficients`` [K, K].
+    It runs the loop of ``reference.pcgrad`` on the coefficients [K, K] of the gradients.
     """
 
     def __init__(self, grads: Tensor, order: Tensor) -> None:
@@ -33,24 +33,24 @@ class Oracle:
 
     @property
     def conflicts(self) -> str:
-        """How many pairs of gradients conflict, in words: the loop's work depends on it."""
+        """The number of conflicting pairs of gradients, in words: the loop's work depends on it."""
         K = len(self.gram)
         return f"{int((self.gram < 0).sum()) // 2} of {K * (K - 1) // 2} pairs conflict"
 
     def error_of_update(self, update: Tensor) -> float:
-        """Of the sum of the projected gradients [P], relative to its norm."""
+        """Return the error of the sum of the projected gradients [P], relative to its norm."""
         return self.error_of_combination(update[None], self.coefficients.sum(0, keepdim=True))
 
     def error_of_sum(self, update: Tensor) -> float:
-        """Of the plain sum of the gradients [P], relative to its norm."""
+        """Return the error of the plain sum of the gradients [P], relative to its norm."""
         return self.error_of_combination(update[None], torch.ones_like(self.gram[:1]))
 
     def error_of_projected(self, projected: Tensor) -> float:
-        """Of the projected gradients [K, P], relative to their norm."""
+        """Return the error of the projected gradients [K, P], relative to their norm."""
         return self.error_of_combination(projected, self.coefficients)
 
     def error_of_combination(self, found: Tensor, coefficients: Tensor) -> float:
-        """Of found [M, P] as coefficients [M, K] @ gradients, relative to its norm."""
+        """Return the error of found [M, P] as coefficients [M, K] @ gradients, relative to the norm of the product."""
         wrong = norm = torch.zeros((), dtype=torch.float64, device=found.device)
         for part, chunk in zip(found.split(_CHUNK, dim=1), self._grads.split(_CHUNK, dim=1), strict=True):
             exact = coefficients @ chunk.double()
@@ -59,12 +59,12 @@ class Oracle:
 
 
 def what_runs(device: torch.device, dtype: torch.dtype) -> str:
-    """Which implementation of the ops a measurement is of, in words."""
+    """Name the implementation of the ops that was measured."""
     path, why = choose_surgery(device, dtype)
     return f"the ops of gradient surgery ran as {'plain PyTorch: ' + why if path == 'plain' else 'compiled kernels'}"
 
 
 def torchjd_order(clusters: int, seed: int) -> Tensor:
-    """The order [K, K-1] that TorchJD's PCGrad draws after ``torch.manual_seed(seed)``."""
+    """Return the order [K, K-1] that TorchJD's PCGrad draws after ``torch.manual_seed(seed)``."""
     torch.manual_seed(seed)
     return torch.stack([(drawn := torch.randperm(clusters))[drawn != i] for i in range(clusters)])

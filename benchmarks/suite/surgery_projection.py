@@ -22,7 +22,7 @@ LOOP, MM, BMM, COMPILED = "the loop", "torch.mm", "torch.bmm in chunks", "torch.
 
 
 def cases(options: Options) -> list[Callable[[], Case]]:
-    """For each dtype and K."""
+    """Return a case for each dtype and K."""
     P = QUICK_ELEMENTS if options.quick else ELEMENTS
     options.check("surgery_projection", "gradients", ("precision",), precision=DTYPES)
     return [
@@ -33,7 +33,7 @@ def cases(options: Options) -> list[Callable[[], Case]]:
 
 
 def projection(K: int, P: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """Everything between the gradients and the update, done by the public code's loop, by plain PyTorch and here."""
+    """Build everything between the gradients and the update, by the public code's loop, plain PyTorch, and ours."""
     grads = conflicting_gradients(K, P, dtype, device)
     own = torch.empty_like(grads)
     host_order = torchjd_order(K, SEED)  # on the CPU, where the loop takes it; and on the device
@@ -86,8 +86,8 @@ def projection(K: int, P: int, dtype: torch.dtype, device: torch.device) -> Case
 
 
 def conflicting_gradients(K: int, P: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Random gradients [K, P]; every other one leans the opposite way, so that about half of the pairs conflict
-    and the update is far from the plain sum."""
+    """Draw gradients [K, P]; every other one leans the opposite way, so that about half of the pairs conflict and the
+    update is far from the plain sum."""
     generator = torch.Generator(device).manual_seed(SEED)
     lean = torch.randn(P, device=device, generator=generator)
     grads = torch.empty(K, P, dtype=dtype, device=device)
@@ -97,12 +97,12 @@ def conflicting_gradients(K: int, P: int, dtype: torch.dtype, device: torch.devi
 
 
 def mm_update(grads: Tensor, order: Tensor) -> Tensor:
-    """Plain PyTorch: Gram matrix and weighted sum as matrix products."""
+    """Compute the update in plain PyTorch, with Gram matrix and weighted sum as matrix products."""
     return pcgrad_weights((grads @ grads.T).float(), order).to(grads.dtype) @ grads
 
 
 def bmm_update(grads: Tensor, order: Tensor, columns: int = 8192) -> Tensor:
-    """The same with a Gram matrix of stretches that fit into a cache, which CPU libraries compute faster."""
+    """Compute the update with a Gram matrix by stretches that fit into a cache, which is faster in CPU libraries."""
     P = grads.shape[1]
     whole = P - P % columns
     stretches = grads[:, :whole].unflatten(1, (-1, columns)).transpose(0, 1)
@@ -112,7 +112,7 @@ def bmm_update(grads: Tensor, order: Tensor, columns: int = 8192) -> Tensor:
 
 
 def one_pass_update(grads: Tensor, order: Tensor) -> Tensor:
-    """The same for a compiler: every product is written out, so that one loop can compute them all."""
+    """Compute the update for a compiler: every product is written out, so that one loop can compute them all."""
     K = len(grads)
     wide = grads.float()
     products = {(i, j): (wide[i] * wide[j]).sum() for i in range(K) for j in range(i, K)}
@@ -121,7 +121,7 @@ def one_pass_update(grads: Tensor, order: Tensor) -> Tensor:
 
 
 def pcgrad_weights(gram: Tensor, order: Tensor) -> Tensor:
-    """PCGrad's weights [K] of a Gram matrix, all gradients at once and without host synchronisation."""
+    """Return PCGrad's weights [K] for a Gram matrix, all gradients at once and without host synchronisation."""
     norms, products = gram.diagonal(), gram
     coefficients = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for j in order.unbind(1):
@@ -133,20 +133,20 @@ def pcgrad_weights(gram: Tensor, order: Tensor) -> Tensor:
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch.compile without the deprecation warnings of its own internals."""
+    """Compile with torch.compile, without the deprecation warnings of its own internals."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     return torch.compile(function, dynamic=False)
 
 
 def torchjd_update(grads: Tensor) -> Tensor:
-    """TorchJD's aggregator on the matrix of gradients."""
+    """Run TorchJD's aggregator on the matrix of gradients."""
     from torchjd.aggregation import PCGrad
 
     return PCGrad()(grads)
 
 
 def torchjd_weighted(grads: Tensor) -> Tensor:
-    """TorchJD's weighting between our two passes."""
+    """Run TorchJD's weighting between our two passes."""
     from torchjd.aggregation import PCGradWeighting
 
     return dtr.ops.weighted_sum(grads, PCGradWeighting()(dtr.ops.gram(grads)))

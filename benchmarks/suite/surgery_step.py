@@ -17,17 +17,17 @@ from benchmarks.cases import DTYPES, Benchmark, Case, Goal, Options, Side, dtype
 from benchmarks.suite.models import TINY, dit_channels, make_dit
 from benchmarks.suite.surgery import OTHERS, Oracle, torchjd_order, what_runs
 
-# How far an update [P] is from an oracle's.
+# The distance of an update [P] from an oracle's.
 Error = Callable[[Tensor], float]
 
 K, TIMESTEPS = 5, 1000
 SEED = 0
-# Our surgery, and the same gradients summed in another order: a network makes roundings larger.
+# Our surgery, and the same gradients summed in another order: a network amplifies roundings.
 BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
 
 
 def cases(options: Options) -> list[Callable[[], Case]]:
-    """For each model, batch and dtype a case."""
+    """Return a case for each model, batch and dtype."""
     options.check("surgery_step", "gradients", ("model", "batch", "precision"), precision=DTYPES)
     models = options.asked.get("model", (TINY if options.quick else "DiT-S/2",))
     batches = options.asked.get("batch", (4 * K,))
@@ -45,8 +45,8 @@ def cases(options: Options) -> list[Callable[[], Case]]:
 
 
 def step(model: str, batch: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """Forward, backward and surgery, up to ``p.grad``."""
-    with suppress(ImportError):  # here, since the memory of its code is not a step's
+    """Build forward, backward and surgery, up to ``p.grad``."""
+    with suppress(ImportError):  # imported here, so that a step's memory excludes its code
         import torchjd.autogram
         import torchjd.autojac  # noqa: F401
     training = Training(model, batch, dtype, device)
@@ -113,7 +113,7 @@ def step(model: str, batch: int, dtype: torch.dtype, device: torch.device) -> Ca
 
 
 class Training:
-    """A model, a batch whose samples stand cluster by cluster, and ways to do a step with it."""
+    """A model, a batch whose samples are sorted by cluster, and ways to run a step with them."""
 
     def __init__(self, model: str, size: int, dtype: torch.dtype, device: torch.device) -> None:
         torch.manual_seed(SEED)
@@ -122,25 +122,25 @@ class Training:
         clusters = torch.arange(K).repeat_interleave(size // K)
         t = (clusters + torch.rand(size)) * (TIMESTEPS / K)
         x, noise = torch.randn(2, size, self.model.in_channels, self.model.input_size, self.model.input_size)
-        # What the clusters have to learn leans in opposite directions, so that some of them conflict.
+        # The clusters' targets lean in opposite directions, so that some clusters conflict.
         target = noise + (1 - 2 * (clusters % 2))[:, None, None, None]
         y = torch.randint(self.model.y_embedder.num_classes, (size,))
         self.batch = [x.to(device, dtype), t.long().to(device), y.to(device), target.to(device, dtype)]
         self.clusters = clusters.to(device)
 
     def loss(self, x: Tensor, t: Tensor, y: Tensor, target: Tensor) -> Tensor:
-        """The loss of each sample [B]."""
+        """Return the loss of each sample [B]."""
         return squared_error(self.model(x, t, y), target)
 
     def _mean_loss(self, *part: Tensor) -> Tensor:
         return self.loss(*part).mean()
 
     def cluster_losses(self) -> Tensor:
-        """The mean losses of the clusters over K [K], from one forward pass."""
+        """Return the mean losses of the clusters over K [K], from one forward pass."""
         return self.loss(*self.batch).view(K, -1).mean(1) / K
 
     def cluster_gradients(self) -> Tensor:
-        """[K, P], from K backward passes over one graph."""
+        """Return the clusters' gradients [K, P], from K backward passes over one graph."""
         losses = self.cluster_losses()
         rows = losses.new_empty(K, sum(p.numel() for p in self.parameters))
         for k, row in enumerate(rows):
@@ -149,12 +149,12 @@ class Training:
         return rows
 
     def forget(self) -> None:
-        """Before a step: no gradients, and the seed of TorchJD's orders."""
+        """Prepare a step: clear the gradients, and seed TorchJD's orders."""
         self.model.zero_grad()
         torch.manual_seed(SEED)
 
     def update(self) -> Tensor:
-        """What the step left in ``p.grad`` [P]."""
+        """Return ``p.grad`` of all parameters as one vector [P]."""
         grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)
         return torch.cat([grad.flatten() for grad in grads])
 
@@ -182,13 +182,13 @@ class Training:
 
 
 class Autogram(Training):
-    """TorchJD's engine that finds the Gram matrix without the gradients, on a model of its own, which it hooks."""
+    """TorchJD's engine that computes the Gram matrix without the gradients, with hooks on its own copy of the model."""
 
     def __init__(self, training: Training) -> None:
         self.model, self.batch = copy.deepcopy(training.model), training.batch
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         size = len(training.clusters)
-        # [K, B]: from the losses of samples to those of clusters over K.
+        # [K, B]: maps the losses of samples to those of clusters over K.
         self.clusters = torch.nn.functional.one_hot(training.clusters, K).T.to(training.batch[0]) / size
 
     @cached_property
@@ -200,7 +200,7 @@ class Autogram(Training):
     def step(self) -> None:
         from torchjd.aggregation import PCGradWeighting
 
-        engine = self._engine  # its hooks must be there before the forward pass
+        engine = self._engine  # its hooks must precede the forward pass
         *inputs, target = self.batch
         losses = squared_error(dtr.reference.dit(self.model, *inputs), target)
         gram = self.clusters @ engine.compute_gramian(losses) @ self.clusters.T
@@ -208,7 +208,7 @@ class Autogram(Training):
 
 
 def squared_error(prediction: Tensor, noise: Tensor) -> Tensor:
-    """Of the predicted noise, the first half of the channels, for each sample [B]."""
+    """Return the squared error of the predicted noise, the first half of the channels, for each sample [B]."""
     return (prediction[:, : noise.shape[1]] - noise).square().flatten(1).mean(1)
 
 

@@ -16,7 +16,7 @@ from benchmarks.cases import AUTOCAST, AXES, Case, Cell, Goal, Options, Side
 from benchmarks.counts import ITEMSIZES, Block, Work
 from dtr_kernels.routing import ChannelWindow
 
-# The sides that are the same everywhere.
+# Names of sides that are the same in all benchmarks.
 MASKED, UNROUTED, COMPILED, AUTOTUNED = "reference", "unrouted", ", compiled", ", max-autotune"
 UNDER_AUTOCAST = f"{MASKED}, autocast"
 ABOUT_PEERS = (
@@ -27,13 +27,13 @@ ABOUT_PEERS = (
 SEED = 0
 # The timestep of a batch that shares one. DTR's window has moved about two fifths of its way there.
 SHARED_TIMESTEP = 800
-# Added to the bound of errors: half a unit in the last place. In fp32 more, since there the order of sums over tokens
-# shows, in which compilers differ from eager PyTorch; what is wrong is wrong by far more.
+# Added to the bound of errors: half a unit in the last place, in fp32 more, since compilers sum tokens in another order
+# than eager PyTorch. Wrong results are off by far more.
 SLACK = {"fp32": 1e-5, "bf16": 2**-8, "fp16": 2**-11, AUTOCAST: 2**-8}
 # Samples that the oracle computes at a time.
 _CHUNK = 4
 
-# What is timed on a GPU is replayed as a CUDA graph, so the compiler makes none.
+# Timing on a GPU replays a CUDA graph, so the compiler makes none.
 MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
 ABOUT_AUTOTUNED = f'max-autotune is torch.compile(mode="{MAX_AUTOTUNE}")'
 
@@ -44,14 +44,14 @@ Axes = Mapping[str, Sequence[Any]]
 
 
 def grid(options: Options, channels: Callable[[str], int], centre: Axes, star: Sequence[Axes] = ()) -> list[Cell]:
-    """Return the cells of a benchmark, each once.
+    """Return the cells of a benchmark, without duplicates.
 
     Args:
-        options: with values for an axis, the cells are all combinations of the values given, and of the centre's for
-            the other axes; the star is left out.
-        channels: gives the channels of a model, or raises ValueError where there is none of that name.
-        centre: values for every axis, all of whose combinations are cells.
-        star: values that replace those of the centre for some axes, one entry after the other.
+        options: if it has values for an axis, the cells are all combinations of the given values, with the centre's
+            values for the other axes; the star is left out.
+        channels: returns the channels of a model, or raises ValueError if there is no such model.
+        centre: values for every axis; all their combinations are cells.
+        star: values that replace the centre's for some axes, one entry after the other.
 
     Raises:
         ValueError: if there is no such model, or its blocks cannot have such a window.
@@ -65,21 +65,21 @@ def grid(options: Options, channels: Callable[[str], int], centre: Axes, star: S
 
 
 def draw(module: nn.Module) -> None:
-    """Random parameters that make every branch as large as the stream: an error in one of them, or a mask that is not
-    there, shows in the output."""
+    """Draw parameters that make every branch as large as the stream, so that an error in a branch, or a missing mask,
+    shows in the output."""
     for p in trainable(module):
         inputs = p[0].numel() if p.dim() > 1 else len(p)
         nn.init.normal_(p, std=inputs**-0.5)
 
 
 def tokens(B: int, N: int, C: int, device: torch.device | None = None) -> Tensor:
-    """Random tokens [B, N, C] in fp32, each with a mean of its own: without one, what a norm makes of deactivated
-    channels would be all but zero, and a result that lacks it would pass in 16-bit dtypes."""
+    """Draw tokens [B, N, C] in fp32, each with its own mean: otherwise a norm's output at deactivated channels would be
+    nearly zero, and a result that lacks it would pass in 16-bit dtypes."""
     return torch.randn(B, N, C, device=device) + torch.randn(B, N, 1, device=device)
 
 
 def timesteps(cell: Cell, device: torch.device) -> Tensor | int:
-    """Random ones [B], as training draws them, or the one that a batch shares, as the number that samplers have."""
+    """Return random timesteps [B], as in training, or the shared one as a number, as in samplers."""
     if cell.window == "shared":
         return SHARED_TIMESTEP
     drawn = torch.randint(1000, (cell.batch,))
@@ -87,18 +87,18 @@ def timesteps(cell: Cell, device: torch.device) -> Tensor | int:
 
 
 def mask_of(window: ChannelWindow, x: Tensor) -> Tensor:
-    """The window as plain PyTorch takes it: [B, C] of ones and zeros in x's dtype."""
+    """Return the window as plain PyTorch takes it: [B, C] of ones and zeros in x's dtype."""
     on_host = window.start.device.type == "cpu" and window.shared_start is None
     return window.for_batch(x.shape[0], window.start.device if on_host else x.device).mask().to(x.device, x.dtype)
 
 
 def compiled(forward: Forward, mode: str | None = None) -> Forward:
-    """torch.compile for these shapes alone, and of the whole graph: a break in it is an error."""
+    """Compile with torch.compile for these shapes only, as one graph: a graph break is an error."""
     return torch.compile(forward, fullgraph=True, dynamic=False, mode=mode)
 
 
 def in_precision(forward: Forward, precision: str, device: torch.device) -> Forward:
-    """``forward`` under autocast if that is the precision, else itself."""
+    """Return ``forward`` under autocast if that is the precision, else itself."""
     if precision != AUTOCAST:
         return forward
 
@@ -110,7 +110,7 @@ def in_precision(forward: Forward, precision: str, device: torch.device) -> Forw
 
 
 def without_graph(forward: Forward) -> Callable[[], list[Tensor]]:
-    """A call that returns the output alone, as inference does it."""
+    """Return a call that returns only the output, as in inference."""
 
     def call() -> list[Tensor]:
         with torch.no_grad():
@@ -120,7 +120,7 @@ def without_graph(forward: Forward) -> Callable[[], list[Tensor]]:
 
 
 def with_gradients(forward: Forward, inputs: Sequence[Tensor], cotangent: Tensor) -> Callable[[], list[Tensor]]:
-    """A call that returns the output and the gradients of inputs; the cotangent is the gradient of the output."""
+    """Return a call that returns the output and the gradients of inputs; the cotangent is the output's gradient."""
 
     def call() -> list[Tensor]:
         out = forward()
@@ -130,7 +130,7 @@ def with_gradients(forward: Forward, inputs: Sequence[Tensor], cotangent: Tensor
 
 
 def trainable(module: nn.Module) -> list[Tensor]:
-    """The parameters that training changes."""
+    """Return the parameters that training changes."""
     return [p for p in module.parameters() if p.requires_grad]
 
 
@@ -140,11 +140,11 @@ def exact(
     batch: Sequence[Tensor | None],
     cotangent: Tensor | None = None,
 ) -> list[Tensor]:
-    """``function(module, *batch)`` in fp64, and with a cotangent the gradients of it: of what in the batch requires
-    one, then of the trainable parameters.
+    """Compute ``function(module, *batch)`` in fp64, and with a cotangent its gradients: of the tensors in the batch
+    that require one, then of the trainable parameters.
 
-    Samples, which must not depend on each other, are computed a few at a time: the memory that it takes does not grow
-    with the batch.
+    Samples, which must not depend on each other, are computed a few at a time, so that the memory does not grow with
+    the batch.
     """
     module = copy.deepcopy(module).double()
     parameters = trainable(module)
@@ -173,7 +173,7 @@ def _widened(tensor: Tensor, chunk: slice) -> Tensor:
 
 
 class Gate:
-    """What is right, and how wrong a result in some precision may be.
+    """The exact result, and the largest error allowed in some precision.
 
     Args:
         exact: outputs and gradients in fp64.
@@ -186,8 +186,8 @@ class Gate:
         self.bound = 2 * self.error(eager) + SLACK[precision]
 
     def error(self, found: Sequence[Tensor]) -> float:
-        """The largest error of a tensor relative to its norm; NaN if one holds NaN."""
-        tiny = torch.finfo(torch.float64).tiny  # where all is zero, anything else is wrong
+        """Return the largest error of a tensor relative to its norm; NaN for NaN."""
+        tiny = torch.finfo(torch.float64).tiny  # if all is zero, anything else is wrong
         errors = [
             (f.double() - e).norm() / e.double().norm().clamp(tiny) for f, e in zip(found, self._exact, strict=True)
         ]
@@ -199,7 +199,7 @@ Piece = TypeVar("Piece", bound="Whole")
 
 @dataclass(frozen=True)
 class Whole:
-    """A module with a batch, which several sides compute; subclasses say how.
+    """A module with a batch, which several sides compute; subclasses define the sides.
 
     Attributes:
         batch: inputs of ``plain`` after the module and before the mask.
@@ -219,27 +219,27 @@ class Whole:
         raise NotImplementedError
 
     def fused(self) -> Tensor:
-        """The library's way."""
+        """Compute the library's result."""
         raise NotImplementedError
 
     def work(self, active: int) -> Work:
-        """Count what the function of as many active channels needs."""
+        """Count the least work of the function with ``active`` channels or heads."""
         raise NotImplementedError
 
     def sizes(self, block: Any, B: int, N: int, active: int) -> Block:
-        """Return the sizes of a ``RoutedDiTBlock``, of whose channels or heads so many are active."""
+        """Return the sizes of a ``RoutedDiTBlock`` with ``active`` channels or heads."""
         C, H, heads = block.attn.qkv.in_features, block.mlp.fc2.in_features, block.attn.num_heads
         W, items = active * C // self.window.channels, ITEMSIZES[self.cell.precision]
         return Block(B, N, C, W, H, heads, items, self.cell.scope, block.kind)
 
     @property
     def x(self) -> Tensor:
-        """The input."""
+        """The input of the module."""
         return self.batch[0]
 
     @property
     def trains(self) -> bool:
-        """Whether there is a backward pass."""
+        """True if there is a backward pass."""
         return self.cell.pass_ in ("training", "step")
 
     def masked(self) -> Tensor:
@@ -249,26 +249,26 @@ class Whole:
         return self.plain(self.module, *self.batch, None)
 
     def exact(self, mask: Tensor | None) -> list[Tensor]:
-        """Compute in fp64 what a call returns."""
+        """Compute the exact result of a call in fp64."""
         return exact(self.plain, self.module, (*self.batch, mask), self.cotangent if self.trains else None)
 
     def call(self, forward: Forward) -> Callable[[], list[Tensor]]:
-        """Return a call that does the cell's pass: the output alone, or with gradients."""
+        """Return a call that runs the cell's pass: the output alone, or with gradients."""
         if not self.trains:
             return without_graph(forward)
         leaves = [tensor for tensor in self.batch if tensor.requires_grad]
         return with_gradients(forward, [*leaves, *trainable(self.module)], self.cotangent)
 
     def in_precision(self, forward: Forward) -> Forward:
-        """``forward`` in the cell's precision."""
+        """Return ``forward`` in the cell's precision."""
         return in_precision(forward, self.cell.precision, self.x.device)
 
     def gate(self, exact: Sequence[Tensor], eager: Forward) -> Gate:
-        """Return the gate for results in this precision, of which ``eager`` makes one."""
+        """Return the gate for results in this precision; ``eager`` computes such a result."""
         return Gate(exact, self.call(self.in_precision(eager))(), self.cell.precision)
 
     def side(self, name: str, forward: Forward, gate: Gate, work: Work) -> Side:
-        """A side whose bytes kept for the backward pass are counted, if there is one."""
+        """Return a side; the bytes that it keeps for the backward pass are counted, if there is one."""
         forward = self.in_precision(forward)
         return Side(
             name,
@@ -290,7 +290,7 @@ class Whole:
         return self.gate(self._exact, self.masked)
 
     def routed(self, name: str, forward: Forward) -> Side:
-        """A side of the routed function."""
+        """Return a side of the routed function."""
         return self.side(name, forward, self._gate, self.work(self.window.width))
 
     @cached_property
@@ -298,11 +298,11 @@ class Whole:
         return self.gate(self.exact(None), self.unrouted)
 
     def dense(self, name: str, forward: Forward) -> Side:
-        """A side of the unrouted function."""
+        """Return a side of the unrouted function."""
         return self.side(name, forward, self._unrouted_gate, self.work(self.window.channels))
 
     def under_autocast(self: Piece) -> Piece:
-        """The same values, with parameters and stream in fp32."""
+        """Return a copy with parameters and stream in fp32."""
 
         def widened(tensor: Tensor) -> Tensor:
             if not tensor.is_floating_point():
@@ -319,7 +319,7 @@ class Whole:
         )
 
     def sides(self, ours: str) -> list[Side]:
-        """The reference, the unrouted function and ours, eager and compiled; on a GPU also what may be faster there."""
+        """Return the reference, the unrouted function and ours, eager and compiled; on a GPU also faster variants."""
         on_gpu = self.x.device.type == "cuda"
         sides = [self.routed(MASKED, self.masked), self.routed(MASKED + COMPILED, compiled(self.masked))]
         if on_gpu:
@@ -337,7 +337,7 @@ class Whole:
         ]
 
     def case(self, name: str, sides: Sequence[Side], notes: Sequence[str], goals: Sequence[Goal] = ()) -> Case:
-        """The case of these sides."""
+        """Return the case with these sides."""
         autotuned = [ABOUT_AUTOTUNED] if any(side.name.endswith(AUTOTUNED) for side in sides) else []
         return Case(
             name,

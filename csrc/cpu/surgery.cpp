@@ -1,4 +1,4 @@
-// What the CPU kernels of gradient surgery need once, for every instruction set.
+// Shared by the CPU kernels of gradient surgery for every instruction set.
 #include <sys/mman.h>
 
 #include <algorithm>

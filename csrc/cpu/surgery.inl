@@ -14,7 +14,7 @@ using Floats = float __attribute__((vector_size(DTR_VECTOR_BYTES)));
 using Doubles = double __attribute__((vector_size(DTR_VECTOR_BYTES)));  // half as many lanes
 constexpr int64_t kHalf = kWidth / 2;
 
-// What is summed in registers: kTile x kTile vectors of products for the Gram matrix, kRows x kVectors of a combination.
+// Sums held in registers: kTile x kTile vectors of products for the Gram matrix, kRows x kVectors of a combination.
 constexpr int64_t kTile = DTR_VECTOR_BYTES == 64 ? 5 : 3;
 constexpr int64_t kRows = 6, kVectors = DTR_VECTOR_BYTES == 64 ? 4 : 2;
 
@@ -101,8 +101,8 @@ public:
             std::fill(rows + k * kColumns + width(panel), rows + k * kColumns + vectors(panel) * kWidth, 0.0f);
     }
 
-    // What to fetch while `panel` is computed on. Only where it begins is looked up: behind short segments the wrong memory
-    // is fetched, which does no harm.
+    // The rows to prefetch while `panel` is computed. Only their start is looked up: behind short segments the wrong
+    // memory is fetched, which does no harm.
     Ahead after(int64_t panel, const char** rows) const {
         const int64_t later = panel + ahead_;
         if (later >= count()) return {rows, 0, 0};

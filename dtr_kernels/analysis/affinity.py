@@ -25,25 +25,25 @@ from dtr_kernels.quoting import quoted, shortened
 from dtr_kernels.routing import check_count, is_integer
 from dtr_kernels.surgery.parameters import device_of, named, trainable
 
-# With less memory each timestep would take more passes than this.
+# Memory that would take more passes per timestep than this is refused.
 _MOST_PASSES = 1000
 # Columns of gradients that are widened to fp64 at a time.
 _COLUMNS = 2048
-# How far a cosine may be outside of [-1, 1]: the rounding of one that was computed in fp32.
+# The distance of a cosine from [-1, 1] that fp32 rounding can cause.
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
 class TaskAffinity:
-    """How far the denoising tasks of n timesteps agree; made by ``task_affinity``. Tensors on the CPU.
+    """Agreement of the denoising tasks at n timesteps, made by ``task_affinity``. Tensors are on the CPU.
 
     Attributes:
         timesteps: int64 [n], ascending, at least 0.
-        matrix: fp64 [n, n], the cosine of the gradients at timesteps[i] and timesteps[j]: 1 where they point the same
-            way, 0 where they have nothing in common, below 0 where they conflict. A gradient of zero has cosine 0 with
-            every other and with itself.
+        matrix: fp64 [n, n], the cosine of the gradients at timesteps[i] and timesteps[j]: 1 if they point the same way,
+            0 if they are orthogonal, below 0 if they conflict. A gradient of zero has cosine 0 with every gradient,
+            itself included.
         norms: fp64 [n], the gradients' norms; ``norms[i] * matrix[i, j] * norms[j]`` is their Gram matrix.
-        losses: fp64 [n].
+        losses: fp64 [n], the losses at the timesteps.
 
     Raises:
         ValueError: if an attribute is not as described, or holds NaN or inf.
@@ -70,7 +70,7 @@ class TaskAffinity:
         """Return the mean over checkpoints of the cosines, as in the paper, and of the norms and losses.
 
         Args:
-            affinities: of one model's checkpoints, at the same timesteps. Each counts alike.
+            affinities: of one model's checkpoints, at the same timesteps. Each has the same weight.
 
         Raises:
             ValueError: if there are none, or their timesteps differ.
@@ -88,8 +88,8 @@ class TaskAffinity:
     def resized(self, num_timesteps: int) -> Tensor:
         """Return the affinity of every pair of timesteps, for ``interval_clusters(cost="affinity", values=...)``.
 
-        Bilinear between the analysed timesteps, constant before the first and after the last. So the diagonal is 1 at
-        the analysed timesteps, and less between them.
+        Values are bilinear between the analysed timesteps, and constant before the first and after the last. So the
+        diagonal is 1 at the analysed timesteps, and less between them.
 
         Args:
             num_timesteps: T, more than the last analysed timestep.
@@ -99,7 +99,7 @@ class TaskAffinity:
 
         Raises:
             TypeError: if num_timesteps is not an integer.
-            ValueError: if a timestep that was analysed is not below num_timesteps, or that is not below 2**63.
+            ValueError: if num_timesteps does not exceed the last analysed timestep, or is not below 2**63.
         """
         num_timesteps = check_count("num_timesteps", num_timesteps)
         if num_timesteps <= self.timesteps[-1]:
@@ -112,21 +112,21 @@ class TaskAffinity:
         return weights @ self.matrix @ weights.T
 
     def save(self, path: str | Path) -> None:
-        """Write an npz file of the attributes, which takes the place of an older one when it is complete.
+        """Write an npz file of the attributes. It replaces an older file when it is complete.
 
         Raises:
-            OSError: if the file cannot be written. The old one is then as before.
+            OSError: if the file cannot be written. The old file stays as it was.
         """
         with replacing(path) as unfinished, unfinished.open("wb") as file:
             np.savez(file, **{name: tensor.numpy() for name, tensor in vars(self).items()})
 
     @classmethod
     def load(cls, path: str | Path) -> TaskAffinity:
-        """Read what ``save`` has written.
+        """Read a file that ``save`` has written.
 
         Raises:
             OSError: if the file cannot be read.
-            ValueError: naming the file, if it is damaged, which its checksums tell, or holds anything else.
+            ValueError: naming the file, if it is damaged, as its checksums show, or holds anything else.
         """
         with expecting("a saved TaskAffinity", path, "compute it again with task_affinity, or name another file"):
             check_no_device(path)
@@ -159,45 +159,46 @@ def task_affinity(
     path: str | Path | None = None,
     progress: bool = True,
 ) -> TaskAffinity:
-    """Return the cosines of the gradients of the losses at every two of n timesteps (ANT, section 3, observation O1).
+    """Return the cosines of the gradients of the losses at each pair of n timesteps (ANT, section 3, observation O1).
 
-    All come from one Gram matrix, summed over chunks of the P flattened parameters, so the n gradients are never there
-    at once. Each chunk takes one forward and backward pass for each timestep:
+    All cosines come from one Gram matrix, summed over chunks of the P flattened parameters, so the n gradients are
+    never in memory at once. Each chunk takes one forward and backward pass per timestep:
 
         passes = n * ceil(n * P * itemsize / memory)
 
-    so half the memory, or twice the parameters, is twice the passes, and twice the timesteps four times. Give it what
-    the device has to spare, and few timesteps at first: DiT-S/2 (33M, fp32) at 100 timesteps is 1300 passes with the
-    default of 1 GiB, 100 with 14 GB, and at 1000 timesteps 123,000 with 1 GiB.
+    so half the memory, or twice the parameters, takes twice the passes, and twice the timesteps four times as many. Use
+    all memory that the device has to spare, and few timesteps at first. DiT-S/2 (33M, fp32) at 100 timesteps takes 1300
+    passes with the default of 1 GiB and 100 with 14 GB; at 1000 timesteps it takes 123,000 with 1 GiB.
 
     Args:
-        loss: the loss at a timestep t, a scalar, from model and data of its own: ``lambda t: denoising_loss(model,
-            images, t)``. The more samples it averages over, the less noise the cosines have. It must give the same each
-            time it is called with the same t. For that PyTorch's random numbers (of the CPU, and of the parameters'
-            GPU) start from (seed, t) in each call and are restored after it; what else is random (Python's or NumPy's
-            generators, a shuffled data loader) belongs outside. Gradient checkpointing needs ``use_reentrant=False``.
+        loss: returns the loss at a timestep t, a scalar, from its own model and data: ``lambda t:
+            denoising_loss(model, images, t)``. The more samples it averages over, the less noisy the cosines are. It
+            must return the same each time it is called with the same t. So PyTorch's random numbers (of the CPU, and of
+            the parameters' GPU) start from (seed, t) in each call and are restored after it; other randomness (Python's
+            or NumPy's generators, a shuffled data loader) must stay outside. Gradient checkpointing needs
+            ``use_reentrant=False``.
         params: parameters, or (name, parameter) pairs, as for ``GradientSurgery``; on one device, fp32, bf16, fp16 or
-            fp64, also mixed. Those that do not require grad are left out. ``p.grad`` is neither read nor written.
-        timesteps: n different integers of at least 0, such as ``range(0, 1000, 10)``, which are sorted.
-        memory: most bytes of the buffer [n, chunk], on the parameters' device. Besides it there are the gradients with
-            respect to a chunk's parameters at one timestep, a few fp64 [n, n] and one [n, 2048].
+            fp64, also mixed. Parameters that do not require grad are left out. ``p.grad`` is neither read nor written.
+        timesteps: n different integers of at least 0, such as ``range(0, 1000, 10)``, in any order.
+        memory: most bytes of the buffer [n, chunk], on the parameters' device. Beside it are the gradients with respect
+            to a chunk's parameters at one timestep, a few fp64 [n, n] and one [n, 2048].
         seed: of the random numbers that ``loss`` draws, at least 0 and below 2**63.
-        path: keeps the progress in this file (and ``<path>.rows``), at least every half minute and at any exception,
-            also Ctrl-C. The same call then goes on where the last one stopped, on a CPU to the same bits, and returns
-            at once when all is done. ``memory`` may change in between, at the cost of the chunk in progress. Of the
-            loss the file knows nothing: delete it where data or frozen parameters change. It is of one call at a time,
-            which holds ``<path>.lock``.
+        path: the file for the progress (with ``<path>.rows``), saved at least every half minute and at any exception,
+            also Ctrl-C. The same call then continues where the last one stopped, on a CPU to the same bits, and returns
+            at once when all is done. ``memory`` may change in between, at the cost of the chunk in progress. The file
+            does not record the loss: delete it if data or frozen parameters change. One call at a time uses it, and
+            holds ``<path>.lock``.
         progress: show a bar, if tqdm is installed.
 
     Returns:
         ``TaskAffinity``. Products are computed and summed in fp64.
 
     Raises:
-        TypeError: if an argument, or what loss returns, is of the wrong kind.
+        TypeError: if an argument, or the result of loss, is of the wrong kind.
         ValueError: if an argument or a loss is not as described; if a loss or gradient is not finite; if path holds
-            anything else than the progress of this very analysis (timesteps, seed, parameters and their values), which
-            is never overwritten, or another analysis is using it.
-        OSError: if path cannot be read or written. What was saved before is then as it was.
+            anything but the progress of this very analysis (timesteps, seed, parameters and their values), which is
+            never overwritten; or if another analysis is using path.
+        OSError: if path cannot be read or written. The file then stays as it was.
         RuntimeError: if loss gives another value when called again with the same t.
     """
     if not callable(loss):
@@ -242,7 +243,7 @@ def _checked_timesteps(timesteps: Iterable[int]) -> list[int]:
 
 
 def _flattened(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the parameters in the order of the flattened vector: those of a dtype side by side."""
+    """Return the parameters in the order of the flattened vector: parameters of one dtype side by side."""
     for name, p in parameters.items():
         if hasattr(p, "device_mesh"):
             raise TypeError(f"params must be whole tensors, but {name} is a DTensor; analyse a copy on one device")
@@ -250,7 +251,7 @@ def _flattened(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _row_bytes(memory: int, parameters: Mapping[str, Tensor], n: int) -> int:
-    """Return the bytes of ``memory`` that one timestep has."""
+    """Return the bytes of ``memory`` for each timestep."""
     if not is_integer(memory):
         raise TypeError(f"memory must be an integer, the bytes of the buffer, got {quoted(memory)}")
     sizes: Counter[torch.dtype] = Counter()
@@ -266,7 +267,7 @@ def _row_bytes(memory: int, parameters: Mapping[str, Tensor], n: int) -> int:
 
 
 def _problem(parameters: Mapping[str, Tensor], timesteps: list[int], seed: int) -> dict[str, object]:
-    """Return everything that two calls must share for one to go on with the other's progress."""
+    """Return everything that two calls must share for one to continue with the other's progress."""
     weights = hashlib.sha256()
     for p in parameters.values():
         weights.update(p.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
@@ -276,7 +277,7 @@ def _problem(parameters: Mapping[str, Tensor], timesteps: list[int], seed: int) 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A stretch of the flattened parameters, all of one dtype: names, and which of the parameter's elements."""
+    """A stretch of the flattened parameters, all of one dtype: names, and slices of each parameter's elements."""
 
     dtype: torch.dtype
     parts: list[tuple[str, slice]]
@@ -286,13 +287,13 @@ class _Chunk:
         return sum(part.stop - part.start for _, part in self.parts)
 
     def name_at(self, element: int) -> str:
-        """Return the parameter to which the element of that number belongs."""
+        """Return the name of the parameter to which the chunk's element of that number belongs."""
         ends = list(accumulate(part.stop - part.start for _, part in self.parts))
         return self.parts[bisect_right(ends, element)][0]
 
 
 def _chunks(parameters: Mapping[str, Tensor], row_bytes: int, start: int = 0) -> list[_Chunk]:
-    """Return the flattened parameters from element ``start`` on, in chunks of at most ``row_bytes`` bytes."""
+    """Split the flattened parameters from element ``start`` on into chunks of at most ``row_bytes`` bytes."""
     chunks: list[_Chunk] = []
     room = 0
     for name, p in parameters.items():
@@ -311,7 +312,7 @@ def _chunks(parameters: Mapping[str, Tensor], row_bytes: int, start: int = 0) ->
 
 @dataclass
 class _Analysis:
-    """The Gram matrix of the gradients at all timesteps as it grows, chunk by chunk of the parameters."""
+    """The growing Gram matrix of the gradients at all timesteps, chunk by chunk of the parameters."""
 
     _loss: Callable[[int], Tensor]
     _parameters: Mapping[str, Tensor]
@@ -336,10 +337,10 @@ class _Analysis:
         return TaskAffinity(torch.tensor(self._timesteps), matrix, norms, self.progress.losses)
 
     def add(self, chunk: _Chunk, tick: Callable[[], object]) -> None:
-        """Add the products of the gradients with respect to a chunk, the one that begins where the last one ended."""
+        """Add the products of the gradients with respect to a chunk, which must begin where the last one ended."""
         n = len(self._timesteps)
         buffer = torch.empty(n, chunk.width, dtype=chunk.dtype, device=self._device)
-        same = chunk.width == self.progress.width  # another memory makes other chunks
+        same = chunk.width == self.progress.width  # other chunks if ``memory`` has changed
         rows = self._checkpoint.load_rows(buffer, self.progress.rows) if same else 0
         self.progress = dataclasses.replace(self.progress, width=chunk.width, rows=rows)
         self._buffer = buffer
@@ -353,7 +354,7 @@ class _Analysis:
         self._buffer = None
 
     def _differentiate(self, i: int, chunk: _Chunk, row: Tensor) -> None:
-        """Write to ``row`` the gradient at timesteps[i] with respect to a chunk."""
+        """Write the gradient at timesteps[i] with respect to a chunk to ``row``."""
         t = self._timesteps[i]
         with torch.enable_grad(), _seeded(self._seed, t, self._device):
             value = self._loss(t)
@@ -386,7 +387,7 @@ class _Analysis:
         if not math.isfinite(number):
             raise ValueError(f"loss({t}) is {number}")
         before = self.progress.losses[i].item()
-        # Sums in another order, as on a GPU, move a mean by a few of the last bits.
+        # Sums in another order, as on a GPU, change a mean by a few of the last bits.
         tolerance = max(1e-4, 4 * torch.finfo(value.dtype).eps) * max(abs(number), abs(before))
         if abs(number - before) > tolerance:
             remedy = f", then delete {self._checkpoint.path}" if self._checkpoint.path else ""
@@ -399,7 +400,7 @@ class _Analysis:
 
 
 def _gram(buffer: Tensor) -> Tensor:
-    """fp64 [n, n] on the CPU. In fp64 no small gradient vanishes, and PyTorch's settings for fp32 do not apply."""
+    """Return the Gram matrix, fp64 [n, n], on the CPU. fp64 keeps small gradients and ignores settings like TF32."""
     gram = torch.zeros(len(buffer), len(buffer), dtype=torch.float64, device=buffer.device)
     for columns in buffer.split(_COLUMNS, dim=1):
         wide = columns.double()
@@ -409,7 +410,7 @@ def _gram(buffer: Tensor) -> Tensor:
 
 @contextmanager
 def _seeded(seed: int, t: int, device: torch.device) -> Iterator[None]:
-    """PyTorch's random numbers of the CPU and of ``device`` start from (seed, t), and go on as before afterwards."""
+    """Start PyTorch's random numbers of the CPU and of ``device`` from (seed, t), and restore them afterwards."""
     gpus = [device.index] if device.type == "cuda" else []
     state = int(np.random.SeedSequence([seed, t]).generate_state(1, np.uint64)[0])
     with torch.random.fork_rng(gpus):

@@ -1,4 +1,4 @@
-"""A progress bar where tqdm is installed, and nothing where it is not."""
+"""A progress bar if tqdm is installed, else nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def ticking(total: int, done: int, unit: str, shown: bool) -> Iterator[Callable[[], object]]:
-    """Show ``done`` of ``total`` units; yield what to call after each further one."""
+    """Show ``done`` of ``total`` units; yield a function to call after each further one."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -17,7 +17,7 @@ def ticking(total: int, done: int, unit: str, shown: bool) -> Iterator[Callable[
     if not shown:
         yield lambda: None
         return
-    # Bars redraw often for a person and leave few lines in a log.
+    # Redraw often for a person, but leave few lines in a log.
     interval = 0.2 if sys.stderr.isatty() else 15.0
     with tqdm(total=total, initial=done, unit=f" {unit}", mininterval=interval) as bar:
         yield bar.update

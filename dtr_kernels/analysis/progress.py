@@ -1,4 +1,4 @@
-"""How far an analysis of hours has come, in a file that neither Ctrl-C nor a kill can break."""
+"""The progress of an analysis of hours, in a file that neither Ctrl-C nor a kill can break."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _SECONDS_BETWEEN_SAVES = 30.0
 
 @dataclass(frozen=True)
 class Progress:
-    """The results so far. It is replaced as a whole, so that an exception at any moment finds a consistent one.
+    """The results so far, replaced as a whole, so that an exception at any moment finds them consistent.
 
     Attributes:
-        start: number of the flattened parameters' elements whose products are in ``gram``.
+        start: number of elements of the flattened parameters whose products are in ``gram``.
         gram: fp64 [n, n].
-        losses: fp64 [n], NaN where not yet computed.
+        losses: fp64 [n], NaN if not yet computed.
         width: elements of the chunk in progress, which begins at ``start``; 0 between chunks.
         rows: number of timesteps whose gradients the chunk's buffer [n, width] holds.
     """
@@ -48,18 +48,18 @@ class Progress:
 
 
 class Checkpoint:
-    """The file of an analysis; beside it, as long as a chunk is in progress, ``<path>.rows`` with its gradients.
+    """The file of an analysis and, while a chunk is in progress, ``<path>.rows`` with its gradients.
 
-    A row is written once, so that a save writes what is new and not the whole buffer. The file holds the checksums of
-    the rows that count, and is replaced after they are on the disk.
+    A row is written once, so that a save writes only new rows, not the whole buffer. The file holds the checksums of
+    the rows that count, and is replaced after the rows are on the disk.
 
     Args:
         path: of the file; None keeps nothing.
-        problem: what is computed, as strings, numbers and lists: a file of another problem is refused.
+        problem: the computed problem, as strings, numbers and lists; a file of another problem is refused.
     """
 
     def __init__(self, path: str | Path | None, problem: Mapping[str, Any]) -> None:
-        # One place for the rows, whatever link led here and wherever the process goes later.
+        # Resolved once, so that neither a changed link nor another working folder moves the rows.
         self.path = None if path is None else Path(os.path.realpath(path))
         self._problem = {"format": FORMAT, **problem}
         self._saved: Progress | None = None
@@ -67,10 +67,10 @@ class Checkpoint:
         self._saved_at = time.monotonic()
 
     def locked(self) -> AbstractContextManager[None]:
-        """Keep the files for one analysis.
+        """Lock the files for one analysis.
 
         Raises:
-            ValueError: if another one has them.
+            ValueError: if another analysis holds them.
         """
         busy = f"another analysis is using path {self.path}; wait until it has ended, or name another path"
         return nullcontext() if self.path is None else locked(self.path, busy)
@@ -80,7 +80,7 @@ class Checkpoint:
 
         Raises:
             OSError: if the file cannot be read.
-            ValueError: if it holds anything else than the progress of this problem, or the rows' file is another's.
+            ValueError: if it holds anything but the progress of this problem, or the file of rows is another's.
         """
         if self.path is None:
             return None
@@ -98,7 +98,7 @@ class Checkpoint:
         return self._saved
 
     def load_rows(self, buffer: Tensor, rows: int) -> int:
-        """Fill the first rows of the buffer; return how many are in the file as they were written."""
+        """Fill the first rows of the buffer; return how many of them the file holds undamaged."""
         held = 0
         check_no_device(self._rows_path)
         if rows and self._rows_path.exists():
@@ -111,19 +111,19 @@ class Checkpoint:
         return held
 
     def save_if_due(self, progress: Progress, buffer: Tensor) -> None:
-        """Save, unless the last time was less than half a minute ago."""
+        """Save, unless the last save was less than half a minute ago."""
         if time.monotonic() - self._saved_at >= _SECONDS_BETWEEN_SAVES:
             self.save(progress, buffer)
 
     def save(self, progress: Progress, buffer: Tensor | None = None) -> None:
-        """Save ``progress`` and the rows that it counts, of ``buffer``."""
+        """Save ``progress`` and the rows of ``buffer`` that it counts."""
         if self.path is None:
             return
         kept = 0
         if self._saved and self._saved.rows:
             if (self._saved.start, self._saved.width) == (progress.start, progress.width):
                 kept = self._saved.rows
-            else:  # the file must not count rows of another chunk any more, which are about to be overwritten
+            else:  # rows of another chunk are about to be overwritten, so the file must not count them
                 self._write(dataclasses.replace(progress, rows=0))
         if buffer is not None and progress.rows > kept:
             self._write_rows(buffer[kept : progress.rows], kept)

@@ -1,4 +1,4 @@
-"""Would a part of the timesteps be better off with a model of its own? (ANT, observation O2)"""
+"""Measure whether a part of the timesteps would be better off with its own model (ANT, observation O2)."""
 
 from __future__ import annotations
 
@@ -30,20 +30,21 @@ def negative_transfer_gaps(
 
         gap[k] = distance(shared model, with cluster k denoised by specialists[k]) - distance(shared model)
 
-    Negative: the specialist, trained on that cluster alone, does better, so learning the other timesteps along with it
-    has hurt the shared model. That is NEGATIVE TRANSFER. Positive: sharing has helped.
+    Negative: the specialist, trained on that cluster alone, does better, so learning the other timesteps as well has
+    hurt the shared model. That is NEGATIVE TRANSFER. Positive: sharing has helped.
 
     Args:
-        distance: how bad a model is, lower is better: the Fréchet distance between its samples and the data, as in the
-            paper, or a denoising loss. It is called with ``shared`` once, and with an ``IntervalSpecialist`` for each
-            specialist. Gaps are small differences, so it should use the same random numbers in each call.
+        distance: returns a number that is lower for a better model: the Fréchet distance between its samples and the
+            data, as in the paper, or a denoising loss. It is called once with ``shared``, and with an
+            ``IntervalSpecialist`` for each specialist. Gaps are small differences, so use the same random numbers in
+            each call.
         shared: the model trained on all timesteps, called with (x, t, ...).
         specialists: K models, each trained on the timesteps of one cluster; None leaves a cluster out.
-        clusters: the K clusters, as of ``interval_clusters``, or ``continuous_clusters`` where t is continuous time.
+        clusters: the K clusters, from ``interval_clusters``, or from ``continuous_clusters`` if t is continuous time.
         progress: show a bar over the calls of distance, if tqdm is installed.
 
     Returns:
-        fp64 [K], NaN where there is no specialist.
+        fp64 [K], NaN for clusters without a specialist.
 
     Raises:
         ValueError: if there are not K specialists.
@@ -55,7 +56,7 @@ def negative_transfer_gaps(
             f"{len(specialists)}"
         )
     gaps = torch.full((len(specialists),), torch.nan, dtype=torch.float64)
-    # The first and the last one have no end: continuous times may be rounded past either, and t = 1 is in the last.
+    # The outer intervals have no end: continuous times may be rounded past either, and the last one holds t = 1.
     edges = (-math.inf, *clusters.bounds[1:-1], math.inf)
     present = {k: specialist for k, specialist in enumerate(specialists) if specialist is not None}
     with ticking(1 + len(present), 0, "models", progress) as tick:
@@ -68,11 +69,11 @@ def negative_transfer_gaps(
 
 
 class IntervalSpecialist(nn.Module):
-    """A model whose timesteps from ``start`` up to but not including ``stop`` are denoised by another one.
+    """A model that leaves the timesteps from ``start`` up to but not including ``stop`` to another model.
 
     Args:
-        shared: denoises the other timesteps. Both are called with (x, t, ...), as a DiT, and return a tensor [B, ...].
-        specialist: denoises those in the interval.
+        shared: denoises the other timesteps. Both are called with (x, t, ...), like a DiT, and return [B, ...].
+        specialist: denoises the timesteps in the interval.
         start, stop: the interval.
 
     Raises:
@@ -89,12 +90,12 @@ class IntervalSpecialist(nn.Module):
         self.stop = stop
 
     def forward(self, x: Tensor, t: Tensor | int | float, *args: Any, **kwargs: Any) -> Tensor:
-        """Run each model on the samples that are its own, and return all in the order of the batch.
+        """Run each model on its own samples, and return all results in the order of the batch.
 
         Args:
             x: [B, ...].
             t: timesteps [B], for which the host waits, or one number for the whole batch.
-            args, kwargs: passed on; of a tensor [B, ...] among them each model gets its own samples.
+            args, kwargs: passed on; for a tensor [B, ...] among them each model gets its own samples.
 
         Raises:
             ValueError: if t is a tensor of another shape.
@@ -102,7 +103,7 @@ class IntervalSpecialist(nn.Module):
         return self._run(lambda model: model, x, t, args, kwargs)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor | int | float, *args: Any, **kwargs: Any) -> Tensor:
-        """Do so by both models' ``forward_with_cfg``: the second half of the batch repeats the first's t."""
+        """Run both models' ``forward_with_cfg`` in the same way: the second half of the batch repeats the first's t."""
         return self._run(attrgetter("forward_with_cfg"), x, t, args, kwargs)
 
     def _run(
@@ -132,13 +133,13 @@ class IntervalSpecialist(nn.Module):
         return out[torch.cat(order).argsort().to(out.device)]
 
     def _inside(self, t: Tensor) -> Tensor:
-        """Return which timesteps are in the interval. Continuous times are compared in fp32, as by their clusters."""
+        """Return which timesteps are in the interval. Continuous times are compared in fp32, as in ``assign``."""
         t = t.float() if t.is_floating_point() else t
         return (self.start <= t) & (t < self.stop)
 
 
 def _samples_of(samples: Tensor, batch_size: int, value: Any) -> Any:
-    """Return the given samples of a tensor [B, ...]; anything else as it is."""
+    """Return the given samples of a tensor [B, ...]; any other value as it is."""
     if isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch_size:
         return value[samples.to(value.device)]
     return value

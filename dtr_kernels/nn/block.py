@@ -28,7 +28,7 @@ __all__ = ["BlockKind", "RoutedDiTBlock", "Stream", "advance", "check_hidden", "
 
 
 class Stream(NamedTuple):
-    """The residual stream between blocks, x + gate * branch, with the sum left to whoever reads it next.
+    """The residual stream between blocks, x + gate * branch, with the sum left to its next reader.
 
     A block ends with a gated residual and the next begins with a norm of the sum; leaving the sum open lets one
     kernel do both. ``branch`` and ``gate`` are None when nothing is pending.
@@ -39,23 +39,23 @@ class Stream(NamedTuple):
     gate: Tensor | None = None
 
     def sum(self) -> Tensor:
-        """The residual stream as one tensor [B, N, C]."""
+        """Return the residual stream as one tensor [B, N, C]."""
         if self.branch is None or self.gate is None:
             return self.x
         return ops.gated_residual(self.x, self.branch, self.gate)
 
 
 def check_scope(scope: str) -> None:
-    """Raises ValueError unless scope is "block", "branch" or "inner"."""
+    """Raise ValueError unless scope is "block", "branch" or "inner"."""
     check_one_of("scope", scope, reference.SCOPES)
 
 
 def _attend(attn: Any, qkv: Tensor, heads: int, rope: Rope | None) -> Tensor:
-    """Self-attention [B, N, heads * d] on views of qkv [B, N, 3 * heads * d], without a copy."""
+    """Compute self-attention [B, N, heads * d] on views of qkv [B, N, 3 * heads * d], without a copy."""
     B, N, width = qkv.shape
-    # Unbound before heads and tokens change places: then the backward pass stacks the gradients in qkv's own layout.
+    # Unbind before swapping heads and tokens: the backward pass then stacks the gradients in qkv's own layout.
     q, k, v = (x.transpose(1, 2) for x in qkv.view(B, N, 3, heads, width // 3 // heads).unbind(2))
-    if hasattr(attn, "q_norm"):  # timm's optional query and key norms; Identity unless asked for
+    if hasattr(attn, "q_norm"):  # timm's optional query and key norms, Identity by default
         q, k = attn.q_norm(q), attn.k_norm(k)
     if rope is not None:
         q, k = rope(q), rope(k)
@@ -63,7 +63,7 @@ def _attend(attn: Any, qkv: Tensor, heads: int, rope: Rope | None) -> Tensor:
 
 
 def weights_of(block: Any) -> list[Tensor]:
-    """The weights that the kernels read, of a block as ``advance`` takes it."""
+    """Return the weights that the kernels read, of a block as ``advance`` takes it."""
     layers = (block.attn.qkv, block.mlp.fc1, block.mlp.fc2)
     return [part.weight for layer in layers for part in getattr(layer, "layers", (layer,))]  # q, k, v may be three
 
@@ -71,11 +71,11 @@ def weights_of(block: Any) -> list[Tensor]:
 def advance(
     block: Any, stream: Stream, c: Tensor, window: ChannelWindow | None, scope: str, rope: Rope | None = None
 ) -> Stream:
-    """One routed DiT block (DTR paper, equation 6), its last gated residual left pending in the returned stream.
+    """Run one routed DiT block (DTR paper, equation 6), its last gated residual left pending in the returned stream.
 
     Args:
         block: any module with the attributes of facebookresearch/DiT's block: norm1, attn.qkv, attn.proj,
-            attn.num_heads, norm2, mlp.fc1, mlp.fc2, adaLN_modulation; and kind, where it is of another ``BlockKind``.
+            attn.num_heads, norm2, mlp.fc1, mlp.fc2, adaLN_modulation; and kind, if it has another ``BlockKind``.
         stream: the residual stream, its tensors [B, N, C].
         c: conditioning [B, C].
         window: active channels of each sample, in scope "inner" active heads; None runs the unrouted block.
@@ -85,7 +85,7 @@ def advance(
     if scope == "inner":
         return _advance_inner(block, stream, c, window, rope)
     choice = choose(stream.x, *weights_of(block))
-    # Then the whole block is plain, with fewer passes than its ops have one by one.
+    # A plain block as a whole takes fewer passes than its ops one by one.
     if choice.path == "plain":
         window = check_window(stream.x, window)
         mask = None if window is None else window.mask()
@@ -94,8 +94,8 @@ def advance(
 
 
 class _Steps(NamedTuple):
-    """All that a block's two fused steps take besides x, its update and its window: modulation with the norms' affine
-    parameters in it, kinds of the norms, gates, the activation and the MLP's parameters."""
+    """Inputs of a block's two fused steps besides x, its update and its window: modulation that includes the norms'
+    affine parameters, kinds of the norms, gates, the activation and the MLP's parameters."""
 
     modulation1: tuple[Tensor, Tensor]
     norm1: Norm
@@ -131,9 +131,9 @@ def _advance(
     keep_branch: bool,
     rope: Rope | None,
 ) -> Stream:
-    """The fused block that masks what its branches read.
+    """Run the fused block of the scopes that mask what the branches read.
 
-    Scope "block" masks the stream that entered the block: what attention added is seen on every channel.
+    Scope "block" masks the stream that entered the block: the attention's output stays visible on every channel.
     """
     steps, attn = _Steps.of(block, c), block.attn
     x, branch, gate = stream
@@ -156,7 +156,7 @@ def _advance(
 
 
 def _advance_inner(block: Any, stream: Stream, c: Tensor, window: ChannelWindow | None, rope: Rope | None) -> Stream:
-    """The block of which each sample runs its active heads and the hidden channels that go with them."""
+    """Run a block in scope "inner": each sample uses its active heads and the hidden channels that go with them."""
     choice = choose(stream.x, *weights_of(block))
     attn = block.attn
     if window is not None:
@@ -174,7 +174,7 @@ def _advance_inner(block: Any, stream: Stream, c: Tensor, window: ChannelWindow 
     z = _attend(attn, qkv, window.width, rope)
     if is_plain_linear(attn.proj):
         branch = inner_projection_by(choice, z, attn.proj.weight, attn.proj.bias, window)
-    else:  # an adapter, or a layer with hooks: it is called, and sees zeros where heads are inactive
+    else:  # an adapter, or a layer with hooks, is called and sees zeros for inactive heads
         d = z.shape[2] // window.width
         branch = attn.proj(among_all(z, Band(window.start, z.shape[2], d), d * attn.num_heads))
     x, hidden = inner_mlp_by(
@@ -184,7 +184,7 @@ def _advance_inner(block: Any, stream: Stream, c: Tensor, window: ChannelWindow 
 
 
 def check_hidden(hidden: int, heads: int, which: str) -> None:
-    """Raises ValueError unless as many hidden channels of an MLP go with each head."""
+    """Raise ValueError unless the hidden channels of an MLP divide evenly among the heads."""
     if hidden % heads:
         raise ValueError(
             f'in scope "inner" as many hidden channels go with each head, but {which} are {hidden} of them for {heads} '
@@ -221,22 +221,22 @@ _NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 class RoutedDiTBlock(NoTorchScript, nn.Module):
     """A DiT block (adaLN-Zero) that sees only the active channels of each sample.
 
-    state_dict keys are those of facebookresearch/DiT's block; with another ``kind`` also of the norms' parameters.
+    state_dict keys are those of facebookresearch/DiT's block; another ``kind`` adds the norms' parameters.
 
     Args:
         hidden_size: number of channels C.
         num_heads: attention heads; must divide C.
         mlp_ratio: hidden width of the MLP over C.
         scope: "block" (the DTR paper): the whole residual block is routed; the attention skips deactivated channels,
-            and the MLP sees what attention wrote on every channel. "branch": attention and MLP both skip. "inner", of
-            this library and not of the paper: a window over heads says which heads and which hidden channels of the MLP
-            are computed at all, so that everything in the block shrinks with their share.
+            and the MLP sees the attention's output on every channel. "branch": attention and MLP both skip. "inner"
+            (this library's own, not in the paper): a window over heads chooses the heads and hidden channels of the
+            MLP that are computed at all, so that everything in the block shrinks with their share.
         kind: norms, activation and whether queries and keys are normed, see ``BlockKind``.
 
     Raises:
         TypeError: if an argument is not a number of its kind.
-        ValueError: if scope, or a part of kind, is unknown, a size is less than 1, num_heads does not divide
-            hidden_size, in scope "inner" not the MLP's hidden channels either, or mlp_ratio leaves the MLP no channel.
+        ValueError: if scope or a part of kind is unknown, a size is less than 1, num_heads does not divide hidden_size
+            (in scope "inner" also the MLP's hidden channels), or mlp_ratio leaves the MLP no channel.
     """
 
     _read: ClassVar = {
@@ -262,7 +262,7 @@ class RoutedDiTBlock(NoTorchScript, nn.Module):
         num_heads: int,
         mlp_ratio: float = 4.0,
         scope: str = "block",
-        kind: BlockKind = BlockKind(),  # noqa: B008  # which is immutable
+        kind: BlockKind = BlockKind(),  # noqa: B008  # immutable
     ) -> None:
         super().__init__()
         check_scope(scope)
@@ -284,7 +284,7 @@ class RoutedDiTBlock(NoTorchScript, nn.Module):
 
     @property
     def routed_channels(self) -> int:
-        """Return how many channels a routing of this block chooses from: C, in scope "inner" its attention heads."""
+        """The number of channels that a routing of this block chooses from: C, in scope "inner" its attention heads."""
         return self.attn.num_heads if self.scope == "inner" else self.attn.qkv.in_features
 
     def forward(
@@ -294,12 +294,12 @@ class RoutedDiTBlock(NoTorchScript, nn.Module):
         window: ChannelWindow | Tensor | None = None,
         rope: Rope | None = None,
     ) -> Tensor | Stream:
-        """Runs the block.
+        """Run the block.
 
         Args:
-            x: residual stream [B, N, C], floating point; or, between the blocks of a ``DiT`` that nobody looks into,
-                the ``Stream`` that the block before returned, whose pending update is then added in the kernel of this
-                block's first norm.
+            x: residual stream [B, N, C], floating point. Between the blocks of a ``DiT`` without hooks it is the
+                ``Stream`` that the block before returned; the kernel of this block's first norm then adds its pending
+                update.
             c: conditioning [B, C].
             window: ``DenoisingTaskRouting.window(t, C)``, in scope "inner" ``window(t, num_heads)``, for which t may be
                 on the CPU when x is on a GPU; or a bool mask [B, C] or [B, num_heads], which runs the plain PyTorch

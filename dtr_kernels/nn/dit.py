@@ -1,8 +1,8 @@
 """DiT (Peebles & Xie, ICCV 2023) with Denoising Task Routing, loading checkpoints of both public code bases.
 
 Parameters are named, shaped and initialised as in facebookresearch/DiT. Between blocks the last gated residual stays
-open, and the next block's first norm, or the final layer's, adds it; a block with hooks, or wrapped in another module,
-is called with tensors and returns one.
+pending, and the next block's first norm, or the final layer's, adds it. A block with hooks, or wrapped in another
+module, takes and returns tensors instead.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ __all__ = ["DiT", "DiT_models"]
 
 
 class PatchEmbed(nn.Module):
-    """Cuts images [B, in_channels, H, W] into patches and embeds each: tokens [B, N, C], row by row."""
+    """Cuts images [B, in_channels, H, W] into patches and embeds each patch: tokens [B, N, C], row by row."""
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # every layer from here on reads along channels
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # later layers read along channels
 
 
 class TimestepEmbedder(nn.Module):
@@ -62,10 +62,10 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(next(self.mlp.parameters()).dtype))
 
 
-# An op of its own, so that the range check (a data-dependent branch on a CPU) does not break a torch.compile graph.
+# A separate op, so that the range check (a data-dependent branch on a CPU) does not break a torch.compile graph.
 @op("checked_labels")
 def _checked_labels(y: Tensor, rows: int) -> Tensor:
-    """Return the labels as int64, in memory of their own, as the op's output must be."""
+    """Return a copy of the labels as int64: an op's output must not share memory with its input."""
     check_range(y, rows - 1, "labels are class indices, and num_classes one with class_dropout_prob > 0 alone", "y")
     return y.to(torch.int64, copy=True)
 
@@ -76,7 +76,7 @@ def _(y: Tensor, rows: int) -> Tensor:
 
 
 class LabelEmbedder(nn.Module):
-    """Embeds class labels [B] as [B, C]; in training it replaces some by the null class, index num_classes."""
+    """Embeds class labels [B] as [B, C]; in training, replaces some by the null class, index num_classes."""
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
         super().__init__()
@@ -118,9 +118,9 @@ _OURS = (RoutedDiTBlock.forward, FinalLayer.forward)
 
 
 def _takes_streams(module: nn.Module) -> bool:
-    """Return whether a module is one of ours as it was made, with no hook or patch to which a ``Stream`` would show.
+    """Return whether a module is one of ours, unchanged, with no hook or patch that would see a ``Stream``.
 
-    Hooks that take Streams have an attribute ``takes_streams``.
+    Hooks that accept a ``Stream`` have an attribute ``takes_streams``.
     """
     if type(module).forward not in _OURS or "forward" in module.__dict__ or _has_any_global_hook():
         return False
@@ -134,8 +134,8 @@ class DiT(NoTorchScript, nn.Module):
     """Class-conditional diffusion transformer whose blocks compute only the channels that the timestep activates.
 
     state_dict keys and shapes are those of facebookresearch/DiT, whose checkpoints load into it. Checkpoints of the DTR
-    paper's public code load too: the masks stored in them (``blocks.*.routing._unit_mapping``) are compared with those
-    of ``routing``, and ``load_state_dict`` reports a difference as an error.
+    paper's public code load too: ``load_state_dict`` compares the masks stored in them
+    (``blocks.*.routing._unit_mapping``) with the masks of ``routing``, and reports a difference as an error.
 
     Args:
         input_size: height and width of the input, divisible by patch_size.
@@ -147,17 +147,17 @@ class DiT(NoTorchScript, nn.Module):
         mlp_ratio: hidden width of the MLP over C.
         class_dropout_prob: how often training replaces a label by the null class (index num_classes), for guidance.
             At 0 there is no null class.
-        num_classes: number of classes; 0, with class_dropout_prob above 0, for the null class alone.
+        num_classes: number of classes; 0 leaves the null class alone, which needs class_dropout_prob above 0.
         learn_sigma: predict 2 * in_channels channels, the second half for the variance.
-        routing: which channels a timestep activates; None is the ordinary DiT.
+        routing: the routing that selects the active channels of a timestep; None is the ordinary DiT.
         scope: what the routing masks, see ``RoutedDiTBlock``.
         kind: of the blocks, see ``BlockKind``; the final layer's norm is always LayerNorm without affine parameters.
         rope: rotary position embedding of the blocks, a function of queries or keys [B, heads, N, d], or None.
 
     Raises:
-        ValueError: if a size is less than 1, an argument does not fit the others, as said above, scope is unknown, or
+        ValueError: if a size is less than 1, an argument does not fit the others as described, scope is unknown, or
             in scope "inner" the routing leaves no head active.
-        TypeError: if a size is not an integer, a ratio not a number, or routing not one of the above.
+        TypeError: if a size is not an integer, a ratio not a number, or routing not a routing.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class DiT(NoTorchScript, nn.Module):
         *,
         routing: DenoisingTaskRouting | RandomRouting | None = None,
         scope: str = "block",
-        kind: BlockKind = BlockKind(),  # noqa: B008  # which is immutable
+        kind: BlockKind = BlockKind(),  # noqa: B008  # immutable
         rope: Rope | None = None,
     ) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class DiT(NoTorchScript, nn.Module):
             raise ValueError(f"hidden_size must be divisible by 4 for the position embedding, got {hidden_size}")
         if not 0 <= check_number("class_dropout_prob", class_dropout_prob) <= 1:
             raise ValueError(f"class_dropout_prob must be between 0 and 1, got {class_dropout_prob}")
-        # The null class alone is a model without classes.
+        # With the null class alone, the model is unconditional.
         num_classes = check_count("num_classes", num_classes, least=0 if class_dropout_prob > 0 else 1)
         if not isinstance(routing, DenoisingTaskRouting | RandomRouting | None):
             raise TypeError(f"routing must be DenoisingTaskRouting, RandomRouting or None, got {routing!r}")
@@ -200,7 +200,7 @@ class DiT(NoTorchScript, nn.Module):
         self.routing = routing
         self.scope = scope
         self.rope = rope
-        #: How many channels a routing chooses from; in scope "inner" attention heads.
+        #: Number of channels, in scope "inner" attention heads, that a routing chooses from.
         self.routed_channels = num_heads if scope == "inner" else hidden_size
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
@@ -234,23 +234,23 @@ class DiT(NoTorchScript, nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, t: Tensor | int | float, y: Tensor) -> Tensor:
-        """Predict the noise (or whatever the model is trained to predict).
+        """Predict the noise, or another training target.
 
         Args:
             x: noisy input [B, in_channels, input_size, input_size], floating point.
-            t: timesteps [B]: integers, or floating point for continuous time in [0, 1], or for timestep numbers if the
-                routing has ``float_timesteps``. One Python or NumPy number stands for the whole batch, as in sampling:
-                its window is then known without asking the device. In scope "inner" a tensor may be on the CPU when x
-                is on a GPU: then windows are known too, and that is the faster way.
+            t: timesteps [B]: integers; or floating point for continuous time in [0, 1], or for timestep numbers if the
+                routing has ``float_timesteps``. One Python or NumPy number stands for the whole batch, as in sampling;
+                its window is then known without asking the device. In scope "inner" a tensor on the CPU, with x on a
+                GPU, is faster, since the host then knows the windows.
             y: class labels [B], integer; num_classes is the null class.
 
         Returns:
             [B, out_channels, input_size, input_size].
 
         Raises:
-            TypeError: if x, t or y is of another kind or dtype.
-            ValueError: if a shape or device does not fit, t is outside the routing's range or y not a class. On a GPU
-                values are checked by device-side assertions.
+            TypeError: if x, t or y has another type or dtype.
+            ValueError: if a shape or device does not fit, t is outside the routing's range or y is not a class. On a
+                GPU values are checked by device-side assertions.
         """
         self._check_batch(x, t, y)
         times = t.to(x.device) if isinstance(t, Tensor) else torch.full((x.shape[0],), t, device=x.device)
@@ -273,20 +273,20 @@ class DiT(NoTorchScript, nn.Module):
         """Run the forward pass with classifier-free guidance.
 
         Args:
-            x: [2B, in_channels, input_size, input_size], of which only the first half is read.
+            x: [2B, in_channels, input_size, input_size]; only the first half is read.
             t: as in ``forward``, [2B].
-            y: [2B]: the classes, then as many null labels (num_classes).
+            y: [2B]: B classes, then B null labels (num_classes).
             cfg_scale: 1 is the class-conditional prediction, more is stronger guidance.
-            guided_channels: number of output channels that are guided, the first ones; None for in_channels.
-                facebookresearch/DiT guides 3 of its 4, which its published samples were made with.
+            guided_channels: how many of the first output channels are guided; None for in_channels.
+                facebookresearch/DiT guides 3 of its 4, as for its published samples.
 
         Returns:
-            [2B, out_channels, input_size, input_size]: the guided channels are the same in both halves, the others are
-            those of either pass.
+            [2B, out_channels, input_size, input_size]: the guided channels are the same in both halves, the others come
+            from the conditional and the unconditional pass.
 
         Raises:
             TypeError: as ``forward``, or if guided_channels is not an integer.
-            ValueError: as ``forward``, if the batch is odd or guided_channels not in 1..out_channels.
+            ValueError: as ``forward``, or if the batch is odd or guided_channels is not in 1..out_channels.
         """
         if x.shape[0] % 2:
             raise ValueError(f"x must hold an even number of samples, the second half unread, got {x.shape[0]}")
@@ -295,7 +295,7 @@ class DiT(NoTorchScript, nn.Module):
         return torch.cat(guide(out, cfg_scale, self.in_channels if guided_channels is None else guided_channels))
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """Images [B, out_channels, H, W] from tokens [B, N, patch_size**2 * out_channels], channels last in a patch."""
+        """Turn tokens [B, N, patch_size**2 * out_channels], channels last in a patch, into [B, out_channels, H, W]."""
         grid, p = self.input_size // self.patch_size, self.patch_size
         return x.reshape(-1, grid, grid, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
@@ -325,8 +325,8 @@ class DiT(NoTorchScript, nn.Module):
 def guide(out: Tensor, scale: float, channels: int) -> tuple[Tensor, Tensor]:
     """Return both halves of a prediction [2B, C, ...] with their first ``channels`` channels guided.
 
-    The first half is the conditional prediction and the second the unconditional one; of the guided channels
-    unconditional + scale * (conditional - unconditional) both hold the same.
+    The first half is the conditional prediction and the second the unconditional one. In the guided channels both
+    halves become unconditional + scale * (conditional - unconditional).
     """
     channels = check_count("guided_channels", channels)
     if channels > out.shape[1]:
@@ -337,7 +337,7 @@ def guide(out: Tensor, scale: float, channels: int) -> tuple[Tensor, Tensor]:
 
 
 def _position_embedding(channels: int, grid: int) -> Tensor:
-    """Fixed position embedding [1, grid**2, channels]: sines and cosines of the column, then of the row."""
+    """Return a fixed position embedding [1, grid**2, channels]: sines and cosines of the column, then of the row."""
     quarter = channels // 4
     frequency = 1 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
@@ -347,7 +347,7 @@ def _position_embedding(channels: int, grid: int) -> Tensor:
 
 
 def _take_masks(model: DiT, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Before loading: takes the public DTR code's masks out of state_dict, a copy, and reports those that differ."""
+    """Remove the public DTR code's masks from state_dict, a copy, before loading, and report those that differ."""
     *_, error_msgs = rest
     names = [f"{prefix}blocks.{i}.routing._unit_mapping" for i in range(len(model.blocks))]
     saved = {name: state_dict.pop(name).bool() for name in names if name in state_dict}
@@ -373,7 +373,7 @@ def _own_masks(model: DiT, saved: Tensor) -> Tensor:
 
 
 def _describe(masks: Tensor) -> str:
-    """Name saved masks [T, C], and return the routing to construct for them."""
+    """Describe saved masks [T, C], and the routing to construct for them."""
     T, C = masks.shape
     width, start = int(masks[0].sum()), masks.int().argmax(dim=1)
     offset = torch.arange(C, device=masks.device) - start[:, None]

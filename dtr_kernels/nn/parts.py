@@ -1,4 +1,4 @@
-"""Parts of our modules that are never called, since kernels read their parameters: changes of them are refused."""
+"""Parts of our modules whose parameters kernels read instead of calling them: changes to the parts are refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dtr_kernels.ops.dispatch import is_wrapper
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Return whether a module computes what its weight and bias say and no more, so that it need not be called."""
+    """Return whether a module is exactly a linear layer of its weight and bias, so that it need not be called."""
     return (
         type(module).forward is nn.Linear.forward
         and "forward" not in module.__dict__
@@ -28,8 +28,8 @@ class ReadParts:
     """Parts of a module whose parameters the kernels read.
 
     Args:
-        kinds: by their paths within the module, the classes whose forward the kernels stand for.
-        affine: whether they know affine parameters of norms.
+        kinds: the class of each part by its path within the module; kernels replace the forward of that class.
+        affine: whether the kernels support affine parameters of norms.
     """
 
     def __init__(self, kinds: Mapping[str, type[nn.Module]], affine: bool = False) -> None:
@@ -37,9 +37,9 @@ class ReadParts:
         self._parts = [(path, path.split("."), kind.forward) for path, kind in kinds.items()]
 
     def refuse_changes(self, module: nn.Module) -> None:
-        """Raise RuntimeError if one of them would, if it were called, compute something else than its parameters say.
+        """Raise RuntimeError if calling a part would compute something else than its parameters say.
 
-        An adapter (LoRA) may have taken its place, or it may have been patched or given hooks.
+        An adapter (LoRA) may have replaced the part, or it may have been patched or given hooks.
         """
         for path, names, forward in self._parts:
             part: Any = module

@@ -20,16 +20,16 @@ __all__ = ["RoutedResBlock", "for_any_channels", "run_res_block"]
 
 
 def run_res_block(block: Any, x: Tensor, emb: Tensor, window: ChannelWindow | None) -> Tensor:
-    """One routed residual block of ADM, S(x) + h(m * x, emb), whose branch skips channels where the batch shares them.
+    """Run one routed residual block of ADM, S(x) + h(m * x, emb). A window shared by the batch lets it skip channels.
 
-    That is the DTR paper's equation 6 where the skip S is the identity; for blocks that change channels or resolution
+    This is the DTR paper's equation 6 if the skip S is the identity; for blocks that change channels or resolution
     it is this library's own generalisation (``dtr_kernels.reference.unet``). Only the first norm and the first
-    convolution see the mask. What is computed, and what is skipped, is described in ``dtr_kernels.ops.routed_conv``.
+    convolution see the mask. ``dtr_kernels.ops.routed_conv`` describes what is computed and what is skipped.
 
     Args:
         block: any module with the attributes of guided-diffusion's ResBlock: ``in_layers`` (GroupNorm, SiLU, a 3x3
-            convolution with padding 1), ``emb_layers``, ``out_layers`` (GroupNorm, and what follows it),
-            ``skip_connection``, ``use_scale_shift_norm``, and ``h_upd`` and ``x_upd`` where it may resample. Norms run
+            convolution with padding 1), ``emb_layers``, ``out_layers`` (GroupNorm and the layers that follow it),
+            ``skip_connection``, ``use_scale_shift_norm``, and ``h_upd`` and ``x_upd`` if it may resample. Norms run
             in fp32; dropout follows its module.
         x: [B, C, H, W], floating point.
         emb: [B, E].
@@ -58,9 +58,9 @@ def run_res_block(block: Any, x: Tensor, emb: Tensor, window: ChannelWindow | No
 
 
 def for_any_channels(resample: Any) -> Resampling | None:
-    """A block's resampling as a function of any number of channels; None for none.
+    """Return a block's resampling as a function of any number of channels; None for none.
 
-    guided-diffusion's modules, which are not PyTorch's own, insist on the channels of the block.
+    guided-diffusion's own modules insist on the channels of the block.
     """
     if isinstance(resample, nn.Identity):
         return None
@@ -70,27 +70,27 @@ def for_any_channels(resample: Any) -> Resampling | None:
 
 
 class RoutedResBlock(NoTorchScript, nn.Module):
-    """A residual block of ADM, S(x) + h(m * x, emb), that skips deactivated channels where the batch shares a window.
+    """A residual block of ADM, S(x) + h(m * x, emb), that skips deactivated channels if the batch shares a window.
 
     h is GroupNorm, SiLU, resampling, 3x3 convolution, conditioning by emb, GroupNorm, SiLU, dropout and 3x3
-    convolution; S is x itself, resampled, or convolved where the number of channels changes. state_dict keys are those
+    convolution; S is x itself, resampled, or convolved if the number of channels changes. state_dict keys are those
     of guided-diffusion's ResBlock. The paper routes ADM too, but has published code for DiT only: the form for blocks
     that change channels or resolution is this library's own (``dtr_kernels.reference.unet``).
 
     Args:
-        channels: number of input channels C, which is what the window is for.
+        channels: number of input channels C, which the window selects from.
         emb_channels: width E of the conditioning vector.
         dropout: probability, before the last convolution.
         out_channels: number of output channels; None for C.
-        use_conv: whether a skip that changes the number of channels is a 3x3 instead of a 1x1 convolution.
-        use_scale_shift_norm: whether emb scales and shifts the second norm's output; else it is added before the norm.
-        up: whether the block doubles height and width (nearest).
-        down: whether it halves them (mean of 2x2).
+        use_conv: a skip that changes the number of channels is a 3x3 instead of a 1x1 convolution.
+        use_scale_shift_norm: emb scales and shifts the second norm's output; otherwise it is added before the norm.
+        up: double height and width (nearest).
+        down: halve height and width (mean of 2x2).
         num_groups: of both norms; must divide C and out_channels.
 
     Raises:
         TypeError: if a number of channels or groups is not an integer.
-        ValueError: if one of them is less than 1, num_groups does not divide the channels, dropout is not a
+        ValueError: if a number is less than 1, num_groups does not divide the channels, dropout is not a
             probability, or both up and down are asked for.
     """
 
@@ -148,7 +148,7 @@ class RoutedResBlock(NoTorchScript, nn.Module):
             emb: conditioning [B, E].
             window: ``DenoisingTaskRouting.window(t, C)``; or a bool mask [B, C], which runs the plain PyTorch path
                 (random routing); or None, the unrouted block. Channels are skipped for a window made of a Python
-                number, which the batch shares; with one per sample convolutions are dense.
+                number, which the batch shares; with one window per sample convolutions are dense.
 
         Returns:
             [B, out_channels, H', W'].

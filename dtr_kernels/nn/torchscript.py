@@ -1,4 +1,4 @@
-"""TorchScript, which our own modules and swapped ones refuse."""
+"""Refusal of TorchScript, shared by our own modules and swapped ones."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any, NoReturn
 
 
 class NoTorchScript:
-    """Base of modules that can be neither scripted nor traced, and say so.
+    """Base of modules that raise an error if they are scripted or traced.
 
-    Both methods are torch.nn.Module's own hooks, called by torch.jit alone, so that an ordinary call pays nothing.
+    Both methods are torch.nn.Module's own hooks, called by torch.jit alone, so that an ordinary call costs nothing.
     """
 
     def __prepare_scriptable__(self) -> NoReturn:

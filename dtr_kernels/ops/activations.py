@@ -1,12 +1,12 @@
-"""Activations of an MLP, as a pass of their own; GELU in its tanh form also as the epilogue of the GEMMs around it.
+"""Activations of an MLP as separate kernels; GELU in its tanh form is also an epilogue of the neighbouring GEMMs.
 
     "gelu_tanh":  x * sigmoid(2 y),   y = sqrt(2 / pi) * (x + 0.044715 x^3)
     "gelu":       x * Phi(x),         Phi the normal distribution
     "silu":       x * sigmoid(x)
     "swiglu":     silu(a) * b         of the two halves a, b of the channels
 
-The first is the usual x/2 * (1 + tanh(y)) without the cancellation of 1 + tanh(y) for large negative x.
-``reference.activate`` is the reference. The backward pass has the input alone, and recomputes the activation.
+"gelu_tanh" is the usual x/2 * (1 + tanh(y)) without the cancellation of 1 + tanh(y) for large negative x.
+``reference.activate`` is the reference. The backward pass reads the input only, and recomputes the activation.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -26,7 +26,7 @@ from dtr_kernels.ops import extension
 from dtr_kernels.ops.declaration import Draw, Gradient, Kernel, modes
 from dtr_kernels.ops.dispatch import launch, runs_on_cpu
 
-# The terms of 2 y, for exp and for exp2.
+# Coefficients of 2 y, for exp and for exp2.
 _LINEAR, _CUBIC = tl.constexpr(2 * math.sqrt(2 / math.pi)), tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
 _LINEAR_2, _CUBIC_2 = tl.constexpr(_LINEAR.value * math.log2(math.e)), tl.constexpr(_CUBIC.value * math.log2(math.e))
 _LOG2_E, _SQRT_HALF = tl.constexpr(math.log2(math.e)), tl.constexpr(math.sqrt(0.5))
@@ -35,16 +35,16 @@ _DENSITY = tl.constexpr(1 / math.sqrt(2 * math.pi))
 
 @triton.jit
 def gelu(x):
-    """GELU of an fp32 tile, in its tanh form."""
-    # exp2 and rsqrt are an instruction each, where exp and a division are five and more.
+    """Compute GELU of an fp32 tile, in its tanh form."""
+    # exp2 and rsqrt are one instruction each, exp and a division five and more.
     r = tl.rsqrt(1.0 + tl.exp2(x * (-_LINEAR_2 - _CUBIC_2 * (x * x))))
     return x * (r * r)
 
 
 @triton.jit
 def gelu_and_slope(x):
-    """(GELU, its derivative) of an fp32 tile, in its tanh form."""
-    y = tl.minimum(tl.maximum(x, -10.0), 10.0)  # GELU is 0 or x beyond, and what is made of y is finite
+    """Compute (GELU, its derivative) of an fp32 tile, in its tanh form."""
+    y = tl.minimum(tl.maximum(x, -10.0), 10.0)  # beyond, GELU is 0 or x; the clamp keeps the results finite
     square = y * y
     e = tl.exp2(y * (-_LINEAR_2 - _CUBIC_2 * square))
     r = tl.rsqrt(1.0 + e)
@@ -56,7 +56,7 @@ def gelu_and_slope(x):
 
 @triton.jit
 def _value_and_slope(x, KIND: tl.constexpr):
-    """(the activation, its derivative) of an fp32 tile; of "swiglu" those of a."""
+    """Compute (the activation, its derivative) of an fp32 tile; for "swiglu", those of SiLU(a)."""
     if KIND == "gelu_tanh":
         value, slope = gelu_and_slope(x)
     elif KIND == "gelu":
@@ -104,18 +104,18 @@ def activation_backward_kernel(
     tl.store(act_ptr + into, value.to(act_ptr.dtype.element_ty), mask=inside)
 
 
-# Elements of a program: two vectors of 16 bytes a thread in 16-bit dtypes.
+# Elements per program: two vectors of 16 bytes per thread in 16-bit dtypes.
 _BLOCK = 2048
 
 
 def parts_of(kind: str) -> int:
-    """Return how many channels of its input a channel of the activation has."""
+    """Return how many input channels each output channel of the activation has."""
     return 2 if kind == "swiglu" else 1
 
 
 def activation_forward(pre: Tensor, kind: str, keep_pre: bool = True) -> Tensor:
-    """Return the activation [..., H] of pre [..., parts * H], contiguous; in pre's own memory, where it has as many
-    channels, unless ``keep_pre``."""
+    """Return the activation [..., H] of pre [..., parts * H], contiguous. Unless ``keep_pre``, it overwrites pre if the
+    shapes agree."""
     shape = (*pre.shape[:-1], pre.shape[-1] // parts_of(kind))
     act = pre if pre.shape == shape and not keep_pre else pre.new_empty(shape)
     rows, width = _shape(act, kind)
@@ -128,8 +128,8 @@ def activation_forward(pre: Tensor, kind: str, keep_pre: bool = True) -> Tensor:
 
 
 def activation_backward(dact: Tensor, pre: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Return the gradient of pre, in dact's own memory where that is as large, and the activation, recomputed beside
-    it; both arguments contiguous."""
+    """Return the gradient of pre, which overwrites dact if the shapes agree, and the recomputed activation; both
+    arguments must be contiguous."""
     dpre = dact if dact.shape == pre.shape else torch.empty_like(pre)
     act = torch.empty_like(dact)
     rows, width = _shape(act, kind)
@@ -143,7 +143,7 @@ def activation_backward(dact: Tensor, pre: Tensor, kind: str) -> tuple[Tensor, T
 
 
 def _shape(act: Tensor, kind: str) -> tuple[int, int]:
-    """Rows and channels of a pass; without halves all rows are one."""
+    """Return the rows and channels of a launch; an activation without halves takes all rows as one."""
     width = act.shape[-1] if parts_of(kind) > 1 else act.numel()
     return act.numel() // max(width, 1), width
 
@@ -165,7 +165,7 @@ def _plain_backward(dact: Tensor, pre: Tensor, kind: str) -> tuple[Tensor, Tenso
 
 
 def _drawn(draw: Draw, kind: str) -> Tensor:
-    """Values out to where GELU is 0 or its argument."""
+    """Draw values that reach to where GELU is 0 or its argument."""
     B, N, C, _ = draw.sizes
     return draw(B, N, parts_of(kind) * 4 * C, std=4)
 

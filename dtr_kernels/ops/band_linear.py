@@ -1,15 +1,15 @@
-"""Linear layers of which each sample uses the rows, or the columns, of its active attention heads (scope "inner").
+"""Linear layers in which each sample uses the rows, or the columns, of its active attention heads (scope "inner").
 
-Of H heads a sample uses neighbours, a window over heads instead of channels; hidden channels of the MLP go with them:
+A sample uses neighbours of the H heads, a window over heads instead of channels; MLP channels belong to heads too:
 
     rows:     out[b] = u[b] @ W[rows of b]^T + bias[rows of b]        # queries, keys and values; fc1
     columns:  out[b] = z[b] @ W[:, columns of b]^T + bias             # attention's output projection; fc2
 
-Activations between the two are compact, [B, N, active]. Rows and columns that a sample does not use get no gradient
-from it, and add nothing to the output, so there is no closed form. A batch has few different windows, at most H - A + 1
-of A active heads. Where the host knows them, each run of neighbouring samples with the same window is a GEMM of
-PyTorch's on a slice of the weight, and ops sort their samples by window first. Where only a GPU knows them, the kernels
-of ``window_linear`` run with a start for each sample.
+Activations between the two layers are compact, [B, N, active]. A sample gives no gradient to the rows and columns that
+it does not use, and they add nothing to its output, so there is no closed form. A batch has at most H - A + 1 different
+windows of A active heads. If the host knows them, each run of neighbouring samples with the same window is a GEMM of
+PyTorch's on a slice of the weight, and ops sort their samples by window first. If only a GPU knows them, the kernels of
+``window_linear`` run with a start for each sample.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ from dtr_kernels.ops.window_linear import (
 
 
 class Heads(NamedTuple):
-    """Active attention heads: the first of each sample, int32 [B]; how many, A; and how many there are, H.
+    """Active attention heads: the first head of each sample, int32 [B]; the active heads A of H heads in total.
 
-    The start may be on the CPU where the tokens are on a GPU: then the host knows it.
+    The start may be on the CPU while the tokens are on a GPU: the host then knows it.
     """
 
     start: Tensor
@@ -61,18 +61,18 @@ class Heads(NamedTuple):
     total: int
 
     def rows(self, weight: Tensor, parts: int = 1) -> Band:
-        """The rows of these heads in each of ``parts`` equal parts of a weight."""
+        """Return the band of these heads' rows in each of ``parts`` equal parts of a weight."""
         unit = len(weight) // (parts * self.total)
         return Band(self.start, self.active * unit, unit, parts)
 
     def columns(self, weight: Tensor) -> Band:
-        """The columns of these heads."""
+        """Return the band of these heads' columns."""
         unit = weight.shape[1] // self.total
         return Band(self.start, self.active * unit, unit)
 
 
 class BandGradients(NamedTuple):
-    """Gradients of the layer's input, as it is, and of weight and bias, None where not asked for."""
+    """Gradients of the layer's input, unconditionally, and of weight and bias, None if not asked for."""
 
     u: Tensor
     weight: Tensor | None
@@ -80,7 +80,7 @@ class BandGradients(NamedTuple):
 
 
 def choose_bands(x: Tensor, start: Tensor) -> Choice:
-    """Choose "slices" of the weight, where the host knows the windows, or a GEMM over each sample's "bands"."""
+    """Choose GEMMs on "slices" of the weight, if the host knows the windows, or a GEMM over each sample's "bands"."""
     if runs_on_cpu(x):
         return Choice("slices", "GEMMs on slices of the weight, one for each different window")
     if start.device != x.device:
@@ -93,8 +93,8 @@ def choose_bands(x: Tensor, start: Tensor) -> Choice:
 
 
 def order_by_window(x: Tensor, start: Tensor) -> Tensor | None:
-    """Return the order of samples, int64 [B] on the CPU, in which those with the same window are neighbours; None where
-    they are, or the host does not know. An op asks once, and so tells which way its layers are computed."""
+    """Return an order of samples, int64 [B] on the CPU, that puts equal windows side by side; None if they already are,
+    or the host does not know them. An op calls this once, which also reports the choice for its layers."""
     if made(choose_bands(x, start)).path == "bands":
         return None
     first = start.tolist()
@@ -104,7 +104,7 @@ def order_by_window(x: Tensor, start: Tensor) -> Tensor | None:
 
 
 def in_order(x: Tensor, order: Tensor | None) -> Tensor:
-    """The samples of x [B, ...] in that order."""
+    """Return the samples of x [B, ...] in that order."""
     return x if order is None else x.index_select(0, order.to(x.device, non_blocking=True))
 
 
@@ -114,10 +114,10 @@ def out_of_order(x: Tensor, order: Tensor | None) -> Tensor:
 
 
 def band_forward(u: Tensor, weight: Tensor, bias: Tensor | None, band: Band) -> Tensor:
-    """Return out [B, N, parts * width] of a band of rows, or [B, N, O] of one of columns, in weight's dtype.
+    """Return out [B, N, parts * width] for a band of rows, or [B, N, O] for a band of columns, in weight's dtype.
 
     Args:
-        u: [B, N, C], or of a band of columns [B, N, width], in weight's dtype.
+        u: [B, N, C], or for a band of columns [B, N, width], in weight's dtype.
         weight: [O, C]. bias: [O] or None.
     """
     if choose_bands(u, band.start).path == "bands":
@@ -137,7 +137,7 @@ def band_forward(u: Tensor, weight: Tensor, bias: Tensor | None, band: Band) -> 
 def band_activation_forward(
     u: Tensor, weight: Tensor, bias: Tensor | None, band: Band, kind: str, write_pre: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return pre of ``band_forward`` and its activation; pre is left empty unless ``write_pre`` (training)."""
+    """Return pre of ``band_forward`` and its activation; pre is empty unless ``write_pre`` (training)."""
     in_epilogue = choose_activation("gelu_forward", kind, u, None, weight, weight.shape[1]).path == "epilogue"
     if in_epilogue and choose_bands(u, band.start).path == "bands":
         return product(u, weight, bias, band, None, None, gelu=True, write_out=write_pre)
@@ -148,13 +148,13 @@ def band_activation_forward(
 def band_backward(
     g: Tensor, u: Tensor, weight: Tensor, band: Band, need_weight: bool = True, need_bias: bool = True
 ) -> BandGradients:
-    """Return the gradients of ``band_forward``; g is that of its output, in weight's dtype."""
+    """Return the gradients of ``band_forward``; g is the gradient of its output, in weight's dtype."""
     du = band_input_gradient(g, weight, band)
     return BandGradients(du, *parameter_gradients(g, u, weight, band, need_weight, need_bias))
 
 
 def band_input_gradient(g: Tensor, weight: Tensor, band: Band) -> Tensor:
-    """Return the gradient of the layer's input, [B, N, C] or of a band of columns [B, N, width]; its rows may be
+    """Return the gradient of the layer's input, [B, N, C] or for a band of columns [B, N, width]; rows may be
     padded."""
     width = weight.shape[1] if band.parts else band.width
     if choose_bands(g, band.start).path == "bands":
@@ -166,29 +166,29 @@ def band_input_gradient(g: Tensor, weight: Tensor, band: Band) -> Tensor:
 
 
 def activation_band_backward(g: Tensor, pre: Tensor, weight: Tensor, band: Band, kind: str) -> tuple[Tensor, Tensor]:
-    """(dpre, act) of out = act @ weight[:, columns]^T, like pre and [B, N, width]; the activation is recomputed."""
+    """Return (dpre, act) of out = act @ weight[:, columns]^T, like pre and [B, N, width]; act is recomputed."""
     in_epilogue = choose_activation("gelu_backward", kind, g, None, weight, weight.shape[0]).path == "epilogue"
     if in_epilogue and choose_bands(g, band.start).path == "bands":
         return input_gradient(g, weight, band, pre.shape[2], pre)
-    dact = band_input_gradient(g, weight, band).contiguous()  # whose rows may be padded
+    dact = band_input_gradient(g, weight, band).contiguous()  # its rows may be padded
     return activation_backward(dact, pre, kind)
 
 
 def parameter_gradients(
     g: Tensor, u: Tensor, weight: Tensor, band: Band, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of weight and bias, None where not asked for; takes what ``band_backward`` takes."""
+    """Return the gradients of weight and bias, None if not asked for; arguments as in ``band_backward``."""
     if choose_bands(g, band.start).path == "bands":
         dweight = weight_gradient(g, u, band, weight.shape[0 if band.parts else 1]) if need_weight else None
         if not need_bias:
             dbias = None
-        elif band.parts:  # a sum for each sample, in its place among all rows, then their sum
+        elif band.parts:  # sum each sample, scatter it among all rows, then sum those
             dbias = among_all(g.sum(1, keepdim=True, dtype=compute_dtype(g)), band, len(weight)).sum((0, 1))
         else:
             dbias = g.flatten(0, 1).sum(0)
     else:
         runs = list(_runs(band, weight))
-        # The sum over runs is rounded once.
+        # Accumulate runs in the compute dtype, so that their sum is rounded once.
         dtype = weight.dtype if len(runs) < 2 else compute_dtype(weight)
         dweight = weight.new_zeros(weight.shape, dtype=dtype) if need_weight else None
         dbias = weight.new_zeros(len(weight), dtype=compute_dtype(weight)) if need_bias else None
@@ -213,7 +213,7 @@ def _add_product(into: Tensor, g: Tensor, u: Tensor, parts: int) -> None:
 
 
 def _runs(band: Band, weight: Tensor) -> Iterator[tuple[slice, int]]:
-    """Yield neighbouring samples with the same window, and its first row or column; the host knows the windows."""
+    """Yield each run of samples with the same window, and its first row or column; the host must know the windows."""
     starts = band.start.tolist()
     size = len(weight) // band.parts if band.parts else weight.shape[1]
     if starts and (min(starts) < 0 or max(starts) * band.unit + band.width > size):
@@ -227,7 +227,7 @@ def _runs(band: Band, weight: Tensor) -> Iterator[tuple[slice, int]]:
 
 
 def among_all(compact: Tensor, band: Band, size: int) -> Tensor:
-    """Put a band, [B, N, parts * width] or of columns [B, N, width], in its place among zeros [B, N, size]."""
+    """Scatter a band, [B, N, parts * width] or for columns [B, N, width], into zeros [B, N, size]."""
     (B, N, _), parts = compact.shape, max(band.parts, 1)
     start = (band.start * band.unit).to(compact.device, non_blocking=True)
     every = spread(compact.reshape(B, N * parts, band.width), start, compact.new_zeros(B, N * parts, size // parts))
@@ -235,14 +235,14 @@ def among_all(compact: Tensor, band: Band, size: int) -> Tensor:
 
 
 def _used(tensor: Tensor, band: Band, first: int) -> Tensor:
-    """A view of a band's columns [O, width], or of its rows in each part [parts, width, ...]."""
+    """Return a view of a band's columns [O, width], or of its rows in each part [parts, width, ...]."""
     if band.parts:
         return tensor.unflatten(0, (band.parts, -1))[:, first : first + band.width]
     return tensor[:, first : first + band.width]
 
 
 def _slice(weight: Tensor, band: Band, first: int) -> Tensor:
-    """The same as one matrix; a copy where the rows fall into parts."""
+    """Return ``_used`` as one matrix; a copy if the rows fall into parts."""
     return _used(weight, band, first).flatten(0, 1) if band.parts else _used(weight, band, first)
 
 
@@ -250,32 +250,32 @@ def _slice(weight: Tensor, band: Band, first: int) -> Tensor:
 
 
 def head_size(channels: int) -> int:
-    """Channels of a head, as the published models have them; for odd numbers of channels one."""
+    """Return the channels of a head as in the published models; one for odd numbers of channels."""
     return next(size for size in (72, 64, 8, 1) if channels % size == 0)
 
 
 def heads_of(sizes: Sizes) -> tuple[int, int]:
-    """How many heads are active, and how many there are."""
+    """Return the number of active heads, and of all heads."""
     count = sizes.C // head_size(sizes.C)
     return max(1, int(sizes.beta * count)), count
 
 
 def drawn_heads(draw: Draw, on_host: bool) -> Heads:
-    """Random windows over heads."""
+    """Draw random windows over heads."""
     width, count = heads_of(draw.sizes)
     start = draw.starts(count - width + 1)
     return Heads(start.cpu() if on_host and not start.is_meta else start, width, count)
 
 
 def _dense(out: Tensor, band: Band) -> Tensor:
-    """The active rows' part [B, N, parts * width] of a dense layer's output."""
+    """Return the active rows' part [B, N, parts * width] of a dense layer's output."""
     B, N, _ = out.shape
     parts = out.unflatten(2, (band.parts, -1)).flatten(1, 2)
     return in_window(parts, (band.start * band.unit).to(out.device), band.width).reshape(B, N, band.parts * band.width)
 
 
 def plain_band(u: Tensor, weight: Tensor, bias: Tensor | None, band: Band) -> Tensor:
-    """``band_forward`` in plain PyTorch."""
+    """Compute ``band_forward`` in plain PyTorch."""
     if band.parts:
         return _dense(F.linear(u, weight, bias), band)
     return F.linear(among_all(u, band, weight.shape[1]), weight, bias)
@@ -310,7 +310,7 @@ def _of_backward(
 
 
 def _layer(draw: Draw, parts: int, on_host: bool, ratio: int = 1) -> dict[str, Any]:
-    """A layer from C channels to ``parts * ratio * C`` over rows, or for no parts from as many over columns."""
+    """Draw a layer from C to ``parts * ratio * C`` channels over rows, or if parts is 0 its inverse over columns."""
     B, N, C, _ = draw.sizes
     heads = drawn_heads(draw, on_host)
     if parts:
@@ -343,7 +343,7 @@ def _gelu_backward_inputs(draw: Draw, on_host: bool) -> dict[str, Any]:
 
 
 def _widths(sizes: Sizes, parts: int) -> tuple[int, int]:
-    """Inputs and outputs of a layer, the active ones where it has a band."""
+    """Return the numbers of inputs and outputs of a layer, on the side of its band the active ones."""
     active = heads_of(sizes)[0] * head_size(sizes.C)
     return (sizes.C, parts * active) if parts else (active, sizes.C)
 
@@ -362,7 +362,7 @@ def _gradients_work(sizes: Sizes, items: Itemsizes, parts: int, parameters: bool
 
 
 def _peers(all_of_it: bool) -> Callable[..., Callable[[], Any]]:
-    """PyTorch's product with all heads, or with as many as are active, the same for all samples."""
+    """Return PyTorch's product with all heads, or with the first active ones for all samples alike."""
 
     def peer(u: Tensor, weight: Tensor, bias: Tensor | None, band: Band) -> Callable[[], Any]:
         x = among_all(u, band, weight.shape[1]) if all_of_it and not band.parts else u

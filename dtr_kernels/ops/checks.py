@@ -1,4 +1,4 @@
-"""Bad input is refused here, by name, before anything is computed."""
+"""Checks that refuse bad input by name, before anything is computed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_block(x: Tensor, c: Tensor, channels: int) -> None:
-    """x [B, N, channels] and c [B, channels] floating point, on x's device.
+    """Check that x [B, N, channels] and c [B, channels] are floating point and on x's device.
 
     Raises:
         TypeError: if x or c is not floating point.
@@ -28,7 +28,7 @@ def check_block(x: Tensor, c: Tensor, channels: int) -> None:
 
 
 def check_stream(x: Tensor, branch: Tensor | None, gate: Tensor | None, **modulation: Tensor) -> None:
-    """x [B, N, C] floating point; branch like x; gate and each of ``modulation`` [B, C]; all on x's device.
+    """Check x [B, N, C]; branch like x; gate and each of ``modulation`` [B, C]: all floating point, on x's device.
 
     Raises:
         TypeError: if a tensor is not floating point.
@@ -49,7 +49,7 @@ def check_stream(x: Tensor, branch: Tensor | None, gate: Tensor | None, **modula
 
 
 def check_linear(x: Tensor, name: str, weight: Tensor, bias: Tensor | None, inputs: int) -> None:
-    """weight [O, inputs] and bias [O] in x's dtype (any floating dtype under autocast, which casts them).
+    """Check weight [O, inputs] and bias [O]: in x's dtype (under autocast, which casts them, any floating dtype).
 
     Raises:
         ValueError: if a shape, dtype or device does not fit.
@@ -60,7 +60,7 @@ def check_linear(x: Tensor, name: str, weight: Tensor, bias: Tensor | None, inpu
 
 
 def check_parameters(x: Tensor, name: str, weight: Tensor, bias: Tensor | None) -> None:
-    """weight [O, ...] and bias [O] in x's dtype (any floating dtype under autocast, which casts them).
+    """Check weight [O, ...] and bias [O]: in x's dtype (under autocast, which casts them, any floating dtype).
 
     Raises:
         ValueError: if a shape, dtype or device does not fit.
@@ -84,13 +84,13 @@ def check_norm(norm: str) -> None:
 
 
 def check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
-    """Raise ValueError unless value is one of those allowed."""
+    """Raise ValueError unless value is one of ``allowed``."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def check_window(x: Tensor, window: ChannelWindow | None) -> ChannelWindow | None:
-    """window for x's batch, device and channels, or None where it leaves every channel active.
+    """Return the window for x's batch, device and channels, or None if it leaves every channel active.
 
     Raises:
         TypeError: if window is not a ChannelWindow.
@@ -107,11 +107,11 @@ def check_window(x: Tensor, window: ChannelWindow | None) -> ChannelWindow | Non
 
 
 def check_heads(x: Tensor, window: ChannelWindow, heads: int | None = None) -> ChannelWindow:
-    """window over attention heads for x's batch, on the CPU where the host knows it, else on x's device.
+    """Return the window over attention heads for x's batch, on the CPU if the host knows it, else on x's device.
 
     Raises:
         TypeError: if window is not a ChannelWindow.
-        ValueError: if it was made for another batch, device or, where these are given, number of heads.
+        ValueError: if it was made for another batch, another device or, if ``heads`` is given, other heads.
     """
     if not isinstance(window, ChannelWindow):
         raise TypeError(f"window must be a ChannelWindow, got {type(window).__name__}")

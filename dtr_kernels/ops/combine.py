@@ -38,7 +38,7 @@ from dtr_kernels.ops.registration import op
 def _combine(grads: list[Tensor], coefficients: Tensor) -> None:
     clusters = len(coefficients)
     refuse_shared_memory(grads, clusters)
-    # So that autograd notices if it has saved one of them for a backward pass.
+    # Autograd then notices if it has saved a gradient for a backward pass.
     torch.autograd.graph.increment_version(grads)
     if choose_surgery(grads[0].device, grads[0].dtype).path != "plain":
         _launch_combine(described(grads, clusters), coefficients)
@@ -101,11 +101,11 @@ def _(grads: list[Any], weights: Any) -> int:
 
 
 def combine_of(grads: Gathered | FlatGradients, coefficients: Tensor) -> None:
-    """``combine_`` of checked gradients."""
+    """Run ``combine_`` on checked gradients."""
     if isinstance(grads, Gathered):
         try:
             _launch_combine(grads.described, coefficients)
-        except ValueError:  # Some share memory, and the op says which.
+        except ValueError:  # Some share memory; the op's error says which.
             grads = flattened(grads.rows)
         else:
             torch.autograd.graph.increment_version([tensor for row in grads.rows for tensor in row])
@@ -114,7 +114,7 @@ def combine_of(grads: Gathered | FlatGradients, coefficients: Tensor) -> None:
 
 
 def weighted_sum_of(grads: Gathered | FlatGradients, weights: Tensor) -> list[Tensor]:
-    """``weighted_sum`` of checked gradients, one tensor for each segment."""
+    """Run ``weighted_sum`` on checked gradients; return one tensor for each segment."""
     if isinstance(grads, FlatGradients):
         return _weighted_sum(grads.tensors, weights)
     out = _empty_like(grads.rows[0], grads.described.sizes)
@@ -123,8 +123,8 @@ def weighted_sum_of(grads: Gathered | FlatGradients, weights: Tensor) -> list[Te
 
 
 def _empty_like(tensors: Sequence[Tensor], sizes: list[int]) -> list[Tensor]:
-    """Uninitialised tensors; on a CPU parts of one allocation, which take less time than as many of their own."""
-    if tensors[0].device.type != "cpu":  # whose kernels are faster where each is aligned
+    """Allocate uninitialised tensors; on a CPU as parts of one allocation, which is faster than separate ones."""
+    if tensors[0].device.type != "cpu":  # GPU kernels are faster on aligned tensors
         return [torch.empty_like(tensor) for tensor in tensors]
     parts = torch.unsafe_split_with_sizes(tensors[0].new_empty(sum(sizes)), sizes)
     return [
@@ -134,7 +134,7 @@ def _empty_like(tensors: Sequence[Tensor], sizes: list[int]) -> list[Tensor]:
 
 
 def combine_(grads: Tensor | Sequence[Sequence[Tensor]], coefficients: Tensor) -> None:
-    """Replaces K gradients by linear combinations of them, in place: g_i <- sum over j of coefficients[i, j] g_j.
+    """Replace K gradients by linear combinations of them, in place: g_i <- sum over j of coefficients[i, j] g_j.
 
     Args:
         grads: as in ``gram``; no two tensors may share memory.
@@ -152,7 +152,7 @@ def weighted_sum(grads: Tensor, weights: Tensor) -> Tensor: ...
 @overload
 def weighted_sum(grads: Sequence[Sequence[Tensor]], weights: Tensor) -> list[Tensor]: ...
 def weighted_sum(grads: Tensor | Sequence[Sequence[Tensor]], weights: Tensor) -> Tensor | list[Tensor]:
-    """The sum over k of weights[k] g_k.
+    """Return the sum over k of weights[k] g_k.
 
     Args:
         grads: as in ``gram``.

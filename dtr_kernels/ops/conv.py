@@ -1,25 +1,25 @@
 """The first half of ADM's routed residual block: GroupNorm, SiLU, resampling and a 3x3 convolution of m * x, without
 the deactivated channels.
 
-A group of channels outside the window is a group of zeros. GroupNorm makes exactly 0 of it before its affine
-parameters, so its channels reach the convolution as constants over space, the same for every sample,
+A group of channels outside the window is all zeros. GroupNorm makes it exactly 0 before its affine parameters, so its
+channels reach the convolution as constants over space, the same for every sample,
 
     v[c] = SiLU(norm_bias[c]),
 
-since resampling (nearest, or the mean of neighbours) keeps what is constant. To the output a constant channel adds its
-value times the sum of the kernel's taps that fall inside the image: one number for the interior and one for each edge
-and corner. For all of them together these are the convolution of an image of min(H, 3) x min(W, 3) pixels,
+since resampling (nearest, or the mean of neighbours) keeps constants. A constant channel adds its value times the sum
+of the kernel's taps inside the image to the output: one number for the interior and one for each edge and corner. For
+all constant channels together these are the convolution of an image of min(H, 3) x min(W, 3) pixels,
 
     out = Conv(u, weight[:, touched], bias) + stretched(Conv(v[others], weight[:, others])),
 
-where u are the normalised channels of the groups that the window touches. In a group that it cuts, a deactivated
-channel is constant too, SiLU((0 - mean) * rstd * norm_weight[c] + norm_bias[c]), with statistics over the whole group,
-zeros included. These channels, at most two groups less two channels, go through norm and convolution with the active
-ones: taking them out costs as much as it saves (ADM has 32 groups).
+where u are the normalised channels of the groups that the window touches. In a group that the window cuts, a
+deactivated channel is constant too, SiLU((0 - mean) * rstd * norm_weight[c] + norm_bias[c]), with statistics over the
+whole group, zeros included. These channels, at most two groups less two channels, go through norm and convolution with
+the active ones: removing them costs as much as it saves (ADM has 32 groups).
 
-That is for a window that the whole batch shares, and where it pays. With one window per sample the convolution is
+This applies to a window that the whole batch shares, if it saves time. With one window per sample the convolution is
 dense: on a CPU it takes longer to gather weights for a grouped convolution, or to run one per sample. Inside
-torch.compile it is dense as well, since every first channel would need a graph of its own.
+torch.compile it is dense as well, since every first channel would need its own graph.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ from dtr_kernels.ops.dispatch import Choice, is_wrapper, made
 from dtr_kernels.reference.unet import Resampling
 from dtr_kernels.routing import ChannelWindow
 
-# When skipping pays, measured on a CPU. A convolution copies a slice of the weight before it reads it, which takes as
-# long as using the slice at this many positions. Whatever else skipping adds takes as long as this many products of an
-# input and a weight at each of the kernel's taps.
+# Costs of skipping, measured on a CPU. Copying a slice of the weight takes as long as using it at this many positions;
+# all other overhead takes as long as this many products of an input and a weight at each of the kernel's taps.
 _POSITIONS_PER_COPY = 150
 _LEAST_PRODUCTS = 3 << 20
 
@@ -52,22 +51,22 @@ def routed_conv(
     window: ChannelWindow | None = None,
     resample: Resampling | None = None,
 ) -> Tensor:
-    """Conv3x3(resample(SiLU(GroupNorm(m * x)))), over the groups that the window touches where the batch shares it.
+    """Compute Conv3x3(resample(SiLU(GroupNorm(m * x)))), over the touched groups only if the batch shares the window.
 
-    Equal to the dense convolution of masked input (DTR paper, equation 6), because a group without an active channel
-    leaves the norm as constants that are known beforehand. With a window per sample, inside torch.compile, and where
-    the image is too small for skipping to pay, it is the dense convolution of masked input.
+    The result equals the dense convolution of masked input (DTR paper, equation 6), because a group without an active
+    channel leaves the norm as constants known beforehand. With a window per sample, inside torch.compile, and for
+    images too small for skipping to pay, the dense convolution of masked input runs.
 
     Args:
         x: [B, C, H, W], fp32, bf16, fp16 or fp64.
         norm_weight, norm_bias: affine parameters of the norm [C], any floating dtype.
         num_groups: of the norm; divides C. The norm runs in fp32 (fp64 for fp64) and its result is in x's dtype.
         eps: added to the variance.
-        weight, bias: of the convolution, which has a border of one zero, [O, C, 3, 3] and [O] (or None), in x's dtype;
-            autocast casts them.
+        weight, bias: of the convolution, padded by one zero, [O, C, 3, 3] and [O] (or None), in x's dtype; autocast
+            casts them.
         window: active channels of each sample; None for all.
-        resample: between SiLU and the convolution, from any number of channels [B, K, H, W] to as many
-            [B, K, H', W'], each by itself, and a constant channel to the same constant. None for no resampling.
+        resample: applied between SiLU and the convolution; maps [B, K, H, W] to [B, K, H', W'] for any K, each channel
+            by itself, and a constant channel to the same constant. None for no resampling.
 
     Returns:
         [B, O, H', W'] in the dtype of a convolution of x.
@@ -110,7 +109,7 @@ def _check(
 
 
 def _touched(start: int, window: ChannelWindow, num_groups: int) -> tuple[int, int]:
-    """The first channel of the groups that a window from ``start`` touches, and the one after their last."""
+    """Return the first channel of the groups that a window from ``start`` touches, and the end of the last group."""
     end = start + window.width
     if not 0 <= start <= end <= window.channels:
         raise ValueError(
@@ -124,7 +123,7 @@ def _touched(start: int, window: ChannelWindow, num_groups: int) -> tuple[int, i
 def _choose(
     x: Tensor, num_groups: int, weight: Tensor, window: ChannelWindow | None, resample: Resampling | None
 ) -> Choice:
-    """Choose whether ``routed_conv`` is "dense", of all channels of x, or reads the "touched" groups alone."""
+    """Choose whether ``routed_conv`` is "dense", over all channels of x, or reads only the "touched" groups."""
     if window is None:
         return Choice("dense", "unrouted")
     if window.shared_start is None:
@@ -143,7 +142,7 @@ def _choose(
 
 
 def _pays(x: Tensor, weight: Tensor, kept: int, resample: Resampling | None) -> bool:
-    """Whether it saves time to convolve ``kept`` channels alone."""
+    """Return whether convolving only ``kept`` channels saves time."""
     one = x[:1, :1].detach()
     positions = len(x) * (one if resample is None else resample(one)).numel()
     O, C = weight.shape[:2]
@@ -151,8 +150,8 @@ def _pays(x: Tensor, weight: Tensor, kept: int, resample: Resampling | None) -> 
 
 
 def _conv_among_constants(u: Tensor, first: int, constants: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution of an image whose channels from number ``first`` on are u [B, K, H, W], and whose others have
-    the values that ``constants`` [C] holds for them."""
+    """Convolve an image whose channels from number ``first`` on are u [B, K, H, W], and whose other channels hold their
+    values in ``constants`` [C]."""
     kept, H, W = u.shape[1:]
     sizes = [first, kept, len(constants) - first - kept]
     before, _, after = constants.split(sizes)
@@ -164,7 +163,7 @@ def _conv_among_constants(u: Tensor, first: int, constants: Tensor, weight: Tens
 
 
 def _stretched(image: Tensor, dim: int, size: int) -> Tensor:
-    """The image with the second of its three rows (or columns) repeated until there are ``size``; of fewer, itself."""
+    """Repeat the second of an image's three rows (or columns) until there are ``size``; leave fewer as they are."""
     if size <= 3:
         return image
     edge, interior, other_edge = image.split(1, dim)

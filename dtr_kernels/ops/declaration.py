@@ -1,7 +1,7 @@
-"""Declarations: how a kernel is called, what it computes, in which modes, and what that costs at least.
+"""Declarations: how a kernel is called, what it computes, in which modes, and its least cost.
 
-Checks, tuning, benchmarks and the report of the compilers run the declared kernels (``ops.KERNELS``), each of which
-stands beside its launcher.
+Checks, tuning, benchmarks and the compilers' report run the declared kernels (``ops.KERNELS``). Each declaration stands
+beside its launcher.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Mode = Mapping[str, Any]
 
 
 class Itemsizes(NamedTuple):
-    """Bytes of an element.
+    """Bytes per element.
 
     Attributes:
-        operand: of what matrix products read and write, and of modulation.
-        stream: of the residual stream, of parameters and of the gradients of both. Under autocast it is larger.
+        operand: of the inputs and outputs of matrix products, and of modulation.
+        stream: of the residual stream, of parameters and of their gradients. Larger than ``operand`` under autocast.
     """
 
     operand: int
@@ -57,7 +57,7 @@ class Precision(NamedTuple):
 
     @property
     def items(self) -> Itemsizes:
-        """The sizes of both."""
+        """The item sizes of both dtypes."""
         return Itemsizes(self.operand.itemsize, self.stream.itemsize)
 
 
@@ -79,7 +79,7 @@ class Sizes(NamedTuple):
 
     @property
     def W(self) -> int:
-        """The active channels."""
+        """The number of active channels."""
         return max(1, int(self.beta * self.C))
 
     def __str__(self) -> str:
@@ -87,7 +87,7 @@ class Sizes(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of K clusters with respect to P parameters, in all."""
+    """Gradients of K clusters with respect to P parameters in total."""
 
     K: int
     P: int
@@ -96,20 +96,20 @@ class Gradients(NamedTuple):
         return f"{self.K} x {self.P}"
 
 
-#: Names of peers of kernels over windows: PyTorch on all channels, and on as many as are active, an upper bound.
+#: Peers of kernels over windows: PyTorch on all channels, and on a slice of active channels, an upper bound.
 ALL_CHANNELS, ONE_SLICE = "PyTorch, all channels", "PyTorch, one slice"
 
-#: Odd sizes, windows with room beside them, more tokens than a tile has, and batches with nothing in them.
+#: Odd sizes, windows smaller than the channels, more tokens than a tile has, and empty batches.
 SIZES = (Sizes(2, 33, 67), Sizes(3, 70, 192, 0.48), Sizes(1, 1, 80), Sizes(2, 0, 32), Sizes(0, 4, 32))
 
 
-# Means, sums over tokens and the like are fp32 in every precision; the first channel of a window is an int32.
+# Means, sums over tokens and other statistics are fp32 in every precision; the first channel of a window is an int32.
 STATISTIC = 4
 _START = 4
 
 
 def starts(B: int, C: int, W: int) -> int:
-    """Bytes of the windows of a batch, where not all channels are active."""
+    """Count the bytes of a batch's windows; 0 if all channels are active."""
     return B * _START if W < C else 0
 
 
@@ -117,8 +117,8 @@ class Draw:
     """Random arguments for one call, the same for the same seed of PyTorch.
 
     Attributes:
-        sizes, precision, device: of the arguments; on "meta" they have no numbers.
-        shared: whether all samples have the same window.
+        sizes, precision, device: of the arguments; on "meta" they hold no numbers.
+        shared: all samples have the same window.
     """
 
     def __init__(self, sizes: Any, precision: Precision, device: torch.device, shared: bool = False) -> None:
@@ -126,52 +126,52 @@ class Draw:
 
     @property
     def start(self) -> Tensor:
-        """int32 [B], the first active channel of each sample; drawn anew each time."""
+        """The first active channel of each sample, int32 [B], drawn anew each time."""
         return self.starts(self.sizes.C - self.sizes.W + 1)
 
     def starts(self, positions: int) -> Tensor:
-        """int32 [B], where windows start that have so many places to be."""
+        """Draw starts of windows, int32 [B], below ``positions``."""
         B = self.sizes.B
         drawn = torch.randint(positions, (B,), device=self._source, dtype=torch.int32)
         return (drawn[:1].repeat(B) if self.shared else drawn).to(self.device)
 
     @property
     def _source(self) -> str:
-        """Where random numbers are drawn: they are the same for every device."""
+        """The device that draws random numbers, so that they are the same for every device."""
         return "meta" if self.device.type == "meta" else "cpu"
 
     def _normal(self, shape: Sequence[int], dtype: torch.dtype, std: float = 1.0) -> Tensor:
         return (std * torch.randn(tuple(shape), device=self._source)).to(self.device, dtype)
 
     def __call__(self, *shape: int, std: float = 1.0) -> Tensor:
-        """An operand."""
+        """Draw an operand."""
         return self._normal(shape, self.precision.operand, std)
 
     def stream(self, *shape: int) -> Tensor:
-        """A residual stream, each token with a mean of its own: else deactivated channels would leave a norm as all
-        but zero, and their absence would pass in 16-bit dtypes."""
+        """Draw a residual stream, each token with its own mean: otherwise deactivated channels would leave a norm as
+        nearly zero, and 16-bit dtypes would hide their absence."""
         return self._normal(shape, self.precision.stream) + self._normal((*shape[:-1], 1), self.precision.stream)
 
     def statistic(self, *shape: int) -> Tensor:
-        """A mean, a sum over tokens or the like."""
+        """Draw a mean, a sum over tokens or another statistic."""
         return self._normal(shape, compute_dtype(torch.empty(0, dtype=self.precision.operand)))
 
     def weight(self, outputs: int, inputs: int) -> Tensor:
-        """[outputs, inputs], of a scale that keeps that of activations."""
+        """Draw a weight [outputs, inputs], scaled to keep the scale of activations."""
         return self(outputs, inputs, std=max(inputs, 1) ** -0.5)
 
     def vectors(self, count: int) -> Sequence[Tensor]:
-        """Strided [B, C] views of one [B, 6C], as adaLN gives them."""
+        """Draw strided [B, C] views of one [B, 6C], as adaLN returns them."""
         return self(self.sizes.B, 6 * self.sizes.C, std=0.5).chunk(6, dim=1)[:count]
 
     def compact(self, channels: int | None = None) -> Tensor:
-        """Windows [B, N, W], or of so many channels, in rows as one launcher leaves them for another."""
+        """Draw windows [B, N, W], or of ``channels`` channels, in rows as one launcher leaves them for another."""
         rows = self(self.sizes.B, self.sizes.N, self.sizes.W if channels is None else channels)
         return empty_rows(*rows.shape, like=rows, dtype=rows.dtype).copy_(rows)
 
 
 class Gradient:
-    """Plain PyTorch's gradient, for a kernel that is a backward pass.
+    """Plain PyTorch's gradient, the exact result of a kernel that is a backward pass.
 
     Args:
         of: maps the kernel's arguments to a function, its inputs, and the gradients of its outputs (None for an output
@@ -184,11 +184,11 @@ class Gradient:
     def prepare(
         self, arguments: Mapping[str, Any], wrap: Callable[[Any], Any] = lambda function: function
     ) -> Callable[[], tuple[Tensor, ...]]:
-        """Run the forward pass, and return the backward pass, which may be called again and again.
+        """Run the forward pass, and return the backward pass, which may be called repeatedly.
 
         Args:
-            arguments: the kernel's.
-            wrap: applied to the function, as ``torch.compile``.
+            arguments: of the kernel.
+            wrap: applied to the function, like ``torch.compile``.
         """
         function, inputs, cotangents = self.of(**arguments)
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
@@ -203,25 +203,25 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Declare a launcher, or an op that is built from several, to checks, tuning, benchmarks and reports.
+    """Declaration of a launcher, or of an op built from several, for checks, tuning, benchmarks and reports.
 
     Attributes:
         name: unique.
         launch: called with ``inputs`` as keywords; returns tensors, nested in any way.
         exact: the same in plain PyTorch, from the same arguments in any precision; or ``Gradient``.
         inputs: makes the arguments of a mode: ``inputs(draw, **mode)``.
-        modes: those that the library calls it in.
-        work: what a mode needs at least, ``work(sizes, items, **mode)``; None for a part of what is counted elsewhere,
-            which has no benchmark.
-        timed: says which modes are tuned and benchmarked: what training steps and samplers run.
-        tiles: names in ``tiles.KINDS`` of the tiles that a mode runs with.
-        crossover: the name there of what decides between our GEMM and the library's; None where nothing does.
-        peers: what else people would call, by name: from the arguments a call, or None where there is none on their
-            device.
-        sizes: that checks run.
-        under_autocast: whether streams and operands may differ in dtype.
-        in_place: whether it writes to its arguments.
-        triton_only: whether it runs on a GPU alone, where the compiled CPU kernels have it as a part of another.
+        modes: the modes in which the library calls it.
+        work: the least work of a mode, ``work(sizes, items, **mode)``; None for a part of a kernel that is counted as a
+            whole, which has no benchmark.
+        timed: selects the modes that are tuned and benchmarked, those of training steps and samplers.
+        tiles: names in ``tiles.KINDS`` of the tiles of a mode.
+        crossover: the name there of the choice between our GEMM and the library's; None if there is no choice.
+        peers: alternatives that people would call, by name: each maps the arguments to a call, or to None if it does
+            not run on their device.
+        sizes: the sizes of the checks.
+        under_autocast: streams and operands may differ in dtype.
+        in_place: it writes to its arguments.
+        triton_only: it runs on a GPU alone, and the compiled CPU kernels have it as a part of another kernel.
     """
 
     name: str
@@ -240,12 +240,12 @@ class Kernel:
     triton_only: bool = False
 
     def run(self, arguments: Mapping[str, Any]) -> list[Tensor]:
-        """Launch it, on copies of what it writes to, and return the tensors that it computes."""
+        """Launch it, on copies of the arguments if it writes to them, and return the tensors that it computes."""
         return results(self.launch(**(tree_map(_copy, dict(arguments)) if self.in_place else arguments)))
 
     @property
     def precisions(self) -> dict[str, Precision]:
-        """The precisions that it takes, by name."""
+        """The precisions that the kernel takes, by name."""
         return PRECISIONS | ({"autocast": AUTOCAST} if self.under_autocast else {})
 
 
@@ -254,12 +254,12 @@ def _copy(leaf: Any) -> Any:
 
 
 def results(nested: Any) -> list[Tensor]:
-    """The tensors in what a kernel returns; None stands for none."""
+    """Return the tensors in a kernel's nested result, without its Nones."""
     return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor)]
 
 
 def widened(arguments: Any) -> Any:
-    """Arguments in fp64."""
+    """Return the arguments in fp64."""
 
     def wide(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -270,13 +270,13 @@ def widened(arguments: Any) -> Any:
 
 
 def modes(valid: Callable[..., bool] = lambda **_: True, **axes: Sequence[Any]) -> list[Mode]:
-    """All combinations of the axes' values that are valid."""
+    """Return all valid combinations of the axes' values."""
     found = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     return [mode for mode in found if valid(**mode)]
 
 
 def mode_name(mode: Mode) -> str:
-    """A mode in words: the names of what is switched on, and other values as they are."""
+    """Describe a mode in words: the names of true flags, and other values as they are."""
     return ", ".join(
         name.replace("_", " ") if value is True else str(value) for name, value in mode.items() if value is not False
     )
@@ -286,12 +286,12 @@ def mode_name(mode: Mode) -> str:
 
 
 def in_window(dense: Tensor, start: Tensor, width: int) -> Tensor:
-    """The active channels [B, N, W] of dense [B, N, C]."""
+    """Return the active channels [B, N, W] of dense [B, N, C]."""
     channel = start[:, None].long() + torch.arange(width, device=dense.device)
     return dense.gather(2, channel[:, None].expand(-1, dense.shape[1], -1))
 
 
 def spread(compact: Tensor, start: Tensor, into: Tensor) -> Tensor:
-    """``into`` [B, N, C] with the active channels [B, N, W] in their places."""
+    """Return ``into`` [B, N, C] with the active channels [B, N, W] written to their places."""
     channel = start[:, None].long() + torch.arange(compact.shape[2], device=compact.device)
     return into.scatter(2, channel[:, None].expand(-1, into.shape[1], -1), compact.to(into.dtype))

@@ -1,4 +1,4 @@
-"""Which code runs, how a kernel is launched, and tensors in the layout the kernels read."""
+"""Choose which code runs, launch kernels, and lay out tensors as the kernels read them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dtr_kernels.ops import extension, triton_version
 from dtr_kernels.ops.tuned_tiles import TOKENS_PER_SUM
 
-# Bytes to which tensor descriptors (Hopper's TMA) want base address and strides aligned.
+# Alignment in bytes of base address and strides for tensor descriptors (Hopper's TMA).
 _ALIGNMENT = 16
-# Rows of what a GPU's kernels write are multiples of so many elements: they start on a 32-byte memory sector in 16-bit
-# dtypes.
+# Rows written by GPU kernels are padded to a multiple of so many elements, so that they start on a 32-byte memory
+# sector in 16-bit dtypes.
 _ROW_PADDING = 16
-# Triton decides when a kernel is defined whether it is interpreted.
+# Triton decides whether a kernel is interpreted when the kernel is defined.
 _INTERPRETED = triton.knobs.runtime.interpret
 # Below this many elements of x the reference block is faster on a CPU (`python -m benchmarks run cpu_limits`).
 LEAST_ELEMENTS_ON_CPU = 3 << 16
@@ -31,18 +31,18 @@ LEAST_ELEMENTS_ON_CPU = 3 << 16
 
 
 class Choice(NamedTuple):
-    """Which of several implementations runs: ``path`` names it for code, ``why`` says it to people, with the reason."""
+    """The implementation that runs: ``path`` names it for code, ``why`` gives the reason in words."""
 
     path: str
     why: str
 
 
-# Choices that somebody listens to, by thread: another thread may run another model.
+# Choices recorded by ``choices``, by thread: another thread may run another model.
 _made: dict[int, list[Choice]] = {}
 
 
 def made(choice: Choice) -> Choice:
-    """Tell ``choices`` of this thread of a choice, and return it."""
+    """Report a choice to ``choices`` of this thread, and return it."""
     if _made and not torch.compiler.is_compiling() and (heard := _made.get(threading.get_ident())) is not None:
         heard.append(choice)
     return choice
@@ -50,7 +50,7 @@ def made(choice: Choice) -> Choice:
 
 @contextmanager
 def choices() -> Iterator[list[Choice]]:
-    """Inside, every choice of this thread is added to the list when it is made."""
+    """Collect every choice of this thread in a list while the context is open."""
     thread = threading.get_ident()
     before = _made.get(thread)
     heard: list[Choice] = []
@@ -66,7 +66,7 @@ def choices() -> Iterator[list[Choice]]:
 def kernels_for(device: torch.device, dtype: torch.dtype) -> Choice:
     """Choose the kernels for tensors of any size: "triton", "cpu" (the compiled extension) or "plain" (the reference).
 
-    Triton's interpreter, when TRITON_INTERPRET is set, takes the place of a GPU. fp64 has no Triton kernels.
+    Triton's interpreter, when TRITON_INTERPRET is set, replaces a GPU. fp64 has no Triton kernels.
     """
     if device.type == "cuda" or _INTERPRETED or _arch is not None:
         if dtype == torch.float64:
@@ -80,11 +80,11 @@ def kernels_for(device: torch.device, dtype: torch.dtype) -> Choice:
 
 
 def choose(x: Tensor, *weights: Tensor) -> Choice:
-    """Choose what computes an op of x and these weights: as ``kernels_for``, but "plain" where that is better or all
-    there is.
+    """Choose what computes an op of x and these weights: as ``kernels_for``, but "plain" if that is faster or nothing
+    else works.
 
-    Better for small tensors on a CPU, where calling an op takes longer than a kernel saves; all there is for functorch
-    transforms, forward-mode differentiation, and weights that are not plain numbers in memory.
+    It is faster for small tensors on a CPU, where calling an op takes longer than a kernel saves. Nothing else works
+    under functorch transforms and forward-mode differentiation, and for weights that are not plain numbers in memory.
     """
     return made(_choose(x, weights))
 
@@ -93,9 +93,9 @@ def _choose(x: Tensor, weights: tuple[Tensor, ...]) -> Choice:
     kernels = kernels_for(x.device, x.dtype)
     if kernels.path == "plain":
         return kernels
-    # An exported graph is one for all sizes of its batch: a comparison would bind it to one side of the limit.
+    # An exported graph serves all batch sizes: a comparison would bind it to one side of the limit.
     if kernels.path == "cpu" and not torch.compiler.is_exporting() and x.numel() < LEAST_ELEMENTS_ON_CPU:
-        # In a compiled graph a number in words would bind it to one size.
+        # In a compiled graph a number in the text would bind it to one size.
         size = "few" if torch.compiler.is_compiling() else f"{x.numel():,}"
         return Choice(
             "plain",
@@ -115,12 +115,12 @@ def _choose(x: Tensor, weights: tuple[Tensor, ...]) -> Choice:
 
 
 def runs_on_cpu(x: Tensor) -> bool:
-    """Return whether a launcher runs the compiled CPU kernels on x; else it launches Triton's."""
+    """Return whether a launcher runs the compiled CPU kernels on x; otherwise it launches Triton's."""
     return kernels_for(x.device, x.dtype).path == "cpu"
 
 
 def _is_transformed() -> bool:
-    """Return whether a functorch transform or forward-mode differentiation is at work; torch.compile is neither."""
+    """Return whether a functorch transform or forward-mode differentiation is active; torch.compile is neither."""
     return not torch.compiler.is_compiling() and (
         forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
     )
@@ -128,11 +128,11 @@ def _is_transformed() -> bool:
 
 def is_wrapper(weight: Tensor) -> bool:
     """Return whether a weight is a subclass around other tensors, as quantised ones are (TorchAO's Int8Tensor)."""
-    return hasattr(type(weight), "__tensor_flatten__")  # by its class, as torch.compile shows no more of an instance
+    return hasattr(type(weight), "__tensor_flatten__")  # by class: torch.compile hides the instance's attributes
 
 
 def in_dtype_of(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """tensors in x's dtype, for the plain path, where PyTorch would promote or refuse a mixture."""
+    """Return the tensors in x's dtype, for the plain path, where PyTorch would promote or refuse a mixture."""
     return tuple(t if t is None else t.to(x.dtype) for t in tensors)
 
 
@@ -149,17 +149,17 @@ class Launch(NamedTuple):
 
 
 _recorded: list[Launch] | None = None
-# The compute capability that ``recording`` pretends.
+# The compute capability that ``recording`` simulates.
 _arch: int | None = None
 
 
 @contextmanager
 def recording(arch: int | None = None) -> Iterator[list[Launch]]:
-    """Inside, launchers of all threads do everything but launch: what they would launch is added to the list.
+    """Record the launches of all threads instead of running them while the context is open.
 
     Args:
         arch: choose paths, tiles and crossovers as on a GPU of this compute capability (80, 90, 100, ...), also for
-            tensors on the device "meta"; None to leave it to the device at hand.
+            tensors on the device "meta"; None for the device's own.
     """
     global _recorded, _arch
     before = _recorded, _arch
@@ -183,14 +183,14 @@ def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
         kernel[(programs,)](*args, **options)
         return
     with torch.cuda.device(device):
-        # Any call of the CUDA runtime makes a context current on this thread; this one is allowed while a graph is
-        # captured. Triton does so too, but after it has encoded descriptors, which needs one (pytorch#124565).
+        # Any CUDA runtime call makes a context current on this thread; this one is allowed during graph capture. Triton
+        # makes one current too, but only after it has encoded descriptors, which needs one (pytorch#124565).
         torch.cuda.is_current_stream_capturing()
         kernel[(programs,)](*args, **options)
 
 
 def capability(x: Tensor) -> int:
-    """Compute capability of x's device as 80, 90, 100, ...; 90 in Triton's interpreter."""
+    """Return the compute capability of x's device as 80, 90, 100, ...; 90 in Triton's interpreter."""
     if _arch is not None:
         return _arch
     return 90 if x.device.type != "cuda" else capability_of(x.get_device())
@@ -198,13 +198,13 @@ def capability(x: Tensor) -> int:
 
 @cache
 def capability_of(device: int) -> int:
-    """Compute capability of a GPU by its number, as 80, 90, 100, ..."""
+    """Return the compute capability of a GPU by its number, as 80, 90, 100, ..."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
 def multiprocessors(x: Tensor) -> int:
-    """How many multiprocessors x's device has; an H200's 132 in Triton's interpreter."""
+    """Return the number of multiprocessors of x's device; an H200's 132 in Triton's interpreter."""
     return 132 if x.device.type != "cuda" else _multiprocessors(x.get_device())
 
 
@@ -217,19 +217,19 @@ def _multiprocessors(device: int) -> int:
 
 
 def row_stride(x: Tensor) -> int:
-    """Elements from one row to the next of a tensor whose rows are equally spaced."""
+    """Return the elements from one row to the next of a tensor whose rows are equally spaced."""
     return x.shape[-1] if x.is_contiguous() else x.stride(-2)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """x itself if its last dimension is contiguous (a chunk of a wider tensor is), else a copy."""
+    """Return x if its last dimension is contiguous (a chunk of a wider tensor is), else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def empty_rows(*shape: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialised tensor; on a GPU its rows are padded to an aligned stride, so that a descriptor reads it in place.
+    """Allocate an uninitialised tensor; on a GPU its rows have an aligned stride, for a descriptor to read it in place.
 
-    Not on a CPU: oneDNN multiplies what lies behind a row of odd length with zeros, and the padding may hold NaN.
+    Rows are not padded on a CPU: oneDNN multiplies what follows a row of odd length by zeros, and padding may hold NaN.
     """
     width = shape[-1]
     triton = kernels_for(like.device, like.dtype).path == "triton"
@@ -238,12 +238,12 @@ def empty_rows(*shape: int, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
-    """Return x, or an empty tensor where a fixed number of outputs has no use for one."""
+    """Return x, or an empty tensor for None, since an op has a fixed number of outputs."""
     return like.new_empty(0) if x is None else x
 
 
 def descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
-    """A tensor descriptor of x for tiles of shape ``block``, copying x only if its layout cannot be described."""
+    """Return a tensor descriptor of x for tiles of shape ``block``. Copies x only if its layout cannot be described."""
     size = x.element_size()
     aligned = x.data_ptr() % _ALIGNMENT == 0 and all(stride * size % _ALIGNMENT == 0 for stride in x.stride()[:-1])
     expanded = any(stride == 0 and n > 1 for stride, n in zip(x.stride(), x.shape, strict=True))
@@ -253,31 +253,31 @@ def descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How ``tl.dot`` multiplies fp32: as PyTorch does, exactly unless the user allowed tf32."""
+    """Return how ``tl.dot`` multiplies fp32: as PyTorch does, exactly unless the user allowed tf32."""
     settings = torch.backends.cuda.matmul
-    # From torch 2.9 on there is fp32_precision, and reading the older setting may raise.
+    # Since torch 2.9 there is fp32_precision, and reading the older setting may raise.
     tf32 = settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
     return "tf32" if tf32 and dtype == torch.float32 else "ieee"
 
 
 def chunks_of(N: int) -> int:
-    """Partial sums per sample of N tokens."""
+    """Return the number of partial sums for a sample of N tokens."""
     return -(-N // TOKENS_PER_SUM)
 
 
 def modulation(x: Tensor, *vectors: Tensor | None) -> tuple[Any, ...]:
-    """[B, C] vectors as the kernels of x read them: rows contiguous, and for the CPU in the compute dtype."""
+    """Return [B, C] vectors as the kernels of x read them: rows contiguous, and for the CPU in the compute dtype."""
     dtype = compute_dtype(x) if runs_on_cpu(x) else None
     return tuple(v if v is None else rows_contiguous(v if dtype is None else v.to(dtype)) for v in vectors)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of statistics and sums: fp32, or fp64 for fp64 inputs."""
+    """Return the dtype of statistics and sums: fp32, or fp64 for fp64 inputs."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def matmul_accumulated(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with the result left in the accumulator's dtype instead of rounded to a 16-bit input dtype."""
+    """Return a @ b in the accumulator's dtype instead of rounded to a 16-bit input dtype."""
     if a.dtype in (torch.float32, torch.float64):
         return a @ b
     if a.device.type == "cuda":

@@ -17,9 +17,9 @@ _NAME = "dtr_kernels._C"
 
 
 def _hidden_package(package: Path) -> str | None:
-    """Return which other copy of this package has an extension, and what to do, if this one has none.
+    """If this copy of the package has no extension, name another copy that has one, and say what to do.
 
-    An editable install of another checkout would lend its own, which may be of other sources.
+    An editable install of another checkout would otherwise lend its own, perhaps built from other sources.
     """
     if _NAME in sys.modules or PathFinder.find_spec(_NAME, [str(package)]):
         return None
@@ -58,14 +58,14 @@ else:
 
 
 def dtype_code(dtype: torch.dtype) -> kernels.Type:
-    """The extension's name of a dtype."""
+    """Return the extension's name of a dtype."""
     return _TYPES[dtype]
 
 
 def rows(x: Tensor | None) -> kernels.Rows:
-    """x as equally spaced rows of its contiguous last dimension; None as the null tensor.
+    """Describe x as equally spaced rows of its contiguous last dimension; None as the null tensor.
 
-    Holds a bare pointer: the caller keeps x alive until the kernel has run.
+    The result holds a bare pointer: the caller keeps x alive until the kernel has run.
     """
     if x is None:
         return 0, kernels.Type.f32, 0
@@ -75,5 +75,5 @@ def rows(x: Tensor | None) -> kernels.Rows:
 
 
 def shape(B: int, N: int, C: int, start: Tensor | None, width: int, chunk: int = 1) -> kernels.Shape:
-    """Sizes of a batch and its windows; ``chunk`` is the number of tokens per partial sum."""
+    """Return the sizes of a batch and its windows; ``chunk`` is the number of tokens per partial sum."""
     return B, N, C, 0 if start is None else start.data_ptr(), width, chunk

@@ -8,9 +8,9 @@ For each token, over channels c, with m the sample's window (all ones when unrou
     u      = (v - mean) * rstd * (1 + scale) + shift
 
 RMSNorm is the same with mean = 0. Deactivated channels leave the norm as -mean * rstd, the same for all of them. So u
-may be compact, [B, N, K] of the window's channels and, on a GPU, some neighbours, and the linear layer that follows
-adds what other channels contribute in closed form (``window_linear``); or it has all C channels, for a dense GEMM where
-that is faster, and with ``keep_branch`` always. The sums over C need only a window: each deactivated channel adds
+may be compact, [B, N, K]: the window's channels and, on a GPU, some neighbours. The next linear layer then adds the
+contribution of the other channels in closed form (``window_linear``). Otherwise u has all C channels: for a dense GEMM,
+if that is faster, and always with ``keep_branch``. The sums over C need only the window: each deactivated channel adds
 mean^2 to the variance.
 
 ``reference.routed_norm`` is the reference. These functions are not differentiable by themselves; ``routed_linear`` and
@@ -60,7 +60,7 @@ from dtr_kernels.routing import ChannelWindow
 
 
 class NormInputs(NamedTuple):
-    """x and a pending update's branch [B, N, C]; shift, scale and its gate [B, C]."""
+    """x and a pending update's branch [B, N, C]; shift, scale and the update's gate [B, C]."""
 
     x: Tensor
     shift: Tensor
@@ -75,8 +75,8 @@ class NormWindow(NamedTuple):
     Attributes:
         start: int32 [B], the first channel of each sample's window; None when unrouted.
         width: W; C when unrouted.
-        compact: u has few channels besides the active ones (``kept_channels``).
-        keep_branch: x alone is masked; not with ``compact``.
+        compact: u has only the active channels and few others (``kept_channels``).
+        keep_branch: only x is masked; excludes ``compact``.
     """
 
     start: Tensor | None
@@ -86,15 +86,15 @@ class NormWindow(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """Which of ``reference.NORMS`` it is; eps is added to the variance, or to the mean square."""
+    """One of ``reference.NORMS``; eps is added to the variance, or to the mean square."""
 
     eps: float
     kind: str = "layer"
 
 
 class NormOutput(NamedTuple):
-    """stream [B, N, C] (None without a branch), u [B, N, C] (fewer channels if compact), mean (None of RMSNorm) and
-    rstd [B, N] in the compute dtype; first, int32 [B]: the channel that a compact u begins with (None for any other).
+    """stream [B, N, C] (None without a branch), u [B, N, C] (fewer channels if compact), mean (None for RMSNorm) and
+    rstd [B, N] in the compute dtype; first, int32 [B], the first channel of a compact u (None otherwise).
     """
 
     stream: Tensor | None
@@ -104,26 +104,26 @@ class NormOutput(NamedTuple):
     first: Tensor | None
 
 
-# Channels of a GEMM's step on large GPUs in 16-bit dtypes. A window seldom fills the last step.
+# Channels per step of a GEMM on large GPUs in 16-bit dtypes. A window seldom fills the last step.
 _STEP = 64
 
 
 def kept_channels(x: Tensor, window: NormWindow) -> tuple[int, int]:
-    """Return how many channels a compact u has, and a power of two that the first of them is a multiple of.
+    """Return the number of channels of a compact u, and a power of two that divides the index of the first one.
 
-    A window starts anywhere, and neither vectors nor memory sectors do. So on a GPU u begins before the window, as far
-    as the last step of a GEMM over it has room anyway; neighbours hold what they have in a dense layer's input.
+    A window may start anywhere, unlike vectors and memory sectors. So on a GPU u begins before the window, as far as
+    the last step of a GEMM over it has room anyway; the neighbours hold their values of a dense layer's input.
     """
     C, width = x.shape[-1], window.width
     if runs_on_cpu(x):
         return width, 1
     kept = min(triton.cdiv(width, _STEP) * _STEP, C)
     room = 1 << ((kept - width + 1).bit_length() - 1)
-    return kept, math.gcd(room, C - kept)  # the last place that they have is C - kept
+    return kept, math.gcd(room, C - kept)  # they start at C - kept at the latest
 
 
 def _first_kept_channel(x: Tensor, window: NormWindow) -> Tensor | None:
-    """Return the channel that a compact u begins with, int32 [B]; None for any other u."""
+    """Return the first channel of a compact u, int32 [B]; None for any other u."""
     if window.start is None or not window.compact:
         return None
     kept, alignment = kept_channels(x, window)
@@ -131,8 +131,8 @@ def _first_kept_channel(x: Tensor, window: NormWindow) -> Tensor | None:
 
 
 class NormGradients(NamedTuple):
-    """x, branch [B, N, C] in the inputs' dtypes; shift, scale, gate [B, C] in the compute dtype; None without a
-    branch."""
+    """Gradients of x and branch [B, N, C] in the inputs' dtypes; of shift, scale and gate [B, C] in the compute dtype.
+    Those of branch and gate are None without a branch."""
 
     x: Tensor
     shift: Tensor
@@ -141,7 +141,7 @@ class NormGradients(NamedTuple):
     gate: Tensor | None
 
     def of(self, inputs: NormInputs, shift: Tensor | None = None, scale: Tensor | None = None) -> NormGradients:
-        """Return them in the inputs' dtypes, with the gradients of shift and scale at channels that u left out."""
+        """Return the gradients in the inputs' dtypes, adding ``shift`` and ``scale`` of channels that u left out."""
         dshift = self.shift if shift is None else self.shift + shift
         dscale = self.scale if scale is None else self.scale + scale
         dgate = None if self.gate is None or inputs.gate is None else self.gate.to(inputs.gate.dtype)
@@ -153,14 +153,14 @@ class NormGradients(NamedTuple):
 
 @triton.jit
 def _near(c, first, width):
-    """The channels of a window and what shares a vector of 8 with them: it starts anywhere, and masks that change
-    within a vector would split loads into single channels."""
+    """Return the mask of a window's channels and others in the same vectors of 8: a window starts anywhere, and masks
+    that change within a vector would split loads into single channels."""
     return (c // 8 >= first // 8) & (c // 8 <= (first + width - 1) // 8)
 
 
 @triton.jit
 def _first_kept(start, last, ALIGNMENT: tl.constexpr):
-    """The first channel of a compact u: from the last whole ``ALIGNMENT`` before a window, where they end by C."""
+    """Return the first channel of a compact u: the last multiple of ``ALIGNMENT`` up to ``start``, at most ``last``."""
     return tl.multiple_of(min(start // ALIGNMENT * ALIGNMENT, last), ALIGNMENT)
 
 
@@ -211,7 +211,7 @@ def gated_norm_forward_kernel(
     if WINDOWED:
         start = tl.load(start_ptr + b)
         active = (c >= start) & (c < start + width) & exists
-        if not HAS_BRANCH:  # only a residual update has to touch deactivated channels
+        if not HAS_BRANCH:  # only a residual update touches deactivated channels
             read = _near(c, start, width) & exists
         if COMPACT:
             first = _first_kept(start, C - kept, ALIGNMENT)
@@ -223,7 +223,7 @@ def gated_norm_forward_kernel(
     if HAS_BRANCH:
         gate = tl.load(gate_ptr + b * gate_stride + c, mask=exists, other=0.0).to(tl.float32)
         branch = tl.load(branch_ptr + offsets, mask=here & exists[None, :], other=0.0).to(tl.float32)
-        # An explicit fma here and in the backward pass: where the sum nearly cancels, both must round it the same way.
+        # Explicit fma here and in the backward pass: if the sum nearly cancels, both must round it alike.
         stream = tl.fma(branch, gate[None, :], v).to(stream_ptr.dtype.element_ty)
         if WRITE_STREAM:
             tl.store(stream_ptr + offsets, stream, mask=here & exists[None, :])
@@ -341,7 +341,7 @@ def gated_norm_backward_kernel(
                 total += inactive
                 along -= mean * rstd * inactive
         dv = rstd[:, None] * (dz - (total[:, None] + z * along[:, None]) / C)
-        # Of an update that is not masked every channel was seen; x is masked below.
+        # The norm saw every channel of an update that is not masked; x is masked below.
         dv = tl.where((exists if KEEP_BRANCH else active)[None, :], dv, 0.0)
         dstream = tl.zeros([ROWS, BLOCK], tl.float32)
         if HAS_DSTREAM:
@@ -372,7 +372,7 @@ class _ForwardUpdateTiles(RowTiles):
 
     def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> RowTile:
         tile = super().default(dtype, rows, channels, arch)
-        # ptxas would spill, so that one more block fits a multiprocessor: long rows of fp32, and two rows on Blackwell.
+        # ptxas would spill to fit one more block on a multiprocessor: long rows of fp32, and two rows on Blackwell.
         return tile._replace(rows=1) if arch >= 100 or (dtype == torch.float32 and tile.block == 2048) else tile
 
 
@@ -381,10 +381,10 @@ class _BackwardTiles(RowTiles):
 
     def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> RowTile:
         tile = super().default(dtype, rows, channels, arch)
-        if dtype != torch.float32:  # few barriers, and on Hopper a vector of 8 channels a thread, which others spill
+        if dtype != torch.float32:  # few barriers; on Hopper vectors of 8 channels a thread, which spill elsewhere
             vector = 8 if 90 <= arch < 100 else 4
             return RowTile(1, tile.block, min(max(1, tile.block // (32 * vector)), 32))
-        # With fp32 rows this long ptxas spills a register on sm_90, so that one more block fits a multiprocessor.
+        # With fp32 rows this long ptxas spills a register on sm_90 to fit one more block on a multiprocessor.
         return RowTile(1, tile.block, warps=32) if tile.block == 2048 else tile
 
 
@@ -393,7 +393,7 @@ class _BackwardUpdateTiles(RowTiles):
 
     def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> RowTile:
         tile = super().default(dtype, rows, channels, arch)
-        # As above, for rows of 512 in fp32 on Blackwell.
+        # Spills likewise, for rows of 512 in fp32 on Blackwell.
         return tile._replace(warps=8) if arch >= 100 and dtype == torch.float32 and tile.block == 512 else tile
 
 
@@ -407,11 +407,11 @@ def gated_norm_forward(
     """Run the forward pass.
 
     Args:
-        inputs: x and branch [B, N, C]; shift, scale and gate [B, C], rows may be strided.
+        inputs: x and branch [B, N, C]; shift, scale and gate [B, C], whose rows may be strided.
         window: active channels.
-        norm: its kind.
+        norm: kind and eps.
         dtype: of u, the dtype of the GEMM that reads it.
-        write_stream: False in the backward pass, which recomputes u only.
+        write_stream: False in the backward pass, which recomputes only u.
     """
     x, branch = inputs.x.contiguous(), None if inputs.branch is None else inputs.branch.contiguous()
     gate, shift, scale = modulation(x, inputs.gate, inputs.shift, inputs.scale)
@@ -443,7 +443,7 @@ def gated_norm_forward(
         shift,
         scale,
         start,
-        x if stream is None else stream,  # gives the kernel the dtype to round the sum to
+        x if stream is None else stream,  # for the dtype to which the kernel rounds the sum
         u,
         mean,
         rstd,
@@ -482,10 +482,10 @@ def gated_norm_backward(
     """Run the backward pass.
 
     Args:
-        du: gradient of u, shaped like it. dstream: gradient of the stream [B, N, C], or None.
-        inactive: [B, N] in the compute dtype, per token the sum over deactivated channels of the gradient of the norm's
-            output, which the linear layer knows in closed form; None unless compact, and of RMSNorm.
-        inputs, window: as in ``gated_norm_forward``. mean, rstd: its results; without mean it was RMSNorm.
+        du: gradient of u, of u's shape. dstream: gradient of the stream [B, N, C], or None.
+        inactive: [B, N] in the compute dtype, for each token the sum of the norm output's gradient over deactivated
+            channels, which the linear layer knows in closed form; None unless compact, and for RMSNorm.
+        inputs, window: as in ``gated_norm_forward``. mean, rstd: its results; mean is None for RMSNorm.
         x_is_stream: x holds the forward pass's stream instead of its input (not with ``keep_branch``).
     """
     x, branch = inputs.x.contiguous(), None if inputs.branch is None else inputs.branch.contiguous()
@@ -540,7 +540,7 @@ def gated_norm_backward(
             TOKENS=TOKENS_PER_SUM,
             **options(tile),
         )
-    # Stage two of the sums over tokens; separate tensors, as an op's outputs must be.
+    # Stage two of the sums over tokens. Separate tensors, since an op's outputs must not share memory.
     shift_sum, scale_sum, *gate_sum = (plane.sum(1) for plane in sums)
     return NormGradients(dx, shift_sum, scale_sum, dbranch, gate_sum[0] if gate_sum else None)
 
@@ -553,7 +553,7 @@ EPS = 1e-6
 def plain_norm(
     inputs: NormInputs, window: NormWindow, norm: Norm, dtype: torch.dtype, write_stream: bool = True
 ) -> NormOutput:
-    """``gated_norm_forward`` in plain PyTorch."""
+    """Compute ``gated_norm_forward`` in plain PyTorch."""
     x, shift, scale, branch, gate = inputs
     mask = None if window.start is None else ChannelWindow(window.start, window.width, x.shape[2]).mask()
     stream, u = reference.routed_norm(x, shift, scale, mask, branch, gate, window.keep_branch, *norm)
@@ -591,7 +591,7 @@ def _of_backward(
 
 
 def _before_update(inputs: NormInputs) -> NormInputs:
-    """The inputs whose stream is ``inputs.x``."""
+    """Return the inputs whose stream is ``inputs.x``."""
     assert inputs.branch is not None and inputs.gate is not None
     return inputs._replace(x=inputs.x - inputs.gate[:, None] * inputs.branch)
 
@@ -636,7 +636,7 @@ def forward_work(
     B: int, N: int, C: int, W: int, items: Itemsizes, branch: bool = False, compact: bool = False, rms: bool = False
 ) -> Work:
     """Count the stream (with a branch), the next layer's input on all channels (on active ones if ``compact``), and
-    each token's mean (not of RMSNorm) and rstd."""
+    each token's mean (not for RMSNorm) and rstd."""
     T, written = B * N, W if compact else C
     work = T * (C if branch else W) * items.stream  # x
     work += (T + 2 * B) * written * items.operand  # u, shift and scale
@@ -660,9 +660,9 @@ def backward_work(
     """Count gradients of x, branch, gate, shift and scale.
 
     Args:
-        compact: whether the gradient that it is given has active channels only, and of the others their sum.
-        dstream: whether the gradient of the stream is added, on the way to that of x.
-        rms: whether there is no mean, and so nothing that deactivated channels sum up to.
+        compact: the given gradient has active channels only, and for the others their sum.
+        dstream: the gradient of the stream is given and added to the gradient of x.
+        rms: there is no mean, and so no sum over deactivated channels.
     """
     T, seen = B * N, W if compact else C
     work = T * (W + C) * items.stream  # x and its gradient
@@ -670,7 +670,7 @@ def backward_work(
     work += (2 - rms) * T * STATISTIC + starts(B, C, W)
     work += 2 * B * C * STATISTIC  # gradients of shift and scale
     if seen < C and not rms:
-        work += T * STATISTIC  # what deactivated channels sum up to
+        work += T * STATISTIC  # sums over deactivated channels
     if dstream:
         work += T * C * items.stream
     if branch:
@@ -679,12 +679,12 @@ def backward_work(
 
 
 def _valid(routed: bool, update: bool, compact: bool, keep_branch: bool, **others: bool) -> bool:
-    """A compact output needs a window, and only a window masks one of two terms."""
+    """Return whether a mode exists: a compact output needs a window, and only a window masks one of two terms."""
     return (routed or not (compact or keep_branch)) and (update or not keep_branch) and not (compact and keep_branch)
 
 
 def _layer_norm(inputs: NormInputs, norm: Norm, **_: Any) -> Callable[[], Tensor]:
-    """Another function, of all channels and without residual, gate and modulation."""
+    """Return PyTorch's layer norm, a simpler function: all channels, no residual, gate or modulation."""
     return lambda: F.layer_norm(inputs.x, inputs.x.shape[2:], eps=norm.eps)
 
 

@@ -1,6 +1,6 @@
-"""What the ops of gradient surgery share: K gradients as their kernels read them, and which path runs.
+"""Shared by the ops of gradient surgery: K gradients as the kernels read them, and the choice of a path.
 
-The registered ops take a flat list of tensors, segment by segment: the K gradients of one parameter next to each other.
+The registered ops take a flat list of tensors, segment by segment: the K gradients of each parameter side by side.
 One [K, P] buffer is one segment.
 """
 
@@ -22,12 +22,12 @@ from dtr_kernels.ops.dispatch import Choice, made
 
 MOST_CLUSTERS = 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Elements of one gradient that the plain path widens at a time: its scratch memory does not grow with the model.
+# Elements per gradient that the plain path widens at a time, so that its scratch memory does not grow with the model.
 _PLAIN_CHUNK = 1 << 18
 
 
 class FlatGradients(NamedTuple):
-    """Gradients as the registered ops take them."""
+    """Gradients as the flat list that the registered ops take."""
 
     tensors: list[Tensor]
     clusters: int
@@ -38,7 +38,7 @@ class FlatGradients(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """K lists of tensors that the extension has looked at, in a small part of the time that Python needs for each."""
+    """K lists of tensors that the extension has examined, in a small part of the time that Python needs."""
 
     rows: Sequence[Sequence[Tensor]]
     described: extension.kernels.Gradients
@@ -53,7 +53,7 @@ class Gathered(NamedTuple):
 
 
 def checked(grads: Tensor | Sequence[Sequence[Tensor]]) -> Gathered | FlatGradients:
-    """A [K, P] tensor, or K lists of equally shaped tensors, for the ops.
+    """Check a [K, P] tensor, or K lists of equally shaped tensors, and return it as the ops take it.
 
     Raises:
         TypeError, ValueError: as ``flattened``.
@@ -62,7 +62,7 @@ def checked(grads: Tensor | Sequence[Sequence[Tensor]]) -> Gathered | FlatGradie
 
 
 def _gathered(grads: Tensor | Sequence[Sequence[Tensor]]) -> Gathered | None:
-    """None where there is something to refuse, to trace or for PyTorch ops to compute."""
+    """Let the extension examine the gradients. Return None if it refuses them, or if PyTorch must trace or compute."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or extension.kernels is None:
         return None
     if not isinstance(grads, list | tuple):
@@ -76,10 +76,10 @@ def _gathered(grads: Tensor | Sequence[Sequence[Tensor]]) -> Gathered | None:
 
 
 def flattened(grads: Tensor | Sequence[Sequence[Tensor]]) -> FlatGradients:
-    """A [K, P] tensor, or K lists of equally shaped tensors, as the flat list that the registered ops take, and K.
+    """Check a [K, P] tensor, or K lists of equally shaped tensors; return the ops' flat list, and K.
 
     Raises:
-        TypeError: if grads is neither, or holds anything but floating-point tensors.
+        TypeError: if grads is neither of these, or holds anything but floating-point tensors.
         ValueError: if there are no or more than 64 gradients, they have no tensors, differ in shape, dtype, device or
             memory layout, are not dense in memory, or require grad.
     """
@@ -132,7 +132,7 @@ def _check(name: str, tensor: Tensor, like: Tensor, first: Tensor) -> None:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory without gaps or overlaps, in whatever order of dimensions."""
+    """Return whether the elements fill a stretch of memory without gaps or overlaps, in any order of dimensions."""
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -144,10 +144,10 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def refuse_shared_memory(grads: list[Tensor], clusters: int) -> None:
-    """Before an op writes to the gradients: refuses tensors that overlap, which it would change twice.
+    """Refuse overlapping tensors before an op writes to the gradients: it would change the overlap twice.
 
     Raises:
-        ValueError: if two of them share memory.
+        ValueError: if two tensors share memory.
     """
     stretches = sorted((t.data_ptr(), t.numel() * t.element_size(), i) for i, t in enumerate(grads) if t.numel())
     for (address, size, first), (following, _, second) in pairwise(stretches):
@@ -160,12 +160,12 @@ def refuse_shared_memory(grads: list[Tensor], clusters: int) -> None:
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """A dense tensor's elements in the order of its memory, without a copy."""
+    """Return a view of a dense tensor's elements in the order of memory."""
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def choose_surgery(device: torch.device, dtype: torch.dtype) -> Choice:
-    """Choose what computes on gradients of this device and dtype: "cuda" or "cpu" (the compiled extension), or "plain"
+    """Choose the kernels for gradients of this device and dtype: "cuda" or "cpu" (the compiled extension), or "plain"
     (PyTorch ops)."""
     why = _unavailable(device, dtype)
     kernels = "CUDA kernels" if device.type == "cuda" else "compiled CPU kernels"
@@ -199,7 +199,7 @@ def _cuda_unavailable(device: torch.device) -> str | None:
 
 
 def described(grads: list[Tensor], clusters: int) -> extension.kernels.Gradients:
-    """The gradients' pointers and sizes for the extension; the caller keeps the tensors alive."""
+    """Return the gradients' pointers and sizes for the extension; the caller keeps the tensors alive."""
     return extension.kernels.Gradients.at(
         extension.dtype_code(grads[0].dtype),
         clusters,
@@ -209,12 +209,12 @@ def described(grads: list[Tensor], clusters: int) -> extension.kernels.Gradients
 
 
 def current_stream(x: Tensor) -> int:
-    """The CUDA stream that PyTorch queues work on for x's device, as an address."""
+    """Return the CUDA stream that PyTorch queues work on for x's device, as an address."""
     return torch.cuda.current_stream(x.device).cuda_stream
 
 
 def plain_chunks(grads: list[Tensor], clusters: int) -> Iterator[tuple[int, list[Tensor]]]:
-    """For the plain path: stretches of the K gradients as flat views, with the number of their segment."""
+    """Yield stretches of the K gradients as flat views, with their segment's number, for the plain path."""
     for s in range(0, len(grads), clusters):
         rows = [flat(tensor) for tensor in grads[s : s + clusters]]
         for stretch in zip(*(row.split(_PLAIN_CHUNK) for row in rows), strict=True):
@@ -223,12 +223,12 @@ def plain_chunks(grads: list[Tensor], clusters: int) -> Iterator[tuple[int, list
 
 # --- for declarations ------------------------------------------------------------------------------------------------
 
-#: With and without a CUDA kernel of their own number, and the most.
+#: Numbers of clusters with and without their own CUDA kernel, up to the most.
 CLUSTERS = tuple(Gradients(K, 3504) for K in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 32, 33, MOST_CLUSTERS))
 
 
 def drawn(draw: Draw, lists: bool) -> Tensor | list[list[Tensor]]:
-    """K random gradients of norm about 1, as one buffer, or as lists of tensors of their own.
+    """Draw K random gradients of norm about 1, as one buffer or as lists of separate tensors.
 
     They lie near three directions, so that many conflict.
     """
@@ -240,7 +240,7 @@ def drawn(draw: Draw, lists: bool) -> Tensor | list[list[Tensor]]:
 
 
 def joined(gradients: Any) -> Tensor:
-    """Gradients in lists as one tensor: [K, P], or the [P] of one of them; a tensor as it is."""
+    """Join lists of gradients into one tensor: [K, P], or [P] for one gradient; a tensor is returned unchanged."""
     if isinstance(gradients, Tensor):
         return gradients
     return torch.cat(gradients) if isinstance(gradients[0], Tensor) else torch.stack([joined(row) for row in gradients])

@@ -1,4 +1,4 @@
-"""The Gram matrix of K gradients, G[i, j] = <g_i, g_j>: everything that PCGrad needs to know of them.
+"""The Gram matrix of K gradients, G[i, j] = <g_i, g_j>: all that PCGrad needs to know of the gradients.
 
 The compiled kernels (csrc/cpu/surgery.inl, csrc/cuda/surgery.cu) read every gradient once. Products are added in fp32
 within a lane and in fp64 across lanes and blocks, in an order that depends on the sizes alone: the same gradients give
@@ -67,21 +67,21 @@ def _(grads: list[Any], clusters: int) -> int:
 
 
 def gram_of(grads: Gathered | FlatGradients) -> Tensor:
-    """``gram`` of checked gradients."""
+    """Run ``gram`` on checked gradients."""
     return _launch(grads.described, grads.clusters, grads.device) if isinstance(grads, Gathered) else _gram(*grads)
 
 
 def gram(grads: Tensor | Sequence[Sequence[Tensor]]) -> Tensor:
-    """The Gram matrix of K gradients.
+    """Return the Gram matrix of K gradients.
 
     Args:
         grads: [K, P], or K lists of tensors (one list for each gradient, equally shaped), 1 <= K <= 64; fp32, bf16,
-            fp16 or fp64, on one device. Rows may be any distance apart.
+            fp16 or fp64, on one device. Rows may have any stride.
 
     Returns:
         fp64 [K, K], on the gradients' device. NaN and inf in a gradient reach its row and column. The kernels multiply
-        in fp32: elements above about 1e19 give inf, those below about 1e-19 lose digits, and those below about 1e-23
-        count as zero. fp64 gradients are multiplied in fp64.
+        in fp32: elements above about 1e19 give inf, elements below about 1e-19 lose digits, and elements below about
+        1e-23 count as zero. fp64 gradients are multiplied in fp64.
 
     Raises:
         TypeError, ValueError: if the gradients are not as described.
@@ -90,7 +90,7 @@ def gram(grads: Tensor | Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def _plain(grads: Any) -> Tensor:
-    """Products of 16-bit numbers too are added in fp32 at least."""
+    """Compute the Gram matrix in plain PyTorch, with products of 16-bit numbers added in fp32 at least."""
     rows = joined(grads)
     return reference.gram(rows.to(torch.promote_types(rows.dtype, torch.float32)))
 

@@ -1,7 +1,7 @@
-"""The steps of a block in scope "inner": norm and rows, columns, and the MLP of both, over each sample's active heads.
+"""Steps of a block in scope "inner", over each sample's active heads: norm and rows, columns, and the MLP of both.
 
-The norms see every channel; see ``band_linear`` for the rest. As in the other scopes the norms' outputs, and what is
-between fc1 and fc2 but for fc1's output, are recomputed in the backward pass.
+The norms see every channel; ``band_linear`` describes the rest. As in the other scopes, the backward pass recomputes
+the norms' outputs and everything between fc1 and fc2 except fc1's output.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _linear(
     eps: float,
     norm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(stream, out, mean, rstd); stream is empty without a branch, where it would be x itself, and mean of RMSNorm."""
+    """Return (stream, out, mean, rstd). stream is empty without a branch (it equals x); mean is empty for RMSNorm."""
     inputs, window = NormInputs(x, shift, scale, branch, gate), NormWindow(None, x.shape[-1])
     stream, u, mean, rstd, _ = gated_norm_forward(inputs, window, Norm(eps, norm), weight.dtype)
     order = order_by_window(u, start)
@@ -104,7 +104,7 @@ def _linear_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (x, shift, scale, weight, bias, branch, gate), empty where there is no such input or no need."""
+    """Return gradients of (x, shift, scale, weight, bias, branch, gate), empty for missing inputs and unneeded ones."""
     window = NormWindow(None, stream.shape[-1])
     u = gated_norm_forward(NormInputs(stream, shift, scale), window, Norm(eps, norm), weight.dtype).u
     order = order_by_window(u, start)
@@ -156,7 +156,7 @@ def _(z: Any, weight: Any, *_: Any) -> int:
 def _projection_backward(
     dout: Tensor, z: Tensor, weight: Tensor, start: Tensor, width: int, heads: int, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of (z, weight, bias), empty where there is no need."""
+    """Return gradients of (z, weight, bias), empty if not needed."""
     order = order_by_window(z, start)
     band = Heads(in_order(start, order), width, heads).columns(weight)
     dout, z = in_order(dout.contiguous(), order), in_order(z, order)
@@ -219,8 +219,8 @@ def _mlp(
     activation: str,
     write_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(stream, out, pre, mean, rstd); pre, fc1's output in the order of windows, is empty unless ``write_pre``, and
-    mean of RMSNorm."""
+    """Return (stream, out, pre, mean, rstd). pre, fc1's output in the order of windows, is empty unless ``write_pre``;
+    mean is empty for RMSNorm."""
     inputs, window = NormInputs(x, shift, scale, branch, gate), NormWindow(None, x.shape[-1])
     stream, u, mean, rstd, _ = gated_norm_forward(inputs, window, Norm(eps, norm), fc1_weight.dtype)
     order = order_by_window(u, start)
@@ -269,7 +269,7 @@ def _mlp_backward(
     rstd: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (x, shift, scale, fc1's and fc2's weight and bias, branch, gate); parameters only where
+    """Return gradients of (x, shift, scale, fc1's and fc2's weight and bias, branch, gate); of parameters only those in
     ``needs``."""
     order = order_by_window(dout, start)
     active, dout = Heads(in_order(start, order), width, heads), in_order(dout.contiguous(), order)
@@ -316,22 +316,21 @@ def inner_linear(
     eps: float = 1e-6,
     norm: str = "layer",
 ) -> tuple[Tensor, Tensor]:
-    """stream = x + gate * branch, and the outputs of active heads of Linear(modulate(LN(stream), shift, scale)).
+    """Compute stream = x + gate * branch, and the active heads' outputs of Linear(modulate(LN(stream), shift, scale)).
 
     Args:
         x: residual stream [B, N, C], fp32, bf16, fp16 or fp64.
         shift, scale: adaLN modulation [B, C], any floating dtype; rows may be strided views of one [B, 6C].
-        weight, bias: of the linear layer, [O, C] and [O] (or None), in x's dtype; autocast casts them and leaves x
-            alone.
-        window: ``routing.window(t, channels=H)`` over H heads. Where t is a number or on the CPU the host knows it,
-            which is the faster way on a GPU too.
+        weight, bias: of the linear layer, [O, C] and [O] (or None), in x's dtype; autocast casts them, but not x.
+        window: ``routing.window(t, channels=H)`` over H heads. If t is a number or on the CPU the host knows the
+            window, which is faster on a GPU too.
         branch, gate: a pending update of the stream, [B, N, C] and [B, C], or None.
-        parts: into how many equal parts the outputs fall, each of which has outputs of every head: 3 for queries, keys
-            and values in one layer.
+        parts: number of equal parts of the outputs, each with outputs of every head: 3 for queries, keys and values in
+            one layer.
         eps, norm: as in ``routed_linear``.
 
     Returns:
-        stream [B, N, C] in x's dtype (x itself without a branch), and [B, N, O * A / H] in weight's dtype, of A active
+        stream [B, N, C] in x's dtype (x itself without a branch), and [B, N, O * A / H] in weight's dtype for A active
         heads.
 
     Raises:
@@ -356,7 +355,7 @@ def inner_linear_by(
     parts: int,
     norm: Norm,
 ) -> tuple[Tensor, Tensor]:
-    """``inner_linear`` by a choice that was made for it or for its block."""
+    """Run ``inner_linear`` by a choice that was made for it or for its block."""
     check_stream(x, branch, gate, shift=shift, scale=scale)
     check_linear(x, "", weight, bias, x.shape[-1])
     heads = _heads(x, window)
@@ -371,10 +370,10 @@ def inner_linear_by(
 
 
 def inner_projection(x: Tensor, weight: Tensor, bias: Tensor | None, window: ChannelWindow) -> Tensor:
-    """Linear(x), where x has the inputs of active heads alone and those of others count as zero.
+    """Compute Linear(x), where x holds the inputs of active heads only, and the others count as zero.
 
     Args:
-        x: [B, N, I * A / H] of A active heads out of H, fp32, bf16, fp16 or fp64.
+        x: [B, N, I * A / H] for A active heads of H, fp32, bf16, fp16 or fp64.
         weight, bias: of the linear layer, [O, I] and [O] (or None), in x's dtype; autocast casts all three.
         window: as in ``inner_linear``.
 
@@ -391,7 +390,7 @@ def inner_projection(x: Tensor, weight: Tensor, bias: Tensor | None, window: Cha
 def inner_projection_by(
     choice: Choice, x: Tensor, weight: Tensor, bias: Tensor | None, window: ChannelWindow
 ) -> Tensor:
-    """``inner_projection`` by a choice that was made for it or for its block."""
+    """Run ``inner_projection`` by a choice that was made for it or for its block."""
     check_stream(x, None, None)
     heads = _heads(x, window)
     check_linear(x, "", weight, bias, weight.shape[-1])
@@ -419,15 +418,15 @@ def inner_mlp(
     norm: str = "layer",
     activation: str = "gelu_tanh",
 ) -> tuple[Tensor, Tensor]:
-    """stream = x + gate * branch, and fc2(m * GELU(fc1(modulate(LN(stream), shift, scale)))).
+    """Compute stream = x + gate * branch, and fc2(m * GELU(fc1(modulate(LN(stream), shift, scale)))).
 
-    m is 1 for the hidden channels that go with active heads, F / H for each of H heads, and 0 for others.
+    m is 1 for the hidden channels of active heads, F / H for each of H heads, and 0 for the others.
 
     Args:
         x: residual stream [B, N, C], fp32, bf16, fp16 or fp64.
         shift, scale: adaLN modulation [B, C], any floating dtype; rows may be strided views of one [B, 6C].
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias: [F, C], [F], [O, F], [O], biases may be None; in x's dtype,
-            autocast casts them and leaves x alone. With "swiglu" the first two are [2F, C], [2F].
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias: [F, C], [F], [O, F], [O], biases may be None; in x's dtype; autocast
+            casts them, but not x. With "swiglu" the first two are [2F, C], [2F].
         branch, gate: the update of the stream, [B, N, C] and [B, C].
         window: as in ``inner_linear``.
         eps, norm, activation: as in ``routed_mlp``.
@@ -459,7 +458,7 @@ def inner_mlp_by(
     norm: Norm,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """``inner_mlp`` by a choice that was made for it or for its block; weights and biases of fc1 and fc2 together."""
+    """Run ``inner_mlp`` by a choice that was made for it or for its block; ``weights`` are those of fc1 and fc2."""
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
     check_stream(x, branch, gate, shift=shift, scale=scale)
     check_norm(norm.kind)

@@ -1,6 +1,6 @@
-"""Linear(modulate(LN(m * stream))) with stream = x + gate * branch: what comes before a block's attention.
+"""Linear(modulate(LN(m * stream))) with stream = x + gate * branch: the part of a block before its attention.
 
-Between ``gated_norm`` and ``window_linear`` nothing is stored for the backward pass: the linear layer's input is
+Nothing between ``gated_norm`` and ``window_linear`` is stored for the backward pass: the linear layer's input is
 recomputed from the stream, which the next op of the block keeps anyway.
 """
 
@@ -46,7 +46,7 @@ def _op(
     eps: float,
     norm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(stream, out, mean, rstd); stream is empty without a branch, where it would be x itself, and mean of RMSNorm."""
+    """Return (stream, out, mean, rstd). stream is empty without a branch (it equals x); mean is empty for RMSNorm."""
     compact = choose_gemm("windows_forward", x, start, width, weight).path == "windows"
     inputs, window = NormInputs(x, shift, scale, branch, gate), NormWindow(start, width, compact)
     normed = gated_norm_forward(inputs, window, Norm(eps, norm), weight.dtype)
@@ -55,7 +55,7 @@ def _op(
 
 
 def closed_form(inputs: NormInputs, norm: NormOutput) -> ClosedForm | None:
-    """Return what the linear layer needs to know of channels that a compact norm left out; None if it left out none."""
+    """Describe the channels that a compact norm left out, for the linear layer; None if it left out none."""
     if norm.first is None:
         return None
     mean_rstd = None if norm.mean is None else norm.mean * norm.rstd
@@ -63,7 +63,7 @@ def closed_form(inputs: NormInputs, norm: NormOutput) -> ClosedForm | None:
 
 
 def fake_statistics(x: Tensor, norm: str) -> tuple[Tensor, Tensor]:
-    """Return a norm's mean, empty of RMSNorm, and rstd, for tracing."""
+    """Return a norm's mean, empty for RMSNorm, and rstd, for tracing."""
     rstd = x.new_empty(x.shape[:2], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     return rstd.new_empty(0 if norm == "rms" else rstd.shape), torch.empty_like(rstd)
 
@@ -102,7 +102,7 @@ def _backward_op(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (x, shift, scale, weight, bias, branch, gate), empty where there is no such input or no need."""
+    """Return gradients of (x, shift, scale, weight, bias, branch, gate), empty for missing inputs and unneeded ones."""
     compact = choose_gemm("windows_backward", stream, start, width, weight).path == "windows"
     window = NormWindow(start, width, compact)
     again = gated_norm_forward(NormInputs(stream, shift, scale), window, Norm(eps, norm), weight.dtype)
@@ -117,7 +117,7 @@ def _backward_op(
 def linear_gradients(
     norm: NormGradients, weight: Tensor, dweight: Tensor | None, dbias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return gradients as the outputs of an op, empty for None."""
+    """Return the gradients as the outputs of an op, empty tensors for None."""
     others = ((dweight, weight), (dbias, weight), (norm.branch, norm.x), (norm.gate, norm.x))
     return norm.x, norm.shift, norm.scale, *(or_empty(*each) for each in others)  # type: ignore[return-value]
 
@@ -163,7 +163,7 @@ def register_linear_autograd(forward: Op, backward: Op) -> None:
         stream, out, mean, rstd = output
         ctx.outputs = out.shape[2]
         ctx.set_materialize_grads(False)
-        # The stream instead of x: with it the sum is not computed again, and the next op saves the same tensor.
+        # Save the stream instead of x: the sum is not computed again, and the next op saves the same tensor.
         ctx.save_for_backward(x if branch is None else stream, shift, scale, weight, branch, gate, start, mean, rstd)
 
     def gradients(ctx: Any, dstream: Tensor | None, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -197,16 +197,16 @@ def routed_linear(
     eps: float = 1e-6,
     norm: str = "layer",
 ) -> tuple[Tensor, Tensor]:
-    """stream = x + gate * branch, and Linear(modulate(LN(m * stream), shift, scale)).
+    """Compute stream = x + gate * branch, and Linear(modulate(LN(m * stream), shift, scale)).
 
-    Over active channels only, where that is faster. It equals the dense layer on masked input (DTR paper, equation 6),
-    because a deactivated channel leaves the norm with a value that is known per token; see ``window_linear``.
+    The layer runs over active channels only, if that is faster. The result equals the dense layer on masked input (DTR
+    paper, equation 6), because a deactivated channel leaves the norm with a value known per token; see
+    ``window_linear``.
 
     Args:
         x: residual stream [B, N, C], fp32, bf16, fp16 or fp64.
         shift, scale: adaLN modulation [B, C], any floating dtype; rows may be strided views of one [B, 6C].
-        weight, bias: of the linear layer, [O, C] and [O] (or None), in x's dtype; autocast casts them and leaves x
-            alone.
+        weight, bias: of the linear layer, [O, C] and [O] (or None), in x's dtype; autocast casts them, but not x.
         window: active channels of each sample; None for all.
         branch, gate: a pending update of the stream, [B, N, C] and [B, C], or None.
         eps: added to the variance, or to the mean square.
@@ -234,7 +234,7 @@ def routed_linear_by(
     gate: Tensor | None,
     norm: Norm,
 ) -> tuple[Tensor, Tensor]:
-    """``routed_linear`` by a choice that was made for it or for its block."""
+    """Run ``routed_linear`` by a choice that was made for it or for its block."""
     check_stream(x, branch, gate, shift=shift, scale=scale)
     check_linear(x, "", weight, bias, x.shape[-1])
     check_norm(norm.kind)
@@ -251,15 +251,15 @@ def routed_linear_by(
 def fold_affine(
     shift: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the shift and scale that make modulate(norm(x) * weight + bias) of a norm without affine parameters.
+    """Return shift and scale for a norm without affine parameters so that it equals modulate(norm(x) * weight + bias).
 
-    They are computed, and left, in fp32 at least: a small weight is what remains of 1 + scale.
+    They are computed and returned in fp32 at least: in 16 bits 1 + scale would lose a small weight by cancellation.
 
     Args:
         shift, scale: [B, C], any floating dtype. weight, bias: of the norm, [C] or None.
 
     Returns:
-        shift and scale [B, C], in fp32 or scale's wider dtype; as they are where there is neither weight nor bias.
+        shift and scale [B, C], in fp32 or scale's wider dtype; unchanged if there is neither weight nor bias.
 
     Raises:
         RuntimeError: if weight or bias cannot be broadcast to [B, C].

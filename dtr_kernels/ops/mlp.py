@@ -1,6 +1,6 @@
-"""fc2(GELU(fc1(modulate(LN(...))))) after a gated residual, or another activation: the second half of a block.
+"""fc2(GELU(fc1(modulate(LN(...))))), or another activation, after a gated residual: the second half of a block.
 
-Of the hidden layer only fc1's output is kept for the backward pass; the activation, the norm's output and the stream
+Only fc1's output of the hidden layer is kept for the backward pass; the activation, the norm's output and the stream
 are recomputed.
 """
 
@@ -55,7 +55,7 @@ def _op(
     activation: str,
     write_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(stream, out, pre, mean, rstd); pre, fc1's output, is empty unless ``write_pre``, and mean of RMSNorm."""
+    """Return (stream, out, pre = fc1's output, mean, rstd). pre is empty unless ``write_pre``, mean for RMSNorm."""
     # With ``keep_branch`` fc1 reads every channel.
     fc1 = choose_gemm("windows_forward", x, None if keep_branch else start, width, fc1_weight)
     inputs = NormInputs(x, shift, scale, branch, gate)
@@ -79,7 +79,7 @@ def _(
 def fake_mlp(
     x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, hidden: int, norm: str, write_pre: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return (stream, out, pre, mean, rstd) for tracing, pre of so many hidden channels."""
+    """Return (stream, out, pre, mean, rstd) for tracing; pre has ``hidden`` channels."""
     return (
         x.new_empty(x.shape),
         x.new_empty(*x.shape[:2], fc2_weight.shape[0], dtype=fc2_weight.dtype),
@@ -117,7 +117,7 @@ def _backward_op(
     rstd: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (x, shift, scale, fc1's and fc2's weight and bias, branch, gate); parameters only where
+    """Return gradients of (x, shift, scale, fc1's and fc2's weight and bias, branch, gate); of parameters only those in
     ``needs``."""
     dpre, act = activation_linear_backward(dout, pre, fc2_weight, activation)
     flat = dout.reshape(-1, dout.shape[-1])
@@ -137,7 +137,7 @@ def _backward_op(
 def mlp_gradients(
     norm: NormGradients, fc1_weight: Tensor, fc2_weight: Tensor, of_weights: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return gradients as the outputs of an op, empty for None."""
+    """Return the gradients as the outputs of an op, empty tensors for None."""
     weights = zip(of_weights, (fc1_weight, fc1_weight, fc2_weight, fc2_weight), strict=True)
     return norm.x, norm.shift, norm.scale, *(or_empty(*each) for each in weights), norm.branch, norm.gate  # type: ignore
 
@@ -221,16 +221,16 @@ def routed_mlp(
     norm: str = "layer",
     activation: str = "gelu_tanh",
 ) -> tuple[Tensor, Tensor]:
-    """stream = x + gate * branch, and fc2(GELU(fc1(modulate(LN(v), shift, scale)))), GELU in its tanh form.
+    """Compute stream = x + gate * branch, and fc2(GELU(fc1(modulate(LN(v), shift, scale)))), GELU in its tanh form.
 
-    v = m * x + gate * branch with ``keep_branch`` (scope "block", DTR paper, equation 6: what attention wrote is seen
-    on every channel), else m * stream (scope "branch": fc1 reads active channels only, where that is faster).
+    With ``keep_branch``, v = m * x + gate * branch (scope "block", DTR paper, equation 6: every channel sees the
+    attention's output); otherwise v = m * stream (scope "branch": fc1 reads only active channels, if that is faster).
 
     Args:
         x: residual stream [B, N, C], fp32, bf16, fp16 or fp64.
         shift, scale: adaLN modulation [B, C], any floating dtype; rows may be strided views of one [B, 6C].
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias: [H, C], [H], [O, H], [O], biases may be None; in x's dtype,
-            autocast casts them and leaves x alone. With "swiglu" the first two are [2H, C], [2H].
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias: [H, C], [H], [O, H], [O], biases may be None; in x's dtype; autocast
+            casts them, but not x. With "swiglu" the first two are [2H, C], [2H].
         branch, gate: the update of the stream, [B, N, C] and [B, C].
         window: active channels of each sample; None for all.
         keep_branch: as above.
@@ -277,7 +277,7 @@ def routed_mlp_by(
     norm: Norm,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """``routed_mlp`` by a choice that was made for it or for its block; weights and biases of fc1 and fc2 together."""
+    """Run ``routed_mlp`` by a choice that was made for it or for its block; ``weights`` are those of fc1 and fc2."""
     check_stream(x, branch, gate, shift=shift, scale=scale)
     check_norm(norm.kind)
     check_mlp(x, weights, activation)

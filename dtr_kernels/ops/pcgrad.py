@@ -1,9 +1,9 @@
 """PCGrad on K gradients in two passes over memory (Yu et al., 2020; ANT, section 4).
 
 A projected gradient never leaves the span of the originals, so with the Gram matrix G the whole loop runs on K x K
-coefficients C: <g_i', g_j> = (C G)[i, j], and a conflict changes C[i, j] alone. One pass over the gradients makes G,
-one applies C; the loop over the gradients themselves would make K (K - 1) passes. The reference is
-``reference.pcgrad``.
+coefficients C: <g_i', g_j> = (C G)[i, j], and a conflict changes C[i, j] alone. One pass over the gradients computes G
+and one applies C; the loop over the gradients themselves would take K (K - 1) passes. ``reference.pcgrad`` is the
+reference.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from dtr_kernels.ops.registration import op
 @op("pcgrad_coefficients")
 def _coefficients(gram: Tensor, order: Tensor) -> Tensor:
     clusters = len(gram)
-    # The matrix is fp64 on every path; it stands on the gradients' device, whose kernels take it.
+    # The matrix is fp64 on every path, and on the gradients' device, whose kernels read it.
     path = choose_surgery(gram.device, torch.float32).path
     if path == "plain":
         return _plain_coefficients(gram, order)
@@ -52,7 +52,7 @@ def _coefficients(gram: Tensor, order: Tensor) -> Tensor:
 
 
 def _plain_coefficients(gram: Tensor, order: Tensor) -> Tensor:
-    """All K rows of C at once, one step of the order after the other."""
+    """Compute all K rows of C at once, one step of the order after the other."""
     clusters = torch.arange(len(gram), device=gram.device)
     others = clusters[:-1] + (clusters[:-1] >= clusters[:, None])  # row i: all but i, in ascending order
     valid = (order.sort(dim=1).values == others).all(dim=1, keepdim=True)
@@ -72,14 +72,14 @@ def _(gram: Tensor, order: Tensor) -> Tensor:
 
 
 def random_order(clusters: int, generator: torch.Generator | None = None, device: torch.device | None = None) -> Tensor:
-    """The order in which each gradient meets the others, drawn uniformly.
+    """Draw the order in which each gradient meets the others, uniformly.
 
     Args:
         clusters: K, at least 1.
         generator: draws the order on its own device; a CPU generator gives the same orders for gradients anywhere.
-            Default: PyTorch's CPU generator, or in a CUDA graph and in code compiled for a GPU the device's, so that
-            each replay draws anew.
-        device: where the order is wanted; the copy does not make the host wait.
+            Default: PyTorch's CPU generator; in a CUDA graph, and in code compiled for a GPU, the device's generator,
+            so that each replay draws anew.
+        device: of the order; the copy does not make the host wait.
 
     Returns:
         int64 [K, K-1]; row i is a permutation of the other clusters.
@@ -101,7 +101,7 @@ def random_order(clusters: int, generator: torch.Generator | None = None, device
 
 
 def _moved(order: Tensor, device: torch.device) -> Tensor:
-    """The order on a device; from a CPU to a GPU by way of pinned memory, so that the host does not wait."""
+    """Return the order on a device; from a CPU to a GPU through pinned memory, so that the host does not wait."""
     if order.device.type != "cpu" or device.type != "cuda" or torch.compiler.is_compiling():
         return order.to(device)
     if torch.cuda.is_current_stream_capturing():
@@ -113,19 +113,19 @@ def _moved(order: Tensor, device: torch.device) -> Tensor:
 
 
 def pcgrad_coefficients(gram: Tensor, order: Tensor) -> Tensor:
-    """The coefficients of PCGrad's projected gradients: g_i' = sum over j of C[i, j] g_j.
+    """Return the coefficients of PCGrad's projected gradients: g_i' = sum over j of C[i, j] g_j.
 
-    A gradient of norm 0 changes nothing and is not divided by. Where an entry of the matrix is NaN or inf, all
+    A gradient of norm 0 changes nothing, and no division by it occurs. If an entry of the matrix is NaN or inf, all
     coefficients are NaN. Computed on the matrix's device without host synchronisation.
 
     Args:
         gram: [K, K], 1 <= K <= 64; used as fp64.
-        order: int [K, K-1]; row i holds the other clusters in the order in which gradient i meets them. On a CPU, from
-            where it is copied to the matrix's device, or on that device, where a CUDA graph needs it. Its values are
-            checked where that does not make the host wait; on a GPU a row that is no permutation gives a row of NaN.
+        order: int [K, K-1]; row i holds the other clusters in the order in which gradient i meets them. It is on the
+            matrix's device, as a CUDA graph needs, or on a CPU, from where it is copied. Its values are checked if the
+            host need not wait for them; on a GPU a row that is no permutation gives a row of NaN.
 
     Returns:
-        fp64 [K, K], row i the coefficients of g_i'. Weights for the update are its column sums.
+        fp64 [K, K]; row i holds the coefficients of g_i'. The column sums are the weights of the update.
 
     Raises:
         TypeError, ValueError: if an argument is not as described.
@@ -142,10 +142,10 @@ def pcgrad_(
     order: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Project K gradients in place, each off those that it conflicts with: g_i <- g_i'.
+    """Project K gradients in place, each off the gradients that it conflicts with: g_i <- g_i'.
 
-    Where the Gram matrix is not finite, all of the result is NaN: of NaN and inf, and of products beyond ``gram``'s
-    range. A gradient whose elements are all below that range counts as zero and conflicts with none; scale it up.
+    If the Gram matrix is not finite, the whole result is NaN: after NaN, inf, and products beyond ``gram``'s range. A
+    gradient whose elements are all below that range counts as zero and conflicts with none; scale it up.
 
     Args:
         grads: as in ``gram``; no two tensors may share memory.
@@ -171,10 +171,10 @@ def pcgrad_sum(
     order: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor | list[Tensor]:
-    """PCGrad's update, the sum of the projected gradients; the gradients themselves stay as they are.
+    """Return PCGrad's update, the sum of the projected gradients; the gradients themselves stay unchanged.
 
-    Where the Gram matrix is not finite, all of the result is NaN: of NaN and inf, and of products beyond ``gram``'s
-    range. A gradient whose elements are all below that range counts as zero and conflicts with none; scale it up.
+    If the Gram matrix is not finite, the whole result is NaN: after NaN, inf, and products beyond ``gram``'s range. A
+    gradient whose elements are all below that range counts as zero and conflicts with none; scale it up.
 
     Args:
         grads: as in ``gram``.

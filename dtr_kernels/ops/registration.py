@@ -1,4 +1,4 @@
-"""Registers functions with torch.library, for eager mode, autograd, autocast and torch.compile.
+"""Registration of functions with torch.library, for eager mode, autograd, autocast and torch.compile.
 
 ``torch.library.custom_op`` would do the same, but checks for aliasing at every call, which takes longer than a small
 block's kernels on a CPU.
@@ -21,8 +21,8 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
 class Op:
     """``torch.ops.dtr_kernels.<name>``, computed by ``function`` on CPUs and GPUs.
 
-    ``function`` writes to the arguments named in ``mutates`` alone and returns new tensors: none may be, or share
-    memory with, an input or another output.
+    ``function`` writes only to the arguments named in ``mutates``, and returns new tensors, which share no memory with
+    an input or another output.
     """
 
     def __init__(self, name: str, function: Callable[..., Any], mutates: tuple[str, ...] = ()) -> None:
@@ -36,28 +36,28 @@ class Op:
         return self._overload(*args)
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorator: shapes and dtypes of the outputs, for tracing."""
+        """Register the shapes and dtypes of the outputs for tracing; a decorator."""
         torch.library.register_fake(f"dtr_kernels::{self.name}", function, lib=_library)
         return function
 
     def register_flops(self, formula: Callable[..., int]) -> None:
-        """Decorator: floating-point operations of the op's matrix products, for ``torch.utils.flop_counter``.
+        """Register the FLOPs of the op's matrix products for ``torch.utils.flop_counter``; a decorator.
 
         The formula takes the op's arguments, with shapes in place of tensors. It counts the products of the plain model
-        over active channels: W of C also where a dense GEMM is faster, and no closed form of deactivated channels.
+        over active channels: W of C even if a dense GEMM is faster, without the closed form of deactivated channels.
         """
         register_flop_formula(getattr(torch.ops.dtr_kernels, self.name))(
             lambda *args, out_shape=None, **kwargs: formula(*args, **kwargs)
         )
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-        """The backward pass, as ``torch.library.register_autograd`` takes it."""
+        """Register the backward pass, as in ``torch.library.register_autograd``."""
         torch.library.register_autograd(
             f"dtr_kernels::{self.name}", backward, setup_context=setup_context, lib=_library
         )
 
     def refuse_autograd(self) -> None:
-        """For backward ops: differentiating them is an error instead of a silent zero."""
+        """Make differentiating a backward op an error instead of a silent zero."""
 
         def refuse(*_: Any) -> None:
             raise RuntimeError(
@@ -68,9 +68,9 @@ class Op:
         self.register_autograd(refuse, setup_context=lambda ctx, inputs, output: None)
 
     def register_autocast(self, casts: tuple[int, ...]) -> None:
-        """Under autocast, casts the arguments number ``casts`` (weights and biases), and nothing else.
+        """Cast the arguments number ``casts`` (weights and biases) under autocast, and nothing else.
 
-        The residual stream keeps its dtype, and the op computes its GEMMs in the dtype of the weights it is given.
+        The residual stream keeps its dtype, and the op computes its GEMMs in the dtype of the given weights.
         PyTorch's own ``torch.library.register_autocast`` would cast the residual stream too.
         """
         for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
@@ -79,7 +79,7 @@ class Op:
     def _with_casts(self, casts: tuple[int, ...], device: str) -> Callable[..., Any]:
         def function(_: Any, *args: Any) -> Any:
             dtype = torch.get_autocast_dtype(device)
-            wide = args[0].dtype == torch.float64  # which autocast leaves alone everywhere
+            wide = args[0].dtype == torch.float64  # autocast never casts fp64
             cast = [a.to(dtype) if i in casts and a is not None and not wide else a for i, a in enumerate(args)]
             with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
                 return self._overload(*cast)
@@ -88,7 +88,7 @@ class Op:
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """function with autocast off inside: a backward pass may run under it, and the GEMMs here choose their own
+    """Return function with autocast off inside: a backward pass may run under autocast, but its GEMMs choose their own
     dtypes."""
 
     def kernel(*args: Any) -> Any:
@@ -99,5 +99,5 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Op]:
-    """Decorator that registers a function as ``torch.ops.dtr_kernels.<name>``."""
+    """Register a function as ``torch.ops.dtr_kernels.<name>``; a decorator."""
     return lambda function: Op(name, function, mutates)

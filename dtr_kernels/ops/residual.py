@@ -1,4 +1,4 @@
-"""x + gate * branch, the end of a block that stands alone.
+"""x + gate * branch, the end of a block that is used alone.
 
 Between blocks the sum is left to the next block's norm (``routed_linear``), which reads and writes the stream anyway.
 """
@@ -87,7 +87,7 @@ _FORWARD, _BACKWARD = RowTiles("residual_forward", tensors=2), RowTiles("residua
 
 
 def gated_residual_forward(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * branch for x, branch [B, N, C] and gate [B, C]."""
+    """Return x + gate * branch for x, branch [B, N, C] and gate [B, C]."""
     B, N, C = x.shape
     x, branch, (gate,) = x.contiguous(), branch.contiguous(), modulation(x, gate)
     out = torch.empty_like(x)
@@ -114,7 +114,7 @@ def gated_residual_forward(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 
 
 def gated_residual_backward(dout: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """(dbranch [B, N, C], dgate [B, C]) in the dtypes of branch and gate."""
+    """Return (dbranch [B, N, C], dgate [B, C]) in the dtypes of branch and gate."""
     B, N, C = branch.shape
     dout, branch, (vector,) = dout.contiguous(), branch.contiguous(), modulation(dout, gate)
     dbranch = torch.empty_like(branch)
@@ -177,7 +177,7 @@ _backward_op.refuse_autograd()
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * branch.
+    """Return x + gate * branch.
 
     Args:
         x: residual stream [B, N, C].
@@ -223,7 +223,7 @@ def forward_work(B: int, N: int, C: int, items: Itemsizes) -> Work:
 
 
 def backward_work(B: int, N: int, C: int, items: Itemsizes) -> Work:
-    """Count gradients of branch and gate; that of x is the gradient of the sum itself."""
+    """Count gradients of branch and gate; the gradient of x is that of the sum itself."""
     return Work(bytes=B * N * C * (items.stream + 2 * items.operand) + 2 * B * C * items.operand)
 
 

@@ -1,12 +1,11 @@
-"""Families of tiles, which ops declare beside their kernels, and of crossovers, from how many tokens on our GEMMs run
-instead of cuBLAS.
+"""Families of tiles, declared by ops beside their kernels, and crossovers: the number of tokens from which on our GEMMs
+run instead of cuBLAS.
 
-What was tuned for the GPU, in a file of the user's cache or of the package, goes before the default. Nothing is
-ever timed here: ``python -m benchmarks tune`` does that once.
+A tile tuned for the GPU, from a file in the user's cache or the package, replaces the default. Nothing is ever timed
+here: ``python -m benchmarks tune`` does that once.
 
-The defaults compile without register spills on sm_80, sm_90 and sm_100 in the widths of DiT models, as tests and
-``python -m benchmarks static`` see.
-None has been timed on a GPU yet.
+The defaults compile without register spills on sm_80, sm_90 and sm_100 in the widths of DiT models, which tests and
+``python -m benchmarks static`` check. None has been timed on a GPU yet.
 """
 
 from __future__ import annotations
@@ -43,13 +42,13 @@ from dtr_kernels.ops.tuned_tiles import (
     user_file,
 )
 
-# The sides of a tile, as kernels and Triton call them.
+# Sides of a tile, and their names in kernels and in Triton.
 _OPTIONS = {
     **{"m": "BLOCK_M", "n": "BLOCK_N", "k": "BLOCK_K", "rows": "ROWS", "block": "BLOCK"},
     **{"warps": "num_warps", "stages": "num_stages"},
 }
 _forced: dict[str, Tile] = {}
-# The file that stands in for the user's.
+# A file used instead of the user's.
 _instead: Path | None = None
 
 
@@ -60,11 +59,11 @@ class Tiles(Kind[T]):
     """A family of tiles, one for each dtype, number of rows and of channels, and GPU."""
 
     def tile(self, x: Tensor, rows: int, channels: int, active: int = 100) -> T:
-        """Return the tile that a kernel runs with; x is an operand, for its device and dtype, the rest as for
+        """Return the tile for a launch; x is an operand, for its device and dtype, the other arguments are as in
         ``default``.
 
         Raises:
-            ValueError: if a tile is forced that no kernel can run with.
+            ValueError: if a tile is forced with which no kernel can run.
         """
         if self.name in _forced:
             tile = _forced[self.name]
@@ -74,10 +73,10 @@ class Tiles(Kind[T]):
         return _tile(self, x.get_device(), x.dtype, rows, channels, capability(x), active)
 
 
-@lru_cache(maxsize=4096)  # of batches of many shapes, those that were used last
+@lru_cache(maxsize=4096)  # for batches of many shapes
 def _tile(kind: Tiles[T], device: int, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int) -> T:
     tuned = None
-    if device >= 0:  # Triton's interpreter runs on a CPU, whose number is -1
+    if device >= 0:  # Triton's interpreter runs on a CPU, number -1
         gpu = configuration(torch.cuda.get_device_name(device), capability_of(device))
         tuned = tuned_for(gpu, kind.name, dtype, rows, channels, active)
     if tuned is None:
@@ -92,7 +91,7 @@ def has_large_tiles(arch: int) -> bool:
 
 
 def options(tile: Tile) -> dict[str, int]:
-    """Return a tile as the options that a kernel is launched with."""
+    """Return a tile as the launch options of a kernel."""
     return {_OPTIONS[side]: value for side, value in tile._asdict().items()}
 
 
@@ -103,7 +102,7 @@ class GemmTiles(Tiles[GemmTile]):
 
     def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> GemmTile:
         m = rows_class(rows)
-        if dtype == torch.float32:  # fused multiply-adds, or tf32 where PyTorch is allowed it
+        if dtype == torch.float32:  # fused multiply-adds, or tf32 if PyTorch may use it
             return GemmTile(min(m, 64), 64, 16, 8 if m >= 64 else 4, 2)
         if m < 128:
             return GemmTile(m, 128, 64 if has_large_tiles(arch) else 32, 4, 3)
@@ -124,8 +123,7 @@ class TokenGemmTiles(Tiles[GemmTile]):
         k = min(64 if has_large_tiles(arch) else 32, power_of_two(rows))
         if dtype == torch.float32:
             return GemmTile(64, 64, 16, 8, 2)
-        # The load of a sample's start takes stages too: five leave three buffers for each operand, as the compiler
-        # reports.
+        # The load of a sample's start takes stages too: five leave three buffers per operand, as the compiler reports.
         return GemmTile(128, 256, k, 8, 5) if has_large_tiles(arch) else GemmTile(128, 128, k, 8, 3)
 
     def _misfit(self, tile: GemmTile, rows: int, channels: int) -> str | None:
@@ -165,12 +163,12 @@ class SumTiles(Tiles[SumTile]):
 
 
 class Crossovers(Tiles[Crossover]):
-    """Crossovers of a GEMM. The defaults are predictions, which docs/performance.md derives.
+    """Crossovers of a GEMM. The defaults are predictions, derived in docs/performance.md.
 
     Args:
-        name: of what has a crossover.
-        tokens: from how many on ours is taken to be faster than cuBLAS, in 16-bit dtypes on GPUs with large tiles, for
-            so many channels and per cent of them active. Elsewhere it is never.
+        name: of the op with a crossover.
+        tokens: maps channels, and per cent of them active, to the tokens from which on our GEMM is predicted to be
+            faster than cuBLAS, in 16-bit dtypes on GPUs with large tiles. Elsewhere cuBLAS always runs.
     """
 
     type = Crossover
@@ -180,20 +178,20 @@ class Crossovers(Tiles[Crossover]):
         self._tokens = tokens
 
     def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> Crossover:
-        # In fp32 ours are fused multiply-adds in a simple loop; without Hopper's copy engine all loads are waited for.
+        # In fp32 our GEMM is fused multiply-adds in a simple loop; without Hopper's copy engine it waits for all loads.
         if dtype == torch.float32 or not has_large_tiles(arch):
             return Crossover(NEVER)
         return Crossover(self._tokens(channels, active))
 
 
 def crossovers() -> list[str]:
-    """Return the names of what has a crossover."""
+    """Return the names of the ops with a crossover."""
     return [op for op, kind in KINDS.items() if isinstance(kind, Crossovers)]
 
 
 @contextmanager
 def forced(op: str, tile: Tile) -> Iterator[None]:
-    """Inside, ``op`` runs with ``tile`` whatever is configured, in every thread: to time and to compile tiles.
+    """Run ``op`` with ``tile``, whatever is configured, in every thread while the context is open.
 
     Raises:
         ValueError: if there is no such op; and in the launcher, if the kernel cannot run with the tile.
@@ -213,14 +211,14 @@ def forced(op: str, tile: Tile) -> Iterator[None]:
 
 
 class Configuration(NamedTuple):
-    """Tuned entries for a GPU, of the user's file and of the package's; either may be empty."""
+    """Tuned entries for a GPU, from the user's file and from the package's; either may be empty."""
 
     user: tuple[Tuned, ...]
     packaged: tuple[Tuned, ...]
 
     @property
     def entries(self) -> list[Tuned]:
-        """Those that are used: the user's stand in for the package's of the same key."""
+        """The entries in use: the user's replace the package's of the same key."""
         return merged(self.packaged, self.user)
 
 
@@ -228,21 +226,21 @@ class Configuration(NamedTuple):
 def configuration(gpu: str, arch: int) -> Configuration:
     """Read the tuned entries for a GPU from its files, once.
 
-    Entries that were measured with another compute capability than ``arch`` are left out. A file that cannot be used
-    is left out with a warning.
+    Entries measured with another compute capability than ``arch`` are left out. A file that cannot be used is left out
+    with a warning.
     """
     return Configuration(*(_usable(path, arch) for path in (_instead or user_file(gpu), packaged_file(gpu))))
 
 
 def forget() -> None:
-    """Files are read again at the next launch."""
+    """Read the files again at the next launch."""
     configuration.cache_clear()
     _tile.cache_clear()
 
 
 @contextmanager
 def instead_of_users(path: Path) -> Iterator[None]:
-    """Inside, kernels run with the tiles of a file as it is now: it takes the place of the user's."""
+    """Run kernels with the tiles of a file, as it is now, instead of the user's while the context is open."""
     global _instead
     before, _instead = _instead, path
     forget()
@@ -272,10 +270,11 @@ def _usable(path: Path, arch: int) -> tuple[Tuned, ...]:
 def tuned_for(
     gpu: Configuration, op: str, dtype: torch.dtype, rows: int, channels: int, active: int = 100
 ) -> Tuned | None:
-    """The entry nearest in channels and in the share that is active, both in proportion, or None; the arguments are
-    those of ``Tiles.default``.
+    """Return the entry nearest in channels and in the active share, both in proportion, or None; arguments as in
+    ``Tiles.default``.
 
-    A row kernel takes none whose registers would hold other rows, and windows none that were half as wide again.
+    A row kernel takes no entry whose registers would hold other rows, and a window none for windows 1.5 times as wide
+    or as narrow.
     """
 
     def distance(entry: Tuned) -> float:

@@ -1,4 +1,4 @@
-"""The Triton that fits the installed PyTorch. PyTorch's CUDA builds require it; its CPU builds require none."""
+"""The Triton version that fits the installed PyTorch. PyTorch's CUDA builds require it; its CPU builds require none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TRITON_OF_TORCH = {
 
 
 def mismatch() -> str | None:
-    """Return why Triton does not fit PyTorch, and which does; None if it fits, or for a PyTorch not known here."""
+    """Say why Triton does not fit PyTorch, and which version does; None if it fits or PyTorch's version is unknown."""
     fitting = _TRITON_OF_TORCH.get(_release(torch.__version__))
     if fitting is None or fitting == _release(triton.__version__):
         return None

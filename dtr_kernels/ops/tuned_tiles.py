@@ -22,7 +22,7 @@ FORMAT = 2
 PACKAGED = Path(__file__).parent.parent / "tuned"
 # Tokens that a backward kernel sums over before it writes a partial sum.
 TOKENS_PER_SUM = 32
-# Tokens beyond which more of them make no other tile better: the most rows that a GEMM's tile has.
+# The most rows of a GEMM's tile: more tokens than these do not change the best tile.
 MOST_ROWS = 128
 
 
@@ -52,12 +52,12 @@ class SumTile(NamedTuple):
 
 
 class Crossover(NamedTuple):
-    """Tokens of a batch from which on our GEMM runs; below, cuBLAS with what our GEMM fuses as passes of their own."""
+    """Tokens of a batch from which on our GEMM runs; below, cuBLAS and separate kernels for the epilogues run."""
 
     tokens: int
 
     def __str__(self) -> str:
-        """For people."""
+        """Return the crossover in words."""
         if self.tokens >= NEVER:
             return "never"
         return "always" if self.tokens == 1 else f"from {self.tokens:,} tokens on"
@@ -69,7 +69,7 @@ T = TypeVar("T", GemmTile, RowTile, SumTile, Crossover)
 _DTYPES = ("float32", "bfloat16", "float16")
 # More tokens than any batch has.
 NEVER = 1 << 30
-# A side of a matrix instruction at least, of a tensor descriptor's box at most.
+# The least side is that of a matrix instruction, the most that of a tensor descriptor's box.
 _SIDE = 16, 256
 _LIMITS = {
     "m": _SIDE,
@@ -85,22 +85,22 @@ _MOST_CHANNELS = 1 << 24
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n (and at least 16, the smallest side of a matrix instruction)."""
+    """Return the smallest power of two >= n, and at least 16, the smallest side of a matrix instruction."""
     return max(16, triton.next_power_of_2(n))
 
 
 def rows_class(tokens: int) -> int:
-    """Tokens that share a window, as entries are looked up: 16, 32, 64 or 128."""
+    """Return the class of the tokens that share a window, for looking up entries: 16, 32, 64 or 128."""
     return min(MOST_ROWS, power_of_two(tokens))
 
 
 def active_share(width: int, channels: int) -> int:
-    """Per cent of the channels in a window of ``width``, as entries are looked up."""
+    """Return the per cent of the channels in a window of ``width``, for looking up entries."""
     return max(1, round(100 * width / channels))
 
 
 class Kind(Generic[T]):
-    """Something to choose a tile for, by the name that files and command lines have for it; enters itself in ``KINDS``.
+    """A kernel or crossover with a tunable tile, under its name in files and command lines; enters itself in ``KINDS``.
 
     Attributes:
         type: of its tiles.
@@ -113,12 +113,12 @@ class Kind(Generic[T]):
         KINDS[name] = self
 
     def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> T:
-        """Return the tile of a GPU that nobody has tuned.
+        """Return the tile for a GPU without tuned entries.
 
         Args:
             dtype: of the operands.
-            rows: tokens that share a window; of "closed_form", samples.
-            channels: C of the residual stream; of "token_sums", columns of the gradient.
+            rows: tokens that share a window; for "closed_form", samples.
+            channels: C of the residual stream; for "token_sums", columns of the gradient.
             arch: compute capability as 80, 90, 100, ...
             active: per cent of the channels in a window, for the crossovers of windows.
         """
@@ -141,13 +141,13 @@ class Kind(Generic[T]):
         return None
 
 
-#: What there is to choose. The families of ``tiles`` enter themselves, beside the kernels.
+#: The kinds of tiles by op. The families of ``tiles`` enter themselves, beside the kernels.
 KINDS: dict[str, Kind[Any]] = {}
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Where, when and with what tiles were timed.
+    """Conditions under which tiles were timed.
 
     Attributes:
         gpu: as ``torch.cuda.get_device_name`` says.
@@ -174,20 +174,20 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The fastest tile that was found for an op, or its crossover.
+    """The fastest tile found for an op, or its crossover.
 
     Attributes:
         op: of ``KINDS``. dtype: of its operands: "float32", "bfloat16" or "float16".
         channels: of the residual stream; for "token_sums" of the gradient that it reads.
-        rows: tokens that share a window, of "closed_form" samples, as ``rows_class`` gives them.
+        rows: tokens that share a window, for "closed_form" samples, as classes of ``rows_class``.
         active: per cent of the channels in a window, for the crossovers of windows; 100 for everything else.
         tile: of the op's kind.
-        seconds, default_seconds: of a call with this tile, and with the one that is used without tuning; of a crossover
-            on the largest batch that was timed.
-        measurement: where and with what.
+        seconds, default_seconds: of a call with this tile, and with the default one; for a crossover, on the largest
+            batch that was timed.
+        measurement: the conditions.
 
     Raises:
-        ValueError: if no kernel could run with it.
+        ValueError: if no kernel could run with the tile.
     """
 
     op: str
@@ -207,7 +207,7 @@ class Tuned:
 
     @property
     def key(self) -> tuple[str, str, int, int, int]:
-        """What tells entries of one file apart."""
+        """The entry's key, unique within a file."""
         return self.op, self.dtype, self.channels, self.rows, self.active
 
     def _problem(self) -> str | None:
@@ -234,33 +234,33 @@ def _is_integer(value: Any) -> bool:
 
 
 def slug(gpu: str) -> str:
-    """A GPU's name as a file's: "NVIDIA H200" is "nvidia-h200"."""
+    """Turn a GPU's name into a file's: "NVIDIA H200" into "nvidia-h200"."""
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
 def packaged_file(gpu: str) -> Path:
-    """Where the package keeps the tiles of a GPU; there need not be such a file."""
+    """Return the package's file of tiles for a GPU; it need not exist."""
     return PACKAGED / f"{slug(gpu)}.json"
 
 
 def user_file(gpu: str) -> Path:
-    """Where the user's cache keeps them; there need not be such a file."""
+    """Return the file of tiles for a GPU in the user's cache; it need not exist."""
     return cache_folder() / "tuned" / f"{slug(gpu)}.json"
 
 
 def packaged() -> list[Tuned]:
-    """Every entry of every file in the package."""
+    """Return every entry of every file in the package."""
     return [entry for path in sorted(PACKAGED.glob("*.json")) for entry in read(path)]
 
 
 def read(path: Path) -> list[Tuned]:
-    """The entries of a file.
+    """Read the entries of a file.
 
     Raises:
-        FileNotFoundError: if there is none, or none can be, as below a home of /dev/null.
+        FileNotFoundError: if there is no such file, or there cannot be one, as below a home of /dev/null.
         OSError: if it cannot be read.
-        ValueError: if it holds anything else, is of another version of the format, or has an entry that no kernel
-            could run with. The message names the file.
+        ValueError: naming the file, if it holds anything else, has another version of the format, or an entry that no
+            kernel could run with.
     """
     try:
         stored = read_json(path)
@@ -278,7 +278,7 @@ def read(path: Path) -> list[Tuned]:
 
 
 def write(path: Path, entries: Iterable[Tuned]) -> None:
-    """Writes a file of entries, of which no two may have the same key. A reader never finds half of one."""
+    """Write a file of entries with different keys. A reader never finds half of it."""
     entries = sorted(entries, key=lambda entry: entry.key)
     measurements = list(dict.fromkeys(entry.measurement for entry in entries))
     lines = {
@@ -288,14 +288,14 @@ def write(path: Path, entries: Iterable[Tuned]) -> None:
             for entry in entries
         ],
     }
-    # A line for each, so that a change of one is a change of one line.
+    # One line for each, so that a change of one is a change of one line.
     parts = [f' "{name}": [\n  ' + ",\n  ".join(map(json.dumps, facts)) + "\n ]" for name, facts in lines.items()]
     with replacing(path) as unfinished:
         unfinished.write_text("{\n" + f' "format": {FORMAT},\n' + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
 def merged(*lists: Iterable[Tuned]) -> list[Tuned]:
-    """The entries of all lists; of those with the same key the last."""
+    """Merge lists of entries; the last of those with the same key wins."""
     return list({entry.key: entry for entries in lists for entry in entries}.values())
 
 

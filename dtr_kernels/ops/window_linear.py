@@ -1,26 +1,26 @@
 """The linear layer that contracts over each sample's window only, with tanh-GELU in its epilogue.
 
-Its input is the compact u [B, N, K] of ``gated_norm``, whose channels are the window here; where a dense GEMM is faster
-(``choose_gemm``), the norm writes all channels and the layer is an ordinary one. Deactivated channels, which u leaves
-out, reach a dense layer as -mean * rstd * (1 + scale) + shift, so per sample their whole contribution is a rank-one
-term and a constant:
+Its input is the compact u [B, N, K] of ``gated_norm``, whose channels are the window here. If a dense GEMM is faster
+(``choose_gemm``), the norm writes all channels instead and the layer is an ordinary one. A deactivated channel, which u
+leaves out, would reach a dense layer as -mean * rstd * (1 + scale) + shift, so per sample the contribution of all of
+them is a rank-one term and a constant:
 
     p   = W_lin[:, inactive] @ (1 + scale[inactive])              # [B, O], once per sample
     q   = W_lin[:, inactive] @ shift[inactive] + bias             # [B, O], once per sample
     out = u @ W_lin[:, window]^T - (mean * rstd) * p + q          # = Linear(modulate(LN(m * x))) exactly
 
-(after RMSNorm, whose mean is 0, with q alone) and with G = dL/dout the gradients never touch a deactivated channel per
+(after RMSNorm, whose mean is 0, with q alone). With G = dL/dout the gradients never touch a deactivated channel per
 token either:
 
     du       = G @ W_lin[:, window]
-    inactive = G @ p                                              # what the norm's backward pass needs of them
+    inactive = G @ p                                              # for the norm's backward pass
     dp, dq   = -sum_n (mean * rstd)_n G_n ,  sum_n G_n            # per sample
     dW       = sum_b G_b^T u_b at b's window  +  dp^T (1 + scale) + dq^T shift at the deactivated channels
     dscale, dshift = dp @ W_lin, dq @ W_lin                       # at the deactivated channels; dbias = sum_b dq_b
 
-Three GEMM kernels (forward, input gradient, weight gradient), one for p and q, and one that reads G once for the sums
-over tokens. Tensor descriptors take any element offset, so a window that starts anywhere needs no realigned copy of the
-weight; what a tile reads outside of u comes back as zeros, and what it would write outside of a result is left out.
+There are three GEMM kernels (forward, input gradient, weight gradient), one kernel for p and q, and one that reads G
+once for the sums over tokens. Tensor descriptors take any element offset, so a window that starts anywhere needs no
+realigned copy of the weight; reads outside of u return zeros, and writes outside of a result are dropped.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -85,7 +85,7 @@ from dtr_kernels.ops.tuned_tiles import NEVER, active_share, power_of_two
 
 @triton.jit
 def _tile_of(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Row and column of a program's tile; GROUP rows of tiles go together so that they share columns in L2."""
+    """Return row and column of a program's tile; GROUP rows of tiles run together so that they share columns in L2."""
     per_group = GROUP * tiles_n
     group = pid // per_group
     first = group * GROUP
@@ -95,13 +95,13 @@ def _tile_of(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def _halves(acc):
-    """The left and right half of a tile's columns."""
+    """Split a tile into the left and right half of its columns."""
     return acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
 def _pieces(acc):
-    """A tile's columns in pieces of 64 or fewer: one at a time, an epilogue needs few registers beside them."""
+    """Split a tile into pieces of at most 64 columns: one at a time, an epilogue needs few registers beside them."""
     if acc.shape[1] <= 64:
         pieces = (acc,)
     elif acc.shape[1] <= 128:
@@ -162,7 +162,7 @@ def window_forward_kernel(
         part = n_tile // tl.cdiv(O, BLOCK_N)
         column = (n_tile % tl.cdiv(O, BLOCK_N)) * BLOCK_N
         to_weight = part * part_rows + tl.load(start_ptr + b) * UNIT
-    # The product's other summands are loaded, and as far as registers allow added, before it: epilogues wait for loads.
+    # Load, and as far as registers allow add, the product's other summands first: epilogues would wait for the loads.
     o = column + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if CLOSED:
@@ -173,12 +173,12 @@ def window_forward_kernel(
             p = tl.load(p_ptr + sample * O + o, mask=o < O, other=0.0)
         acc += tl.load(q_ptr + sample * O + o, mask=o < O, other=0.0)[None, :]
     elif HAS_BIAS:
-        # A window that leaves the weight reads nothing.
+        # A window outside the weight reads nothing.
         rows = part_rows * PARTS
         known = (o < O) & (to_weight + o >= 0) & (to_weight + o < rows) if PARTS else o < O
         acc += tl.load(q_ptr + to_weight + o, mask=known, other=0.0).to(tl.float32)[None, :]
     for k in range(0, K, BLOCK_K):
-        # Past the window's end u reads as zero, whatever the weight holds there.
+        # Past the window's end u reads as zero, so the weight's values there do not matter.
         u = u_desc.load([b, row, k]).reshape(BLOCK_M, BLOCK_K)
         w = weight_desc.load([to_weight + column, first + k])
         acc = tl.dot(u, w.T, acc, input_precision=PRECISION)
@@ -191,7 +191,7 @@ def window_forward_kernel(
         if WRITE_OUT:
             _store(out_desc, b, part, row, piece, out)
         if GELU:
-            # GELU of the rounded value, so that the backward pass, which has only that, recomputes the same activation.
+            # GELU of the rounded value: the backward pass has only that, and must recompute the same activation.
             _store(act_desc, b, part, row, piece, gelu(out.to(tl.float32)).to(u_desc.dtype))
 
 
@@ -232,7 +232,7 @@ def window_input_gradient_kernel(
         for step in range(0, steps * PARTS):
             part = step // steps
             o = (step % steps) * BLOCK_K
-            # Past the band's end g reads as zero, whatever the weight holds there.
+            # Past the band's end g reads as zero, so the weight's values there do not matter.
             g = g_desc.load([b, part, row, o]).reshape(BLOCK_M, BLOCK_K)
             w = weight_desc.load([part * part_rows + first_row + o, column])
             acc = tl.dot(g, w, acc, input_precision=PRECISION)
@@ -297,7 +297,7 @@ def window_weight_gradient_kernel(
         # Rows and columns outside the sample's window, negative ones too, read as zero.
         g = g_desc.load([b, part, n, row - first if PARTS else row]).reshape(BLOCK_K, BLOCK_M)
         u = u_desc.load([b, n, column if PARTS else column - first]).reshape(BLOCK_K, BLOCK_N)
-        # In fp32 a sum for each step, then their sum: one long sum would round as often as there are tokens.
+        # In fp32, sum each step, then the steps: one long sum would round as often as there are tokens.
         if g.dtype == tl.float32:
             acc += tl.dot(g.T, u, input_precision=PRECISION)
         else:
@@ -395,10 +395,10 @@ def closed_form_kernel(
 
 WindowsOp = Literal["windows_forward", "windows_backward"]
 GeluOp = Literal["gelu_forward", "gelu_backward"]
-# Into how many a weight gradient's sum over tokens is split at most, and steps of the contraction in each at least.
+# Most splits of a weight gradient's sum over tokens, and least steps of the contraction in each.
 _MOST_SPLITS, _LEAST_STEPS = 8, 32
 
-# Columns of a tile that an epilogue takes at a time, as ``_pieces`` gives them.
+# Columns of a tile that an epilogue handles at a time, see ``_pieces``.
 _PIECE = 64
 
 _FORWARD, _FORWARD_GELU = GemmTiles("forward"), GemmTiles("forward_gelu")
@@ -408,7 +408,7 @@ _TOKEN_SUMS = SumTiles("token_sums")
 
 
 class _ClosedFormTiles(GemmTiles):
-    """Tiles of a GEMM whose rows are samples: a few of them, each with all of the weight, so many small ones."""
+    """Tiles of a GEMM whose rows are samples: few rows, each times the whole weight, so many small tiles."""
 
     def default(self, dtype: torch.dtype, rows: int, channels: int, arch: int, active: int = 100) -> GemmTile:
         return GemmTile(min(rows_class(rows), 64), 64, 16 if dtype == torch.float32 else 64, 4, 3)
@@ -417,19 +417,19 @@ class _ClosedFormTiles(GemmTiles):
 _CLOSED_FORM = _ClosedFormTiles("closed_form")
 
 
-# Predictions for QKV on an H200, which docs/performance.md derives, in steps of a tile of 128 x 256 outputs, 64 deep.
+# Predictions for QKV on an H200, derived in docs/performance.md, in steps of a tile of 128 x 256 outputs, 64 deep.
 
 
 def _product(channels: int) -> float:
-    """Steps that cuBLAS takes for 128 tokens."""
+    """Return the steps that cuBLAS takes for 128 tokens."""
     return 3 * channels / 256 * channels / 64
 
 
 def _pays_from(dense: float, windows: float, fixed: float) -> int:
-    """Tokens from which on windows are predicted to take a tenth less than cuBLAS: less is within what that is worth.
+    """Return the tokens from which on windows are predicted to take 10% less time than cuBLAS, the margin of error.
 
     Args:
-        dense, windows: steps for 128 tokens. fixed: seconds that windows cost however few tokens there are.
+        dense, windows: steps for 128 tokens. fixed: seconds that windows cost for any number of tokens.
     """
     # A step takes 0.78 µs, on each of 132 multiprocessors.
     saved = (0.9 * dense - windows) * 0.78e-6 / (128 * 132)
@@ -443,11 +443,11 @@ def _forward_pays_from(channels: int, active: int) -> int:
 
 
 def _backward_pays_from(channels: int, active: int) -> int:
-    touched = 256 * math.ceil(channels * active / 25600) / channels  # of the columns, by tiles of the input gradient
-    # Sums, the bias' and those over tokens, grow with the channels, products with their square.
+    touched = 256 * math.ceil(channels * active / 25600) / channels  # share of columns in the input gradient's tiles
+    # Sums, for the bias and over tokens, grow with the channels, products with their square.
     dense = 2 + 0.16 * 1152 / channels
     windows = 1.09 * touched + 1.29 + 0.20 * 1152 / channels
-    # 25 launches, and the parts in which the weight gradient is summed.
+    # 25 launches, and the partial sums of the weight gradient.
     fixed = 125e-6 + 60e-6 * (channels / 1152) ** 2
     return _pays_from(dense * _product(channels), windows * _product(channels), fixed)
 
@@ -455,14 +455,14 @@ def _backward_pays_from(channels: int, active: int) -> int:
 _CROSSOVERS = {
     "windows_forward": Crossovers("windows_forward", _forward_pays_from),
     "windows_backward": Crossovers("windows_backward", _backward_pays_from),
-    # GELU costs about as much in an epilogue as in a pass of its own, in half the launches.
+    # GELU costs about as much in an epilogue as in its own kernel, in half the launches.
     **{op: Crossovers(op, lambda channels, active: 1) for op in ("gelu_forward", "gelu_backward")},
 }
 
 
 class ClosedForm(NamedTuple):
-    """Facts of the norm that give channels that u leaves out: mean * rstd [B, N], None of RMSNorm; shift, scale [B, C];
-    and u's first channel, start int32 [B]."""
+    """Values of the norm from which the channels follow that u leaves out: mean * rstd [B, N], None for RMSNorm; shift,
+    scale [B, C]; and u's first channel, start int32 [B]."""
 
     mean_rstd: Tensor | None
     shift: Tensor
@@ -474,10 +474,10 @@ class Band(NamedTuple):
     """Neighbouring columns, or rows, of a weight that each sample uses.
 
     Attributes:
-        start: int32 [B], in ``unit`` columns or rows each.
-        width: how many columns, or rows of each part.
-        unit: 1 for channels; the columns or rows of an attention head.
-        parts: into how many equal parts the weight's rows fall, three for queries, keys and values; 0 for columns.
+        start: int32 [B], in units of ``unit`` columns or rows.
+        width: number of columns, or of rows in each part.
+        unit: 1 for channels; the columns or rows of one attention head.
+        parts: number of equal parts of the weight's rows, three for queries, keys and values; 0 for columns.
     """
 
     start: Tensor
@@ -487,11 +487,11 @@ class Band(NamedTuple):
 
 
 class LinearGradients(NamedTuple):
-    """u as u; inactive [B, N] and shift, scale [B, C] of deactivated channels in the compute dtype; weight, bias as
+    """u like u; inactive [B, N] and shift, scale [B, C] of deactivated channels in the compute dtype; weight, bias as
     given.
 
-    inactive, shift and scale are None if u has all channels, and inactive and scale after RMSNorm; weight and bias are
-    None when not asked for.
+    inactive, shift and scale are None if u has all channels; inactive and scale are None after RMSNorm; weight and bias
+    are None if not asked for.
     """
 
     u: Tensor
@@ -503,7 +503,7 @@ class LinearGradients(NamedTuple):
 
 
 class _Inactive(NamedTuple):
-    """The channels of a batch that a compact u leaves out: mask [B, C], and 1 + scale, shift [B, C] with u's zeroed."""
+    """The channels that a compact u leaves out: mask [B, C], and 1 + scale, shift [B, C], zero at u's channels."""
 
     mask: Tensor
     factor: Tensor
@@ -520,10 +520,10 @@ def _inactive_channels(closed: ClosedForm, width: int, compute: torch.dtype) -> 
 def contributions(
     closed: ClosedForm, width: int, weight: Tensor, bias: Tensor | None, need_q: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return p and q [B, O] in the compute dtype; p is None after RMSNorm, q where it is not needed.
+    """Return p and q [B, O] in the compute dtype; p is None after RMSNorm, q if it is not needed.
 
     Args:
-        closed: the norm's. width: how many channels u has. weight: [O, C]. bias: [O] or None.
+        closed: of the norm. width: number of u's channels. weight: [O, C]. bias: [O] or None.
     """
     need_p = closed.mean_rstd is not None
     if runs_on_cpu(weight):
@@ -566,7 +566,7 @@ def choose_gemm(op: WindowsOp, x: Tensor, start: Tensor | None, width: int, weig
     """Choose whether a pass of the layer contracts over "windows", or is "dense" because that is faster.
 
     Args:
-        op: which pass. x: the stream [B, N, C]. start: int32 [B], or None when unrouted. width: W. weight: [O, C].
+        op: the pass. x: the stream [B, N, C]. start: int32 [B], or None when unrouted. width: W. weight: [O, C].
     """
     return made((_choose_on_cpu if runs_on_cpu(x) else _choose_on_gpu)(op, x, start, width, weight))
 
@@ -574,7 +574,7 @@ def choose_gemm(op: WindowsOp, x: Tensor, start: Tensor | None, width: int, weig
 def _choose_on_cpu(op: WindowsOp, x: Tensor, start: Tensor | None, width: int, weight: Tensor) -> Choice:
     if start is None:
         return Choice("dense", "a dense GEMM: every channel is read")
-    # In 16-bit dtypes a CPU's matrix units want a slice repacked at every call, which costs more than it saves.
+    # In 16-bit dtypes a CPU's matrix units need a slice repacked at every call, which costs more than it saves.
     if weight.element_size() < 4:
         return Choice("dense", "a dense GEMM: in 16-bit dtypes a CPU repacks a slice of the weight at every call")
     # Samples that share a window share a slice.
@@ -602,7 +602,7 @@ def _choose_on_gpu(op: WindowsOp, x: Tensor, start: Tensor | None, width: int, w
 
 
 def _pays(op: str, x: Tensor, weight: Tensor, channels: int, active: int = 100) -> bool:
-    """Whether a GPU runs our GEMM for the tokens of x [B, N, ...] and a stream of ``channels``, not cuBLAS."""
+    """Return whether a GPU runs our GEMM, not cuBLAS, for the tokens of x [B, N, ...] and a stream of ``channels``."""
     B, N, _ = x.shape
     return _CROSSOVERS[op].tile(weight, N, channels, active).tokens <= B * N
 
@@ -613,12 +613,12 @@ _NAMES = {"gelu_tanh": "GELU", "gelu": "exact GELU", "silu": "SiLU", "swiglu": "
 def choose_activation(
     op: GeluOp, kind: str, x: Tensor, closed: ClosedForm | None, weight: Tensor, channels: int
 ) -> Choice:
-    """Choose whether our GEMM computes GELU in its tanh form, or its gradient, in its "epilogue", or a "pass" of its
-    own does, as for other activations always.
+    """Choose whether our GEMM computes tanh-GELU, or its gradient, in its "epilogue", or a separate "pass" does, as
+    always for other activations.
 
     Args:
-        op: which pass. kind: of the activation. x: [B, N, ...], for its tokens. closed: None for a dense layer.
-        weight: the GEMM's. channels: C of the residual stream.
+        op: the pass. kind: of the activation. x: [B, N, ...], for its tokens. closed: None for a dense layer.
+        weight: of the GEMM. channels: C of the residual stream.
     """
     if kind != "gelu_tanh" or runs_on_cpu(x) or not _pays(op, x, weight, channels):
         return made(Choice("pass", f"{_NAMES[kind]} in a pass of its own"))
@@ -652,7 +652,7 @@ def window_linear_forward(u: Tensor, closed: ClosedForm | None, weight: Tensor, 
 def linear_activation_forward(
     u: Tensor, closed: ClosedForm | None, weight: Tensor, bias: Tensor | None, kind: str, write_pre: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return pre [B, N, O] of the same layer and its activation; pre is left empty unless ``write_pre`` (training)."""
+    """Return pre [B, N, O] of the same layer and its activation; pre is empty unless ``write_pre`` (training)."""
     if choose_activation("gelu_forward", kind, u, closed, weight, weight.shape[1]).path == "pass":
         pre = window_linear_forward(u, closed, weight, bias)
         return or_empty(pre if write_pre else None, pre), activation_forward(pre, kind, write_pre)
@@ -672,11 +672,11 @@ def product(
     gelu: bool,
     write_out: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Launch u @ weight[:, band]^T - mean_rstd * p + q, or u @ weight[band]^T + q of a band of rows, and with ``gelu``
-    GELU of it; return both, empty where not asked for.
+    """Launch u @ weight[:, band]^T - mean_rstd * p + q, or u @ weight[band]^T + q for a band of rows, and with ``gelu``
+    its GELU; return both, empty if not asked for.
 
     Args:
-        u: [B, N, K], of which a band of columns has its own alone. weight: [O, C].
+        u: [B, N, K]; for a band of columns it holds only these. weight: [O, C].
         q: [B, O] in the closed form, else the bias [O] or None.
         band: of each sample; None for a dense layer.
         mean_rstd: [B, N], p: [B, O]; None outside of the closed form, and after RMSNorm.
@@ -688,7 +688,7 @@ def product(
     if band is None:  # all tokens share the weight: one long sample
         B, N, u = 1, B * N, u.reshape(1, B * N, K)
     tile = (_FORWARD_GELU if gelu else _FORWARD).tile(u, N, weight.shape[1])
-    # Rows that a descriptor can write.
+    # Padded rows, which a descriptor can write.
     out, act = (
         empty_rows(B, N, max(parts, 1), O, like=u, dtype=u.dtype) if wanted else None for wanted in (write_out, gelu)
     )
@@ -732,7 +732,7 @@ def window_linear_backward(
     need_weight: bool = True,
     need_bias: bool = True,
 ) -> LinearGradients:
-    """Return the gradients of ``window_linear_forward``; g [B, N, O] is that of its output, in weight's dtype."""
+    """Return the gradients of ``window_linear_forward``; g [B, N, O] is its output's gradient, in weight's dtype."""
     B, N, O = g.shape
     C = weight.shape[1]
     if closed is None:
@@ -766,7 +766,7 @@ def _with_inactive(
     weight: Tensor,
     need_bias: bool,
 ) -> LinearGradients:
-    """Adds what deactivated channels contribute, from dp and dq [B, O] alone."""
+    """Add the contributions of deactivated channels, from dp and dq [B, O] alone."""
     rows, known = dq, inactive.shift
     if dp is not None:
         rows, known = torch.cat([dp, dq]), torch.cat([inactive.factor, inactive.shift])
@@ -781,10 +781,10 @@ def _with_inactive(
 
 
 def activation_linear_backward(g: Tensor, pre: Tensor, weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """(dpre, act) of out = act @ weight^T: the gradient of pre and its activation [B, N, K], recomputed beside it.
+    """Return (dpre, act) of out = act @ weight^T: the gradient of pre, and the recomputed activation [B, N, K].
 
     Args:
-        g: gradient of out [B, N, O]. pre: [B, N, K], of "swiglu" [B, N, 2K]. weight: [O, K], in g's dtype.
+        g: gradient of out [B, N, O]. pre: [B, N, K], for "swiglu" [B, N, 2K]. weight: [O, K], in g's dtype.
         kind: of the activation.
     """
     if choose_activation("gelu_backward", kind, g, None, weight, weight.shape[0]).path == "pass":
@@ -797,12 +797,13 @@ def activation_linear_backward(g: Tensor, pre: Tensor, weight: Tensor, kind: str
 def input_gradient(
     g: Tensor, weight: Tensor, band: Band | None, width: int, pre: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Launch du = g @ weight[:, band], or g @ weight[band] of rows, and where ``pre`` is given times GELU's derivative
-    there; return du [B, N, width], whose rows may be padded, and GELU(pre) like it.
+    """Launch du = g @ weight[:, band], or g @ weight[band] for rows, times GELU's derivative at ``pre`` if given.
+
+    Returns du [B, N, width], whose rows may be padded, and GELU(pre) like it.
 
     Args:
-        g: [B, N, O], of which a band of rows has its own alone. weight: [O, C]. band: None for all of it.
-        pre: [B, N, width]; or None, then du is returned twice.
+        g: [B, N, O]; for a band of rows it holds only these. weight: [O, C]. band: None for the whole weight.
+        pre: [B, N, width]; if None, du is returned twice.
     """
     start, unit, parts = (None, 1, 0) if band is None else (band.start, band.unit, band.parts)
     g = _by_part(g, parts)
@@ -844,10 +845,10 @@ def _by_part(g: Tensor, parts: int) -> Tensor:
 
 
 def weight_gradient(g: Tensor, u: Tensor, band: Band, size: int) -> Tensor:
-    """Launch the sum over samples of g^T u, at each one's band; return it as fp32 [O, C].
+    """Launch the sum over samples of g^T u, at each sample's band; return it as fp32 [O, C].
 
     Args:
-        g: [B, N, O]. u: [B, N, C]. Of the two, that with the band's rows or columns has these alone.
+        g: [B, N, O]. u: [B, N, C]. The one with the band's rows or columns holds only these.
         size: of the weight, C for a band of columns, O for one of rows.
     """
     B, N, O = g.shape
@@ -882,11 +883,11 @@ def weight_gradient(g: Tensor, u: Tensor, band: Band, size: int) -> Tensor:
 
 
 def _splits(tiles: int, steps: int, processors: int) -> int:
-    """In how many splits the tokens of a weight gradient are summed.
+    """Return the number of splits in which the tokens of a weight gradient are summed.
 
-    A weight has few tiles, each a long sum: 135 of them on 132 multiprocessors would take as long as 264. The fewest
-    that keep the multiprocessors nearly as busy as any number up to ``_MOST_SPLITS`` does, each of
-    ``_LEAST_STEPS`` steps or more.
+    A weight has few tiles, each a long sum: 135 tiles on 132 multiprocessors would take as long as 264. Returns the
+    fewest splits of at least ``_LEAST_STEPS`` steps that keep the multiprocessors nearly as busy as the best number up
+    to ``_MOST_SPLITS``.
     """
 
     def busy(splits: int) -> float:
@@ -899,7 +900,7 @@ def _splits(tiles: int, steps: int, processors: int) -> int:
 
 
 def token_sums(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch everything else that one read of g gives; return inactive [B, N], dp [B, O] and dq [B, O] in fp32."""
+    """Launch one read of g for all sums over it; return inactive [B, N], dp [B, O] and dq [B, O] in fp32."""
     B, N, O = g.shape
     inactive = torch.empty(B, N, device=g.device, dtype=torch.float32)
     parts = torch.empty(2, B, chunks_of(N), O, device=g.device, dtype=torch.float32)
@@ -925,21 +926,21 @@ def token_sums(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor, Tensor,
 
 # --- CPU -------------------------------------------------------------------------------------------------------------
 
-# Per cent of what a slice of the weight costs that it must save (`python -m benchmarks run cpu_limits` measures it).
+# Least saving of a slice of the weight, in per cent of its cost (`python -m benchmarks run cpu_limits` measures it).
 _LEAST_GAIN = 100
-# A slice costs a CPU as much as this many more tokens would, since it is repacked for few of them; and the closed form,
-# which reads the gradient three times more in the backward pass, as much as this share of all channels.
+# Costs on a CPU: repacking a slice takes as long as this many more tokens; the closed form, which reads the gradient
+# three times more in the backward pass, as long as this share of all channels.
 _COSTS_OF_A_SLICE: dict[WindowsOp, tuple[int, float]] = {"windows_forward": (45, 0), "windows_backward": (32, 0.25)}
 
 
 def slice_gain(op: WindowsOp, tokens: int, channels: int, width: int) -> int:
-    """What GEMMs on slices of the weight save on a CPU, in per cent of what they cost, for that many tokens a slice."""
+    """Estimate what GEMMs on slices of the weight save on a CPU, in per cent of their cost, at ``tokens`` a slice."""
     repacked, closed_form = _COSTS_OF_A_SLICE[op]
     return int(100 * (channels - width) / (repacked * width / max(tokens, 1) + closed_form * channels))
 
 
 def _slices(start: Tensor, width: int) -> list[tuple[slice, slice]]:
-    """Groups of samples with the channels of their window: one for all if they share it."""
+    """Return groups of samples with the channels of their window: one group if all share it."""
     starts = start.tolist()
     if len(set(starts)) == 1:
         return [(slice(None), slice(starts[0], starts[0] + width))]
@@ -947,9 +948,9 @@ def _slices(start: Tensor, width: int) -> list[tuple[slice, slice]]:
 
 
 def _token_sums_on_cpu(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``token_sums``."""
+    """Compute ``token_sums`` on a CPU."""
     wide = g.to(mean_rstd.dtype)
-    # In parts: one long sum would round as often as there are tokens.
+    # Sum in parts: one long sum would round as often as there are tokens.
     rows = torch.stack([-mean_rstd, torch.ones_like(mean_rstd)], 1).split(256, 2)
     parts = [torch.bmm(*part) for part in zip(rows, wide.split(256, 1), strict=True)]
     dp, dq = torch.stack(parts).sum(0).unbind(1)
@@ -959,7 +960,7 @@ def _token_sums_on_cpu(g: Tensor, mean_rstd: Tensor, p: Tensor) -> tuple[Tensor,
 def _backward_on_slices(
     g: Tensor, u: Tensor, weight: Tensor, start: Tensor, need_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """du, and the weight gradient of active channels in the accumulator's dtype."""
+    """Return du, and the weight gradient of active channels in the accumulator's dtype."""
     du = torch.empty_like(u)
     dweight = weight.new_zeros(weight.shape, dtype=compute_dtype(weight)) if need_weight else None
     for samples, channels in _slices(start, u.shape[-1]):
@@ -974,7 +975,7 @@ def _backward_on_slices(
 
 
 def _dense(u: Tensor, closed: ClosedForm | None, weight: Tensor) -> Tensor:
-    """The layer's input on all channels [B, N, C], as a masked model has it."""
+    """Return the layer's input on all channels [B, N, C], as in a masked model."""
     if closed is None:
         return u
     inactive = u.new_zeros(*u.shape[:2], weight.shape[1])
@@ -1006,7 +1007,7 @@ def _of_backward(
         left, form = list(others), closed
         if closed is not None and closed.mean_rstd is None:
             form = closed._replace(shift=left.pop(0))
-        elif closed is not None:  # the gradient is taken of what the norm makes of deactivated channels
+        elif closed is not None:  # differentiate the norm's output at deactivated channels
             form = ClosedForm(-left.pop(0), left.pop(0), left.pop(0), closed.start)
         return [_plain_forward(u, form, left.pop(0) if need_weight else weight, left.pop(0) if need_bias else None)]
 
@@ -1071,24 +1072,24 @@ def linear_work(M: int, K: int, O: int, items: Itemsizes) -> Work:
 
 
 def linear_gradients_work(M: int, K: int, O: int, items: Itemsizes, parameters: bool = True) -> Work:
-    """Count the gradient of its input, and those of weight and bias: the forward pass's tensors, read where the other
-    writes."""
+    """Count the gradients of its input, weight and bias: the tensors of the forward pass, with reads and writes
+    swapped."""
     work = Work(2 * M * K * O, M * (K + O) * items.operand + K * O * items.stream)
     return work + linear_work(M, K, O, items) if parameters else work
 
 
 def forward_work(B: int, N: int, C: int, W: int, O: int, items: Itemsizes, rms: bool = False) -> Work:
-    """Count the product over each window, and p and q over its deactivated channels; behind RMSNorm q alone."""
+    """Count the product over each window, and p and q over its deactivated channels; after RMSNorm only q."""
     return linear_work(B * N, W, O, items) + _inactive_work(B, N, C, W, O, items, rms)
 
 
 def gradients_work(
     B: int, N: int, C: int, W: int, O: int, items: Itemsizes, parameters: bool = True, rms: bool = False
 ) -> Work:
-    """Count gradients of the window and of what deactivated channels are known by, and those of weight and bias.
+    """Count the gradients of the window, of deactivated channels' shift and scale, and of weight and bias.
 
-    The products of the former are p, which the gradient of every token is multiplied with, and those with dp and dq;
-    behind RMSNorm the one with dq.
+    Deactivated channels take three products: p, which multiplies the gradient of every token, and those with dp and
+    dq; after RMSNorm only the one with dq.
     """
     inactive = C - W
     work = linear_gradients_work(B * N, W, O, items, parameters) + _known_work(B, N, C, W, rms)
@@ -1097,16 +1098,16 @@ def gradients_work(
     )  # gradients of shift; of scale, scale
     work += Work((2 if rms else 6) * B * inactive * O, inactive * O * items.stream + vectors)
     if inactive and not rms:
-        work += Work(bytes=B * N * STATISTIC)  # what deactivated channels sum up to in each token
+        work += Work(bytes=B * N * STATISTIC)  # each token's sum over deactivated channels
     return work + _inactive_work(B, N, C, W, O, items, rms) if parameters else work
 
 
 def mlp_forward_work(
     B: int, N: int, C: int, W: int, H: int, items: Itemsizes, write_pre: bool, parts: int = 1, rms: bool = False
 ) -> Work:
-    """Count fc1 of a window and the activation, and what comes before the activation if ``write_pre``.
+    """Count fc1 of a window and the activation, and the activation's input if ``write_pre``.
 
-    H channels come out of the activation, and ``parts`` times as many go in.
+    The activation has H output channels, and ``parts`` times as many input channels.
     """
     pre = parts if write_pre else 0
     fc1 = forward_work(B, N, C, W, parts * H, items, rms)
@@ -1120,14 +1121,14 @@ def mlp_backward_work(B: int, N: int, H: int, O: int, items: Itemsizes, write_ac
 
 
 def _inactive_work(B: int, N: int, C: int, W: int, O: int, items: Itemsizes, rms: bool) -> Work:
-    """Products with deactivated channels, which shift and scale modulate, behind RMSNorm shift alone."""
+    """Count the products of the weight's deactivated channels with shift and scale, after RMSNorm with shift only."""
     inactive, vectors = C - W, 1 if rms else 2
     read = inactive * O * items.stream + vectors * B * inactive * items.operand
     return Work(2 * vectors * B * inactive * O, read) + _known_work(B, N, C, W, rms)
 
 
 def _known_work(B: int, N: int, C: int, W: int, rms: bool) -> Work:
-    """What the closed form reads where there are deactivated channels: windows, and of LayerNorm mean * rstd."""
+    """Count what the closed form reads if channels are deactivated: windows, and mean * rstd of a LayerNorm."""
     return Work(bytes=(0 if rms else B * N * STATISTIC) + starts(B, C, W) if W < C else 0)
 
 
@@ -1154,13 +1155,13 @@ def _backward_peer(share: Callable[[int, int], int]) -> Callable[..., Callable[[
 
 
 def _peers(peer: Callable[[Callable[[int, int], int]], Any]) -> dict[str, Any]:
-    """PyTorch's products with all channels, and with as many as are active, the same for all samples."""
+    """Return PyTorch's products with all channels, and with as many as are active, the same for all samples."""
     # A multiple of 8, with which cuBLAS is fast.
     return {ALL_CHANNELS: peer(lambda W, C: C), ONE_SLICE: peer(lambda W, C: min(C, -(-W // 8) * 8))}
 
 
 def _library_gelu(u: Tensor, closed: Any, weight: Tensor, bias: Any, write_pre: bool) -> Callable[[], Tensor] | None:
-    """cuBLASLt's epilogue, which PyTorch has in a private function; on a CPU that is another GELU."""
+    """Return a call of cuBLASLt's epilogue, a private function of PyTorch's; on a CPU it is another GELU."""
     if write_pre or closed is not None or u.device.type != "cuda":
         return None
     rows = u.flatten(0, 1)

@@ -1,6 +1,6 @@
 """Plain PyTorch for everything in this package, written to be read next to the papers.
 
-Nothing here is fast and nothing is clever. Every kernel, test and benchmark of this package is compared with these
+Nothing here is fast or clever. Every kernel, test and benchmark of this package is compared with these
 functions.
 """
 

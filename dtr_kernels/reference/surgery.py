@@ -1,7 +1,7 @@
 """Gradient surgery between timestep clusters, as "Addressing Negative Transfer in Diffusion Models" describes it.
 
-Notation: grads [K, P], row k the gradient of cluster k's mean loss divided by K; order [K, K-1], row i the other
-clusters in the order in which gradient i meets them.
+Notation: grads [K, P], row k is the gradient of cluster k's mean loss divided by K; order [K, K-1], row i lists the
+other clusters in the order in which gradient i meets them.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from torch import Tensor
 
 
 def gram(grads: Tensor) -> Tensor:
-    """The Gram matrix G [K, K], G[i, j] = <g_i, g_j>."""
+    """Return the Gram matrix G [K, K], G[i, j] = <g_i, g_j>."""
     return grads @ grads.T
 
 
 def pcgrad(grads: Tensor, order: Tensor) -> Tensor:
-    """PCGrad (Yu et al., 2020, algorithm 1), the loop: projected gradients [K, P], whose sum is the update.
+    """Project gradients by PCGrad (Yu et al., 2020, algorithm 1), in a loop: [K, P], whose sum is the update.
 
     Each gradient meets the original others one after the other, and loses its component along each that it conflicts
-    with. All of it is NaN where a squared norm is not finite: after an overflow nobody knows which gradients conflict.
+    with. The result is all NaN if a squared norm is not finite: after an overflow, conflicts are unknown.
     """
     norms = torch.stack([g @ g for g in grads])
     if not norms.isfinite().all():
@@ -34,9 +34,9 @@ def pcgrad(grads: Tensor, order: Tensor) -> Tensor:
 
 
 def pcgrad_coefficients(gram: Tensor, order: Tensor) -> Tensor:
-    """C [K, K] with projected gradients = C @ grads: the same loop on the coefficients of each projected gradient.
+    """Return C [K, K] with projected gradients = C @ grads: the same loop on each projected gradient's coefficients.
 
-    NaN where the Gram matrix is not finite.
+    C is NaN if the Gram matrix is not finite.
     """
     if not gram.isfinite().all():
         return torch.full_like(gram, torch.nan)
@@ -50,7 +50,7 @@ def pcgrad_coefficients(gram: Tensor, order: Tensor) -> Tensor:
 
 
 def uncertainty_loss(losses: Tensor, log_variances: Tensor) -> Tensor:
-    """Uncertainty weighting (Kendall et al., 2018, as ANT uses it): sum over k of (exp(-s_k) l_k + s_k) / 2.
+    """Weight losses by uncertainty (Kendall et al., 2018, as in ANT): sum over k of (exp(-s_k) l_k + s_k) / 2.
 
     l_k is the mean loss of cluster k, losses[k], divided by K.
     """

@@ -1,5 +1,5 @@
-"""Denoising Task Routing as the paper writes it: masks are multiplied, norms run over all channels, autograd does the
-backward pass.
+"""Denoising Task Routing as the paper writes it: masks are multiplied, norms run over all channels, and autograd
+computes the backward pass.
 
 Notation: x [B, N, C] tokens, c [B, C] conditioning, mask [B, C] (1 = active; None = unrouted); shift, scale and gate
 [B, C] are broadcast over tokens.
@@ -21,13 +21,13 @@ ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "swiglu")
 
 
 class BlockKind(NamedTuple):
-    """The kind of a transformer block, where it is not that of facebookresearch/DiT.
+    """The kind of a transformer block; the defaults are facebookresearch/DiT's.
 
     Attributes:
-        norm: of ``NORMS``.
-        affine: whether both norms have a weight, and LayerNorm a bias.
-        activation: of ``ACTIVATIONS``; with "swiglu" fc1 has two outputs for each input of fc2.
-        qk_norm: whether queries and keys are normed, each head's channels by a norm of the same kind with a weight.
+        norm: one of ``NORMS``.
+        affine: both norms have a weight, and LayerNorm a bias.
+        activation: one of ``ACTIVATIONS``; with "swiglu" fc1 has two outputs for each input of fc2.
+        qk_norm: norm queries and keys, each head's channels by a norm of the same kind with a weight.
     """
 
     norm: str = "layer"
@@ -40,10 +40,10 @@ Rope = Callable[[Tensor], Tensor]
 
 
 def routing_mask(t: Tensor, channels: int, num_timesteps: int = 1000, alpha: float = 4.0, beta: float = 0.8) -> Tensor:
-    """DTR's mask [B, C] for integer timesteps t [B], one sample after the other (section 4.2)."""
+    """Return DTR's mask [B, C] for integer timesteps t [B], one sample after the other (section 4.2)."""
     width = int(beta * channels)
     mask = torch.zeros(len(t), channels, device=t.device)
-    times = np.linspace(0, 1, num_timesteps)  # whose last bits decide where halves are rounded
+    times = np.linspace(0, 1, num_timesteps)  # their last bits decide where halves are rounded
     for b, timestep in enumerate(t.tolist()):
         start = round(times[timestep] ** alpha * (channels - width))  # Python rounds half to even, as numpy does
         mask[b, start : start + width] = 1
@@ -51,22 +51,22 @@ def routing_mask(t: Tensor, channels: int, num_timesteps: int = 1000, alpha: flo
 
 
 def modulate(z: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN modulation: z * (1 + scale) + shift."""
+    """Apply adaLN modulation: z * (1 + scale) + shift."""
     return z * (1 + scale[:, None]) + shift[:, None]
 
 
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x with deactivated channels set to zero."""
+    """Return x with deactivated channels set to zero."""
     return x if mask is None else x * mask[:, None].to(x.dtype)
 
 
 def normalize(x: Tensor, eps: float = 1e-6, norm: str = "layer") -> Tensor:
-    """LayerNorm or RMSNorm ("rms") over all C channels, deactivated zeros included, without affine parameters."""
+    """Apply LayerNorm or RMSNorm ("rms") over all C channels, deactivated zeros included, without affine parameters."""
     return (F.rms_norm if norm == "rms" else F.layer_norm)(x, x.shape[-1:], eps=eps)
 
 
 def activate(x: Tensor, activation: str = "gelu_tanh") -> Tensor:
-    """One of ``ACTIVATIONS``; "swiglu" is SiLU(a) * b of the two halves a and b of the channels."""
+    """Apply one of ``ACTIVATIONS``; "swiglu" is SiLU(a) * b of the two halves a and b of the channels."""
     if activation == "swiglu":
         a, b = x.chunk(2, dim=-1)
         return F.silu(a) * b
@@ -86,7 +86,7 @@ def routed_norm(
     eps: float = 1e-6,
     norm: str = "layer",
 ) -> tuple[Tensor, Tensor]:
-    """Residual + gate, mask, norm and modulation between two linear layers.
+    """Compute residual + gate, mask, norm and modulation between two linear layers.
 
     Returns the new residual stream x + gate * branch and the input of the next linear layer, both [B, N, C]. With
     ``keep_branch`` the mask acts on x alone and gate * branch passes on every channel: the second norm of scope
@@ -112,7 +112,7 @@ def routed_linear(
     eps: float = 1e-6,
     norm: str = "layer",
 ) -> tuple[Tensor, Tensor]:
-    """The new residual stream, and Linear(modulate(LN(mask * stream)))."""
+    """Return the new residual stream, and Linear(modulate(LN(mask * stream)))."""
     stream, u = routed_norm(x, shift, scale, mask, branch, gate, eps=eps, norm=norm)
     return stream, F.linear(u, weight, bias)
 
@@ -133,7 +133,7 @@ def routed_mlp(
     norm: str = "layer",
     activation: str = "gelu_tanh",
 ) -> tuple[Tensor, Tensor]:
-    """The new residual stream, and fc2(GELU(fc1(modulate(LN(...))))) with the tanh form of GELU, or another of
+    """Return the new residual stream, and fc2(GELU(fc1(modulate(LN(...))))), with GELU in its tanh form or another of
     ``ACTIVATIONS``."""
     stream, u = routed_norm(x, shift, scale, mask, branch, gate, keep_branch, eps, norm)
     hidden = activate(F.linear(u, fc1_weight, fc1_bias), activation)
@@ -141,14 +141,14 @@ def routed_mlp(
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * branch."""
+    """Return x + gate * branch."""
     return x + gate[:, None] * branch
 
 
 def attention(u: Tensor, attn: Any, mask: Tensor | None = None, rope: Rope | None = None) -> Tensor:
-    """Multi-head self-attention of tokens u [B, N, C], with timm's query and key norms where attn has them.
+    """Apply multi-head self-attention to tokens u [B, N, C], with timm's query and key norms if attn has them.
 
-    mask [B, H], 1 where active, multiplies what each head gives to the output projection. rope turns queries and keys
+    mask [B, H], 1 where active, multiplies each head's input to the output projection. rope rotates queries and keys
     [B, H, N, C / H] by their positions.
     """
     B, N, C = u.shape
@@ -170,9 +170,9 @@ def mlp(
     mask: Tensor | None = None,
     activation: str = "gelu_tanh",
 ) -> Tensor:
-    """fc2(GELU(fc1(u))), GELU in its tanh form, or another of ``ACTIVATIONS``.
+    """Return fc2(GELU(fc1(u))), with GELU in its tanh form or another of ``ACTIVATIONS``.
 
-    mask [B, H], 1 where active, multiplies the hidden channels, as many neighbours for each of its columns.
+    mask [B, H], 1 where active, multiplies the hidden channels; each column is repeated for an equal run of channels.
     """
     hidden = activate(fc1(u), activation)
     if mask is not None:
@@ -183,17 +183,17 @@ def mlp(
 def dit_block(
     block: Any, x: Tensor, c: Tensor, mask: Tensor | None = None, scope: str = "block", rope: Rope | None = None
 ) -> Tensor:
-    """One DiT block under a routing mask.
+    """Run one DiT block under a routing mask.
 
     Args:
         block: any module with the attributes of facebookresearch/DiT's block: ``attn.qkv``, ``attn.proj``,
             ``attn.num_heads``, ``mlp.fc1``, ``mlp.fc2``, ``adaLN_modulation``, and ``norm1.eps``, ``norm2.eps``; and
-            ``kind`` where that is another ``BlockKind``, with which the norms may have ``weight`` and ``bias``.
+            ``kind`` if it has another ``BlockKind``, with which the norms may have ``weight`` and ``bias``.
         x: [B, N, C].
         c: [B, C].
-        mask: [B, C], in scope "inner" [B, H] of H heads, 1 where active; None is the unrouted block.
-        scope: "block" routes the whole residual block, as the paper does; "branch" masks what attention and MLP each
-            see; "inner" masks what they are made of, attention heads and hidden channels.
+        mask: [B, C], in scope "inner" [B, H] for H heads, 1 where active; None is the unrouted block.
+        scope: "block" routes the whole residual block, as in the paper; "branch" masks the inputs of attention and of
+            MLP; "inner" masks attention heads and hidden channels.
         rope: rotary position embedding, a function of queries or keys [B, H, N, C / H].
 
     Returns:
@@ -227,7 +227,7 @@ def dit_block(
 
 
 def dit(model: Any, x: Tensor, t: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-    """A whole DiT under a routing mask.
+    """Run a whole DiT under a routing mask.
 
     Args:
         model: an ``nn.DiT``, whose parameters and embeddings are used; a block's ``scope`` says what the mask routes.

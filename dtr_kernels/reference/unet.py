@@ -1,12 +1,12 @@
-"""Denoising Task Routing of ADM's residual block: masks are multiplied, norms run over all channels, autograd does the
-backward pass.
+"""Denoising Task Routing of ADM's residual block: masks are multiplied, norms run over all channels, and autograd
+computes the backward pass.
 
 DTR's residual form (equation 6 of the paper) is
 
     out = Block(m * x) + (1 - m) * x,
 
-and where the block's skip is the identity, Block(z) = z + h(z), that is x + h(m * x): routing changes what the branch h
-sees and never touches the residual stream. The skip S of ADM's block may also resample x or convolve it to another
+and if the block's skip is the identity, Block(z) = z + h(z), this is x + h(m * x): routing changes the input of the
+branch h and never touches the residual stream. The skip S of ADM's block may also resample x or convolve it to another
 number of channels; it is linear in x up to its bias, and the same form for every kind of block is
 
     out = S(x) + h(m * x, emb).
@@ -30,12 +30,12 @@ Resampling = Callable[[Tensor], Tensor]
 
 
 def masked_image(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x [B, C, H, W] with deactivated channels set to zero."""
+    """Return x [B, C, H, W] with deactivated channels set to zero."""
     return x if mask is None else x * mask[:, :, None, None].to(x.dtype)
 
 
 def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """GroupNorm in fp32 (fp64 for fp64), deactivated zeros included, and the result in x's dtype."""
+    """Apply GroupNorm in fp32 (fp64 for fp64), deactivated zeros included; the result is in x's dtype."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return F.group_norm(x.to(wide), num_groups, weight.to(wide), bias.to(wide), eps).to(x.dtype)
 
@@ -51,17 +51,17 @@ def routed_conv(
     mask: Tensor | None = None,
     resample: Resampling | None = None,
 ) -> Tensor:
-    """Conv3x3(resample(SiLU(GroupNorm(mask * x)))) with zeros around the image."""
+    """Return Conv3x3(resample(SiLU(GroupNorm(mask * x)))) with zeros around the image."""
     u = F.silu(group_norm(masked_image(x, mask), num_groups, norm_weight, norm_bias, eps))
     return F.conv2d(u if resample is None else resample(u), weight, bias, padding=1)
 
 
 def res_block(block: Any, x: Tensor, emb: Tensor, mask: Tensor | None = None) -> Tensor:
-    """One residual block of ADM under a routing mask.
+    """Run one residual block of ADM under a routing mask.
 
     Args:
         block: any module with the attributes of guided-diffusion's ResBlock: ``in_layers``, ``emb_layers``,
-            ``out_layers``, ``skip_connection``, ``use_scale_shift_norm``, and ``h_upd`` and ``x_upd`` where it may
+            ``out_layers``, ``skip_connection``, ``use_scale_shift_norm``, and ``h_upd`` and ``x_upd`` if it may
             resample (improved-diffusion's has none).
         x: [B, C, H, W].
         emb: [B, E].
@@ -78,13 +78,13 @@ def res_block(block: Any, x: Tensor, emb: Tensor, mask: Tensor | None = None) ->
 
 
 def resampling(block: Any, name: str) -> Resampling:
-    """The block's resampling of h or x by its name, ``h_upd`` or ``x_upd``; the identity where it has none."""
+    """Return the block's resampling of h or x by its name, ``h_upd`` or ``x_upd``; the identity if it has none."""
     return getattr(block, name, nn.Identity())
 
 
 def rest_of_branch(block: Any, h: Tensor, emb: Tensor) -> Tensor:
-    """What h, the output of the first convolution, goes through before it is added to the skip: the conditioning, a
-    norm, SiLU, dropout and the second convolution."""
+    """Finish the branch from h, the output of the first convolution: conditioning, norm, SiLU, dropout and the second
+    convolution."""
     norm, rest = block.out_layers[0], block.out_layers[1:]
     conditioning = block.emb_layers(emb).to(h.dtype)[:, :, None, None]
     if block.use_scale_shift_norm:

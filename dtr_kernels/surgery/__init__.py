@@ -1,20 +1,20 @@
 """Multi-task methods on timestep clusters (ANT): gradient surgery and uncertainty weighting.
 
-What happens in a step, and where:
+The modules, in the order of a step:
 
-    gradient_surgery   the losses of K clusters in, the update in p.grad out
+    gradient_surgery   from the losses of K clusters to the update in p.grad
     batch              the samples, cluster by cluster
-    engines            which of these computes the K gradients, by measurement:
+    engines            chooses, by measurement, which of these computes the K gradients:
         per_cluster        a forward and backward pass for each cluster
-        one_pass           one pass of the whole batch; low_memory without holding K gradients. Both stand on
-                           interception (between model and parameters), rules (for each function), layout (where the
-                           batch is), segments (sums by cluster) and separation (are samples mixed?)
-    buffer             where the K gradients are kept
-    distributed        what the ranks of a process group add
-    weightings         from their Gram matrix to weights
+        one_pass           one pass of the whole batch; low_memory without holding K gradients. Both use
+                           interception (between model and parameters), rules (for each function), layout (the batch
+                           dimension), segments (sums by cluster) and separation (are samples mixed?)
+    buffer             the memory of the K gradients
+    distributed        the ranks of a process group
+    weightings         from the Gram matrix of the gradients to weights
     conflicts          from the Gram matrices of many steps to how often clusters conflict
 
-Weights of the losses themselves need no surgery: uncertainty for clusters, noise_levels without any.
+Weighting the losses themselves needs no surgery: uncertainty for clusters, noise_levels without clusters.
 """
 
 from dtr_kernels.surgery.conflicts import conflict_fractions

@@ -1,4 +1,4 @@
-"""A batch whose samples stand cluster by cluster."""
+"""A batch whose samples are sorted by cluster."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Batch:
 
     @classmethod
     def gathered(cls, clusters: Tensor, tensors: tuple[Tensor, ...], num_clusters: int) -> Batch:
-        """Check the tensors of a batch, and sort their samples by cluster; within a cluster they keep their order."""
+        """Check the tensors of a batch, and sort their samples by cluster, keeping the order within a cluster."""
         if not isinstance(clusters, Tensor) or clusters.dtype not in _INTEGERS:
             given = getattr(clusters, "dtype", type(clusters).__name__)
             raise TypeError(f"clusters must be an integer tensor, the cluster of each sample, got {given}")
@@ -42,7 +42,7 @@ class Batch:
                 )
             if tensor.requires_grad:
                 raise ValueError(f"tensors[{i}] requires grad, but only parameters get one; pass it detached")
-        on_host = clusters.cpu()  # sizes are needed as numbers: from a GPU this is the one copy the host waits for
+        on_host = clusters.cpu()  # sizes must be numbers: from a GPU this is the only copy the host waits for
         for b, cluster in enumerate(on_host.tolist()):
             if not 0 <= cluster < num_clusters:
                 raise ValueError(
@@ -64,7 +64,7 @@ class Batch:
         ]
 
     def any_loss(self, loss: Callable[..., Tensor]) -> Callable[[], Tensor]:
-        """Return a function that computes the loss of one sample, of whatever cluster."""
+        """Return a function that computes the loss of one sample, of any cluster."""
         return partial(_mean_loss, loss, tuple(tensor[:1] for tensor in self.tensors), 1)
 
 
@@ -87,7 +87,7 @@ def check_by_cluster(losses: object, clusters: int) -> None:
 
 
 def check_per_sample(losses: Tensor, samples: int) -> Tensor:
-    """Return losses itself, if it has one for each sample."""
+    """Return losses itself if it has one loss for each sample; raise otherwise."""
     if not isinstance(losses, Tensor):
         raise TypeError(f"loss must return a tensor of one loss for each sample, got {type(losses).__name__}")
     if tuple(losses.shape) != (samples,):

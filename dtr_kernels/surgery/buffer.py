@@ -1,4 +1,4 @@
-"""Where the K gradients are kept: one [K, P] tensor for each dtype, whose rows autograd writes directly."""
+"""The memory of the K gradients: one [K, P] tensor for each dtype, whose rows autograd writes directly."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from dtr_kernels import ops
 
-# Elements; every parameter's stretch of a row starts on a 128-byte boundary in fp32, as kernels and optimizers like it.
+# Elements; every parameter's stretch of a row starts on a 128-byte boundary in fp32, for kernels and optimizers.
 _ALIGNMENT = 32
 
 
 class _Stretch(NamedTuple):
-    """Where one parameter's gradient stands: in which tensor, and where in its rows."""
+    """The place of one parameter's gradient: the key of the tensor, and the offset in its rows."""
 
     key: tuple[torch.dtype, Hashable]
     offset: int
@@ -27,7 +27,7 @@ class ClusterGradients(Protocol):
     """The gradients of K clusters, however they are kept."""
 
     def gram(self) -> Tensor:
-        """Return their Gram matrix, fp64 [K, K]."""
+        """Return the Gram matrix of the gradients, fp64 [K, K]."""
 
     def weighted_sum(self, weights: Tensor) -> list[Tensor]:
         """Return the sum over k of weights[k] times gradient k, one new tensor for each parameter."""
@@ -37,16 +37,16 @@ class GradientBuffer:
     """K gradients of some parameters, side by side in memory.
 
     Each parameter has a stretch of columns, in the dtype of its gradient and its own memory layout. The gaps between
-    the stretches stay zero and so add nothing to any product.
+    the stretches stay zero, and so add nothing to any product.
 
-    Over the micro-batches of a step row k adds up to the mean gradient of ``totals[k]`` samples, times
-    totals[k] / units[k]: so the first micro-batch, and one with as many samples of a cluster, is added as it is.
+    Over the micro-batches of a step, row k accumulates the mean gradient of ``totals[k]`` samples, times
+    totals[k] / units[k]. So the first micro-batch, and any with equally many samples of a cluster, is added unscaled.
 
     Args:
         parameters: by name, on one device.
         clusters: K.
-        slices: into how many equal slices the columns of a tensor can be cut.
-        apart: by parameter name; parameters with different values stand in different tensors.
+        slices: number of equal slices into which the columns of a tensor can be cut.
+        apart: by parameter name; parameters with different values are in different tensors.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class GradientBuffer:
             self._stretches.append(_Stretch(key, lengths.setdefault(key, 0), p.shape, _dense_strides(p)))
             lengths[key] += _rounded_up(p.numel(), _ALIGNMENT)
         device = next(iter(parameters.values())).device
-        # The [K, P] tensors. Assigning a row of one to p.grad makes autograd write there.
+        # The [K, P] tensors. Assigning a row of a tensor to p.grad makes autograd write there.
         self.tensors = {
             key: torch.zeros(clusters, _rounded_up(n, _ALIGNMENT * slices), dtype=key[0], device=device)
             for key, n in lengths.items()
@@ -77,7 +77,7 @@ class GradientBuffer:
         return [self.split({key: t[k] for key, t in self.tensors.items()}) for k in range(clusters)]
 
     def __getstate__(self) -> dict[str, Any]:
-        # pickle would give each row's views a memory of their own, and later gradients would not reach the tensors.
+        # pickle would copy the memory of each row's views, and later gradients would not reach the tensors.
         return {**vars(self), "_gradients": len(self._gradients)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -85,21 +85,21 @@ class GradientBuffer:
         self._gradients = self._views(state["_gradients"])
 
     def fits(self, parameters: Mapping[str, Tensor]) -> bool:
-        """Return whether the parameters are still those it was made for, of the same shapes, dtypes and layouts."""
+        """Return whether the parameters are still the buffer's, with the same shapes, dtypes and layouts."""
         return self._layout == _layout(parameters)
 
     def gradient(self, k: int) -> list[Tensor]:
-        """Return gradient k, one view for each parameter. Their version counters count what is written to each."""
+        """Return gradient k, one view for each parameter. The views' version counters count the writes to them."""
         return self._gradients[k]
 
     def zero_(self) -> None:
-        """Set all K gradients to zero, of no samples."""
+        """Set all K gradients to zero, with no samples."""
         for tensor in self.tensors.values():
             tensor.zero_()
         self.units = self.totals = [0] * len(self._gradients)
 
     def expect(self, counts: Sequence[int]) -> None:
-        """Make row k ready to have the mean gradient of counts[k] further samples added to it."""
+        """Prepare row k for adding the mean gradient of counts[k] further samples."""
         units = [count or unit for count, unit in zip(counts, self.units, strict=True)]
         self._scale([old / new if old else 1 for old, new in zip(self.units, units, strict=True)])
         self.units = units
@@ -112,7 +112,7 @@ class GradientBuffer:
     def _scale(self, factors: Sequence[float]) -> None:
         for tensor in self.tensors.values():
             for row, factor in zip(tensor, factors, strict=True):
-                if factor != 1:  # or else it would cost a pass over memory
+                if factor != 1:  # saves a pass over memory
                     row.mul_(factor)
 
     def gram(self) -> Tensor:
@@ -138,10 +138,10 @@ def _layout(parameters: Mapping[str, Tensor]) -> list[Any]:
 
 
 def _gradient_dtype(p: Tensor) -> torch.dtype:
-    """Return the dtype that autograd wants p.grad to have: p's own, unless p.grad_dtype is set (torch 2.10)."""
+    """Return the dtype that autograd expects of p.grad: p's own, unless p.grad_dtype is set (torch 2.10)."""
     return getattr(p, "grad_dtype", None) or p.dtype
 
 
 def _dense_strides(p: Tensor) -> tuple[int, ...]:
-    """Strides of a gradient for p: p's own, so that optimizers walk both in one order, or contiguous ones."""
+    """Return strides of a gradient for p: p's own, for optimizers to traverse both in one order, or contiguous ones."""
     return torch.empty_like(p, device="meta").stride()

@@ -1,4 +1,4 @@
-"""How often the gradients of two clusters conflict, from the Gram matrices of a training's steps."""
+"""Count how often the gradients of two clusters conflict, from the Gram matrices of a training's steps."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 
 
 def conflict_fractions(grams: Tensor | Iterable[Tensor]) -> Tensor:
-    """Return for every two clusters the share of steps in which their gradients point apart, with a cosine below 0.
+    """Return, for each pair of clusters, the share of steps in which their gradients have a cosine below 0.
 
-    Collect ``surgery.last_gram`` of each step; nothing waits for a GPU until you look.
+    Collect ``surgery.last_gram`` of each step; the host waits for a GPU only in this function.
 
     Args:
-        grams: the Gram matrices of S steps, [S, K, K], or an iterable of as many [K, K].
+        grams: the Gram matrices of S steps, [S, K, K], or an iterable of S matrices [K, K].
 
     Returns:
-        fp64 [K, K], symmetric, 0 on the diagonal. Counted are steps in which both clusters have a gradient, and whose
-        matrix is finite; NaN where there is none.
+        fp64 [K, K], symmetric, 0 on the diagonal. A step counts if both clusters have a gradient and its matrix is
+        finite; NaN if no step counts.
 
     Raises:
-        TypeError: if grams are no floating-point tensors.
+        TypeError: if grams are not floating-point tensors.
         ValueError: if there are none, or they are not square and of one size.
     """
     grams = list(grams)

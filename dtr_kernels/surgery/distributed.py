@@ -1,20 +1,20 @@
-"""Gradient surgery by many processes: the Gram matrix and the update of one process that had the batches of all.
+"""Gradient surgery by many processes: the same Gram matrix and update as in one process with the batches of all.
 
 PCGrad of averaged gradients is not the average of PCGrads, so the K gradients are averaged first:
 
 - Replicated parameters (``Replicas``): the K gradients are reduce-scattered, so that each rank holds a slice of their
-  averages; the ranks add up the slices' Gram matrices, combine their slices, and gather the update. (K + 1) P elements
-  cross the network for each rank, where all-reduced gradients would take 2 K P.
-- Sharded parameters (``Shards``): FSDP2 has already averaged what it leaves in a shard. The ranks add up the shards'
+  averages; the ranks add up the slices' Gram matrices, combine their slices, and gather the update. Each rank sends
+  (K + 1) P elements over the network, where all-reduced gradients would take 2 K P.
+- Sharded parameters (``Shards``): FSDP2 has already averaged the gradients in a shard. The ranks add up the shards'
   Gram matrices, and the update stays sharded.
 
-Either way one rank's weights are everybody's, so that random orders and rounding cannot let the ranks drift apart.
+Either way all ranks use one rank's weights, so that random orders and rounding cannot make the ranks drift apart.
 
-A rank that fails must not leave the others waiting. So the ranks meet before each communication, when everything that
-may fail has been done on each of them, and one that has failed says so at the next meeting.
+A rank that fails must not leave the others waiting. So the ranks meet before each communication, after everything that
+may fail has been done on each of them, and a rank that has failed reports it at the next meeting.
 
-An average over ranks is weighted by samples, as one over micro-batches is: with n samples of cluster k, the gradient of
-their mean loss counts n / (all samples of cluster k in the step).
+An average over ranks is weighted by samples, like one over micro-batches: with n samples of cluster k, the gradient of
+their mean loss has weight n / (all samples of cluster k in the step).
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
 
 class OneProcess:
-    """The ranks of a ``GradientSurgery``: this process alone."""
+    """The ranks of a ``GradientSurgery``: here this process only."""
 
     def engine(self, name: str) -> EngineChoice:
-        """Return the engine of a name; ValueError if these ranks cannot use it."""
+        """Return the engine with a name; ValueError if these ranks cannot use it."""
         return EngineChoice(name)
 
     def buffer(self, parameters: Mapping[str, Tensor], clusters: int) -> GradientBuffer:
@@ -53,30 +53,30 @@ class OneProcess:
         return GradientBuffer(parameters, clusters)
 
     def begin(self) -> None:
-        """Note that the caller has called ``backward`` or ``backward_batch``."""
+        """Record that the caller has called ``backward`` or ``backward_batch``."""
 
     def end(self) -> None:
-        """Note that the step has been made."""
+        """Record that the step is complete."""
 
     def fail(self, error: BaseException) -> None:
-        """Make an error on this rank, which ends a step before that, an error on every rank."""
+        """Turn an error on this rank that ends a step early into an error on every rank."""
 
     def weighted(
         self, losses: Sequence[Loss], counts: Sequence[int], spare: Loss = None
     ) -> tuple[Sequence[Loss], Sequence[int]]:
-        """Return the losses to differentiate, and the samples that the gradient of each is the mean of.
+        """Return the losses to differentiate, and the number of samples whose mean each of them is.
 
         Args:
             losses: of this rank's micro-batch.
-            counts: the samples behind each of them; a loss of no samples is left out.
-            spare: a loss to run where other ranks have samples of a cluster, this one has none, and all must run.
+            counts: the samples of each loss; a loss of no samples is left out.
+            spare: a loss to run if only other ranks have samples of a cluster, and all ranks must run.
         """
         return [loss if count else None for loss, count in zip(losses, counts, strict=True)], counts
 
     def together(
         self, parameters: Mapping[str, Tensor], buffer: GradientBuffer, received: set[str]
     ) -> tuple[ClusterGradients, set[str]]:
-        """Return the mean gradients of all ranks' batches, and the names of the parameters that got one on any rank."""
+        """Return the mean gradients of all ranks' batches, and the names of parameters with a gradient on any rank."""
         buffer.average(buffer.totals)
         return buffer, received
 
@@ -85,7 +85,7 @@ class OneProcess:
         return weights
 
     def check_copyable(self) -> None:
-        """Raise a TypeError if what has these ranks can be neither copied nor pickled."""
+        """Raise a TypeError if a ``GradientSurgery`` with these ranks can be neither copied nor pickled."""
 
 
 def ranks(
@@ -95,9 +95,9 @@ def ranks(
     weighting: str,
     engine: str,
 ) -> OneProcess:
-    """Return the ranks that share the work on these parameters, as their kind and the caller's process group tell.
+    """Return the ranks that share the work on these parameters: of the parameters' kind and the caller's process group.
 
-    They must have all arguments in common.
+    All ranks must pass the same arguments.
     """
     settings = [("num_clusters", str(num_clusters)), ("weighting", repr(weighting)), ("engine", repr(engine))]
     for name, p in parameters.items():
@@ -127,11 +127,12 @@ def ranks(
 
 
 class _ManyProcesses(OneProcess):
-    """Ranks that check one another: a mismatch or an error on one becomes an error on every rank, not a hang.
+    """Ranks that check one another: a mismatch or an error on one rank becomes an error on every rank, not a hang.
 
     Args:
-        groups: process groups that one after the other reach every rank, as the dimensions of a device mesh do.
-        parameters: that all of them have.
+        groups: process groups that together reach every rank, one after the other, like the dimensions of a device
+            mesh.
+        parameters: the parameters that all ranks have.
         settings: names and values that must be the same on all ranks.
     """
 
@@ -142,18 +143,18 @@ class _ManyProcesses(OneProcess):
     ) -> None:
         self._groups = groups
         self._device = device_of(parameters)
-        # On a CPU, where the backend has one, no rank waits for its GPU in order to exchange a few numbers.
+        # On a CPU, if the backend has one, so that no rank waits for its GPU to exchange a few numbers.
         on_cpu = all("cpu:" in dist.get_backend_config(group) for group in groups)
         self._control_device = torch.device("cpu") if on_cpu else self._device
         self._settings = settings
         self._describe(parameters)
-        # Calls of backward and backward_batch: a rank that has left one out, or ended one early, has another number.
+        # Calls of backward and backward_batch: a rank that has skipped a call, or ended one early, has another number.
         self._calls = 0
-        # The other ranks' next act: "meet", or "know" of an error that has ended the step, or "go on" without this one.
+        # The other ranks' next act: "meet", "know" of an error that has ended the step, or "go on" without this rank.
         self._others = "go on"
 
     def _describe(self, parameters: Mapping[str, Tensor]) -> None:
-        """Note what the ranks must have in common: the settings, and the parameters that require grad now."""
+        """Record what the ranks must have in common: the settings, and the parameters that require grad now."""
         self._description = self._settings + [
             (f"parameter {name!r}", f"{list(p.shape)} {p.dtype} {p.stride()} {getattr(p, 'placements', '')}".strip())
             for name, p in parameters.items()
@@ -168,10 +169,10 @@ class _ManyProcesses(OneProcess):
 
     def fail(self, error: BaseException) -> None:
         if self._others == "meet":
-            with suppress(RuntimeError):  # another rank is gone: this one's own error says more
+            with suppress(RuntimeError):  # another rank is gone; this rank's error is more useful
                 self._meet(error)
         elif self._others == "go on":
-            self._calls += 1  # by which they will find out at the next meeting
+            self._calls += 1  # the others notice it at the next meeting
 
     @contextmanager
     def _meeting(self) -> Iterator[None]:
@@ -181,7 +182,7 @@ class _ManyProcesses(OneProcess):
         self._others = "meet"
 
     def _meet(self, error: BaseException | None = None) -> None:
-        """Wait for all ranks; raise if one of the others brings an error, or differs from the rest."""
+        """Wait for all ranks; raise if another rank reports an error, or differs from the rest."""
         self._others = "know"
         report = None if error is None else _described(error)
         description = [*self._description, ("calls of backward and backward_batch", str(self._calls))]
@@ -216,7 +217,7 @@ class _ManyProcesses(OneProcess):
     def _gathered(self, thing: object) -> list[tuple[int, Any]]:
         """Return the things of all ranks, each with its rank."""
         things: list[Any] = [(dist.get_rank(), thing)]
-        # Backends without a CPU side send objects by way of the current GPU.
+        # Backends without a CPU side send objects through the current GPU.
         with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
             for group in self._groups:
                 parts: list[Any] = [None] * group.size()
@@ -241,7 +242,7 @@ class _ManyProcesses(OneProcess):
 def _described(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {shortened(error)}"
-    except Exception:  # of the caller's own class
+    except Exception:  # an error class of the caller's
         return type(error).__name__
 
 
@@ -250,7 +251,7 @@ def _entry(entry: tuple[str, str] | None) -> str:
 
 
 class Replicas(_ManyProcesses):
-    """Ranks with a copy of the parameters each, which communicate once a step, after its last micro-batch."""
+    """Ranks that each hold a copy of the parameters, and communicate once a step, after the last micro-batch."""
 
     _made_with = "process_group"
 
@@ -284,7 +285,7 @@ class Replicas(_ManyProcesses):
         with self._meeting():
             sums = self._sums([*buffer.totals, *(name in received for name in parameters)])
             totals, reached = sums[: len(buffer.totals)], sums[len(buffer.totals) :]
-            # Rows are added up, and the sum is divided at the end: ranks that count alike save a pass over memory.
+            # Sum the rows first and divide at the end: ranks with equal counts save a pass over memory.
             buffer.average([total / self._group.size() for total in totals])
             averages.reduce()
         return averages, {n for n, number in zip(parameters, reached, strict=True) if number}
@@ -307,7 +308,7 @@ class _Averages:
         }
 
     def reduce(self) -> None:
-        """Take the slices from all ranks' buffers."""
+        """Reduce all ranks' buffers into this rank's slices."""
         for key, slices in self._slices.items():
             for gradient, own in zip(self._buffer.tensors[key], slices, strict=True):
                 _reduce_scatter(own, gradient, self._group)
@@ -329,7 +330,7 @@ class _Averages:
 
 
 def _reduce_scatter(out: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> None:
-    # The name from torch 2.13 on, where the older one warns.
+    # The new name since torch 2.13, where the old one warns.
     run = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     run(out, tensor, group=group)
 
@@ -342,9 +343,9 @@ def _all_gather(out: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> None:
 class Shards(_ManyProcesses):
     """Ranks with a shard of each parameter (FSDP2's ``fully_shard``, HSDP, tensor parallelism: DTensors).
 
-    The gradient of a DTensor is one of the whole mesh, already averaged over its data-parallel ranks, each counting the
-    same. So a rank's losses are weighted before the backward pass, and the ranks communicate in every micro-batch.
-    All ranks of a mesh must run the same passes; one without samples of a cluster runs a spare loss of weight 0.
+    The gradient of a DTensor belongs to the whole mesh, averaged over its data-parallel ranks with equal weights. So a
+    rank's losses are weighted before the backward pass, and the ranks communicate in every micro-batch. All ranks of a
+    mesh must run the same passes; a rank without samples of a cluster runs a spare loss of weight 0.
     """
 
     _made_with = "params that are DTensors"
@@ -384,7 +385,7 @@ class Shards(_ManyProcesses):
         to_run = [spare if loss is None else loss for loss in losses]
         with self._meeting():
             sums = self._sums([*counts, *(loss is not None for loss in to_run)])
-        self._others = "go on"  # into FSDP's communication, until the passes are over
+        self._others = "go on"  # FSDP communicates until the passes are over
         totals, runners = sums[: len(counts)], sums[len(counts) :]
         for k, number in enumerate(runners):
             if 0 < number < self._size:
@@ -394,7 +395,7 @@ class Shards(_ManyProcesses):
                     f"counts with counts[{k}] = 0, or use backward_batch"
                 )
         return [
-            # A cluster that no rank has samples of needs no spare pass.
+            # A cluster without samples on any rank needs no spare pass.
             None if loss is None or (given is None and not total) else _weighted(loss, self._size * n / max(total, 1))
             for loss, given, n, total in zip(to_run, losses, counts, totals, strict=True)
         ], totals
@@ -407,9 +408,9 @@ class Shards(_ManyProcesses):
 
 
 def _weighted(loss: Any, weight: float) -> Any:
-    """A loss of the same value with ``weight`` times the gradient, or a function like ``loss`` that returns one.
+    """Return a loss of equal value with ``weight`` times the gradient; a function becomes one that returns such a loss.
 
-    With a weight of 0 it stands for no samples: its value is NaN, and its gradient zero in any case.
+    Weight 0 stands for no samples: the value is then NaN, and the gradient is zero in any case.
     """
     if not isinstance(loss, Tensor):
         return (lambda: _weighted(loss(), weight)) if callable(loss) else loss
@@ -432,7 +433,7 @@ class _ShardBuffer(GradientBuffer):
     def __init__(
         self, parameters: Mapping[str, DTensor], clusters: int, meeting: Callable[[], AbstractContextManager[None]]
     ) -> None:
-        # Shards that are spread over different groups of ranks have Gram matrices to be added up over those groups.
+        # Gram matrices of shards are added up over the groups of ranks that the shards are spread over.
         super().__init__(_local(parameters), clusters, apart={name: _spread(p) for name, p in parameters.items()})
         self._parameters, self._meeting = list(parameters.values()), meeting
         self._sharded = [self._as_dtensors(super(_ShardBuffer, self).gradient(k)) for k in range(clusters)]
@@ -469,11 +470,11 @@ class _ShardBuffer(GradientBuffer):
 
 
 def _is_dtensor(p: Tensor) -> bool:
-    return hasattr(p, "device_mesh")  # without the import of torch.distributed.tensor, which takes long
+    return hasattr(p, "device_mesh")  # avoids importing torch.distributed.tensor, which is slow
 
 
 def _dtensors(parameters: Mapping[str, Tensor]) -> dict[str, DTensor]:
-    """Return the parameters, if all are DTensors whose gradients are sums over shards."""
+    """Return the parameters, checked to be DTensors whose gradients are sums over shards."""
     found: dict[str, Any] = {}
     for name, p in parameters.items():
         if not _is_dtensor(p):
@@ -491,12 +492,12 @@ def _dtensors(parameters: Mapping[str, Tensor]) -> dict[str, DTensor]:
 
 
 def _spread(p: DTensor) -> tuple[dist.ProcessGroup, ...]:
-    """Return the process groups over which its shards are spread; over the others of its mesh it is replicated."""
+    """Return the process groups over which p's shards are spread; p is replicated over the mesh's other groups."""
     groups = zip(p.device_mesh.get_all_groups(), p.placements, strict=True)
     return tuple(group for group, placement in groups if not placement.is_replicate())
 
 
 @torch.no_grad()
 def _local(parameters: Mapping[str, Any]) -> dict[str, Tensor]:
-    """This rank's shard of each DTensor."""
+    """Return this rank's shard of each DTensor."""
     return {name: p.to_local() for name, p in parameters.items()}

@@ -1,4 +1,4 @@
-"""Which engine computes the K gradients: the named one, or the one that takes less time on this model and device."""
+"""Choice of the engine that computes the K gradients: by name, or the faster one on this model and device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from dtr_kernels.quoting import quoted
 
 ENGINES = ("auto", "per_cluster", "one_pass", "low_memory")
-# Steps on which each candidate is timed; the first of them warms up and is not counted.
+# Steps on which each candidate is timed; the first warms up and is not counted.
 _TRIALS = 4
 
 Result = TypeVar("Result")
@@ -23,8 +23,8 @@ class EngineChoice:
 
     Args:
         name: one of ``ENGINES``. With "auto" the first steps alternate between "per_cluster" and "one_pass", and
-            ``name`` then becomes that of the one with the smaller median time; or "per_cluster" as soon as "one_pass"
-            fails where "per_cluster" does not: refused, out of memory, or any other error.
+            ``name`` then becomes the engine with the smaller median time; or "per_cluster" as soon as "one_pass" fails
+            and "per_cluster" does not: refused, out of memory, or any other error.
 
     Raises:
         ValueError: if the name is unknown.
@@ -34,11 +34,11 @@ class EngineChoice:
         if name not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {name!r}")
         self.name = name
-        # Why the engine is this one, for people who ask.
+        # The reason for the choice, in words.
         self.reason = "measured in the first steps" if name == "auto" else "as asked for"
         self._auto = name == "auto"
         self._seconds: dict[str, list[float]] = {"per_cluster": [], "one_pass": []}
-        # The engine of the step in progress: all its micro-batches take the same.
+        # The engine of the step in progress, which all its micro-batches share.
         self._current = name
 
     def run(
@@ -48,20 +48,20 @@ class EngineChoice:
         start_over: Callable[[], None] | None,
         device: torch.device,
     ) -> Result:
-        """Call the chosen engine, or the one whose turn it is to be timed.
+        """Call the chosen engine, or the next one to be timed.
 
         Args:
             per_cluster, one_pass: compute the gradients of a micro-batch.
-            start_over: undoes what a refused one_pass has written. None from a step's second micro-batch on, where the
-                earlier ones would be undone with it: those are not timed either.
-            device: whose work is waited for while a step is timed.
+            start_over: undoes the writes of a refused one_pass. None from a step's second micro-batch on, since it
+                would also undo the earlier ones; those micro-batches are not timed either.
+            device: the host waits for its work while a step is timed.
 
         Raises:
-            Whatever per_cluster raises; and what one_pass does, if it was asked for by name, or fails in a step's later
-            micro-batch. With "auto" the next step then takes per_cluster.
+            Whatever per_cluster raises; and the errors of one_pass if it was asked for by name, or fails in a step's
+            later micro-batch. With "auto" the next step then uses per_cluster.
         """
         if start_over is not None:
-            # With "auto", the one that was timed less often.
+            # With "auto", the engine that was timed less often.
             self._current = (
                 min(self._seconds, key=lambda n: len(self._seconds[n])) if self.name == "auto" else self.name
             )
@@ -76,9 +76,9 @@ class EngineChoice:
             if start_over is None:
                 self.name, self.reason = "per_cluster", reason
                 raise
-        # Outside of the handler, because the error it holds keeps the failed graph in memory.
+        # Outside of the handler, because the caught error keeps the failed graph in memory.
         start_over()
-        result = per_cluster()  # an error of the caller's own comes again here, and says nothing about engines
+        result = per_cluster()  # the caller's own error comes again here, and does not decide the engine
         self.name = self._current = "per_cluster"
         self.reason = reason
         return result
@@ -95,15 +95,15 @@ class EngineChoice:
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the choice of "auto", if it has made one."""
+        """Return the choice that "auto" has made, empty if there is none."""
         found = self._auto and self.name != "auto"
         return {"name": self.name, "reason": self.reason} if found else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Use what "auto" has found in the saved run, unless an engine was named here.
+        """Use the engine that "auto" chose in the saved run, unless an engine was named here.
 
         Raises:
-            ValueError: if that is no engine.
+            ValueError: if the saved name is not an engine.
         """
         if self._auto and state:
             name, reason = state["name"], state["reason"]

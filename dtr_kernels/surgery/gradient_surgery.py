@@ -1,4 +1,4 @@
-"""Gradient surgery in a training loop: the losses of K timestep clusters in, one update in ``p.grad`` out."""
+"""Gradient surgery in a training loop: from the losses of K timestep clusters to one update in ``p.grad``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _Result = TypeVar("_Result")
 
 
 def _all_or_nothing(method: _Method) -> _Method:
-    """Leave nothing of a step on any rank after an error on one of them; all ranks call the method."""
+    """Undo a step on every rank after an error on one of them; all ranks call the method."""
 
     @wraps(method)
     def attempt(self: GradientSurgery, *args: Any, **kwargs: Any) -> Tensor:
@@ -44,7 +44,7 @@ def _all_or_nothing(method: _Method) -> _Method:
                 with wrappers.refused():
                     result = method(self, *args, **kwargs)
                 with interrupts.LetThrough():
-                    return result  # Ctrl-C that came meanwhile ends the step here, where the other ranks hear of it
+                    return result  # a held-back Ctrl-C ends the step here, where the other ranks hear of it
             except BaseException as error:
                 self._received = None
                 self._leaves.drop()
@@ -59,53 +59,53 @@ def _all_or_nothing(method: _Method) -> _Method:
 class GradientSurgery:
     """Replaces ``loss.backward()``: treats the losses of K timestep clusters as K tasks (ANT, section 4).
 
-    The gradient of cluster k is that of losses[k] / K, so that weighting "sum" is an ordinary step on the mean loss.
+    The gradient of cluster k is the gradient of losses[k] / K, so weighting "sum" is an ordinary step on the mean loss.
     The other weightings follow from the Gram matrix of these gradients.
 
-    Before you choose: in ANT's own results ``UncertaintyWeighting``, which costs next to nothing, does as well as
-    PCGrad (table 1, SNR clusters: FID on FFHQ of ADM 24.95 without any, 20.60 with PCGrad, 23.09 with Nash-MTL, 20.19
-    with uncertainty weighting; of LDM 10.56, 9.72, 10.33 and 9.73).
+    Before you choose: in ANT's results ``UncertaintyWeighting``, which costs next to nothing, does as well as PCGrad.
+    Table 1, SNR clusters, FID on FFHQ: ADM 24.95 without any method, 20.60 with PCGrad, 23.09 with Nash-MTL, 20.19 with
+    uncertainty weighting; LDM 10.56, 9.72, 10.33 and 9.73.
 
     Args:
-        params: parameters, or (name, parameter) pairs, whose names errors then use; on one device, fp32, bf16, fp16
-            or fp64, also mixed. One that comes twice counts once. They may be frozen and unfrozen, moved and cast
-            between steps. The model's other parameters get the gradient of the mean loss of this process, as ever; in
-            an accumulated step, after its last micro-batch, the sum of that over all, which you may want to divide by
+        params: parameters, or (name, parameter) pairs, whose names are used in errors; on one device, fp32, bf16, fp16
+            or fp64, also mixed. Duplicates are ignored. Parameters may be frozen and unfrozen, moved and cast between
+            steps. The model's other parameters get the gradient of this process's mean loss, as usual. In an
+            accumulated step they get the sum over all micro-batches, after the last one; you may want to divide it by
             their number.
         num_clusters: K, 1 to 64.
         weighting: "pcgrad"; "nash" (Nash-MTL, needs TorchJD: ``pip install 'torchjd[nash-mtl]'``); "sum"; or any
             object that maps a Gram matrix [K, K] to weights [K], such as TorchJD's Gramian weightings. A cluster
             without samples has a gradient of zero: PCGrad and "sum" leave it out, "nash" keeps its last weights, and
-            some others, MGDA among them, make no update at all.
+            some others, such as MGDA, make no update at all.
         engine: how ``backward_batch`` computes the K gradients. "per_cluster": one forward and backward pass for each
-            cluster's samples, for any model. "one_pass": one for the whole batch, with weight gradients taken cluster
-            by cluster, for models of known layers that treat each sample by itself (the first batch of each shape is
-            checked for that). "low_memory": one_pass without ever holding K gradients, at the price of a second
-            backward pass. "auto": per_cluster or one_pass, whichever takes less time in the first steps; name one where
-            two runs must agree to the last bit.
-        generator: draws PCGrad's orders; default PyTorch's own.
-        process_group: ranks that have a replica of the parameters and a part of the batch each. See "Many processes".
+            cluster's samples, for any model. "one_pass": one pass for the whole batch, with weight gradients taken
+            cluster by cluster, for models of known layers that treat each sample by itself (checked with the first
+            batch of each shape). "low_memory": one_pass without ever holding K gradients, at the cost of a second
+            backward pass. "auto": per_cluster or one_pass, whichever is faster in the first steps; name one if two runs
+            must agree to the last bit.
+        generator: draws PCGrad's orders; default: PyTorch's own.
+        process_group: ranks that each have a replica of the parameters and a part of the batch. See "Many processes".
 
     Memory: K gradients from the first step on, and the update. Hooks on parameters see each cluster's gradient; the
-    engines of one pass refuse them.
+    one-pass engines refuse hooks.
 
-    Many processes: all ranks get the update that one process with all their batches would make, and must make the same
-    calls; their batches may differ in size, and lack clusters that others have.
+    Many processes: all ranks get the update that one process with all their batches would compute, and must make the
+    same calls; their batches may differ in size, and lack clusters that others have.
 
-    - Replicated parameters: give ``process_group``, and let the loss call the model itself: a DistributedDataParallel
+    - Replicated parameters: pass ``process_group``, and let the loss call the model itself. A DistributedDataParallel
       wrapper would communicate each of the K gradients on its own, and is refused (use its ``module``). The ranks
       communicate once a step.
-    - Sharded parameters (DTensors: FSDP2's ``fully_shard``, tensor parallelism) know their ranks. Pass those that the
-      model has after sharding. Leave FSDP's gradient divide factor and gradient synchronisation as they are.
+    - Sharded parameters (DTensors: FSDP2's ``fully_shard``, tensor parallelism) know their ranks. Pass the parameters
+      that the model has after sharding. Leave FSDP's gradient divide factor and gradient synchronisation unchanged.
       FullyShardedDataParallel (FSDP1) is refused.
 
-    A difference between ranks, or an error or Ctrl-C on one, becomes an error on all, and the next step is right. So
-    does another number of calls of ``backward`` and ``backward_batch``. Where one rank is interrupted when the others
-    have made the step, they hear of it in their next call. (With sharded parameters an error within the
-    passes leaves the other ranks in FSDP's collectives, until the process group's timeout.) For that the ranks exchange
+    A difference between ranks, a different number of calls of ``backward`` and ``backward_batch``, and an error or
+    Ctrl-C on one rank become errors on all ranks, and the next step works again. If one rank is interrupted after the
+    others have completed the step, they get the error in their next call. (With sharded parameters an error within the
+    passes leaves the other ranks in FSDP's collectives, until the process group's timeout.) For this the ranks exchange
     a few numbers before each communication, four times a step. The host waits for the GPU then if the process group has
     no CPU backend, as after ``init_process_group("nccl")``; without the argument, or with "cpu:gloo,cuda:nccl", it has
-    one.
+    a CPU backend.
 
     Raises:
         TypeError, ValueError: if an argument is not as described.
@@ -125,7 +125,7 @@ class GradientSurgery:
         if not is_integer(num_clusters) or not 1 <= num_clusters <= MOST_CLUSTERS:
             raise ValueError(f"num_clusters must be an integer from 1 to {MOST_CLUSTERS}, got {quoted(num_clusters)}")
         self._parameters = named(params)
-        parameters = trainable(self._parameters)  # refuses those that no step could use
+        parameters = trainable(self._parameters)  # refuses parameters that no step could use
         self.num_clusters = num_clusters = int(num_clusters)
         self._weighting = weightings.make(weighting, num_clusters, generator)
         self._weighting_name = weighting if isinstance(weighting, str) else type(weighting).__name__
@@ -133,11 +133,11 @@ class GradientSurgery:
         self.engine = self._ranks.engine(engine)
         self._separation = Separation()
         self._buffer: GradientBuffer | None = None
-        # Names of the parameters that got a gradient in the micro-batches of this step; None between steps.
+        # Names of the parameters with a gradient in the micro-batches of this step; None between steps.
         self._received: set[str] | None = None
         self._leaves = Leaves()
         self._running = False
-        # Of the last step, on the device, for people who watch how much the clusters conflict.
+        # The last step's, on the device, for watching how much the clusters conflict.
         self.last_gram: Tensor | None = None
         self.last_weights: Tensor | None = None
 
@@ -155,23 +155,23 @@ class GradientSurgery:
         scaler: torch.amp.GradScaler | None = None,
         last: bool = True,
     ) -> Tensor:
-        """Compute the K gradients and add the update to ``p.grad``, as ``loss.backward()`` would.
+        """Compute the K gradients and add the update to ``p.grad``, like ``loss.backward()``.
 
         Args:
-            losses: K mean losses, one for each cluster; None where a cluster has no samples. Better K functions that
-                each return one: they are called in turn, so that one graph lives at a time and none is walked K times.
-                (Losses of one graph keep it until the last of them, which compiled models may refuse.)
-            counts: the number of samples behind each loss; a loss of 0 samples counts as None. Default: 1 each, so that
-                micro-batches and ranks that have a cluster count alike. With sharded parameters a rank without samples
-                of a cluster that others have runs the loss of any sample, with a count of 0, in place of None.
-            scaler: scales the losses; use it to step and update as ever. inf and NaN reach ``p.grad``, and it skips
-                the step.
+            losses: K mean losses, one for each cluster; None for a cluster without samples. Better are K functions that
+                return a loss: they are called in turn, so that one graph is in memory at a time, and none is traversed
+                K times. (Losses of one graph keep it until the last of them, which compiled models may refuse.)
+            counts: the number of samples of each loss; a loss of 0 samples counts as None. Default: 1 each, so that
+                micro-batches and ranks with a cluster have equal weights. With sharded parameters, a rank without
+                samples of a cluster that other ranks have passes the loss of any sample, with a count of 0, instead of
+                None.
+            scaler: scales the losses; step and update it as usual. inf and NaN reach ``p.grad``, and it skips the step.
             last: False for all micro-batches of an accumulated step but the last: their gradients are averaged by
-                samples, cluster by cluster, and every ``grad`` stays as it is. The update is that of one batch with all
-                their samples: divide the losses by nothing.
+                samples, cluster by cluster, and every ``grad`` stays unchanged. The update equals that of one batch
+                with all their samples, so do not divide the losses.
 
         Returns:
-            The losses [K] of this process, detached and unscaled; NaN where a cluster has no samples.
+            The losses [K] of this process, detached and unscaled; NaN for clusters without samples.
 
         Raises:
             TypeError, ValueError: if losses is not as described, or reaches none of the parameters.
@@ -180,9 +180,10 @@ class GradientSurgery:
                 another rank failed.
 
         After an error, also one in a function of the caller, the ``grad`` of every parameter that the losses reach is
-        as it was before the step, and the micro-batches accumulated so far are dropped. (Parameters that autograd does
-        not show, inside of checkpointing with ``use_reentrant=True`` or of FSDP, and not in params keep what they have
-        got.) Ctrl-C within the passes or the weighting is such an error; elsewhere it waits for the end of the call.
+        as before the step, and the micro-batches accumulated so far are dropped. (Exceptions are parameters outside
+        params that autograd does not show, inside of checkpointing with ``use_reentrant=True`` or of FSDP: they keep
+        their new gradients.) Ctrl-C within the passes or the weighting is such an error; elsewhere it waits for the end
+        of the call.
         """
         check_by_cluster(losses, self.num_clusters)
         each, samples = self._ranks.weighted(list(losses), _checked_counts(counts, losses))
@@ -197,21 +198,21 @@ class GradientSurgery:
         scaler: torch.amp.GradScaler | None = None,
         last: bool = True,
     ) -> Tensor:
-        """Do as ``backward``, for a batch with samples of all clusters, by the engine that this object was made with.
+        """Run ``backward`` for a batch with samples of all clusters, by the engine that this object was made with.
 
         Args:
             loss: called with tensors like ``tensors``, of the whole batch or of one cluster's samples; returns the loss
                 of each sample.
             clusters: int [B], the cluster of each sample, in any order. The host waits for it if it is on a GPU.
-            tensors: each [B, ...], what ``loss`` takes: noisy images, timesteps, labels, noise.
+            tensors: each [B, ...], the arguments of ``loss``: noisy images, timesteps, labels, noise.
             scaler, last: as in ``backward``.
 
         Returns:
-            The mean loss of each cluster [K] in this process, detached and unscaled; NaN where it has no samples.
+            The mean loss of each cluster [K] in this process, detached and unscaled; NaN for clusters without samples.
 
         Raises:
             TypeError, ValueError, RuntimeError: as ``backward``.
-            one_pass.Unsupported: if the model uses a parameter in a way that the engine asked for does not know.
+            one_pass.Unsupported: if the model uses a parameter in a way that the named engine does not know.
         """
         if not callable(loss):
             raise TypeError(f"loss must be a function of the batch's tensors, got {type(loss).__name__}")
@@ -249,17 +250,17 @@ class GradientSurgery:
         return self._step(collect, samples, scaler, last)
 
     def drop_micro_batches(self) -> None:
-        """Drop what has been accumulated with last=False, where an error of your own ends a step between two calls.
+        """Drop the gradients accumulated with last=False, if an error of your own ends a step between two calls.
 
         The next call begins a new step. All ranks must call this, or none.
         """
         if self._received is not None:
             self._received = None
             self._leaves.drop()
-            self._ranks.begin()  # a rank that has dropped something is in another step than those that have not
+            self._ranks.begin()  # a rank that has dropped gradients is in another step than the others
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes, for copy and pickle; TypeError if process groups are among them."""
+        """Return the attributes, for copy and pickle; raise TypeError if process groups are among them."""
         self._ranks.check_copyable()
         return vars(self)
 
@@ -276,8 +277,8 @@ class GradientSurgery:
         """Continue from a ``state_dict``.
 
         Raises:
-            ValueError: if it was saved with another number of clusters or another weighting, or is none. Nothing has
-                changed then.
+            ValueError: if it was saved with another number of clusters or another weighting, or is not a
+                ``state_dict``. This object is then unchanged.
         """
         before = copy.deepcopy(self.state_dict())
         try:
@@ -304,7 +305,7 @@ class GradientSurgery:
         scaler: torch.amp.GradScaler | None,
         last: bool,
     ) -> Tensor:
-        """Let an engine write to the buffer, and after the last micro-batch make the update of it."""
+        """Let an engine write to the buffer, and after the last micro-batch compute the update from it."""
         received, self._received = self._received, None  # an error from here on drops the step
         parameters = trainable(self._parameters)
         buffer = self._prepared_buffer(parameters, first=received is None)
@@ -328,14 +329,14 @@ class GradientSurgery:
         return result
 
     def _passes(self, parameters: Mapping[str, Tensor], run: Callable[[], _Result]) -> _Result:
-        """Run an engine's passes, which may use ``grad`` as they like."""
+        """Run an engine's passes, which may change ``grad``."""
         self._leaves.put_away(parameters.values())
         result = run()
         self._leaves.put_back()
         return result
 
     def _prepared_buffer(self, parameters: Mapping[str, Tensor], first: bool) -> GradientBuffer:
-        """Return the buffer as a micro-batch finds it: zero, if it is the step's first."""
+        """Return the buffer for a micro-batch, set to zero for a step's first."""
         if self._buffer is not None and self._buffer.fits(parameters):
             if first:
                 self._buffer.zero_()
@@ -366,13 +367,13 @@ class GradientSurgery:
         received: set[str],
         scaler: torch.amp.GradScaler | None,
     ) -> None:
-        """From K gradients to ``p.grad``."""
+        """Compute the update from K gradients and add it to ``p.grad``."""
         gram = gradients.gram()
         if scaler is not None:
-            # Weightings with an absolute scale, such as Nash-MTL's bound on the norm, see unscaled gradients.
+            # Weightings with an absolute scale, such as Nash-MTL's bound on the norm, must see unscaled gradients.
             gram = gram / scaler.scale(torch.ones((), device=gram.device)).double().square()
         with interrupts.LetThrough():
-            weights = self._weighting(gram.clone())  # which may write to it
+            weights = self._weighting(gram.clone())  # a weighting may write to it
         weights = self._ranks.agreed(weights)
         update = gradients.weighted_sum(weights)
         self._ranks.end()
@@ -390,7 +391,7 @@ class _Step(NamedTuple):
 
 
 def _checked_counts(counts: Sequence[int] | None, losses: Sequence[Loss] | Tensor) -> Sequence[int]:
-    """Return the samples behind each loss; one each, if the caller does not say."""
+    """Return the samples of each loss; one each if the caller gives no counts."""
     if counts is None:
         return [int(loss is not None) for loss in losses]
     if len(counts) != len(losses):
@@ -412,7 +413,7 @@ def _check_reached(received: set[str], values: Sequence[Tensor | None]) -> None:
 
 
 def _stacked(values: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """Return the losses as one tensor, fp32 or, if one of them is, fp64."""
+    """Return the losses as one tensor, fp32, or fp64 if one of them is fp64."""
     wide = any(value is not None and value.dtype == torch.float64 for value in values)
     dtype = torch.float64 if wide else torch.float32
     nan = torch.full((), torch.nan, dtype=dtype, device=device)

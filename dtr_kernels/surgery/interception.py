@@ -1,15 +1,15 @@
-"""Puts itself between a model and its parameters, so that one backward pass gives each cluster's weight gradients.
+"""Interception between a model and its parameters, so that one backward pass yields each cluster's weight gradients.
 
 While an ``Interception`` is active it sees every call of a PyTorch function. Tensors are of three kinds:
 
-- weights: parameters, and what is computed from parameters alone (``weight.t()``, ``1 + gain``, a cast),
-- samples: the batch and what is computed from it, one or several rows for each sample,
+- weights: parameters, and tensors computed from parameters alone (``weight.t()``, ``1 + gain``, a cast),
+- samples: the batch and tensors computed from it, one or several rows for each sample,
 - constants: everything else.
 
 A function of weights and samples is computed with detached weights, by the rule for that function (``rules``), which
-also says how the weights' gradients follow from that of its output. The backward pass hands these, cluster by cluster,
-to a ``Collector``. So the graph holds no path to a parameter, and one that exists all the same is found out: it ends in
-``p.grad``.
+also derives the weights' gradients from the gradient of its output. The backward pass hands these, cluster by cluster,
+to a ``Collector``. So the graph holds no path to a parameter, and a path that exists all the same is detected: it ends
+in ``p.grad``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Unsupported(NotImplementedError):
 
 
 class Refusal(Exception):
-    """Raised by rules, with the reason alone."""
+    """Raised by rules, with only the reason."""
 
 
 # Adds a weight's gradients, segment by segment, to a tensor [K, *shape].
@@ -54,14 +54,14 @@ class Collector(Protocol):
     """Receives the weights' gradients in a backward pass."""
 
     def take(self, weight: Tensor, names: tuple[str, ...], add: Add) -> Tensor | None:
-        """Receive the gradients of a weight, made of the parameters of these names; return what autograd gets."""
+        """Receive the gradients of a weight computed from the named parameters; return the gradient for autograd."""
 
 
 class Sink(Protocol):
-    """Where the gradients of a parameter go."""
+    """The destination of a parameter's gradients."""
 
     def add(self, name: str, write: Callable[[Tensor], None]) -> None:
-        """Call ``write`` with a tensor [K, *shape], to which it adds gradients."""
+        """Call ``write`` with a tensor [K, *shape] to which it adds gradients."""
 
 
 class PerCluster:
@@ -92,7 +92,7 @@ def _add(new: dict[int, Tensor], gradients: Tensor) -> None:
 
 
 class Whole:
-    """The collector that leaves the gradient of the whole batch to autograd, as if nothing was intercepted."""
+    """The collector that leaves the gradient of the whole batch to autograd, as if nothing were intercepted."""
 
     def __init__(self, samples: int) -> None:
         self._segments = Segments([samples])
@@ -104,7 +104,7 @@ class Whole:
 
 
 class _Mark(NamedTuple):
-    """Facts about a tensor, kept as an attribute of it."""
+    """Facts about a tensor, kept as an attribute of the tensor."""
 
     owner: object
     # The parameters that a weight is computed from; none for samples.
@@ -113,7 +113,7 @@ class _Mark(NamedTuple):
     batch: int | None = None
 
 
-# Calls that compute nothing. They are most of a forward pass, and this way they cost least.
+# Calls that compute nothing. They are the most frequent in a forward pass, so they are skipped early.
 _INSPECTING = {
     *functions("dim size numel stride is_floating_point is_complex is_contiguous data_ptr", Tensor),
     *(attribute.__get__ for attribute in functions("shape dtype device ndim requires_grad is_leaf", Tensor)),
@@ -131,13 +131,13 @@ class Interception(TorchFunctionMode):
 
     Args:
         parameters: by name.
-        rules: rule(interception, function, *args, **kwargs) returns what function(*args, **kwargs) would.
+        rules: rule(interception, function, *args, **kwargs) returns the result of function(*args, **kwargs).
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], rules: Mapping[Any, Rule]) -> None:
         super().__init__()
         self.samples = 0
-        # Calls of the forward pass that have a parameter, or what was computed from it, among their weights.
+        # Forward calls with a parameter, or a tensor computed from it, among their weights.
         self.uses: Counter[str] = Counter()
         self.parameters, self._rules = parameters, rules
         self._names = {id(p): (name,) for name, p in parameters.items()}
@@ -155,7 +155,7 @@ class Interception(TorchFunctionMode):
                     f"parameter {name!r} has a hook, which would see no gradient; use engine='per_cluster'"
                 )
         with _nothing_compiled(), self, LetThrough():
-            tensors = [tensor.view_as(tensor) for tensor in batch.tensors]  # not the caller's own, to put marks on
+            tensors = [tensor.view_as(tensor) for tensor in batch.tensors]  # views to mark, not the caller's own
             for tensor in tensors:
                 self._mark(tensor, batch=0)
             losses = check_per_sample(loss(*tensors), self.samples)
@@ -172,11 +172,11 @@ class Interception(TorchFunctionMode):
 
     def backward(self, losses: Sequence[Tensor], collector: Collector, retain_graph: bool = False) -> None:
         """Run the backward pass of the losses' sum, and hand the weights' gradients to ``collector``."""
-        # Edges, because of tensors torch.autograd.backward would be intercepted itself, and nothing inside of it.
+        # Edges, because torch.autograd.backward of tensors would be intercepted itself, and nothing inside of it.
         edges = [torch.autograd.graph.get_gradient_edge(loss) for loss in losses]
         self._collector = collector
         try:
-            # Active here too, because checkpointed functions are computed again; they bring their own autocast.
+            # Active here too, because checkpointed functions are computed again; they restore their own autocast.
             with self, torch.autocast(losses[0].device.type, enabled=False), LetThrough():
                 torch.autograd.backward(edges, retain_graph=retain_graph)
         finally:
@@ -185,11 +185,11 @@ class Interception(TorchFunctionMode):
     # --- for rules ---
 
     def is_weight(self, tensor: Any) -> bool:
-        """Return whether it is a parameter or computed from parameters alone."""
+        """Return whether a tensor is a parameter or computed from parameters alone."""
         return isinstance(tensor, Tensor) and bool(self._names_of(tensor))
 
     def frozen(self, tensor: Any) -> Any:
-        """A weight without its history, anything else as it is."""
+        """Return a weight without its history, anything else unchanged."""
         return tensor.detach() if self.is_weight(tensor) else tensor
 
     def derived(self, tensor: Tensor, weight: Tensor) -> Tensor:
@@ -198,11 +198,11 @@ class Interception(TorchFunctionMode):
         return tensor
 
     def has_rows(self, tensor: Tensor) -> bool:
-        """Return whether it holds samples."""
+        """Return whether a tensor holds samples."""
         return self._samples_mark(tensor) is not None
 
     def check_rows(self, *tensors: Tensor) -> None:
-        """Refuse a tensor without samples, or whose dimension 0 is not the batch, alone or with those behind it."""
+        """Refuse a tensor without samples, or whose dimension 0 is not the batch, alone or merged with later ones."""
         for tensor in tensors:
             mark = self._samples_mark(tensor)
             if mark is None:
@@ -222,17 +222,17 @@ class Interception(TorchFunctionMode):
     def tap(
         self, out: Tensor, weights: Sequence[Any], saved: Sequence[Tensor], take_gradients: TakeGradients
     ) -> Tensor:
-        """``out``, a new tensor, with the weights' gradients taken where its own gradient arrives.
+        """Return ``out``, a new tensor, so that the weights' gradients are taken when its own gradient arrives.
 
         Args:
-            weights: may hold other things than weights, whose gradients are then not taken.
-            saved: kept for the backward pass.
+            weights: may include other things than weights; no gradients are taken of these.
+            saved: tensors kept for the backward pass.
             take_gradients: called as take_gradients(take, dout, *saved).
         """
         return _Tap.apply(self, weights, [tensor.detach() for tensor in saved], take_gradients, out, *weights)
 
     def collect(self, weights: Sequence[Any], take_gradients: TakeGradients, *tensors: Tensor) -> list[Tensor | None]:
-        """Call take_gradients(take, *tensors) in a backward pass; return what autograd gets for each of the weights."""
+        """Call take_gradients(take, *tensors) in a backward pass; return each weight's gradient for autograd."""
         collector = self._collector
         if collector is None:
             raise Unsupported(
@@ -266,12 +266,12 @@ class Interception(TorchFunctionMode):
                 for output in tensors_in([out]):
                     self._mark(output, batch=0)
                 return out
-        # Checkpointing would compute weights again at every use; what their own graph holds is no larger than they are.
+        # Checkpointing would compute weights again at every use; their own graph holds no more than their size.
         with torch.autograd.graph.saved_tensors_hooks(_same, _same) if names and not inputs else nullcontext():
             out = func(*args, **kwargs)
         outputs = [args[0]] if func is Tensor.__setitem__ else list(tensors_in([out]))
         if inputs and self.samples == 1:
-            for output in outputs:  # which are all of the one cluster, however they are laid out
+            for output in outputs:  # all belong to the one cluster, in any layout
                 self._mark(output, batch=0 if output.dim() else None)
         elif inputs and outputs:
             for output, batch in zip(outputs, batch_dimensions(func, args, kwargs, inputs, outputs), strict=True):
@@ -324,7 +324,7 @@ class Interception(TorchFunctionMode):
             return None
         mark = self._mark_of(tensor)
         if mark is None:
-            # No function call gave it, so a custom autograd.Function did. If that takes parameters, it is found out.
+            # No function call returned it, so a custom autograd.Function did. If that takes parameters, it is detected.
             if not tensor.requires_grad or tensor.is_leaf:
                 return None
             return _Mark(self._owner, batch=0 if tensor.dim() else None)
@@ -336,7 +336,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def in_autocast_dtype(x: Tensor) -> Tensor:
-    """x as autocast would give it to a matrix multiplication."""
+    """Return x in the dtype to which autocast would cast it for a matrix multiplication."""
     device = x.device.type
     if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
@@ -374,14 +374,14 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
         if dout is None:
             return (None,) * (5 + len(ctx.weights))
-        saved = ctx.saved_tensors  # where checkpointing computes them again, under the interception
+        saved = ctx.saved_tensors  # checkpointing computes them again, under the interception
         taken = ctx.interception.collect(ctx.weights, ctx.take_gradients, dout, *saved)
         return None, None, None, None, dout, *taken
 
 
 @contextmanager
 def _nothing_compiled() -> Iterator[None]:
-    """Refuse compiled code, which calls its layers where nobody sees it."""
+    """Refuse compiled code, whose calls of layers cannot be intercepted."""
     loaded = "torch._dynamo" in sys.modules
     try:
         with torch.compiler.set_stance("fail_on_recompile") if loaded else nullcontext():

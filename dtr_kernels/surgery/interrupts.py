@@ -1,8 +1,8 @@
 """Ctrl-C, held back wherever it would leave half a step behind.
 
 Python raises KeyboardInterrupt between any two instructions of the main thread: between two writes to ``p.grad``, or
-where other ranks wait for this one. During a step it has its effect at once in the passes and the weighting, where
-somebody else's code may take long, and elsewhere, where little time is spent, at the end of the call.
+while other ranks wait for this one. During a step it takes effect at once in the passes and the weighting, where the
+caller's code may take long, and at the end of the call elsewhere, where little time is spent.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import threading
 from types import FrameType
 from typing import Any
 
-# In the order in which they began; only the main thread has any.
+# Blocks in the order in which they began; only the main thread has any.
 _running: list[HeldBack] = []
 
 
 class HeldBack:
-    """A ``with`` block after which Ctrl-C has the effect that it would have had inside."""
+    """A ``with`` block after which Ctrl-C takes the effect that it would have had inside."""
 
-    # Not generators: one that an interrupt has left suspended would run its end at any time later.
+    # Not generators: one that an interrupt has left suspended could run its end at any later time.
     def __init__(self) -> None:
         self._handler: Any = None
         self._arrived: tuple[int, FrameType | None] | None = None
 
     def __enter__(self) -> None:
-        # Any other handler than a function raises nothing.
+        # A handler that is not a function raises nothing.
         if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
             self.begin()
             _running.append(self)
@@ -51,7 +51,7 @@ class HeldBack:
 
 
 class LetThrough:
-    """A ``with`` block inside of ``HeldBack`` in which Ctrl-C has its effect at once."""
+    """A ``with`` block inside ``HeldBack`` in which Ctrl-C takes effect at once."""
 
     def __enter__(self) -> None:
         self._held = _running[-1] if _running and threading.current_thread() is threading.main_thread() else None

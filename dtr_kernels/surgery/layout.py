@@ -1,4 +1,4 @@
-"""Which dimension of a tensor is the batch, followed through the functions that are applied to it."""
+"""The batch dimension of a tensor, followed through the functions that are applied to it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 
 
 def functions(names: str, *owners: Any) -> list[Any]:
-    """Return the functions of these names, where an owner has them."""
+    """Return the functions with these names that the owners have."""
     return [getattr(owner, name) for name in names.split() for owner in owners if hasattr(owner, name)]
 
 
-# Functions that permute dimensions, so that dimension 0 may be another one afterwards, of the same size even.
+# Functions that permute dimensions, so that dimension 0 may be another one afterwards, even of the same size.
 _PERMUTING = {
     *functions("permute transpose swapaxes swapdims movedim moveaxis t adjoint", torch, Tensor),
     *(attribute.__get__ for attribute in functions("T mT H mH", Tensor)),
 }
 
-# Functions that keep the order of elements: what was the outermost dimension is still outermost, if merged or split.
+# Functions that keep the order of elements: the outermost dimension stays outermost, even if merged or split.
 _RESHAPING = set(functions("reshape view flatten unflatten view_as reshape_as", torch, Tensor))
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """All tensors among a function's arguments or results, also those in lists and tuples."""
+    """Yield all tensors among a function's arguments or results, also those in lists and tuples."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -34,7 +34,7 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def replaced(values: Any, replace: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of a function's arguments with every tensor in them replaced."""
+    """Return a copy of a function's arguments with every tensor in them replaced."""
     if isinstance(values, Tensor):
         return replace(values)
     if isinstance(values, tuple) and hasattr(values, "_fields"):
@@ -53,10 +53,10 @@ def batch_dimensions(
     inputs: Sequence[tuple[Tensor, int | None]],
     outputs: Sequence[Tensor],
 ) -> list[int | None]:
-    """Return the dimension of each output of ``func(*args, **kwargs)`` that is the batch; None where that is not known.
+    """Return the batch dimension of each output of ``func(*args, **kwargs)``; None if it is unknown.
 
     Args:
-        inputs: the arguments that hold samples, and which of their dimensions is the batch.
+        inputs: the arguments that hold samples, with their batch dimensions.
     """
     if any(dimension is None for _, dimension in inputs):
         return [None] * len(outputs)
@@ -71,7 +71,7 @@ def batch_dimensions(
 
 
 def _stays_in_front(func: Callable[..., Any], inputs: list[Tensor], outputs: Sequence[Tensor]) -> tuple[bool, bool]:
-    """Return whether dimension 0, the batch, looks to be that of the outputs too, and whether this is certain."""
+    """Return whether dimension 0, the batch, seems to be that of the outputs too, and whether this is certain."""
     if func in _RESHAPING:
         return all(output.dim() for output in outputs), True
     x = inputs[0]
@@ -80,7 +80,7 @@ def _stays_in_front(func: Callable[..., Any], inputs: list[Tensor], outputs: Seq
         return stays, stays
     lengths = {tensor.shape[0] for tensor in inputs}
     stays = all(output.dim() > 0 and output.shape[0] in lengths for output in outputs)
-    # Another dimension of that length may have come to the front.
+    # Another dimension of the same length may have moved to the front.
     return stays, stays and lengths.isdisjoint(length for tensor in inputs for length in tensor.shape[1:])
 
 
@@ -90,7 +90,7 @@ def _found_by_doubling(
     kwargs: dict[str, Any],
     inputs: Sequence[tuple[Tensor, int | None]],
 ) -> list[int | None] | None:
-    """Find the same by asking which dimension is twice as long for a batch twice as large; None if that does not work.
+    """Find the batch dimensions of the outputs: those that double with the batch. None if that does not work.
 
     Nothing is computed.
     """
@@ -108,14 +108,14 @@ def _found_by_doubling(
 
     try:
         single, double = shapes(1), shapes(2)
-    except Exception:  # functions that name the size of the batch, or do not take other devices: anything goes wrong
+    except Exception:  # functions that fix the batch size or the device fail in many ways
         return None
     lengths = {tensor.shape[dimension] for tensor, dimension in inputs if dimension is not None}
     return [_longer_dimension(a, b, lengths) for a, b in zip(single, double, strict=False)]
 
 
 def _longer_dimension(single: torch.Size, double: torch.Size, lengths: set[int]) -> int | None:
-    """Return the one dimension in which two shapes differ, if it is of one of these lengths."""
+    """Return the one dimension in which two shapes differ, if its length is one of ``lengths``."""
     if len(single) != len(double):
         return None
     different = [i for i, (a, b) in enumerate(zip(single, double, strict=True)) if a != b]

@@ -1,4 +1,4 @@
-"""``leaf.grad`` during a step: put away at its start, added to at its end, and as before after an error."""
+"""``leaf.grad`` during a step: put away at its start, updated at its end, and restored after an error."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Leaves:
-    """The leaves that a step's losses reach: the parameters in params and others, such as those of another optimizer.
+    """The leaves that a step's losses reach: the parameters in params, and others, such as another optimizer's.
 
-    The engines keep the new gradients of parameters; those of other leaves are kept here, added up over micro-batches.
-    Between micro-batches every ``grad`` is as before the step.
+    The engines keep the new gradients of parameters; the new gradients of other leaves are kept here, added up over
+    micro-batches. Between micro-batches every ``grad`` is as before the step.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Leaves:
         self._others: dict[Tensor, Tensor | None] = {}  # new gradients
 
     def put_away(self, parameters: Iterable[Tensor]) -> None:
-        """Remember the parameters' ``grad``, which engines then use as they like."""
+        """Remember the parameters' ``grad``, which engines may then change."""
         self._before = {p: p.grad for p in parameters}
 
     def collect(self, others: Iterable[Tensor]) -> None:
@@ -37,7 +37,7 @@ class Leaves:
             self._others[leaf] = leaf.grad = None
 
     def put_back(self) -> None:
-        """Give every leaf the ``grad`` that it had."""
+        """Restore every leaf's own ``grad``."""
         self._others |= {leaf: leaf.grad for leaf in self._others if leaf in self._before}
         self._restore()
 
@@ -45,7 +45,7 @@ class Leaves:
     def add(self, updates: Iterable[tuple[Tensor, Tensor]]) -> None:
         """End the step: add parameters' updates, and the other leaves' new gradients, to ``grad``."""
         new = [(leaf, grad) for leaf, grad in [*updates, *self._others.items()] if grad is not None]
-        # Sums that need memory come first: where that is short, nothing has changed.
+        # Sums that need memory come first: if memory runs out, nothing has changed.
         replaced = [
             (leaf, grad if leaf.grad is None else grad + leaf.grad) for leaf, grad in new if not _in_place(leaf)
         ]
@@ -57,7 +57,7 @@ class Leaves:
         self._others = {}
 
     def drop(self) -> None:
-        """End the step as if it had not been."""
+        """End the step without any effect."""
         self._restore()
         self._others = {}
 
@@ -65,13 +65,13 @@ class Leaves:
         for leaf, grad in self._before.items():
             try:
                 leaf.grad = grad
-            except (RuntimeError, TypeError):  # the caller has cast or moved it meanwhile
+            except (RuntimeError, TypeError):  # the caller has cast or moved the leaf meanwhile
                 leaf.grad = None
         self._before = {}
 
 
 def _in_place(leaf: Tensor) -> bool:
-    """Return whether a gradient is added in place, as autograd does, because others may hold leaf.grad."""
+    """Return whether a gradient is added in place, as autograd does, since others may hold leaf.grad."""
     grad = leaf.grad
     if grad is None or grad.is_sparse or grad.is_inference():
         return False
@@ -84,7 +84,7 @@ def _add(leaf: Tensor, new: Tensor) -> None:
 
 @contextmanager
 def gradients_set_aside(leaves: Collection[Tensor]) -> Iterator[None]:
-    """``leaf.grad`` is None inside, and what it was before outside."""
+    """Set ``leaf.grad`` to None while the context is open, and restore it afterwards."""
     before = [leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = None
@@ -98,7 +98,7 @@ def gradients_set_aside(leaves: Collection[Tensor]) -> Iterator[None]:
 def other_leaves(losses: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> list[Tensor]:
     """Return the leaves that get gradients in the losses' backward pass, apart from the parameters.
 
-    Those inside of checkpointing with use_reentrant=True are not seen.
+    Leaves inside of checkpointing with use_reentrant=True are not found.
     """
     ours = {id(p) for p in parameters.values()}
     leaves: dict[int, Tensor] = {}

@@ -1,8 +1,8 @@
-"""Per-cluster gradients that are never all held: their Gram matrix first, then the update by a second backward pass.
+"""Per-cluster gradients that are never all in memory: first the Gram matrix, then the update by a second backward pass.
 
-Everything that PCGrad and other Gram weightings need is G[i, j] = <g_i, g_j>, a sum over parameters. So in the first
-backward pass the K gradients of one parameter live just until their Gram matrix is taken. With the weights known, the
-update sum_k w_k g_k is the gradient of sum_k w_k l_k: an ordinary backward pass of the same graph.
+PCGrad and other Gram weightings need only G[i, j] = <g_i, g_j>, a sum over parameters. So in the first backward pass
+the K gradients of one parameter live only until their Gram matrix is computed. Once the weights are known, the update
+sum_k w_k g_k is the gradient of sum_k w_k l_k: an ordinary backward pass of the same graph.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dtr_kernels.surgery.separation import Separation
 
 
 class StreamedGradients:
-    """K gradients of which only the Gram matrix and the graph are kept."""
+    """K gradients, of which only the Gram matrix and the graph are kept."""
 
     def __init__(self, run: Interception, gram: Tensor, losses: Sequence[Tensor | None]) -> None:
         self._run, self._gram, self._losses = run, gram, losses
@@ -32,10 +32,10 @@ class StreamedGradients:
         return self._gram
 
     def weighted_sum(self, weights: Tensor) -> list[Tensor]:
-        """Can be called once only, as it frees the graph."""
+        """Return the update. It frees the graph, so it can be called only once."""
         losses = [w.to(loss.dtype) * loss for w, loss in zip(weights, self._losses, strict=True) if loss is not None]
         parameters = self._run.parameters
-        others = other_leaves(losses, parameters)  # which have got theirs in the first pass
+        others = other_leaves(losses, parameters)  # they got their gradients in the first pass
         with gradients_set_aside([*parameters.values(), *others]):
             self._run.backward(losses, Whole(self._run.samples))
             return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
@@ -49,10 +49,10 @@ def stream(
     separation: Separation,
     leaves: Leaves,
 ) -> tuple[StreamedGradients, list[Tensor | None], set[str]]:
-    """Return the gradients of ``scaled(mean loss of cluster k)``, and what ``one_pass.accumulate`` returns.
+    """Return the gradients of ``scaled(mean loss of cluster k)``, and the results of ``one_pass.accumulate``.
 
-    The K gradients of a parameter are held until all its uses in the model (several, if weights are tied) have added
-    theirs.
+    The K gradients of a parameter are held until all its uses in the model (several, if weights are tied) have been
+    added.
     """
     run = Interception(parameters, RULES)
     sink = _IntoGram(parameters, len(batch.sizes), run.uses)
@@ -61,7 +61,7 @@ def stream(
 
 
 class _IntoGram:
-    """Adds the Gram matrix of each parameter's gradients, as soon as these are complete.
+    """Adds the Gram matrix of each parameter's gradients as soon as these are complete.
 
     Args:
         uses: how often each parameter was used in the forward pass.
@@ -88,7 +88,7 @@ class _IntoGram:
 
     def finish(self) -> Tensor:
         """Return the Gram matrix over all parameters."""
-        for gradients in self._incomplete.values():  # of parameters with a use that the loss does not depend on
+        for gradients in self._incomplete.values():  # parameters with a use that the loss does not depend on
             self._gram += ops.gram(gradients.reshape(self._clusters, -1))
         self._incomplete.clear()
         return self._gram

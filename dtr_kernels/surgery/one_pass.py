@@ -1,11 +1,10 @@
 """Per-cluster gradients by one forward and one backward pass of the whole batch.
 
-Wherever a layer's weight gradient is computed, the samples still stand cluster by cluster, so that the sum over them
-can be taken in K parts: for a linear layer dW_k = dY_k^T X_k, a batched GEMM that multiplies no more than dY^T X does.
+When a layer's weight gradient is computed, the samples are still sorted by cluster, so that the sum over them can be
+taken in K parts: for a linear layer dW_k = dY_k^T X_k, a batched GEMM with as many multiplications as dY^T X.
 
-The model must treat its samples apart from each other, with the batch as dimension 0 of its activations or flattened
-with the dimensions behind it, and use its parameters in functions that ``rules`` has a rule for. What cannot be
-followed is refused.
+The model must treat its samples separately, with the batch as dimension 0 of its activations or flattened with the next
+dimensions, and use its parameters in functions that ``rules`` has a rule for. Anything else is refused.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ def accumulate(
         gradient.
 
     Raises:
-        Unsupported, TypeError, ValueError: as ``differentiate``. Except where a parameter goes through functions that
-            PyTorch does not show, the buffer is then as before.
+        Unsupported, TypeError, ValueError: as ``differentiate``. The buffer is then unchanged, unless a parameter goes
+            through functions that PyTorch does not show.
     """
     sink = _IntoBuffer(buffer, parameters, len(batch.sizes))
     values, _ = differentiate(Interception(parameters, RULES), loss, batch, scaled, separation, sink, leaves)
@@ -62,18 +61,18 @@ def differentiate(
     """Hand the gradients of ``scaled(mean loss of cluster k)`` to ``sink``, for every k.
 
     Args:
-        run: of the parameters, whose ``grad`` is as before afterwards, also after an error.
-        loss: called with tensors like the batch's, under autocast or not; returns the loss of each sample.
-        scaled: gives the scalar whose gradient is wanted.
+        run: of the parameters; their ``grad`` is unchanged afterwards, also after an error.
+        loss: called with tensors like the batch's, with or without autocast; returns the loss of each sample.
+        scaled: maps a mean loss to the scalar to differentiate.
         separation: checks the model with the first batch of a shape.
         leaves: collects the gradients of leaves that are not parameters.
 
     Returns:
-        The mean losses' detached values and what ``scaled`` made of them, None for clusters without samples.
+        The mean losses' detached values and the results of ``scaled``, None for clusters without samples.
 
     Raises:
         Unsupported: if a parameter is used in a way that has no rule.
-        TypeError, ValueError: if the loss is not one for each sample, or depends on no parameter.
+        TypeError, ValueError: if loss does not return one loss for each sample, or it depends on no parameter.
     """
     with gradients_set_aside(run.parameters.values()):
         means = run.mean_losses(loss, batch)

@@ -1,4 +1,4 @@
-"""The parameters whose gradients are operated on: by name, each once, checked."""
+"""The parameters of gradient surgery: by name, without duplicates, checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dtr_kernels.ops.gradient_lists import DTYPES
 
 
 def named(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Return parameters by name; those without a name are called by their position. Duplicates are ignored."""
+    """Return parameters by name; a parameter without a name is called by its position. Duplicates are ignored."""
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
         raise TypeError(f"params must be parameters such as model.named_parameters(), got one {type(params).__name__}")
     by_name: dict[str, Tensor] = {}
@@ -37,7 +37,7 @@ def _is_pair(item: object) -> TypeGuard[tuple[str, Tensor]]:
 
 
 def trainable(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the parameters that require grad at the moment, on one device and of a dtype that surgery takes."""
+    """Return the parameters that require grad now, checked to be on one device and of a supported dtype."""
     found = {name: p for name, p in parameters.items() if p.requires_grad}
     if not found:
         raise ValueError(
@@ -54,5 +54,5 @@ def trainable(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def device_of(parameters: Mapping[str, Tensor]) -> torch.device:
-    """Return the one device that they are on."""
+    """Return the one device of the parameters."""
     return next(iter(parameters.values())).device

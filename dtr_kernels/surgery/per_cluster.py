@@ -1,7 +1,7 @@
 """Per-cluster gradients by one forward and backward pass for each cluster's own samples.
 
-The clusters partition the batch, so the K passes together do the work of one ordinary step, for any model that autograd
-can differentiate: compiled, checkpointed, under autocast.
+The clusters partition the batch, so the K passes together do the work of one ordinary step, for any model that
+autograd can differentiate: compiled, checkpointed, under autocast.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def accumulate(
     """Add the gradient of ``scaled(losses[k])`` to gradient k of the buffer, for every k.
 
     Args:
-        losses: scalars, or functions that return one and are called in turn; None where a cluster has no samples.
-        leaves: whose ``put_away`` had the parameters; collects the gradients of others.
+        losses: scalars, or functions that return one and are called in turn; None for a cluster without samples.
+        leaves: its ``put_away`` must have had the parameters; collects the gradients of other leaves.
 
     Returns:
         The losses' detached values, and the names of the parameters that got a gradient.
 
     Raises:
         TypeError, ValueError: if a loss is not a scalar that requires grad.
-        RuntimeError: if somebody else, such as a hook, assigns to a parameter's ``grad`` meanwhile.
+        RuntimeError: if other code, such as a hook, assigns to a parameter's ``grad`` meanwhile.
     """
     for k, loss in enumerate(losses):
         if isinstance(loss, Tensor):
@@ -65,10 +65,10 @@ def accumulate(
 
 
 def _needed_again(losses: Sequence[Loss]) -> list[bool]:
-    """Return for each loss whether a later one shares part of its graph, as where both were computed together.
+    """Return, for each loss, whether a later one shares part of its graph, as if both were computed together.
 
-    A graph that is retained without need stays in memory for as long as the caller keeps the loss, and compiled models
-    refuse to.
+    A graph that is retained without need stays in memory as long as the caller keeps the loss, and compiled models
+    refuse to retain it.
     """
     needed = [False] * len(losses)
     of_later_losses: set[Node] = set()
@@ -78,10 +78,10 @@ def _needed_again(losses: Sequence[Loss]) -> list[bool]:
         to_visit = [loss.grad_fn] if isinstance(loss, Tensor) else []
         while to_visit:
             node = to_visit.pop()
-            if node is None or node in own or not node.next_functions:  # the last of these are parameters
+            if node is None or node in own or not node.next_functions:  # a node without next functions is a parameter's
                 continue
             own.add(node)
-            # Casts of parameters, which keep nothing, are shared by all graphs of one autocast context.
+            # Casts of parameters keep nothing, and are shared by all graphs of one autocast context.
             if node in of_later_losses and node.name() != "ToCopyBackward0":
                 needed[k] = True
             else:
@@ -104,13 +104,13 @@ def _check(name: str, value: Tensor) -> Tensor:
 
 
 def _writes(view: Tensor) -> int:
-    """Count what is written to it: by autograd, or by FSDP, which writes to this rank's shard of a DTensor."""
+    """Count the writes to a view: by autograd, or by FSDP, which writes to this rank's shard of a DTensor."""
     return view._version + getattr(view, "_local_tensor", view)._version
 
 
 @contextmanager
 def _gradients_into(parameters: Mapping[str, Tensor], gradient: list[Tensor], received: set[str]) -> Iterator[None]:
-    """Make autograd add to ``gradient``, and note the names of the parameters it reached."""
+    """Make autograd add to ``gradient``, and record the names of the parameters it reached."""
     versions = [_writes(view) for view in gradient]
     for p, view in zip(parameters.values(), gradient, strict=True):
         p.grad = view

@@ -1,9 +1,10 @@
-"""The rules of our own fused ops, ``routed_linear``, ``routed_mlp`` and those of scope "inner".
+"""The rules of our own fused ops: ``routed_linear``, ``routed_mlp`` and those of scope "inner".
 
-Forward they are the ops themselves, backward the ops' own kernels but for the weights' gradients. These want the
-layer's input on all channels, modulate(LN(m * stream)): then they are those of an ordinary linear layer, and one
-batched GEMM gives them for all clusters. That is 1 / beta times the multiplications of a window, in far fewer launches
-than one for each cluster. In scope "inner" gradients of inactive rows, and inputs of inactive columns, are zeros.
+The forward pass runs the ops themselves, the backward pass the ops' own kernels except for the weights' gradients.
+These use the layer's input on all channels, modulate(LN(m * stream)), so they are those of an ordinary linear layer,
+and one batched GEMM computes them for all clusters. That takes 1 / beta times the multiplications of a window, in far
+fewer launches than one for each cluster. In scope "inner" gradients of inactive rows, and inputs of inactive columns,
+are zeros.
 """
 
 from __future__ import annotations
@@ -58,12 +59,12 @@ def _check(run: Interception, rows: list[Tensor | None], weights: list[Tensor | 
 
 
 def _cast(weights: list[Tensor | None], x: Tensor) -> list[Tensor | None]:
-    """Cast weights as the ops' autocast does."""
+    """Cast weights like the ops' autocast."""
     return [w if w is None or x.dtype == torch.float64 else in_autocast_dtype(w) for w in weights]
 
 
 class _NormLinear(torch.autograd.Function):
-    """``routed_linear`` and ``inner_linear``: of these, the latter's settings have the heads too."""
+    """``routed_linear`` and ``inner_linear``; the settings of the latter include the heads."""
 
     @staticmethod
     def forward(ctx: Any, run: Interception, op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
@@ -106,7 +107,7 @@ class _NormLinear(torch.autograd.Function):
 
 
 class _RoutedMlp(torch.autograd.Function):
-    """Not by the op's own backward pass, because fc1's weight gradient needs a product that this keeps inside."""
+    """``routed_mlp``. Its own backward pass does not expose a product that fc1's weight gradient needs."""
 
     @staticmethod
     def forward(ctx: Any, run: Interception, op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
@@ -171,7 +172,7 @@ class _InnerMlp(_RoutedMlp):
         with torch._C.DisableTorchFunction():
             if dout is None:
                 dout = inputs.x.new_zeros(*inputs.x.shape[:2], len(fc2_weight), dtype=fc2_weight.dtype)
-            order = order_by_window(dout, start)  # in which the samples of pre are
+            order = order_by_window(dout, start)  # the order of pre's samples
             heads = Heads(in_order(start, order), width, total)
             rows, columns = heads.rows(fc1_weight, parts_of(activation)), heads.columns(fc2_weight)
             dout_in_order = in_order(dout.contiguous(), order)

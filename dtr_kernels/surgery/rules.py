@@ -1,13 +1,13 @@
-"""How PyTorch's functions of weights and samples are computed, and what the gradients of their weights are.
+"""Rules for PyTorch's functions of weights and samples: how they are computed, and the gradients of their weights.
 
-Each runs once for the whole batch, with detached weights and PyTorch's own gradient of its input. What the rules add is
-the weights' gradients, cluster by cluster:
+Each function runs once for the whole batch, with detached weights and PyTorch's own gradient of its input. The rules
+add the weights' gradients, cluster by cluster:
 
-- linear, matmul: batched GEMMs, one for each stretch of equally large clusters.
-- norms with affine parameters: the normalised input is computed again, then sums over each cluster's rows.
+- linear, matmul: batched GEMMs, one for each run of equally large clusters.
+- norms with affine parameters: the normalised input is recomputed, then summed over each cluster's rows.
 - embedding, indexing: one scatter into all K gradients.
 - convolutions: one backward call for each cluster.
-- elementwise functions: each row gets a view of the weight of its own, so that autograd sums over everything else.
+- elementwise functions: each row gets its own view of the weight, so that autograd sums over everything else.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _convolution(
 
 
 def _each(value: Any, sizes: Sequence[int]) -> list[int]:
-    """One number for every spatial dimension."""
+    """Return one number for every spatial dimension."""
     values = [int(value)] if is_integer(value) else list(value)
     return values * len(sizes) if len(values) == 1 else values
 
@@ -108,14 +108,14 @@ def _padding(padding: Any, dilation: Any, sizes: Sequence[int]) -> list[int]:
 
 
 def _norm(run: Interception, func: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """Norms with an affine weight and bias behind them."""
+    """Compute a norm, followed by its affine weight and bias."""
     arguments = inspect.signature(func).bind(*args, **kwargs).arguments
     if arguments.get("training"):
         raise Refusal("the norm mixes the samples of a batch")
     x, weight, bias = arguments.pop("input"), arguments.pop("weight", None), arguments.pop("bias", None)
     run.check_rows(x)
     run.check_no_rows(*arguments.values(), weight, bias)
-    # One weight for each channel, dimension 1; or of the shape of the last dimensions.
+    # The weight has one entry for each channel, dimension 1, or the shape of the last dimensions.
     by_channel = func in (F.group_norm, F.batch_norm)
 
     def take_gradients(take: Any, dout: Tensor, x: Tensor) -> None:
@@ -162,7 +162,7 @@ def _getitem(run: Interception, func: Any, input: Tensor, index: Any) -> Tensor:
 
 
 def _looked_up(run: Interception, table: Tensor, index: Tensor, padding: int | None) -> Tensor:
-    """table[index], where entries at ``padding`` get no gradient."""
+    """Return table[index]; entries at ``padding`` get no gradient."""
     run.check_rows(index)
     run.check_no_rows(table)
 
@@ -198,7 +198,7 @@ def _elementwise(run: Interception, func: Any, *args: Any, **kwargs: Any) -> Ten
         return _PerRow.apply(run, tensor, shape[0], len(shape)) if run.is_weight(tensor) else tensor
 
     out = func(*replaced(args, per_row), **replaced(kwargs, per_row))
-    # A number, which a weight without dimensions is to PyTorch, leaves the dtype of the others as it is.
+    # PyTorch treats a weight without dimensions as a number, which does not promote the dtype of the others.
     dtypes = [tensor.dtype for tensor in tensors if tensor.dim() and tensor.is_floating_point()]
     return out.to(reduce(torch.promote_types, dtypes)) if dtypes and out.is_floating_point() else out
 
@@ -212,7 +212,7 @@ def _cat(run: Interception, func: Any, tensors: Sequence[Tensor], dim: int = 0) 
 
 
 class _PerRow(torch.autograd.Function):
-    """A weight as [rows, ...], each row seeing the whole of it; or, if it has as many rows itself, its own."""
+    """A weight as [rows, ...]: each row sees the whole weight or, if the weight itself has as many rows, its own."""
 
     @staticmethod
     def forward(ctx: Any, run: Interception, weight: Tensor, rows: int, dims: int) -> Tensor:

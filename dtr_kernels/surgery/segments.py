@@ -1,4 +1,4 @@
-"""Rows that stand cluster by cluster, and the sums that turn them into one weight gradient for each cluster."""
+"""Rows that are sorted by cluster, and the sums that turn them into one weight gradient for each cluster."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 class Segments:
-    """How the samples of a batch divide into clusters.
+    """The division of a batch's samples into clusters.
 
-    Tensors here have a multiple m of B rows: m rows of the first sample, m of the second, and so on.
+    Tensors here have m B rows: m rows of the first sample, m of the second, and so on.
 
     Args:
-        sizes: samples of each cluster, in the order in which they stand in the batch; may be 0.
+        sizes: samples of each cluster, in the order of the batch; may be 0.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
@@ -32,7 +32,7 @@ class Segments:
         return self._clusters[device]
 
     def parts(self, *tensors: Tensor) -> Iterator[tuple[int, slice, list[Tensor]]]:
-        """Each cluster that has samples: its number, its rows, and these of each tensor."""
+        """Yield, for each cluster with samples, its number, its rows, and these rows of each tensor."""
         m, begin = len(tensors[0]) // self.samples, 0
         for k, size in enumerate(self.sizes):
             rows = slice(begin, begin + m * size)
@@ -41,8 +41,8 @@ class Segments:
             begin = rows.stop
 
     def stacks(self, *tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Neighbouring clusters of one size together: their numbers, and [clusters, rows of each, ...] of each
-        tensor."""
+        """Yield neighbouring clusters of equal size together: their numbers, and [clusters, rows per cluster, ...] of
+        each tensor."""
         m, k, begin = len(tensors[0]) // self.samples, 0, 0
         for size, group in groupby(self.sizes):
             count = len(list(group))
@@ -52,7 +52,7 @@ class Segments:
             k, begin = k + count, end
 
     def add_products(self, gradients: Tensor, dout: Tensor, x: Tensor) -> None:
-        """gradients[k] += dout_k^T x_k: a linear layer's, [K, O, I], from dout [m B, O] and x [m B, I] of one dtype."""
+        """Add a linear layer's dout_k^T x_k to gradients[k] [K, O, I]; dout [m B, O] and x [m B, I] have one dtype."""
         for which, (g, z) in self.stacks(dout, x):
             if gradients.dtype == g.dtype:
                 gradients[which].baddbmm_(g.mT, z)
@@ -60,6 +60,6 @@ class Segments:
                 gradients[which] += torch.bmm(g.mT, z)
 
     def add_sums(self, gradients: Tensor, x: Tensor) -> None:
-        """gradients[k] += the sum of cluster k's rows; gradients [K, ...] and x [m B, ...]."""
+        """Add the sum of cluster k's rows to gradients[k]; gradients [K, ...] and x [m B, ...]."""
         for which, (z,) in self.stacks(x):
             gradients[which] += z.sum(1, dtype=gradients.dtype)

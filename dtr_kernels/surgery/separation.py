@@ -1,4 +1,4 @@
-"""Does a cluster's loss depend on its own samples alone? The engines of one pass rely on it."""
+"""Check that a cluster's loss depends on its own samples alone, which the one-pass engines rely on."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dtr_kernels.surgery.leaves import gradients_set_aside, other_leaves
 
 
 class Separation:
-    """Finds models that mix, or put in another order, the samples of a batch.
+    """Detects models that mix or reorder the samples of a batch.
 
-    A layer's rows are given to clusters by where they stand. So the loss of one cluster alone must leave the gradients
-    of all others at exactly zero. That takes a backward pass for each cluster, and is done once for each shape of
-    batch.
+    The one-pass engines assign a layer's rows to clusters by position. So the loss of one cluster alone must leave the
+    gradients of all others at exactly zero. Checking that takes a backward pass for each cluster, once for each shape
+    of batch.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Separation:
         """Check the losses of a forward pass, one for each cluster, and keep their graph.
 
         Raises:
-            Unsupported: naming a parameter whose gradient is that of another cluster's samples.
+            Unsupported: naming a parameter whose gradient comes from another cluster's samples.
         """
         shapes = tuple(tensor.shape for tensor in batch.tensors)
         present = {k: loss for k, loss in enumerate(losses) if loss is not None}
@@ -44,10 +44,10 @@ class Separation:
 
 
 class _Elsewhere:
-    """Looks for gradients of other clusters than k."""
+    """Detects gradients of other clusters than k."""
 
     def __init__(self, parameters: Mapping[str, Tensor], k: int, clusters: int) -> None:
-        self.finite = True  # 0 times inf says nothing
+        self.finite = True  # 0 times inf proves nothing
         self._parameters, self._k, self._clusters = parameters, k, clusters
 
     def add(self, name: str, write: Callable[[Tensor], None]) -> None:

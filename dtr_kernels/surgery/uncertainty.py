@@ -1,4 +1,4 @@
-"""Uncertainty weighting of the clusters' losses: learned, nearly free, and often enough."""
+"""Uncertainty weighting of the clusters' losses: learned, nearly free, and often sufficient."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from dtr_kernels.quoting import quoted
 from dtr_kernels.routing import is_integer
 from dtr_kernels.surgery.batch import check_by_cluster
 
-# The least that s_k sees of a loss.
+# Lower bound of a loss in the gradient of s_k.
 _LEAST_LOSS = 1e-8
-# Each is a parameter: far more than these would take all memory before anybody notices.
+# Each cluster is a parameter: far more than these would fill the memory unnoticed.
 _MOST_CLUSTERS = 10_000
 
 
 class UncertaintyWeighting(nn.Module):
-    """One learned log-variance s_k for each cluster (Kendall et al., 2018, as ANT uses it), a parameter ``s[k]`` [1].
+    """One learned log-variance s_k for each cluster (Kendall et al., 2018, as in ANT), a parameter ``s[k]`` [1].
 
-    In ANT's results it does as well as PCGrad (see ``GradientSurgery``), at the speed of ordinary training: 2.103
-    steps a second against PCGrad's 1.523 and 2.108 without either (LDM on FFHQ).
+    In ANT's results it does as well as PCGrad (see ``GradientSurgery``), at the speed of ordinary training: 2.103 steps
+    per second, against 1.523 with PCGrad and 2.108 without either (LDM on FFHQ).
 
     Args:
         num_clusters: K, the number of clusters.
@@ -36,7 +36,7 @@ class UncertaintyWeighting(nn.Module):
         super().__init__()
         if not is_integer(num_clusters) or not 1 <= num_clusters <= _MOST_CLUSTERS:
             raise ValueError(f"num_clusters must be an integer from 1 to {_MOST_CLUSTERS}, got {quoted(num_clusters)}")
-        # One parameter each, so that an optimizer leaves a cluster without samples alone, and its moments with it.
+        # One parameter each, so that an optimizer leaves a cluster without samples, and its moments, unchanged.
         self.s = nn.ParameterList(torch.zeros(1) for _ in range(num_clusters))
         self.register_load_state_dict_pre_hook(_split_log_variances)
 
@@ -46,11 +46,11 @@ class UncertaintyWeighting(nn.Module):
         return torch.cat(list(self.s))
 
     def forward(self, losses: Tensor | Sequence[Tensor | None]) -> Tensor:
-        """Compute the loss to differentiate: sum over k of (exp(-s_k) l_k + s_k) / 2, where there is an l_k.
+        """Return the loss to differentiate: sum over k of (exp(-s_k) l_k + s_k) / 2, over the clusters with a loss.
 
-        l_k is the mean loss of cluster k divided by K, as in ANT's code. To s_k it is 1e-8 at least, also where it is
-        zero or negative, so that exp(-s_k) settles at 1e8 instead of growing without end; the gradient with respect to
-        the loss itself stays exp(-s_k) / 2K.
+        l_k is the mean loss of cluster k divided by K, as in ANT's code. For the gradient of s_k it is at least 1e-8,
+        even if it is zero or negative, so that exp(-s_k) settles at 1e8 instead of growing without end; the gradient
+        with respect to the loss itself stays exp(-s_k) / 2K.
 
         Args:
             losses: the K clusters' mean losses: a tensor [K], or K scalars with None for each cluster without samples,
@@ -62,7 +62,7 @@ class UncertaintyWeighting(nn.Module):
 
         Raises:
             TypeError: if losses is not as described.
-            ValueError: if there are not K losses, one is no scalar, or all are None.
+            ValueError: if there are not K losses, a loss is not a scalar, or all are None.
         """
         present = self._present(losses)
         dtype = reduce(torch.promote_types, (loss.dtype for loss in present.values()), torch.float32)
@@ -91,7 +91,7 @@ class UncertaintyWeighting(nn.Module):
 
 
 def _split_log_variances(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Read the checkpoints of before, when all s_k were one parameter [K]."""
+    """Read older checkpoints, in which all s_k were one parameter [K]."""
     if f"{prefix}log_variances" in state:
         for k, s in enumerate(state.pop(f"{prefix}log_variances")):
             state[f"{prefix}s.{k}"] = s.reshape(1)

@@ -1,4 +1,4 @@
-"""From the Gram matrix of K gradients to K weights: the update is the weighted sum of the gradients."""
+"""Weightings map the Gram matrix of K gradients to K weights: the update is the weighted sum of the gradients."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ NAMES = ("pcgrad", "nash", "sum")
 class GramWeighting(Protocol):
     """Called by ``GradientSurgery`` once a step; TorchJD's Gramian weightings are such objects.
 
-    ``state_dict`` and ``load_state_dict`` are saved and restored along with it where an object has them.
+    If an object has ``state_dict`` and ``load_state_dict``, its state is saved and restored with the surgery's.
     """
 
     def __call__(self, gram: Tensor, /) -> Tensor:
-        """Weights [K], floating point, for the Gram matrix of the clusters' gradients, fp64 [K, K] and finite."""
+        """Return weights [K], floating point, for the Gram matrix of the clusters' gradients, finite fp64 [K, K]."""
 
 
 class PCGrad:
@@ -38,14 +38,14 @@ class PCGrad:
         return ops.pcgrad_coefficients(gram, order).sum(0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the generator's state, if it has one of its own."""
+        """Return the generator's state, if a generator was given."""
         return {} if self._generator is None else {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the generator from where it was saved.
+        """Restore the generator's state.
 
         Raises:
-            ValueError: if there is a saved generator and none here, or the other way round.
+            ValueError: if only one of the saved state and this object has a generator.
         """
         if ("generator" in state) != (self._generator is not None):
             saved, here = ("with", "without") if "generator" in state else ("without", "with")
@@ -58,7 +58,7 @@ class PCGrad:
 
 
 class Sum:
-    """Every gradient as it is: the update of an ordinary step."""
+    """Weight 1 for every gradient: the update of an ordinary step."""
 
     def __call__(self, gram: Tensor) -> Tensor:
         return gram.new_ones(len(gram))
@@ -68,12 +68,12 @@ class Nash:
     """Nash-MTL (Navon et al., 2022) with the settings of ANT, solved by TorchJD.
 
     The weights solve w_i (K^2 G w)_i = 1, where K^2 G is the Gram matrix of losses that are not divided by K; the
-    update then has norm 1 / sqrt(K). They are solved for anew every few steps, which the host waits for, starting from
-    the last ones; in between they stay, and are shrunk where the update would have a norm above 1. Its squared norm is
-    w^T G w.
+    update then has norm 1 / sqrt(K). The solver runs every few steps, while the host waits, and starts from the last
+    weights. In between the weights stay the same, but are shrunk if the norm of the update, sqrt(w^T G w), would exceed
+    1.
 
-    A matrix that has no solution (NaN, inf, or a gradient of zero, as from an empty cluster) leaves the weights as they
-    are, and the next step tries again. Of NaN and inf the step itself gets weights of NaN.
+    A matrix without a solution (NaN, inf, or a gradient of zero, as from an empty cluster) leaves the weights
+    unchanged, and the next step tries again. With NaN or inf, the step itself gets weights of NaN.
 
     Raises:
         ImportError: if TorchJD or its solver is not installed.
@@ -88,7 +88,7 @@ class Nash:
             from torchjd.aggregation import NashMTL
 
             # Its own schedule and clipping are off: they would lose the weights in a checkpoint and make the host wait
-            # on every step.
+            # at every step.
             solver = NashMTL(clusters, max_norm=0.0, update_weights_every=1, optim_niter=self.iterations)
         except ImportError as error:
             raise ImportError(
@@ -112,9 +112,9 @@ class Nash:
     def _solved(self, gram: Tensor) -> Tensor | None:
         if not (gram.isfinite().all() and (gram.diagonal() > 0).all()):
             return None
-        if len(gram) == 1:  # which TorchJD's formulation does not take
+        if len(gram) == 1:  # TorchJD's formulation needs two clusters
             return gram[0].rsqrt()
-        # TorchJD wants gradients [K, P], and uses their Gram matrix alone: any square root of it will do.
+        # TorchJD expects gradients [K, P] but uses only their Gram matrix: any square root of it will do.
         eigenvalues, eigenvectors = torch.linalg.eigh(len(gram) ** 2 * gram)
         root = eigenvectors * eigenvalues.clamp_min(0).sqrt()
         self._solver.prvs_alpha = self._weights.cpu().numpy()
@@ -128,7 +128,7 @@ class Nash:
         return {"weights": self._weights.cpu(), "steps_until_solved": self._steps_until_solved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with saved weights; ValueError if they are no K finite numbers, or the steps no number of steps."""
+        """Restore saved weights; ValueError unless they are K finite numbers, and the steps a valid number of steps."""
         weights, steps = state["weights"], state["steps_until_solved"]
         if weights.shape != self._weights.shape or not weights.isfinite().all():
             raise ValueError(f"weights must be {len(self._weights)} finite numbers, got {quoted(weights)}")
@@ -138,9 +138,9 @@ class Nash:
 
 
 class External:
-    """Somebody else's weighting, checked, and never shown NaN or inf, at which solvers fail and averages stay NaN.
+    """A caller's weighting, checked, and never shown NaN or inf, at which solvers fail and averages stay NaN.
 
-    It is not called with a matrix that is not finite, for which the host waits; the weights are NaN then.
+    For a matrix that is not finite, which the host waits to know, it is not called, and the weights are NaN.
     """
 
     def __init__(self, weighting: GramWeighting) -> None:
@@ -158,13 +158,13 @@ class External:
         return weights.detach().to(gram)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the weighting itself saves."""
+        """Return the state that the weighting itself saves."""
         return self._weighting.state_dict() if hasattr(self._weighting, "state_dict") else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Hand back to the weighting what it saved; warn of what a module has no place for."""
+        """Restore the weighting's saved state; warn of entries that a module has no place for."""
         if isinstance(self._weighting, nn.Module):
-            # TorchJD's running averages are buffers that a new module does not have yet, and so cannot load.
+            # TorchJD's running averages are buffers that a new module does not have yet, so it cannot load them.
             unexpected = self._weighting.load_state_dict(state, strict=False).unexpected_keys
             if unexpected:
                 name = type(self._weighting).__name__
@@ -174,7 +174,7 @@ class External:
 
 
 def make(weighting: str | GramWeighting, clusters: int, generator: torch.Generator | None) -> GramWeighting:
-    """Return the weighting of a name, or the given object, checked; "nash" raises ImportError without TorchJD."""
+    """Return the weighting with a name, or the given object, checked; "nash" raises ImportError without TorchJD."""
     names = ", ".join(map(repr, NAMES))
     if isinstance(weighting, str):
         known: dict[str, Callable[[], GramWeighting]]
@@ -193,14 +193,14 @@ def make(weighting: str | GramWeighting, clusters: int, generator: torch.Generat
 
 
 def _refuse_what_takes_gradients(weighting: GramWeighting) -> None:
-    """Refuse TorchJD's aggregators and weightings that would take the Gram matrix for the gradients [K, P]."""
+    """Refuse TorchJD's aggregators and weightings that would mistake the Gram matrix for the gradients [K, P]."""
     if "torchjd.aggregation" not in sys.modules:
         return
     from torchjd import aggregation
     from torchjd.linalg import PSDMatrix
 
     inner: Any = weighting
-    while isinstance(inner, aggregation.CRMOGMWeighting):  # which smooths the weights of another
+    while isinstance(inner, aggregation.CRMOGMWeighting):  # it smooths another weighting's weights
         inner = inner.weighting
     if isinstance(inner, aggregation.Aggregator):
         raise TypeError(

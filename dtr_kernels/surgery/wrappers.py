@@ -1,8 +1,8 @@
-"""Refuses wrappers around a model that communicate gradients in its backward passes.
+"""Refusal of wrappers around a model that communicate gradients in its backward passes.
 
-DistributedDataParallel averages over the ranks what a backward pass leaves in ``p.grad``: here each of the K gradients,
-in as many passes as a rank has clusters. Where ranks have different ones, it averages gradients of different clusters,
-or ends the process.
+DistributedDataParallel averages ``p.grad`` over the ranks after a backward pass: here each of the K gradients, in as
+many passes as a rank has clusters. If ranks have different clusters, it averages gradients of different clusters, or
+ends the process.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _pre_forward = DistributedDataParallel._pre_forward
 
 @contextmanager
 def refused() -> Iterator[None]:
-    """Refuse forward passes of DistributedDataParallel in this thread, but for those that no_sync() keeps quiet.
+    """Refuse forward passes of DistributedDataParallel in this thread, except under its no_sync().
 
     Raises:
-        RuntimeError: from that forward pass.
+        RuntimeError: from the forward pass.
     """
     if not (dist.is_available() and dist.is_initialized()):
         yield
@@ -52,8 +52,8 @@ def refused() -> Iterator[None]:
 def _count(steps: int) -> None:
     """Replace the method while steps run.
 
-    The wrapper is the caller's, and out of reach: params are all that is known here. What it does before a forward pass
-    is common to subclasses, compiled ones, and replicate().
+    The wrapper itself is out of reach, since only params are known here. Its method before a forward pass is common to
+    subclasses, compiled ones, and replicate().
     """
     global _steps_running
     with _LOCK:
@@ -68,21 +68,21 @@ def _refuse(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
 
 
 def backward(loss: Tensor, gradients: Sequence[Tensor], retain_graph: bool) -> None:
-    """Run ``loss.backward()`` for a loss that the caller has computed, maybe by a wrapper.
+    """Run ``loss.backward()`` for a loss that the caller has computed, perhaps with a wrapper.
 
     Args:
         gradients: the parameters' ``grad``.
 
     Raises:
-        RuntimeError: if they are written to once autograd has computed them.
+        RuntimeError: if the gradients are written to after autograd has computed them.
     """
-    # Compiled autograd cannot trace the hook, nor DistributedDataParallel's.
+    # Compiled autograd can trace neither this hook nor DistributedDataParallel's.
     compiled = getattr(sys.modules.get("torch._dynamo.compiled_autograd"), "compiled_autograd_enabled", False)
     if compiled or not (dist.is_available() and dist.is_initialized()):
         loss.backward(retain_graph=retain_graph)
         return
     computed: list[int] = []
-    # Final callbacks run in the order in which they were queued, and this is the first.
+    # Final callbacks run in the order in which they were queued, and this one is the first.
     engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
     loss.register_hook(lambda _: engine.queue_callback(lambda: computed.extend(g._version for g in gradients)))
     loss.backward(retain_graph=retain_graph)

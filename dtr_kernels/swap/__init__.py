@@ -1,4 +1,4 @@
-"""Fused blocks for models that exist: ``swap_blocks`` and its undoing, ``restore_blocks``; families of blocks."""
+"""Fused blocks for existing models: ``swap_blocks``, ``restore_blocks`` to undo it, and families of blocks."""
 
 from dtr_kernels.swap.core import one_timestep, restore_blocks, swap_blocks
 from dtr_kernels.swap.family import Family

@@ -1,4 +1,4 @@
-"""Questions that families ask of a block before it is swapped; each yields problems, as ``Family.problems`` does."""
+"""Checks that families make of a block before it is swapped; each yields problems, like ``Family.problems``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def is_within(name: str, paths: tuple[str, ...]) -> bool:
 
 
 def missing_problems(block: Any, needed: tuple[str, ...], name: str) -> Iterator[str]:
-    """Attributes, given as dotted paths, that the block has not."""
+    """Report the attributes, given as dotted paths, that the block lacks."""
     missing = [path for path in needed if not has(block, path)]
     if missing:
         parents = dict.fromkeys(path.rpartition(".")[0] for path in missing)
@@ -46,7 +46,7 @@ def missing_problems(block: Any, needed: tuple[str, ...], name: str) -> Iterator
 
 
 def argument_problems(block: nn.Module, arguments: Callable, method: str) -> Iterator[str]:
-    """``forward``, and the method that swapping replaces, if they take other arguments than ``Family.arguments``."""
+    """Report ``forward``, and the method that swapping replaces, if their arguments differ from ``arguments``."""
     expected = list(inspect.signature(arguments).parameters.values())
     required = [parameter for parameter in expected if parameter.default is parameter.empty]
     optional = [parameter.name for parameter in expected[len(required) :]]
@@ -61,8 +61,8 @@ def argument_problems(block: nn.Module, arguments: Callable, method: str) -> Ite
 
 
 def patch_problems(block: nn.Module, called: tuple[str, ...], method: str) -> Iterator[str]:
-    """Code attached to modules that would not be called."""
-    if not hasattr(block, "_dtr"):  # whatever patches a swapped block calls the fused method
+    """Report code attached to modules that would not be called."""
+    if not hasattr(block, "_dtr"):  # a patch of a swapped block calls the fused method
         for patched in dict.fromkeys(("forward", method)):
             if patched in vars(block):
                 yield f"the {patched} of its instance was patched, which would be lost; swap first, then patch it"
@@ -76,7 +76,7 @@ def patch_problems(block: nn.Module, called: tuple[str, ...], method: str) -> It
 
 
 def dropout_problems(block: nn.Module, called: tuple[str, ...] = ()) -> Iterator[str]:
-    """Dropout in parts that are not called."""
+    """Report dropout in parts that are not called."""
     for name, module in block.named_modules():
         rate = getattr(module, "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "drop_prob", 0)
         if rate and not is_within(name, called):
@@ -84,13 +84,13 @@ def dropout_problems(block: nn.Module, called: tuple[str, ...] = ()) -> Iterator
 
 
 def parameter_problems(block: nn.Module, used: tuple[str, ...]) -> Iterator[str]:
-    """Parameters outside the parts that are used."""
+    """Report parameters outside the parts that are used."""
     for name, _ in block.named_parameters():
         if not is_within(name, used):
             yield f"it has a parameter {name}, which the fused forward would not use; leave this model unswapped"
 
 
-# --- of the layers of a DiT block; ``names`` has the path of each module within the block, by its id
+# --- of the layers of a DiT block; ``names`` maps the id of each module to its path within the block
 
 PARTS = ("norm1", "attn.qkv", "attn.num_heads", "attn.proj", "norm2", "mlp.fc1", "mlp.act", "mlp.fc2")
 
@@ -151,7 +151,7 @@ def norm_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
             yield f"{name} has affine parameters, which the fused norm has not; use elementwise_affine=False"
         elif isinstance(norm, nn.LayerNorm) and tuple(norm.normalized_shape) != (C,):
             yield f"{name} normalises shape {list(norm.normalized_shape)}, but the hidden size is {C}"
-    # Norms that some versions of timm put elsewhere. q_norm and k_norm are called, so those may be anything.
+    # Norms that some versions of timm put elsewhere. q_norm and k_norm are called, so they may be anything.
     for path, part in (("attn.norm", layers.attn), ("mlp.norm", layers.mlp)):
         if not isinstance(getattr(part, "norm", nn.Identity()), nn.Identity):
             yield f"{path} is not nn.Identity, and the fused forward leaves it out; construct the block without it"

@@ -1,4 +1,4 @@
-"""The classes that swapped modules take on, each derived from the module's own, and the state they share."""
+"""The classes of swapped modules, each derived from the module's own class, and the state they share."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ TIMESTEP_NAMES = ("t", "timestep", "timesteps")
 
 @dataclass
 class _Call:
-    """The forward of a model that a thread runs.
+    """A model's forward that a thread runs.
 
     Attributes:
-        windows: the active channels, for each number of channels that blocks have; None between forwards.
-        traced: whether the forward itself, and not its blocks alone, is being compiled.
-        shared_t: the timestep of the whole batch, where the host knows it beside the tensor that the model takes.
+        windows: the active channels, for each number of channels of the blocks; None between forwards.
+        traced: the forward itself is being compiled, not only its blocks.
+        shared_t: the timestep of the whole batch, if the host knows it beside the tensor that the model takes.
     """
 
     windows: dict[int, ChannelWindow | Tensor] | None = None
@@ -44,7 +44,7 @@ class _Call:
 
 
 class _Calls(threading.local):
-    """The call of each thread, as threads may share a model. (Writes to a local itself get lost in torch.compile.)"""
+    """The call of each thread, as threads may share a model. (torch.compile loses writes to a thread-local itself.)"""
 
     def __init__(self) -> None:
         self.current = _Call()
@@ -54,7 +54,7 @@ class _Calls(threading.local):
 class ModelState:
     """Settings that a model and its swapped blocks share, and the windows while the model's forward runs.
 
-    With a routing it is its blocks' ``WindowSource``; without, every block has its own or is unrouted.
+    With a routing it is its blocks' ``WindowSource``; without one, every block has its own source or is unrouted.
     """
 
     routing: Routing | None
@@ -74,9 +74,9 @@ class ModelState:
         return ModelState, (self.routing, self.scope, self.channels, self.noise_level)
 
     def make_windows(self, t: Tensor | int | float) -> dict[int, ChannelWindow | Tensor]:
-        """Return the channels that the routing activates at t [B], for each number of channels that blocks have.
+        """Return the channels that the routing activates at t [B], for each number of channels of the blocks.
 
-        A Python number is the timestep of the whole batch, whose window the host then knows.
+        A Python number is the timestep of the whole batch; the host then knows the window.
         """
         if self.routing is None:
             return {}
@@ -91,7 +91,7 @@ class ModelState:
         return {C: active_channels(self.routing, time, C) for C in self.channels}
 
     def channels_of(self, block: Any) -> int:
-        """Return how many channels a routing of the block chooses from; in scope "inner" attention heads."""
+        """Return how many channels, in scope "inner" attention heads, a routing of the block chooses from."""
         return routed_channels(block, block._dtr.family, self.scope)
 
     def window_of(self, block: Any) -> ChannelWindow | Tensor:
@@ -105,22 +105,22 @@ class ModelState:
 
 
 def routed_channels(block: Any, family: type[Family], scope: str) -> int:
-    """Return how many channels a routing chooses from in this scope; in scope "inner" attention heads."""
+    """Return how many channels, in scope "inner" attention heads, a routing in this scope chooses from."""
     return family.layers(block).attn.num_heads if scope == "inner" else family.channels(block)
 
 
 def active_channels(routing: Routing, t: Any, channels: int) -> ChannelWindow | Tensor:
-    """Return the window of each sample at t [B], or at one t; a mask [B, C] where channels are not neighbours."""
+    """Return the window of each sample at t [B], or at one t; a mask [B, C] if channels are not neighbours."""
     return routing.mask(t, channels) if isinstance(routing, RandomRouting) else routing.window(t, channels)
 
 
-# Swapped blocks by their numbers, for an op that is given numbers and tensors only.
+# Swapped blocks by number, for an op that takes only numbers and tensors.
 _BLOCKS: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 _NUMBERS = itertools.count()
 
 
 class BlockState:
-    """Where a swapped block's windows come from, those of forwards whose backward may be to come, and its parts."""
+    """The source of a swapped block's windows, the windows of forwards that may still run backward, and its parts."""
 
     def __init__(self, name: str, family: type[Family], model: ModelState, source: WindowSource | None) -> None:
         self.name = name
@@ -130,9 +130,9 @@ class BlockState:
         # A tensor, so that graphs of compiled blocks differ in an input and not in a constant.
         self._number = torch.tensor(next(_NUMBERS), device="cpu")
         self._parts: Parts | None = None
-        # Gradient checkpointing runs a block again in the backward pass, when the model may have run for other
-        # timesteps since. The memory of the conditioning tells the forwards apart: checkpointing holds it until then,
-        # while the tensor it passes may be a detached view.
+        # Gradient checkpointing runs a block again in the backward pass, perhaps after forwards at other timesteps. The
+        # conditioning's memory identifies the forward: checkpointing holds it, though its tensor may be a detached
+        # view.
         self._windows: WeakKeyDictionary[torch.UntypedStorage, dict[tuple, ChannelWindow | Tensor | None]]
         self._windows = WeakKeyDictionary()
 
@@ -140,18 +140,18 @@ class BlockState:
         return BlockState, (self.name, self.family, self.model, self.source)
 
     def attach(self, block: Any) -> None:
-        """Take a block that has just been found fit to be swapped."""
+        """Start tracking a block that was just found fit to be swapped."""
         _BLOCKS[int(self._number)] = block
         self._parts = Parts(block, self.family)
 
     def refuse_changes(self, block: Any) -> None:
-        """Raise RuntimeError if the block, changed since the swap, would by now compute something else.
+        """Raise RuntimeError if the block has changed since the swap and would now compute something else.
 
         A layer may have been wrapped by an adapter (LoRA), patched, given hooks or replaced.
         """
         if self._parts is not None and self._parts.unchanged(block):
             return
-        if torch.compiler.is_compiling():  # where a trial cannot run; torch.compile, if not whole, comes back without
+        if torch.compiler.is_compiling():  # no trial runs here; without fullgraph torch.compile retries uncompiled
             raise RuntimeError(
                 f"swapped block {self.name!r} was changed since it was checked; call the model once before it is "
                 "compiled, so that the block is checked again"
@@ -162,7 +162,7 @@ class BlockState:
         self._parts = Parts(block, self.family)
 
     def window(self, block: Any, marker: Tensor) -> ChannelWindow | Tensor | None:
-        """Return the window of the forward that the conditioning with this marker belongs to."""
+        """Return the window of the forward to which the conditioning with this marker belongs."""
         if self.source is None:
             return None
         call = self.model.call
@@ -184,15 +184,15 @@ class BlockState:
             ) from None
 
     def _window_of_compiled(self, block: Any, marker: Tensor) -> ChannelWindow | Tensor:
-        """Return the same for a block that is compiled by itself: its graph asks at each run, a checkpoint's too."""
+        """Return the window for a block compiled by itself: its graph asks at each run, also of a checkpoint."""
         assert self.source is not None
         width, channels = self.source.width_of(block), routed_channels(block, self.family, self.model.scope)
         found = torch.ops.dtr_kernels.window_of_block(marker, self._number, width or 0, channels)
         return found if width is None else ChannelWindow(found, width, channels)
 
     def _may_run_again(self, block: Any) -> bool:
-        """Return whether the backward pass may call the block. A compiled graph recomputes without, but where the
-        block itself sees to it; torch.func knows no checkpointing, and its tensors have no memory."""
+        """Return whether the backward pass may call the block again. A compiled graph recomputes without calling it,
+        unless the block checkpoints itself; torch.func has no checkpointing, and its tensors have no memory."""
         if torch.compiler.is_compiling():
             return self.family.checkpoints(block)
         return torch._C._functorch.peek_interpreter_stack() is None
@@ -200,11 +200,11 @@ class BlockState:
 
 @torch.library.custom_op("dtr_kernels::window_of_block", mutates_args=())
 def _window_of_block(marker: Tensor, number: Tensor, width: int, channels: int) -> Tensor:
-    """Starts int32 [B] of windows of this width, or for width 0 masks, bool [B, channels]."""
+    """Return the starts int32 [B] of windows of this width, or for width 0 masks, bool [B, channels]."""
     block: Any = _BLOCKS[int(number)]
     window = block._dtr.window(block, marker)
     if isinstance(window, ChannelWindow) and window.width == width:
-        return window.start.to(marker.device).expand(len(marker)).clone()  # on the CPU where the host knows it
+        return window.start.to(marker.device).expand(len(marker)).clone()  # on the CPU if the host knows it
     if isinstance(window, Tensor) and not width:
         return window.bool().clone()
     raise RuntimeError(f"the routing of block {block._dtr.name!r} was changed since it was compiled; compile it again")
@@ -218,14 +218,14 @@ def _(marker: Tensor, number: Tensor, width: int, channels: int) -> Tensor:
 
 
 def _memory(marker: Tensor) -> tuple[torch.UntypedStorage, tuple]:
-    """Return a tensor's memory, and which part of it: microbatches may be slices of one tensor of timesteps."""
+    """Return a tensor's memory, and its place there: microbatches may be slices of one tensor of timesteps."""
     return marker.untyped_storage(), (marker.storage_offset(), marker.shape, marker.stride())
 
 
 class Swapped(NoTorchScript):
     """Base of the classes made here. Copies and pickles are made from the module's own class, which can be imported.
 
-    These classes have the names of the modules' own: other libraries find classes by them and write them into files.
+    These classes have the names of the modules' own classes: other libraries find classes by name and store the names.
     """
 
     _dtr: Any
@@ -251,7 +251,7 @@ def _rebuild(factory: Callable[..., type], *arguments: Any) -> object:
 
 
 def _derive(base: type, original: Any, method: str, replacement: Any, recipe: tuple) -> type:
-    """A class like ``original`` with another ``method``; ``recipe`` is the function that made it and its arguments."""
+    """Return a class like ``original`` with another ``method``; ``recipe`` is its maker and the maker's arguments."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         self.__class__ = original  # a new instance, such as from_pretrained makes, is not swapped
@@ -271,9 +271,9 @@ def _derive(base: type, original: Any, method: str, replacement: Any, recipe: tu
 
 
 def _disguised(replacement: Any, function: Any) -> Any:
-    """``replacement`` with the name, docstring and signature of ``function``.
+    """Return ``replacement`` with the name, docstring and signature of ``function``.
 
-    ``functools.wraps`` would also set ``__wrapped__``, by which tools that unwrap a model's forward call the plain one.
+    ``functools.wraps`` would also set ``__wrapped__``, through which tools would call the plain forward.
     """
     for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(replacement, attribute, getattr(function, attribute))
@@ -303,7 +303,7 @@ def block_class(original: Any, family: type[Family]) -> type:
 
 def block_input(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
     """Return the input x and the conditioning of a swapped block that was called with these arguments."""
-    names = block._dtr_names  # what the family calls the arguments of the block's own method
+    names = block._dtr_names  # the family's names of the method's arguments
     return block._dtr.family.arguments(*args, **{names.get(name, name): value for name, value in kwargs.items()})
 
 
@@ -319,8 +319,8 @@ class RoutedModel(Swapped):
 def model_class(original: Any) -> type:
     """Return the class of a routed model of class ``original``; its ``_dtr`` is a ``ModelState``.
 
-    Its forward makes the window of its timesteps and runs the original's. (A forward pre-hook would miss calls of
-    ``model.forward``, such as facebookresearch/DiT's forward_with_cfg makes.)
+    Its forward computes the window of its timesteps and runs the original's. (A forward pre-hook would miss calls of
+    ``model.forward``, as in facebookresearch/DiT's forward_with_cfg.)
     """
     argument = timestep_argument(original)
     assert argument is not None
@@ -347,7 +347,7 @@ def model_class(original: Any) -> type:
 
 
 def _with_tensor(name: str, position: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Return the arguments of a forward with the timestep, one number, as a tensor of one for each sample."""
+    """Return the arguments of a forward with its single timestep replaced by a tensor with one for each sample."""
     t = kwargs[name] if name in kwargs else args[position]
     images = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()), None)
     if images is None:
@@ -359,6 +359,6 @@ def _with_tensor(name: str, position: int, args: tuple, kwargs: dict[str, Any]) 
 
 
 def timestep_argument(original: Any) -> tuple[str, int] | None:
-    """Name and position (after self) of the timesteps among the arguments of a module's forward; None without any."""
+    """Return name and position (after self) of the timesteps in a module's forward; None if it takes none."""
     names = list(inspect.signature(original.forward).parameters)
     return next(((name, names.index(name) - 1) for name in TIMESTEP_NAMES if name in names), None)

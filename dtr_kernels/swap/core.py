@@ -1,6 +1,6 @@
-"""Swapping blocks in place: a swapped module only changes its class, to one derived from its own.
+"""Swapping blocks in place: a swapped module only changes its class, to one derived from its own class.
 
-So parameters, attributes, hooks, isinstance and state_dict stay what they were, and undoing is changing the class back.
+So parameters, attributes, hooks, isinstance and state_dict stay unchanged, and undoing only changes the class back.
 """
 
 from __future__ import annotations
@@ -44,39 +44,39 @@ def swap_blocks(
     scope: str = "block",
     noise_level: NoiseLevel | None = None,
 ) -> Model:
-    """Let the DiT blocks of a model, or the residual blocks of a U-Net, run through the fused kernels, in place.
+    """Make the DiT blocks of a model, or the residual blocks of a U-Net, run through the fused kernels, in place.
 
-    Known are the blocks of facebookresearch/DiT and its descendants (SiT), those of LightningDiT and JiT, with RMSNorm,
-    rotary embeddings and SwiGLU, those of diffusers' DiTTransformer2DModel, those of the DTR paper's public code, and
-    the ResBlocks of guided-diffusion's U-Net (ADM), whose attention blocks stay as they are;
-    ``dtr_kernels.swap.register_family`` makes others known. Parameters, hooks, state_dict keys and
-    optimizers made before stay too, and ``restore_blocks`` undoes it. Everything is checked before anything is changed,
-    also by comparing the output of each block with that of the reference on a small random input.
+    Supported are the blocks of facebookresearch/DiT and its descendants (SiT), of LightningDiT and JiT, with RMSNorm,
+    rotary embeddings and SwiGLU, of diffusers' DiTTransformer2DModel and of the DTR paper's public code, and the
+    ResBlocks of guided-diffusion's U-Net (ADM), whose attention blocks stay unchanged.
+    ``dtr_kernels.swap.register_family`` adds others. Parameters, hooks, state_dict keys and existing optimizers stay
+    valid, and ``restore_blocks`` undoes the swap. Everything is checked before anything is changed, also by comparing
+    the output of each block with the reference on a small random input.
 
     Args:
         model: the model, or a module around it (DDP). Call swap_blocks before torch.compile.
-        routing: which channels a timestep activates, out of those of each block's input, which in a U-Net are more in
-            some blocks than in others. None keeps the model's own routing (the masks of the public DTR code) and leaves
-            a model that has none unrouted. A routed model must take its timesteps as the argument t, timestep or
-            timesteps of its forward: of the innermost one that runs all blocks.
-        scope: what the routing masks: "block", the whole residual block as in the paper; "branch", what attention and
-            MLP of a DiT block each see; or "inner", of this library, attention heads and the hidden channels of the MLP
-            that go with them, so that what is not active is not computed anywhere.
-        noise_level: where the model's timesteps are not what the routing takes (integers 0..T-1, or floating-point
-            noise levels in [0, 1], where 1 is noise; with ``float_timesteps`` of the routing, floating-point timesteps
-            0..T-1), a function that makes that of them, [B] to [B]. SiT counts the other way round, from noise at 0 to
-            data at 1: ``def noise_level(t): return 1 - t``. It must be a function that can be imported, which copies of
-            the model in other processes do; a lambda cannot.
+        routing: selects the active channels of a timestep among those of each block's input, whose number differs
+            between the blocks of a U-Net. None keeps the model's own routing (the masks of the public DTR code), and
+            leaves a model without one unrouted. The forward of a routed model must take its timesteps as the argument
+            t, timestep or timesteps; for nested modules, the forward of the innermost one that runs all blocks.
+        scope: "block" masks the whole residual block, as in the paper; "branch" masks the inputs of attention and MLP
+            of a DiT block; "inner", this library's own, masks attention heads and the hidden channels of the MLP that
+            go with them, so that inactive heads and channels are not computed anywhere.
+        noise_level: a function [B] to [B] that maps the model's timesteps to those of the routing, if they differ. A
+            routing takes integers 0..T-1, or floating-point noise levels in [0, 1], where 1 is noise, or with its
+            ``float_timesteps`` floating-point timesteps 0..T-1. SiT counts the other way round, from noise at 0 to data
+            at 1: ``def noise_level(t): return 1 - t``. The function must be importable, for copies of the model in
+            other processes; a lambda is not.
 
     Returns:
         ``model`` itself.
 
     Raises:
         TypeError: if routing or noise_level is something else.
-        ValueError: if scope is unknown or one that a block does not have, if noise_level cannot be imported or has no
-            routing to serve, if the model has no such block, is compiled or already swapped, has a block that computes
+        ValueError: if scope is unknown or one that a block does not have; if noise_level cannot be imported or there is
+            no routing for it; if the model has no such block, is compiled or already swapped, has a block that computes
             something else or so few channels that the routing leaves none active, or is routed but takes no timesteps.
-            The message names the block and says what was found, why it is in the way and what to do.
+            The message names the block and says what was found, why it prevents the swap and what to do.
     """
     check_scope(scope)
     if not isinstance(routing, DenoisingTaskRouting | RandomRouting | None):
@@ -108,14 +108,14 @@ def swap_blocks(
 
 
 def restore_blocks(model: Model) -> Model:
-    """Undo ``swap_blocks`` exactly: each module of ``model`` is of its own class and has its own attributes again.
+    """Undo ``swap_blocks`` exactly: each module of ``model`` gets its own class and its own attributes back.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        ValueError: if nothing in ``model`` is swapped, if a forward was patched since, which would go on calling the
-            swapped one, or if a class was changed since, as ``fully_shard`` does.
+        ValueError: if nothing in ``model`` is swapped; if a forward was patched since, which would still call the
+            swapped one; or if a class was changed since, as ``fully_shard`` does.
     """
     swapped: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, Swapped)}
     if not swapped:
@@ -137,21 +137,21 @@ def restore_blocks(model: Model) -> Model:
 
 
 def one_timestep(model: nn.Module) -> Callable[[Tensor, int | float, Mapping[str, Any]], Any]:
-    """Return a function that calls a swapped model for one timestep that the host knows, as in sampling.
+    """Return a function that calls a swapped model at one timestep that the host knows, as in sampling.
 
-    The window of a routing that ``swap_blocks`` was given is then known to the host too, so that U-Nets convolve only
-    the groups that it touches.
+    The host then knows the window of the routing given to ``swap_blocks`` too, so that U-Nets convolve only the groups
+    that it touches.
 
     Args:
-        model: after ``swap_blocks``; the module itself whose forward takes the timesteps, not one around it.
+        model: after ``swap_blocks``; the module whose own forward takes the timesteps, not one around it.
 
     Returns:
         A function of the model's first argument beside the timesteps, x [B, ...], the timestep, and the other arguments
-        by name, which returns what the model does.
+        by name; it returns the model's output.
 
     Raises:
         TypeError: if no block of the model is swapped.
-        ValueError: if the model takes no timesteps, or is around the one whose timesteps route it.
+        ValueError: if the model takes no timesteps, or contains the module whose timesteps route it.
     """
     swapped_blocks: list[Any] = [module for module in model.modules() if is_block(module)]
     if not swapped_blocks:
@@ -177,7 +177,7 @@ def one_timestep(model: nn.Module) -> Callable[[Tensor, int | float, Mapping[str
 
 
 def is_block(module: object) -> bool:
-    """Return whether a module is a swapped block; the model that routes its blocks is swapped too, and is none."""
+    """Return whether a module is a swapped block; the model that routes blocks has a swapped class too, but is none."""
     return isinstance(module, Swapped) and isinstance(module._dtr, BlockState)
 
 
@@ -216,7 +216,7 @@ def _check_untouched(model: nn.Module) -> None:
 
 
 def _find_blocks(model: nn.Module) -> Blocks:
-    """Return the blocks of a model and their families by name, all of them found fit to be swapped."""
+    """Return the blocks of a model and their families by name, after checking that all can be swapped."""
     blocks: Blocks = {}
     for name, module in model.named_modules():
         family = family_of(module)
@@ -234,7 +234,7 @@ def _find_blocks(model: nn.Module) -> Blocks:
 
 
 def _check_settings(blocks: Blocks, routing: DenoisingTaskRouting | RandomRouting | None, scope: str) -> None:
-    """Raise ValueError if a block has not this scope, or if the routing leaves none of its channels active."""
+    """Raise ValueError if a block does not have this scope, or if the routing leaves none of its channels active."""
     for name, (block, family) in blocks.items():
         if scope not in family.scopes:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Blocks of diffusers' DiTTransformer2DModel: BasicTransformerBlock with adaptive norms of the kind "ada_norm_zero"."""
+"""Blocks of diffusers' DiTTransformer2DModel: BasicTransformerBlock with adaptive norms of type "ada_norm_zero"."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dtr_kernels.swap.checks import has, missing_problems
 from dtr_kernels.swap.family import TRIAL_TOKENS, Family, RandomTensor, open_gates
 from dtr_kernels.swap.views import AttentionLayers, Layers, MlpLayers, StackedLinear
 
-# Of the attention that the fused one computes. Classes of diffusers by their names, as it is not imported here.
+# Processors whose attention the fused one computes, by name, as diffusers is not imported here.
 _PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
 _KNOWN_BY = ("attn1", "ff", "norm1.linear", "norm1.emb.timestep_embedder", "norm1.emb.class_embedder")
 _NEEDED = (
@@ -31,7 +31,7 @@ _NEEDED = (
 
 
 class _Conditioning(NamedTuple):
-    """The inputs of a block's modulation, which an embedding of its own takes."""
+    """The inputs of a block's modulation, which the block's own embedding takes."""
 
     timestep: Tensor
     class_labels: Tensor
@@ -39,7 +39,7 @@ class _Conditioning(NamedTuple):
 
 
 class Diffusers(Family):
-    """The family of diffusers' blocks that embed timestep and label themselves, each by an embedding of its own."""
+    """The family of diffusers' blocks, each with its own embedding of timestep and label."""
 
     name = "DiT block of diffusers"
     anatomy = "a module with children norm1 (with emb for timestep and class, and linear), attn1, norm3 and ff"

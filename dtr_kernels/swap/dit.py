@@ -8,7 +8,7 @@ from dtr_kernels.swap.family import Family
 
 
 class DiT(Family):
-    """The family of facebookresearch/DiT: blocks without a routing of their own."""
+    """The family of facebookresearch/DiT: blocks without their own routing."""
 
     anatomy = (
         "a module with children norm1, attn (with qkv and proj), norm2, mlp (with fc1, act and fc2) and "

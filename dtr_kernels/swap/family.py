@@ -1,4 +1,4 @@
-"""A family of blocks describes itself, so that nothing else in this package knows one."""
+"""Base of the families of blocks: a family describes its blocks, so that no other module depends on their kind."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from dtr_kernels.swap import checks
 from dtr_kernels.swap.views import Layers, linear_layers
 
 RandomTensor = Callable[..., Tensor]
-# Enough that attention to neighbours alone shows.
+# Enough tokens to expose attention that sees only neighbours.
 TRIAL_TOKENS = 48
 
 
 class WindowSource(Protocol):
-    """Where a block finds the channels it computes, while the forward of its model runs."""
+    """Source of the channels that a block computes, while its model's forward runs."""
 
     def window_of(self, block: Any) -> ChannelWindow | Tensor | None:
         """Return the window of each sample; or a mask [B, C] (1 = active), which runs the plain PyTorch path."""
 
     def width_of(self, block: Any) -> int | None:
-        """Return the width of these windows; None for masks."""
+        """Return the width of the block's windows; None for masks."""
 
 
 class Unfit(Exception):
-    """Raised while a trial is prepared: why the block cannot be swapped."""
+    """Raised while a trial is prepared, with the reason why the block cannot be swapped."""
 
 
 class Family:
-    """A kind of blocks that can be swapped. To add one, derive from this and decorate it with ``register_family``.
+    """A kind of block that can be swapped. To add one, derive from this class and decorate it with ``register_family``.
 
-    What is not overridden is said of blocks that compute what a DiT block computes, so that for those ``matches`` and
-    ``layers`` are enough. Never instantiated: a block belongs to the class itself, which copies and pickles of the
-    block find by its name.
+    The methods here suit blocks that compute the same as a DiT block, so for these ``matches`` and ``layers`` are
+    enough. A family is never instantiated: a block refers to the class itself, which its copies and pickles find by
+    name.
 
     Attributes:
-        name: what its blocks are called in messages.
-        anatomy: what such a block is known by.
-        scopes: what its routing can mask, see ``swap_blocks``.
+        name: the blocks' name in messages.
+        anatomy: the features that identify such a block.
+        scopes: the scopes that its routing supports, see ``swap_blocks``.
         called: parts of a block, as paths within it, that a function among its ``layers`` calls. Modules among the
             ``layers`` need not be named.
     """
@@ -59,28 +59,29 @@ class Family:
 
     @classmethod
     def layers(cls, block: Any) -> Layers:
-        """Return the block by the names of facebookresearch/DiT's."""
+        """Return the block's parts under the names of facebookresearch/DiT."""
         return Layers(block.norm1, block.attn, block.norm2, block.mlp, block.adaLN_modulation)
 
     @classmethod
     def arguments(cls, x: Any, c: Any) -> tuple[Tensor, Any]:
         """Return the block's arguments as its input x and its conditioning c, which ``adaLN_modulation`` takes.
 
-        Override it with the arguments of the blocks' own method: those without a default may have other names there.
+        Override it with the arguments of the blocks' own method; arguments without a default may have other names
+        there.
         """
         return x, c
 
     @classmethod
     def marker(cls, c: Any) -> Tensor:
-        """Return the tensor of the conditioning that tells the forwards of a model apart, as no two of other
-        timesteps pass the same one. By it a block that gradient checkpointing runs again finds its window."""
+        """Return the tensor of the conditioning that identifies a forward of the model; forwards at other timesteps
+        pass another tensor. By this marker a block that gradient checkpointing runs again finds its window."""
         return c
 
     @classmethod
     def problems(cls, block: Any) -> Iterator[str]:
-        """Yield why the block cannot be swapped: what was found, why it is in the way, what to do.
+        """Yield the reasons why the block cannot be swapped: what was found, why it prevents the swap, what to do.
 
-        Only the first is asked for, so that a question may rely on those before it.
+        Only the first is used, so a check may rely on those before it.
         """
         if isinstance(block, RoutedDiTBlock):
             yield "it runs the fused kernels as it is; give dtr_kernels.nn.DiT its routing when constructing it"
@@ -90,7 +91,7 @@ class Family:
             yield f"it is not made as a {cls.name} is ({error}); leave this model unswapped"
             return
         names, method = _names(block), cls.method(type(block))
-        # All ways in which it is another kind of block, as one alone would send people after the wrong thing.
+        # List all signs of another kind of block together, as a single one would mislead.
         kind = [
             *checks.missing_problems(layers, checks.PARTS, cls.name),
             *checks.argument_problems(block, cls.arguments, method),
@@ -115,7 +116,7 @@ class Family:
     def calls(cls, block: Any) -> tuple[str, ...]:
         """Return the modules, as paths within the block, that the fused block calls, whatever they are.
 
-        Of all others it reads the parameters at most, so that those must not be wrapped or patched.
+        It reads at most the parameters of all other modules, so these must not be wrapped or patched.
         """
         layers, names = cls.layers(block), _names(block)
         norms = (getattr(layers.attn, norm, None) for norm in ("q_norm", "k_norm"))
@@ -124,17 +125,17 @@ class Family:
 
     @classmethod
     def channels(cls, block: Any) -> int:
-        """Return the number of channels C that a routing chooses from: those of the block's input."""
+        """Return the number of channels C that a routing chooses from: the channels of the block's input."""
         return cls.layers(block).attn.qkv.in_features
 
     @classmethod
     def weight(cls, block: Any) -> Tensor:
-        """Return the weight that the block's input meets first, of the dtype and on the device of that input."""
+        """Return the first weight that the block's input meets; it has the input's dtype and device."""
         return linear_layers(cls.layers(block).attn.qkv)[0].weight
 
     @classmethod
     def conditioned(cls, block: Any) -> tuple[nn.Module, ...]:
-        """Return the parts of a block that see the conditioning alone, whose results a ``Sampler`` remembers."""
+        """Return the parts of a block that see the conditioning alone; a ``Sampler`` remembers their results."""
         modulation = cls.layers(block).adaLN_modulation
         return (modulation,) if isinstance(modulation, nn.Module) else ()
 
@@ -145,12 +146,12 @@ class Family:
 
     @classmethod
     def checkpoints(cls, block: Any) -> bool:
-        """Return whether the block itself, not its model, has the backward pass run ``method`` again."""
+        """Return whether the block itself, not its model, makes the backward pass run ``method`` again."""
         return False
 
     @classmethod
     def windows(cls, block: Any) -> WindowSource | None:
-        """Return the source of the block's own windows, None where the block is unrouted."""
+        """Return the source of the block's own windows; None if the block is unrouted."""
         return None
 
     @classmethod
@@ -160,26 +161,26 @@ class Family:
 
     @classmethod
     def run_plain(cls, block: Any, x: Tensor, c: Any, mask: Tensor | None, scope: str) -> Tensor:
-        """Return the same by the reference; mask [B, C], 1 where active."""
+        """Return the output of ``run`` by the reference; mask [B, C], 1 where active."""
         return reference.dit_block(cls.layers(block), x, c, mask, scope)
 
     @classmethod
     def trial_input(cls, copy: Any, random: RandomTensor) -> tuple[Any, ...]:
-        """Small arguments of the block for two samples; ``random(*shape)`` is normally distributed, in the block's
-        dtype and on its device."""
+        """Return small arguments of the block for two samples; ``random(*shape)`` is normally distributed, in the
+        block's dtype and on its device."""
         C, modulation = cls.channels(copy), cls.layers(copy).adaLN_modulation
         width = inputs_of(modulation) if isinstance(modulation, nn.Module) else None  # narrower in MaskDiT's decoder
         return random(2, TRIAL_TOKENS, C), random(2, width or C)
 
     @classmethod
     def prepare_trial(cls, copy: Any, c: Any, random: RandomTensor) -> Tensor | None:
-        """Open in a copy of a block whatever is closed before training, and would hide all differences behind it.
+        """Open in a copy of a block the gates that are closed before training, and would hide all differences.
 
         Returns:
-            The mask [2, C] of the block's own routing for two samples, None where it has none.
+            The mask [2, C] of the block's own routing for two samples; None if it has none.
 
         Raises:
-            Unfit: if something is in the way that only a trial shows.
+            Unfit: if the trial shows a reason not to swap the block.
         """
         modulation, C = cls.layers(copy).adaLN_modulation, cls.channels(copy)
         shape = list(modulation(c).shape)
@@ -198,20 +199,20 @@ class Family:
 
 
 def _names(block: nn.Module) -> dict[int, str]:
-    """Return the paths of modules within a block by their ids, for layers that stand under other names."""
+    """Return the paths of modules within a block by their ids, for layers that have other names."""
     return {id(module): name for name, module in block.named_modules()}
 
 
 def inputs_of(modulation: nn.Module) -> int | None:
-    """Return how many features the first linear layer within a module reads; None if it has none."""
+    """Return the number of features that the first linear layer within a module reads; None if it has none."""
     layers = (module for module in modulation.modules() if isinstance(module, nn.Linear))
     return next((layer.in_features for layer in layers), None)
 
 
 def open_gates(copy: nn.Module, path: str, noise: Tensor) -> None:
-    """Put noise [2, 6C] and its own input on top of what the module at ``path`` makes of two samples.
+    """Add noise [2, 6C] and its own input to the output of the module at ``path``, for two samples.
 
-    That of a fresh DiT is zero, and would hide any difference.
+    The output in a fresh DiT is zero, and would hide any difference.
     """
     parent, _, name = path.rpartition(".")
     setattr(copy.get_submodule(parent), name, _OpenGates(copy.get_submodule(path), noise))

@@ -13,7 +13,7 @@ from dtr_kernels.swap.views import Layers, RMSNormLayer
 
 
 class JiT(LightningDiT):
-    """The family of JiT's blocks, which are LightningDiT's with another name for the norms' eps."""
+    """The family of JiT's blocks: LightningDiT's with another name for the norms' eps."""
 
     name = "JiT block"
     anatomy = "one whose norms have a weight and variance_epsilon besides"

@@ -19,14 +19,14 @@ from dtr_kernels.swap.views import Layers, MlpLayers, StackedLinear
 
 
 class _Conditioning(NamedTuple):
-    """c [B, C], and the model's rotary embedding of queries and keys, which the attention alone takes."""
+    """c [B, C], and the model's rotary embedding of queries and keys, for the attention only."""
 
     c: Tensor
     feat_rope: Rope | None
 
 
 class LightningDiT(Family):
-    """The family of LightningDiT's blocks, in any of the forms that it can be constructed in."""
+    """The family of LightningDiT's blocks, in all variants of its constructor."""
 
     name = "LightningDiT block"
     anatomy = (
@@ -80,7 +80,7 @@ class LightningDiT(Family):
 
 
 def _turned(q: Tensor) -> Tensor:
-    """A rotary embedding [B, H, N, d]: the halves of each head's channels, turned by an angle for each position."""
+    """Return a rotary embedding [B, H, N, d]: the halves of each head's channels, rotated by an angle per position."""
     angle = torch.arange(q.shape[2], device=q.device, dtype=q.dtype)[:, None] / 10
     a, b = q.tensor_split(2, dim=3)
     turned = torch.cat([a * angle.cos() - b[..., : a.shape[3]] * angle.sin(), a * angle.sin()], dim=3)

@@ -1,4 +1,4 @@
-"""A quick look at the parts of a swapped block: are they as they were when the block was found fit to be swapped?"""
+"""A quick check that the parts of a swapped block are as when the block was found fit to be swapped."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import nn
 from dtr_kernels.swap.checks import is_within
 from dtr_kernels.swap.family import Family
 
-# Plain attributes that decide what a module computes and that the fused forward does not read. The first, of which one
-# is a patch, are noticed also where they are new.
+# Plain attributes that change what a module computes and that the fused forward does not read. _ADDITIONS ("forward"
+# is a patch) are noticed also if they are new.
 _ADDITIONS = ("forward", "gate", "rope")
 _SETTINGS = ("p", "drop_prob", "approximate", "processor")
 _SETTINGS_OF_BLOCKS = ("_chunk_size",)
@@ -21,11 +21,11 @@ class _Part(NamedTuple):
     kind: type
     children: list[nn.Module | None]
     settings: list[tuple[str, Any]]
-    absent: list[str]  # parameters, such as a norm's, that it may have and has not
+    absent: list[str]  # optional parameters, such as a norm's, that it lacks
 
 
 class Parts:
-    """The modules of a block that its fused forward does not call, and whose own forwards must therefore not change.
+    """The modules of a block that its fused forward does not call, so that their own forwards must not change.
 
     Args:
         block: fit to be swapped.
@@ -50,9 +50,10 @@ class Parts:
         ]
 
     def unchanged(self, block: nn.Module) -> bool:
-        """Return whether all of the block are as they were; the block itself may have hooks and be patched.
+        """Return whether all parts of the block are unchanged; the block itself may have hooks and be patched.
 
-        Tells replaced, wrapped and patched modules, hooks and settings. Called at every forward, it reads no more.
+        Detects replaced, wrapped and patched modules, hooks and settings. Called at every forward, so it reads nothing
+        else.
         """
         if list(block._modules.values()) != self._children:
             return False

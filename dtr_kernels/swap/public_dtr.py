@@ -36,7 +36,7 @@ class PublicDTR(DiT):
 
 
 class _Reading(NamedTuple):
-    """The contents of a mapping when it was read: starts int32 [T], None if its rows are not windows of one width."""
+    """A mapping as it was read: starts int32 [T], None if its rows are not windows of one width."""
 
     mapping: Tensor
     version: int
@@ -45,17 +45,17 @@ class _Reading(NamedTuple):
 
 
 class MappingWindows:
-    """The windows in a router's mapping: read once, and again when the mapping has changed."""
+    """The windows in a router's mapping, read once, and again after the mapping has changed."""
 
     def __init__(self, mapping: Tensor) -> None:
         self._reading = None if mapping.is_meta else _read(mapping)
 
     def window_of(self, block: Any) -> ChannelWindow | Tensor:
-        """Return the windows of the active tasks; their mask [B, C] where the mapping has no windows of one width."""
+        """Return the windows of the active tasks; their mask [B, C] if the mapping has no windows of one width."""
         mapping, task = block.routing._unit_mapping, block.routing.active_task.long()
         if torch.compiler.is_compiling() and self._reading is not None:
             return _checked_window(mapping[task], self._reading)
-        # Loading a state dict writes into the mapping, moving the model replaces it.
+        # Loading a state dict writes to the mapping; moving the model replaces it.
         if self._reading is None or self._reading.mapping is not mapping or self._reading.version != _version(mapping):
             self._reading = _read(mapping)
         _, _, starts, width = self._reading
@@ -67,7 +67,7 @@ class MappingWindows:
 
 
 def _checked_window(mask: Tensor, reading: _Reading) -> ChannelWindow | Tensor:
-    """Return the window of each row of mask [B, C], inside a graph, which checks that the mapping still has it."""
+    """Return the window of each row of mask [B, C] inside a graph, and check that the mapping still holds it."""
     if reading.starts is None:
         return mask
     window = ChannelWindow(mask.argmax(dim=1).int(), reading.width, mask.shape[1])
@@ -77,12 +77,12 @@ def _checked_window(mask: Tensor, reading: _Reading) -> ChannelWindow | Tensor:
 
 
 def _version(mapping: Tensor) -> int:
-    """Count the changes in place, of which inference tensors keep no count."""
+    """Return the number of changes in place; 0 for inference tensors, which do not count them."""
     return 0 if mapping.is_inference() else mapping._version
 
 
 def _read(mapping: Tensor) -> _Reading:
-    active = (mapping != 0).int()  # counted as integers: bf16 holds no number of channels beyond 256 exactly
+    active = (mapping != 0).int()  # integers, since bf16 cannot count exactly beyond 256
     width, starts = int(active[0].sum()), active.argmax(dim=1).int()
     if width < 1 or not torch.equal(ChannelWindow(starts, width, mapping.shape[1]).mask().to(mapping), mapping):
         _warn_no_window()
@@ -92,7 +92,7 @@ def _read(mapping: Tensor) -> _Reading:
 
 @functools.cache
 def _warn_no_window() -> None:
-    """Say it once in a process, not once for every block."""
+    """Warn once in a process, not once for every block."""
     warnings.warn(
         "routing._unit_mapping is not a window of channels for every timestep (random routing is not), so its blocks "
         "run the plain PyTorch path, where nothing is skipped",

@@ -22,9 +22,9 @@ FAMILIES: list[type[Family]] = [PublicDTR, JiT, LightningDiT, DiT, ADM, Diffuser
 
 
 def register_family(family: NewFamily) -> NewFamily:
-    """Make ``swap_blocks`` know another family of blocks; also a decorator. It is asked before those known already.
+    """Make ``swap_blocks`` support another family of blocks; also a decorator. Later families are tried first.
 
-    A family of the same name from the same module takes the place of the one before, so a module may be imported again.
+    A family of the same name from the same module replaces the earlier one, so a module may be imported again.
 
     Example::
 
@@ -41,14 +41,14 @@ def register_family(family: NewFamily) -> NewFamily:
                 return dtr.swap.Layers(block.ln1, attn, block.ln2, mlp, block.ada)
 
     Args:
-        family: a class derived from ``Family`` in a module, where pickles of swapped models find it again.
+        family: a class derived from ``Family``, defined in a module, where pickles of swapped models find it.
 
     Returns:
         ``family`` itself.
 
     Raises:
         TypeError: if family is no such class.
-        ValueError: if it is defined inside a function, does not say which blocks it matches, or has a method of other
+        ValueError: if it is defined inside a function, does not define ``matches``, or has a method with other
             arguments than ``Family``'s.
     """
     if not isinstance(family, type) or not issubclass(family, Family):
@@ -75,5 +75,5 @@ def register_family(family: NewFamily) -> NewFamily:
 
 
 def family_of(module: nn.Module) -> type[Family] | None:
-    """Return the family whose block a module is meant to be, None if it is meant to be none."""
+    """Return the family whose block a module is meant to be; None if there is none."""
     return next((family for family in FAMILIES if family.matches(module)), None)

@@ -1,4 +1,4 @@
-"""Does a block compute what its family does? Attributes can agree where forwards differ, so both are run."""
+"""Trial of a block against its family's reference: attributes can agree where forwards differ, so both are run."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from dtr_kernels.swap.family import Family, Unfit
 
 
 def swap_problem(block: nn.Module, family: type[Family]) -> str | None:
-    """Return why a block cannot be swapped, or cannot stay so; None if it can."""
+    """Return why a block cannot be swapped or stay swapped; None if it can."""
     return next(family.problems(block), None) or trial_problem(block, family)
 
 
 @torch.no_grad()
 def trial_problem(block: nn.Module, family: type[Family]) -> str | None:
-    """Compare the block's own forward with what its family computes, by the reference, on a small random input.
+    """Compare the block's own forward with the family's reference on a small random input.
 
-    Nothing of the block changes and none of its hooks run: what is tried is a copy in eval mode that shares its
-    parameters, in fp32 if they are in 16 bits, whose rounding could hide a difference.
+    The block does not change and none of its hooks run: the trial runs a copy in eval mode that shares its parameters,
+    in fp32 if they are in 16 bits, whose rounding could hide a difference.
 
     Returns:
-        What is different, None where both agree. Blocks on the meta device hold no numbers and are not tried.
+        The difference in words, None if both agree. Blocks on the meta device hold no numbers and are not tried.
     """
     copy: Any = _bare_copy(block).eval()
     copy.__class__ = getattr(copy, "_dtr_original", type(copy))  # if swapped already, the block's own forward
@@ -78,7 +78,7 @@ def _difference(copy: Any, family: type[Family], inputs: tuple[Any, ...], mask: 
 
 
 def _widen(copy: nn.Module) -> None:
-    """Give a bare copy fp32 parameters and buffers of its own."""
+    """Give a bare copy its own fp32 parameters and buffers."""
     for module in copy.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -88,9 +88,9 @@ def _widen(copy: nn.Module) -> None:
 
 
 def _bare_copy(module: nn.Module) -> nn.Module:
-    """Return the module and its children without hooks, with buffers of their own, which a forward may write to.
+    """Return a copy of the module and its children without hooks, with its own buffers, which a forward may write to.
 
-    The parameters are shared, but replacing one leaves the original.
+    Parameters are shared, but replacing one leaves the original unchanged.
     """
     copy = object.__new__(type(module))
     copy.__dict__.update(

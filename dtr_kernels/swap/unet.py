@@ -24,13 +24,13 @@ _NEEDED = (
     "skip_connection",
     "use_scale_shift_norm",
 )
-# Of these the fused block calls the first, whatever they are, and reads the parameters of the second.
+# The fused block calls the layers in _CALLED, whatever they are, and reads the parameters of those in _READ.
 _CALLED = ("emb_layers", "out_layers.1", "out_layers.2", "out_layers.3", "x_upd", "skip_connection")
 _READ = ("in_layers.0", "in_layers.2", "out_layers.0")
 
 
 class ADM(Family):
-    """The family of guided-diffusion's ResBlock. Its own checkpointing calls ``_forward``, so that is what changes."""
+    """The family of guided-diffusion's ResBlock. Its checkpointing calls ``_forward``, so that method is replaced."""
 
     name = "U-Net residual block"
     anatomy = "a module with children in_layers, emb_layers, out_layers and skip_connection, as guided-diffusion's"
@@ -91,12 +91,12 @@ class ADM(Family):
     @classmethod
     def prepare_trial(cls, copy: Any, c: Tensor, random: RandomTensor) -> Tensor | None:
         copy.out_layers[3] = _Open(copy.out_layers[3])
-        copy.eval()  # so that dropout is the same for both, as it does nothing
+        copy.eval()  # turns dropout off, so that it cannot differ
         return None
 
 
 class _Open(nn.Module):
-    """A convolution and its input on top: that of a fresh ADM is zero, which would hide any difference before it."""
+    """Adds its input to a convolution's output, which is zero in a fresh ADM and would hide earlier differences."""
 
     def __init__(self, conv: nn.Module) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def _layer_problems(block: Any) -> Iterator[str]:
 
 
 def _function_problems(block: Any) -> Iterator[str]:
-    """Modules in whose place the fused block calls functions."""
+    """Report modules that the fused block replaces by functions."""
     z = torch.linspace(-4, 4, 33, device="cpu")
     if not torch.allclose(block.in_layers[1](z.clone()), F.silu(z), atol=1e-5):
         yield f"in_layers.1 is {block.in_layers[1]}, but the fused block computes nn.SiLU()"
@@ -145,9 +145,9 @@ def _function_problems(block: Any) -> Iterator[str]:
 
 @torch.no_grad()
 def _resamples(block: Any) -> bool:
-    """Return whether h_upd is one of the three that are known, and is so for any number of channels.
+    """Return whether h_upd is one of the three supported resamplings, for any number of channels.
 
-    All three leave a constant image constant, which the skipping of channels rests on.
+    All three leave a constant image constant, on which the skipping of channels depends.
     """
     u = torch.randn(2, ADM.channels(block), 4, 4, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     upd = resampling(block, "h_upd")

@@ -1,4 +1,4 @@
-"""A DiT block by the names that the fused forward and the reference read, whatever the block itself calls its parts."""
+"""A DiT block's parts under the names that the fused forward and the reference read."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from dtr_kernels.reference.transformer import BlockKind
 
 
 class Layers(NamedTuple):
-    """The parts of a DiT block. They are the block's own, or stand for some of them.
+    """The parts of a DiT block: the block's own, or objects that represent them.
 
     Attributes:
-        norm1: the norm before the attention, of which ``eps`` is read, and of an affine one ``weight`` and ``bias``.
-        attn: ``AttentionLayers``, or the block's own attention with these attributes; also ``q_norm`` and ``k_norm``
-            where it has them, which are called.
-        norm2: the norm before the MLP, of which the same is read.
+        norm1: the norm before the attention. Its ``eps`` is read, and if it is affine its ``weight`` and ``bias``.
+        attn: ``AttentionLayers``, or the block's own attention with these attributes; its ``q_norm`` and ``k_norm``, if
+            any, are called.
+        norm2: the norm before the MLP, read like ``norm1``.
         mlp: ``MlpLayers``, or the block's own MLP with these attributes.
-        adaLN_modulation: makes shift, scale and gate of attention and MLP, [B, 6C], of the conditioning. To supply
-            them instead, ``layers._replace(adaLN_modulation=lambda c: vectors)``.
+        adaLN_modulation: maps the conditioning to shift, scale and gate of attention and MLP, [B, 6C]. To supply them
+            instead, use ``layers._replace(adaLN_modulation=lambda c: vectors)``.
         kind: of the norms and the activation; ``qk_norm`` is not read.
     """
 
@@ -34,7 +34,7 @@ class Layers(NamedTuple):
 
 
 class AttentionLayers(NamedTuple):
-    """Self-attention: ``qkv`` an nn.Linear of C to 3C features or a ``StackedLinear``, ``proj`` any module."""
+    """Self-attention: ``qkv`` is an nn.Linear from C to 3C features or a ``StackedLinear``, ``proj`` any module."""
 
     qkv: Any
     proj: nn.Module
@@ -49,8 +49,8 @@ class RMSNormLayer(NamedTuple):
 
 
 class MlpLayers(NamedTuple):
-    """fc2(act(fc1(x))), fc1 an nn.Linear or a ``StackedLinear``; ``act`` is compared with the kind's activation, with
-    SiLU for "swiglu", and not called."""
+    """fc2(act(fc1(x))). fc1 is an nn.Linear or a ``StackedLinear``. ``act`` is not called, but compared with the kind's
+    activation, with SiLU for "swiglu"."""
 
     fc1: Any
     act: Callable[[Tensor], Tensor]
@@ -58,9 +58,9 @@ class MlpLayers(NamedTuple):
 
 
 class StackedLinear(NamedTuple):
-    """Linear layers of one input as a single one, such as separate queries, keys and values, or SwiGLU's two.
+    """Linear layers with the same input as a single one, such as separate queries, keys and values, or SwiGLU's two.
 
-    The weights are copied into one tensor at each use, and the gradients split.
+    The weights are copied into one tensor at each use, and the gradients are split.
     """
 
     layers: tuple[nn.Linear, ...]
@@ -86,5 +86,5 @@ class StackedLinear(NamedTuple):
 
 
 def linear_layers(layer: Any) -> tuple[Any, ...]:
-    """Return the layers whose weights are read where ``layer`` is."""
+    """Return the layers that hold the weights of ``layer``."""
     return layer.layers if isinstance(layer, StackedLinear) else (layer,)

@@ -2,8 +2,8 @@
 // and shuffles, in a fixed order. A launch runs to its end before it returns. It returns an error, with a sentence,
 // where threads wait for others that never come, or meet at different places in the source.
 //
-// What the hardware leaves open is chosen to do harm: shared memory starts as NaN in every block, and asynchronous
-// copies happen as late as allowed, or, with backward = true, as early, the threads then running in the opposite order.
+// Choices that the hardware leaves open are made to do harm: shared memory starts as NaN in every block. Asynchronous
+// copies happen as late as allowed or, with backward = true, as early, the threads then running in the opposite order.
 #pragma once
 #include <link.h>
 #include <setjmp.h>
@@ -191,7 +191,7 @@ inline cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()
     return cudaSuccess;
 }
 
-// What lane `from` of the warp offers in the same shuffle.
+// Returns the value that lane `from` of the warp offers in the same shuffle.
 template <class T>
 T exchange(unsigned mask, T value, unsigned from, int line) {
     if (mask != ~0u) std::abort();  // only whole warps are simulated
