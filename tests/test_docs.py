@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -200,3 +201,22 @@ def test_every_public_name_is_in_the_api(site):
 def test_every_page_is_in_the_site(site):
     for page in DOCS.glob("*.md"):
         assert (site / f"{page.stem}.html").exists()
+
+
+# --- the notebook ----------------------------------------------------------------------------------------------------
+
+
+def test_the_tour_runs_and_is_saved_with_its_outputs(monkeypatch, one_thread):
+    """With fewer steps here; every cell of code shows something."""
+    pytest.importorskip("matplotlib", reason="NOT RUN: needs matplotlib; pip install '.[demo,test]'")
+    monkeypatch.chdir(ROOT)
+    cells = json.loads((ROOT / "examples/tour.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] for cell in code)
+    kinds = [kind for cell in code for output in cell["outputs"] for kind in output.get("data", {})]
+    assert kinds.count("image/png") == 5 and not any(
+        o["output_type"] == "error" for cell in code for o in cell["outputs"]
+    )
+    source = "\n".join("".join(cell["source"]) for cell in code)
+    assert source.count("STEPS = 500") == 1 and source.startswith("%matplotlib inline\n")
+    exec(source.partition("\n")[2].replace("STEPS = 500", "STEPS = 3"), {})
