@@ -145,6 +145,27 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     return x + gate[:, None] * branch
 
 
+def queries_and_keys(attn: Any, q: Tensor, k: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor]:
+    """Queries and keys [B, H, N, d], normed where attn has norms for them, then turned by their positions.
+
+    Raises:
+        TypeError: if rope is no function.
+        ValueError: if rope returns something else than floating-point numbers for as many channels.
+    """
+    given = q
+    if hasattr(attn, "q_norm"):  # timm's optional norms; Identity unless asked for
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    if rope is not None:
+        if not callable(rope):
+            raise TypeError(f"rope must be a function of queries or keys, or None, got {type(rope).__name__}")
+        q, k = rope(q), rope(k)
+        for turned in (q, k):
+            if not (isinstance(turned, Tensor) and turned.is_floating_point() and turned.shape == given.shape):
+                found = f"{turned.dtype} {list(turned.shape)}" if isinstance(turned, Tensor) else type(turned).__name__
+                raise ValueError(f"rope must return floating-point numbers {list(given.shape)}, as given, got {found}")
+    return q.to(given.dtype), k.to(given.dtype)  # tables of cosines are often wider
+
+
 def attention(u: Tensor, attn: Any, mask: Tensor | None = None, rope: Rope | None = None) -> Tensor:
     """Multi-head self-attention of tokens u [B, N, C], with timm's query and key norms where attn has them.
 
@@ -153,10 +174,7 @@ def attention(u: Tensor, attn: Any, mask: Tensor | None = None, rope: Rope | Non
     """
     B, N, C = u.shape
     q, k, v = attn.qkv(u).reshape(B, N, 3, attn.num_heads, C // attn.num_heads).permute(2, 0, 3, 1, 4)
-    if hasattr(attn, "q_norm"):
-        q, k = attn.q_norm(q), attn.k_norm(k)
-    if rope is not None:
-        q, k = rope(q), rope(k)
+    q, k = queries_and_keys(attn, q, k, rope)
     out = F.scaled_dot_product_attention(q, k, v)
     if mask is not None:
         out = out * mask[:, :, None, None].to(out.dtype)
