@@ -7,7 +7,18 @@ import pickle
 import pytest
 import torch
 from comparing import assert_same, differ, snapshot
-from models import DIM, HEADS, TIMESTEPS, JiTBlock, LightningDiTBlock, change, lightning_dit
+from models import (
+    DIM,
+    HEADS,
+    TIMESTEPS,
+    DiT,
+    JiTBlock,
+    LightningDiTBlock,
+    RMSNorm,
+    RotaryAttention,
+    change,
+    lightning_dit,
+)
 from swapping import ROUTING, paper_mask
 from torch import nn
 
@@ -92,6 +103,51 @@ def test_checkpointing_copies_and_pickles(reentrant):
     dtr.swap_blocks(model, ROUTING, "branch")
     for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert_same(results(each, inputs), expected)
+
+
+@pytest.mark.parametrize("width", [1, 5, 7])
+def test_heads_of_odd_width(width):
+    model, inputs = DiT([LightningDiTBlock(HEADS * width, HEADS)], HEADS * width), batch()
+    before = results(model, inputs)
+    assert_same(results(dtr.swap_blocks(model), inputs), before)
+
+
+class UnweightedRMSNorm(RMSNorm):
+    def forward(self, x):
+        return super().forward(x) / self.weight
+
+
+def exchanged(kind, one, other):
+    """A class of which each of two parts does what the other should."""
+
+    class Exchanged(kind):
+        @functools.wraps(kind.forward)
+        def forward(self, *args, **kwargs):
+            twin = copy.copy(self)
+            twin.__dict__["_modules"] = {**self._modules, one: self._modules[other], other: self._modules[one]}
+            return kind.forward(twin, *args, **kwargs)
+
+    return Exchanged
+
+
+@pytest.mark.parametrize(
+    "part, kind",
+    [
+        ("norm1", UnweightedRMSNorm),
+        ("", exchanged(LightningDiTBlock, "norm1", "norm2")),
+        ("attn", exchanged(RotaryAttention, "q_norm", "k_norm")),
+    ],
+    ids=["unweighted", "norms", "norms of queries and keys"],
+)
+def test_what_shows_after_training_alone_is_refused(part, kind):
+    """Weights of fresh norms are ones."""
+    model = lightning_dit()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.ones_(parameter)
+    model.blocks[1].get_submodule(part).__class__ = kind
+    with pytest.raises(ValueError, match=r"cannot swap block 'blocks.1' .*computes something else than"):
+        dtr.swap_blocks(model)
 
 
 REFUSED = {

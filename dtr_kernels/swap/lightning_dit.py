@@ -77,8 +77,9 @@ class LightningDiT(Family):
 
 
 def _turned(q: Tensor) -> Tensor:
-    """A rotary embedding [B, H, N, d]: the halves of each head's channels, turned by an angle for each position."""
+    """Stand in for a rotary embedding [B, H, N, d]: turn each channel towards its neighbour by its position's angle.
+
+    That changes lengths, so a norm before it is another function than one after it.
+    """
     angle = torch.arange(q.shape[2], device=q.device, dtype=q.dtype)[:, None] / 10
-    a, b = q.tensor_split(2, dim=3)
-    turned = torch.cat([a * angle.cos() - b[..., : a.shape[3]] * angle.sin(), a * angle.sin()], dim=3)
-    return turned[..., : q.shape[3]]
+    return q * angle.cos() + q.roll(1, dims=3) * angle.sin()
