@@ -469,7 +469,15 @@ class Local(Attention):
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
+class Dropping(Attention):
+    """Drops by a function, and so only in training."""
+
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
 REFUSED_BLOCKS = {
+    "dropout by a function": (change("attn", Dropping(DIM, HEADS)), "something else than a DiT block in training mode"),
     "attention dropout": (change("attn.attn_drop.p", 0.1), "attn.attn_drop drops with probability 0.1"),
     "projection dropout": (change("attn.proj_drop.p", 0.1), "attn.proj_drop drops with probability 0.1"),
     "MLP dropout": (change("mlp.drop1.p", 0.2), "mlp.drop1 drops with probability 0.2"),
