@@ -5,6 +5,7 @@ import copy
 import functools
 import inspect
 import pickle
+import sys
 
 import comparing
 import pytest
@@ -379,6 +380,19 @@ def test_compiles_whole_and_once(make, routing, scope):
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     assert_same(results(compiled, *TWO_BATCHES), expected)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_blocks_and_models_compile_whole_for_every_batch(fresh_compiler, monkeypatch, scope, dynamic):
+    """Blocks one by one, where the window is what first compares the sizes of small x and c, or the model at once."""
+    monkeypatch.setattr("dtr_kernels.ops.dispatch.LEAST_ELEMENTS_ON_CPU", sys.maxsize)
+    model, whole = swap_blocks(facebook_dit(), ROUTING, scope), batch()
+    batches = [whole, [tensor[:3] for tensor in whole], [tensor[:2] for tensor in whole]]
+    expected = [model(*each) for each in batches]
+    for module in [model] if dynamic else model.blocks:
+        module.compile(backend="eager", fullgraph=True, dynamic=dynamic)
+    assert_same([model(*each) for each in batches], expected)
 
 
 def test_compiled_model_notices_a_mapping_of_another_width():
