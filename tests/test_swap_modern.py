@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import sys
 
 import pytest
 import torch
@@ -103,6 +104,23 @@ def test_checkpointing_copies_and_pickles(reentrant):
     dtr.swap_blocks(model, ROUTING, "branch")
     for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert_same(results(each, inputs), expected)
+
+
+@pytest.mark.parametrize("part", ["norm1", "norm2"])
+@pytest.mark.parametrize("kind", [nn.RMSNorm, nn.LayerNorm])
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_norm_that_loses_its_weight_after_the_swap(monkeypatch, part, kind, plain):
+    """The other keeps its own."""
+    if plain:
+        monkeypatch.setattr("dtr_kernels.ops.dispatch.LEAST_ELEMENTS_ON_CPU", sys.maxsize)
+    model, inputs = lightning_dit(), batch()
+    for block in model.blocks:
+        block.norm1, block.norm2 = (kind(DIM, eps=1e-6) for _ in range(2))
+        nn.init.normal_(block.norm1.weight), nn.init.normal_(block.norm2.weight)
+    swapped = dtr.swap_blocks(copy.deepcopy(model))
+    for each in (model, swapped):
+        each.blocks[1].get_submodule(part).weight = None
+    assert_same(results(swapped, inputs), results(model, inputs))
 
 
 @pytest.mark.parametrize("width", [1, 5, 7])

@@ -109,9 +109,7 @@ class _Steps(NamedTuple):
         s1, k1, g1, s2, k2, g2 = block.adaLN_modulation(c).chunk(6, dim=1)
 
         def folded(shift: Tensor, scale: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-            return (
-                fold_affine(shift, scale, norm.weight, getattr(norm, "bias", None)) if kind.affine else (shift, scale)
-            )
+            return fold_affine(shift, scale, getattr(norm, "weight", None), getattr(norm, "bias", None))
 
         norm1, norm2, fc1, fc2 = block.norm1, block.norm2, block.mlp.fc1, block.mlp.fc2
         first = folded(s1, k1, norm1), Norm(norm1.eps, kind.norm), g1

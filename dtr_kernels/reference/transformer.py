@@ -205,8 +205,8 @@ def dit_block(
 
     Args:
         block: any module with the attributes of facebookresearch/DiT's block: ``attn.qkv``, ``attn.proj``,
-            ``attn.num_heads``, ``mlp.fc1``, ``mlp.fc2``, ``adaLN_modulation``, and ``norm1.eps``, ``norm2.eps``; and
-            ``kind`` where that is another ``BlockKind``, with which the norms may have ``weight`` and ``bias``.
+            ``attn.num_heads``, ``mlp.fc1``, ``mlp.fc2``, ``adaLN_modulation``, and ``norm1.eps``, ``norm2.eps``; the
+            norms' ``weight`` and ``bias`` where they have them; and ``kind`` where that is another ``BlockKind``.
         x: [B, N, C].
         c: [B, C].
         mask: [B, C], in scope "inner" [B, H] of H heads, 1 where active; None is the unrouted block.
@@ -221,9 +221,9 @@ def dit_block(
     kind: BlockKind = getattr(block, "kind", BlockKind())
 
     def normed(z: Tensor, norm: Any) -> Tensor:
-        z = normalize(z, norm.eps, kind.norm)
-        z = z * norm.weight if kind.affine else z
-        return z if getattr(norm, "bias", None) is None else z + norm.bias
+        z, weight, bias = normalize(z, norm.eps, kind.norm), getattr(norm, "weight", None), getattr(norm, "bias", None)
+        z = z if weight is None else z * weight
+        return z if bias is None else z + bias
 
     def attend(z: Tensor, heads: Tensor | None = None) -> Tensor:
         return attention(modulate(normed(z, block.norm1), s1, k1), block.attn, heads, rope)

@@ -45,7 +45,7 @@ class LightningDiT(Family):
         gated = has(block, "mlp.w12")
         kind = BlockKind(
             norm="layer" if isinstance(block.norm1, nn.LayerNorm) else "rms",
-            affine=getattr(block.norm1, "weight", None) is not None,
+            affine=any(getattr(norm, "weight", None) is not None for norm in (block.norm1, block.norm2)),
             activation="swiglu" if gated else "gelu_tanh",
         )
         mlp = MlpLayers(block.mlp.w12, F.silu, block.mlp.w3) if gated else block.mlp
