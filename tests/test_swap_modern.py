@@ -148,6 +148,28 @@ def exchanged(kind, one, other):
     return Exchanged
 
 
+class OwnRope(LightningDiTBlock):
+    def forward(self, x, c, feat_rope=None):
+        return super().forward(x, c, feat_rope or torch.tanh)
+
+
+class NeedsRope(RotaryAttention):
+    def forward(self, x, rope=None):
+        return super().forward(x, lambda q: rope(q))
+
+
+def test_without_a_rope():
+    """A block with one of its own is refused, one that cannot do without is not."""
+    model, inputs = lightning_dit(), batch()
+    model.blocks[1].attn.__class__ = NeedsRope
+    before = results(model, inputs)
+    assert_same(results(dtr.swap_blocks(model), inputs), before)
+    dtr.restore_blocks(model).blocks[1].__class__ = OwnRope
+    model.blocks[1].attn.__class__ = RotaryAttention
+    with pytest.raises(ValueError, match="without feat_rope its forward computes something else"):
+        dtr.swap_blocks(model)
+
+
 @pytest.mark.parametrize(
     "part, kind",
     [

@@ -14,7 +14,7 @@ from dtr_kernels.nn.block import BlockKind, Stream, advance
 from dtr_kernels.reference.transformer import Rope
 from dtr_kernels.routing import ChannelWindow
 from dtr_kernels.swap.checks import has
-from dtr_kernels.swap.family import Family, RandomTensor
+from dtr_kernels.swap.family import TRIAL_TOKENS, Family, RandomTensor, Unfit
 from dtr_kernels.swap.views import Layers, MlpLayers
 
 
@@ -73,7 +73,16 @@ class LightningDiT(Family):
 
     @classmethod
     def prepare_trial(cls, copy: Any, c: _Conditioning, random: RandomTensor) -> Tensor | None:
-        return super().prepare_trial(copy, c.c, random)
+        mask = super().prepare_trial(copy, c.c, random)
+        x = random(2, TRIAL_TOKENS, cls.channels(copy))
+        try:
+            found = copy(x, c.c)
+        except Exception:  # a block that always needs a rope, as JiT's does, is never called without
+            return mask
+        expected = cls.run_plain(copy, x, c._replace(feat_rope=None), mask, "block")
+        if (found - expected).abs().max() > torch.finfo(x.dtype).eps ** 0.5 * expected.abs().max():
+            raise Unfit(f"without feat_rope its forward computes something else than a {cls.name}; leave it unswapped")
+        return mask
 
 
 def _turned(q: Tensor) -> Tensor:
