@@ -17,6 +17,7 @@ from models import (
     LightningDiTBlock,
     RMSNorm,
     RotaryAttention,
+    SwiGLUFFN,
     change,
     lightning_dit,
 )
@@ -146,6 +147,14 @@ def exchanged(kind, one, other):
             return kind.forward(twin, *args, **kwargs)
 
     return Exchanged
+
+
+def test_hidden_channels_that_heads_do_not_divide():
+    """Which the layers of a gated MLP have other names for than those of a DiT."""
+    model = lightning_dit()
+    model.blocks[1].mlp = SwiGLUFFN(DIM, 43)
+    with pytest.raises(ValueError, match=r"'blocks.1' .*, but those of its MLP are 43 of them for 4 heads"):
+        dtr.swap_blocks(model, ROUTING, "inner")
 
 
 class OwnRope(LightningDiTBlock):
