@@ -65,7 +65,8 @@ class ChannelWindow:
         if self.shared_start is not None:
             start = torch.full((batch_size,), self.shared_start, dtype=torch.int32, device=device)
             return ChannelWindow(start, self.width, self.channels, self.shared_start)
-        if self.start.shape[0] not in (1, batch_size):
+        # Not by "in", which in a compiled graph does not see that two sizes are equal.
+        if self.start.shape[0] != batch_size and self.start.shape[0] != 1:
             raise ValueError(
                 f"window holds starts for {self.start.shape[0]} samples, but the batch has {batch_size}; "
                 "make it from the t of this batch"

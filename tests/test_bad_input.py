@@ -6,6 +6,7 @@ On a GPU a t out of range is a device-side assertion, after which the process ca
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -197,6 +198,9 @@ STREAM_CASES = [
     (ROUTED, "window", lambda w: ROUTING.window(starts(1, 2, 3), C), ValueError, ["window", "3 samples", "2"]),
     (ROUTED, "window", lambda w: window_on("meta"), ValueError, ["window", "meta", "cpu"]),
     (ROUTED, "norm", lambda _: "batch", ValueError, ["norm must be one of 'layer', 'rms'", "'batch'"]),
+    (ROUTED, "eps", lambda _: None, TypeError, ["eps must be a number", "None"]),
+    (ROUTED, "eps", lambda _: float("nan"), ValueError, ["eps must be finite and not negative", "nan"]),
+    (ROUTED, "eps", lambda _: -1e-6, ValueError, ["eps must be finite and not negative", "-1e-06"]),
     (MLPS, "activation", lambda _: "relu", ValueError, ["activation must be one of 'gelu_tanh'", "'swiglu'", "'relu'"]),
     (MLPS, "activation", lambda _: "swiglu", ValueError, ["fc2_weight must have shape [O, 24]", "[32, 48]"]),
     (ALL, "x", lambda x: x.to(torch.float8_e4m3fn), TypeError, ["x must", "torch.float8_e4m3fn"]),
@@ -253,6 +257,43 @@ def test_streams_modulation_windows_and_weights(op, name, change, error, fragmen
 def test_halves_of_swiglu(op):
     inputs = inputs_of(op) | {"activation": "swiglu", "fc1_weight": torch.randn(H + 1, C), "fc1_bias": None}
     refused(lambda: op(**inputs), ValueError, ["fc1_weight", "two halves", "even", "49"])
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize(
+    "change, error, fragments",
+    [
+        (lambda p: p[:1], ValueError, ["must have shape [32]", "got [1]"]),
+        (lambda p: p.expand(B, C), ValueError, ["must have shape [32]", "got [2, 32]"]),
+        (lambda p: p.long(), TypeError, ["must be floating point", "torch.int64"]),
+    ],
+)
+def test_affine_parameters_of_norms(name, change, error, fragments):
+    shift, scale = torch.randn(2, B, C)
+    affine = {"weight": torch.randn(C), "bias": torch.randn(C)}
+    affine[name] = change(affine[name])
+    refused(lambda: ops.fold_affine(shift, scale, **affine), error, [name, *fragments])
+
+
+ROPES = {
+    "channels": (lambda q: q[..., :4], ValueError, ["[2, 4, 3, 8]", "torch.float32 [2, 4, 3, 4]"]),
+    "heads": (lambda q: q[:, :1], ValueError, ["[2, 4, 3, 8]", "torch.float32 [2, 1, 3, 8]"]),
+    "samples": (lambda q: q[:1], ValueError, ["[2, 4, 3, 8]", "torch.float32 [1, 4, 3, 8]"]),
+    "complex": (lambda q: q + 0j, ValueError, ["floating-point", "torch.complex64"]),
+    "nothing": (lambda q: None, ValueError, ["floating-point", "NoneType"]),
+    "a table": (torch.ones(N, 8), TypeError, ["a function", "Tensor"]),
+}
+
+
+@pytest.mark.parametrize("rope, error, fragments", ROPES.values(), ids=ROPES)
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
+@pytest.mark.parametrize("plain", [False, True])
+def test_rotary_embeddings(monkeypatch, scope, plain, rope, error, fragments):
+    """Attention would take fewer channels, and would repeat one head or sample."""
+    if plain:
+        monkeypatch.setattr("dtr_kernels.ops.dispatch.LEAST_ELEMENTS_ON_CPU", sys.maxsize)
+    block = dtr.nn.RoutedDiTBlock(C, HEADS, scope=scope)
+    refused(lambda: block(torch.randn(B, N, C), torch.randn(B, C), rope=rope), error, ["rope must", *fragments])
 
 
 @pytest.mark.parametrize("op", [ops.routed_mlp, ops.gated_residual])

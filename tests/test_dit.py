@@ -539,11 +539,18 @@ def test_parameters_of_a_block_of_another_kind():
 
 
 @pytest.mark.parametrize(
-    "kind, message", [({"norm": "batch"}, "norm must be one of"), ({"activation": "relu"}, "activation must")]
+    "kind, error, message",
+    [
+        (dtr.nn.BlockKind(norm="batch"), ValueError, "norm must be one of"),
+        (dtr.nn.BlockKind(activation="relu"), ValueError, "activation must be one of"),
+        (dtr.nn.BlockKind(affine="yes"), TypeError, "affine must be True or False, got 'yes'"),
+        (dtr.nn.BlockKind(qk_norm="no"), TypeError, "qk_norm must be True or False, got 'no'"),
+        ("rms", TypeError, "kind must be a BlockKind, got 'rms'"),
+    ],
 )
-def test_unknown_kinds_are_refused(kind, message):
-    with pytest.raises(ValueError, match=message):
-        dtr.nn.RoutedDiTBlock(48, 4, kind=dtr.nn.BlockKind(**kind))
+def test_unknown_kinds_are_refused(kind, error, message):
+    with pytest.raises(error, match=message):
+        dtr.nn.RoutedDiTBlock(48, 4, kind=kind)
 
 
 @pytest.mark.parametrize("alter", [_adapt, _hook], ids=["adapter", "hook"])

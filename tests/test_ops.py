@@ -454,11 +454,11 @@ MODERN = BlockKind(norm="rms", affine=True, activation="swiglu", qk_norm=True)
 
 
 def rope(q):
-    """Rotary position embedding of queries or keys [B, H, N, d]."""
+    """Rotary position embedding of queries or keys [B, H, N, d], by tables that are fp32 beside bf16 too."""
     N, d = q.shape[2:]
     angle = torch.arange(N, device=q.device)[:, None] / 10 ** torch.arange(d // 2, device=q.device)
     a, b = q.unflatten(3, (d // 2, 2)).unbind(4)
-    cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
+    cos, sin = angle.cos(), angle.sin()
     return torch.stack([a * cos - b * sin, a * sin + b * cos], 4).flatten(3)
 
 

@@ -5,6 +5,7 @@ import copy
 import functools
 import inspect
 import pickle
+import sys
 
 import comparing
 import pytest
@@ -381,6 +382,19 @@ def test_compiles_whole_and_once(make, routing, scope):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("scope", dtr.reference.SCOPES)
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_blocks_and_models_compile_whole_for_every_batch(fresh_compiler, monkeypatch, scope, dynamic):
+    """Blocks one by one, where the window is what first compares the sizes of small x and c, or the model at once."""
+    monkeypatch.setattr("dtr_kernels.ops.dispatch.LEAST_ELEMENTS_ON_CPU", sys.maxsize)
+    model, whole = swap_blocks(facebook_dit(), ROUTING, scope), batch()
+    batches = [whole, [tensor[:3] for tensor in whole], [tensor[:2] for tensor in whole]]
+    expected = [model(*each) for each in batches]
+    for module in [model] if dynamic else model.blocks:
+        module.compile(backend="eager", fullgraph=True, dynamic=dynamic)
+    assert_same([model(*each) for each in batches], expected)
+
+
 def test_compiled_model_notices_a_mapping_of_another_width():
     model = swap_blocks(public_dtr())
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -469,7 +483,15 @@ class Local(Attention):
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
+class Dropping(Attention):
+    """Drops by a function, and so only in training."""
+
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
 REFUSED_BLOCKS = {
+    "dropout by a function": (change("attn", Dropping(DIM, HEADS)), "something else than a DiT block in training mode"),
     "attention dropout": (change("attn.attn_drop.p", 0.1), "attn.attn_drop drops with probability 0.1"),
     "projection dropout": (change("attn.proj_drop.p", 0.1), "attn.proj_drop drops with probability 0.1"),
     "MLP dropout": (change("mlp.drop1.p", 0.2), "mlp.drop1 drops with probability 0.2"),

@@ -3,11 +3,26 @@
 import copy
 import functools
 import pickle
+import sys
 
 import pytest
 import torch
 from comparing import assert_same, differ, snapshot
-from models import DIM, HEADS, TIMESTEPS, JiTBlock, LightningDiTBlock, Mlp, SeparateSwiGLU, change, lightning_dit
+from models import (
+    DIM,
+    HEADS,
+    TIMESTEPS,
+    DiT,
+    JiTBlock,
+    LightningDiTBlock,
+    Mlp,
+    RMSNorm,
+    RotaryAttention,
+    SeparateSwiGLU,
+    SwiGLUFFN,
+    change,
+    lightning_dit,
+)
 from swapping import ROUTING, paper_mask
 from torch import nn
 
@@ -93,6 +108,98 @@ def test_checkpointing_copies_and_pickles(reentrant):
     dtr.swap_blocks(model, ROUTING, "branch")
     for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert_same(results(each, inputs), expected)
+
+
+@pytest.mark.parametrize("part", ["norm1", "norm2"])
+@pytest.mark.parametrize("kind", [nn.RMSNorm, nn.LayerNorm])
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_norm_that_loses_its_weight_after_the_swap(monkeypatch, part, kind, plain):
+    """The other keeps its own."""
+    if plain:
+        monkeypatch.setattr("dtr_kernels.ops.dispatch.LEAST_ELEMENTS_ON_CPU", sys.maxsize)
+    model, inputs = lightning_dit(), batch()
+    for block in model.blocks:
+        block.norm1, block.norm2 = (kind(DIM, eps=1e-6) for _ in range(2))
+        nn.init.normal_(block.norm1.weight), nn.init.normal_(block.norm2.weight)
+    swapped = dtr.swap_blocks(copy.deepcopy(model))
+    for each in (model, swapped):
+        each.blocks[1].get_submodule(part).weight = None
+    assert_same(results(swapped, inputs), results(model, inputs))
+
+
+@pytest.mark.parametrize("width", [1, 5, 7])
+def test_heads_of_odd_width(width):
+    model, inputs = DiT([LightningDiTBlock(HEADS * width, HEADS)], HEADS * width), batch()
+    before = results(model, inputs)
+    assert_same(results(dtr.swap_blocks(model), inputs), before)
+
+
+class UnweightedRMSNorm(RMSNorm):
+    def forward(self, x):
+        return super().forward(x) / self.weight
+
+
+def exchanged(kind, one, other):
+    """A class of which each of two parts does what the other should."""
+
+    class Exchanged(kind):
+        @functools.wraps(kind.forward)
+        def forward(self, *args, **kwargs):
+            twin = copy.copy(self)
+            twin.__dict__["_modules"] = {**self._modules, one: self._modules[other], other: self._modules[one]}
+            return kind.forward(twin, *args, **kwargs)
+
+    return Exchanged
+
+
+def test_hidden_channels_that_heads_do_not_divide():
+    """Which the layers of a gated MLP have other names for than those of a DiT."""
+    model = lightning_dit()
+    model.blocks[1].mlp = SwiGLUFFN(DIM, 43)
+    with pytest.raises(ValueError, match=r"'blocks.1' .*, but those of its MLP are 43 of them for 4 heads"):
+        dtr.swap_blocks(model, ROUTING, "inner")
+
+
+class OwnRope(LightningDiTBlock):
+    def forward(self, x, c, feat_rope=None):
+        return super().forward(x, c, feat_rope or torch.tanh)
+
+
+class NeedsRope(RotaryAttention):
+    def forward(self, x, rope=None):
+        return super().forward(x, lambda q: rope(q))
+
+
+def test_without_a_rope():
+    """A block with one of its own is refused, one that cannot do without is not."""
+    model, inputs = lightning_dit(), batch()
+    model.blocks[1].attn.__class__ = NeedsRope
+    before = results(model, inputs)
+    assert_same(results(dtr.swap_blocks(model), inputs), before)
+    dtr.restore_blocks(model).blocks[1].__class__ = OwnRope
+    model.blocks[1].attn.__class__ = RotaryAttention
+    with pytest.raises(ValueError, match="without feat_rope its forward computes something else"):
+        dtr.swap_blocks(model)
+
+
+@pytest.mark.parametrize(
+    "part, kind",
+    [
+        ("norm1", UnweightedRMSNorm),
+        ("", exchanged(LightningDiTBlock, "norm1", "norm2")),
+        ("attn", exchanged(RotaryAttention, "q_norm", "k_norm")),
+    ],
+    ids=["unweighted", "norms", "norms of queries and keys"],
+)
+def test_what_shows_after_training_alone_is_refused(part, kind):
+    """Weights of fresh norms are ones."""
+    model = lightning_dit()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.ones_(parameter)
+    model.blocks[1].get_submodule(part).__class__ = kind
+    with pytest.raises(ValueError, match=r"cannot swap block 'blocks.1' .*computes something else than"):
+        dtr.swap_blocks(model)
 
 
 REFUSED = {

@@ -14,7 +14,7 @@ from dtr_kernels.nn.parts import ReadParts, is_plain_linear
 from dtr_kernels.nn.torchscript import NoTorchScript
 from dtr_kernels.ops.activations import parts_of
 from dtr_kernels.ops.band_linear import among_all
-from dtr_kernels.ops.checks import check_block, check_heads, check_norm, check_one_of, check_shape, check_window
+from dtr_kernels.ops.checks import check_block, check_heads, check_one_of, check_shape, check_window
 from dtr_kernels.ops.dispatch import Choice, choose
 from dtr_kernels.ops.gated_norm import Norm
 from dtr_kernels.ops.inner import inner_linear_by, inner_mlp_by, inner_projection_by
@@ -55,10 +55,7 @@ def _attend(attn: Any, qkv: Tensor, heads: int, rope: Rope | None) -> Tensor:
     B, N, width = qkv.shape
     # Unbind before swapping heads and tokens: the backward pass then stacks the gradients in qkv's own layout.
     q, k, v = (x.transpose(1, 2) for x in qkv.view(B, N, 3, heads, width // 3 // heads).unbind(2))
-    if hasattr(attn, "q_norm"):  # timm's optional query and key norms, Identity by default
-        q, k = attn.q_norm(q), attn.k_norm(k)
-    if rope is not None:
-        q, k = rope(q), rope(k)
+    q, k = reference.queries_and_keys(attn, q, k, rope)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, width // 3)
 
 
@@ -112,9 +109,7 @@ class _Steps(NamedTuple):
         s1, k1, g1, s2, k2, g2 = block.adaLN_modulation(c).chunk(6, dim=1)
 
         def folded(shift: Tensor, scale: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-            return (
-                fold_affine(shift, scale, norm.weight, getattr(norm, "bias", None)) if kind.affine else (shift, scale)
-            )
+            return fold_affine(shift, scale, getattr(norm, "weight", None), getattr(norm, "bias", None))
 
         norm1, norm2, fc1, fc2 = block.norm1, block.norm2, block.mlp.fc1, block.mlp.fc2
         first = folded(s1, k1, norm1), Norm(norm1.eps, kind.norm), g1
@@ -234,7 +229,8 @@ class RoutedDiTBlock(NoTorchScript, nn.Module):
         kind: norms, activation and whether queries and keys are normed, see ``BlockKind``.
 
     Raises:
-        TypeError: if an argument is not a number of its kind.
+        TypeError: if an argument is not a number of its kind, or kind is no ``BlockKind``, or its affine or qk_norm is
+            neither True nor False.
         ValueError: if scope or a part of kind is unknown, a size is less than 1, num_heads does not divide hidden_size
             (in scope "inner" also the MLP's hidden channels), or mlp_ratio leaves the MLP no channel.
     """
@@ -266,7 +262,12 @@ class RoutedDiTBlock(NoTorchScript, nn.Module):
     ) -> None:
         super().__init__()
         check_scope(scope)
-        check_norm(kind.norm)
+        if not isinstance(kind, BlockKind):
+            raise TypeError(f"kind must be a BlockKind, got {kind!r}")
+        for name, flag in (("affine", kind.affine), ("qk_norm", kind.qk_norm)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True or False, got {flag!r}")
+        check_one_of("norm", kind.norm, reference.NORMS)
         check_one_of("activation", kind.activation, reference.ACTIVATIONS)
         hidden_size, num_heads = check_count("hidden_size", hidden_size), check_count("num_heads", num_heads)
         mlp_width = int(hidden_size * check_number("mlp_ratio", mlp_ratio))
@@ -311,8 +312,9 @@ class RoutedDiTBlock(NoTorchScript, nn.Module):
             [B, N, C] in x's dtype; a ``Stream`` for a ``Stream``.
 
         Raises:
-            ValueError: if shapes, devices or the window do not fit x.
-            TypeError: if x is not floating point.
+            ValueError: if shapes, devices or the window do not fit x, or rope returns something else than such queries
+                or keys.
+            TypeError: if x is not floating point, or rope no function.
             RuntimeError: if a part that is not called, ``attn.qkv`` for one, was wrapped, patched or given hooks.
         """
         self._read[self.kind.norm, self.kind.affine].refuse_changes(self)

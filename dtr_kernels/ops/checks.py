@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dtr_kernels import reference
-from dtr_kernels.routing import ChannelWindow
+from dtr_kernels.routing import ChannelWindow, check_number
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -78,9 +79,11 @@ def check_parameters(x: Tensor, name: str, weight: Tensor, bias: Tensor | None) 
             )
 
 
-def check_norm(norm: str) -> None:
-    """Raise ValueError unless norm is one of ``reference.NORMS``."""
+def check_norm(eps: float, norm: str) -> None:
+    """Raise ValueError or TypeError unless norm is one of ``reference.NORMS`` and eps what it can add."""
     check_one_of("norm", norm, reference.NORMS)
+    if not 0 <= check_number("eps", eps) < math.inf:
+        raise ValueError(f"eps must be finite and not negative, got {eps}")
 
 
 def check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:

@@ -334,9 +334,9 @@ def inner_linear(
         heads.
 
     Raises:
-        TypeError: if a tensor is not floating point, or window not a window.
-        ValueError: if shapes, dtypes, devices or the window do not fit x, norm is unknown, or O is not divisible by
-            parts * H.
+        TypeError: if a tensor is not floating point, window not a window, or eps not a number.
+        ValueError: if shapes, dtypes, devices or the window do not fit x, eps is negative or not finite, norm is
+            unknown, or O is not divisible by parts * H.
     """
     choice = choose(x, weight)
     return inner_linear_by(choice, x, shift, scale, weight, bias, window, branch, gate, parts, Norm(eps, norm))
@@ -359,7 +359,7 @@ def inner_linear_by(
     check_stream(x, branch, gate, shift=shift, scale=scale)
     check_linear(x, "", weight, bias, x.shape[-1])
     heads = _heads(x, window)
-    check_norm(norm.kind)
+    check_norm(*norm)
     _check_divisible("weight", len(weight), parts * heads.total)
     if choice.path == "plain":
         branch, gate, shift, scale = in_dtype_of(x, branch, gate, shift, scale)
@@ -435,9 +435,9 @@ def inner_mlp(
         stream [B, N, C] in x's dtype and the MLP's output [B, N, O] in the weights' dtype.
 
     Raises:
-        TypeError: if a tensor is not floating point, or window not a window.
-        ValueError: if shapes, dtypes, devices or the window do not fit x, norm or activation is unknown, or F is not
-            divisible by H.
+        TypeError: if a tensor is not floating point, window not a window, or eps not a number.
+        ValueError: if shapes, dtypes, devices or the window do not fit x, eps is negative or not finite, norm or
+            activation is unknown, or F is not divisible by H.
     """
     if branch is None or gate is None:
         raise ValueError("branch and gate must both be given, got None")
@@ -461,7 +461,7 @@ def inner_mlp_by(
     """Run ``inner_mlp`` by a choice that was made for it or for its block; ``weights`` are those of fc1 and fc2."""
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
     check_stream(x, branch, gate, shift=shift, scale=scale)
-    check_norm(norm.kind)
+    check_norm(*norm)
     check_mlp(x, weights, activation)
     heads = _heads(x, window)
     _check_divisible("fc2_weight's inputs", fc2_weight.shape[1], heads.total)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dtr_kernels import reference
-from dtr_kernels.ops.checks import check_linear, check_norm, check_stream, check_window
+from dtr_kernels.ops.checks import check_floating, check_linear, check_norm, check_stream, check_window
 from dtr_kernels.ops.declaration import Draw, Gradient, Kernel, modes, widened
 from dtr_kernels.ops.dispatch import Choice, choose, compute_dtype, in_dtype_of, or_empty
 from dtr_kernels.ops.gated_norm import (
@@ -216,8 +216,9 @@ def routed_linear(
         stream [B, N, C] in x's dtype (x itself without a branch) and the layer's output [B, N, O] in weight's dtype.
 
     Raises:
-        TypeError: if a tensor is not floating point.
-        ValueError: if shapes, dtypes, devices or the window do not fit x, or norm is unknown.
+        TypeError: if a tensor is not floating point, or eps not a number.
+        ValueError: if shapes, dtypes, devices or the window do not fit x, eps is negative or not finite, or norm is
+            unknown.
     """
     return routed_linear_by(choose(x, weight), x, shift, scale, weight, bias, window, branch, gate, Norm(eps, norm))
 
@@ -237,7 +238,7 @@ def routed_linear_by(
     """Run ``routed_linear`` by a choice that was made for it or for its block."""
     check_stream(x, branch, gate, shift=shift, scale=scale)
     check_linear(x, "", weight, bias, x.shape[-1])
-    check_norm(norm.kind)
+    check_norm(*norm)
     window = check_window(x, window)
     if choice.path == "plain":
         mask = None if window is None else window.mask()
@@ -262,10 +263,19 @@ def fold_affine(
         shift and scale [B, C], in fp32 or scale's wider dtype; unchanged if there is neither weight nor bias.
 
     Raises:
-        RuntimeError: if weight or bias cannot be broadcast to [B, C].
+        TypeError: if weight or bias is not floating point.
+        ValueError: if one has another shape than [C].
     """
     if weight is None and bias is None:
         return shift, scale
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            check_floating(name, parameter)
+            if parameter.shape != scale.shape[1:]:
+                raise ValueError(
+                    f"{name} must have shape {list(scale.shape[1:])} to fit scale {list(scale.shape)}, got "
+                    f"{list(parameter.shape)}"
+                )
     dtype = torch.promote_types(scale.dtype, torch.float32)
     factor, shift = 1 + scale.to(dtype), shift.to(dtype)
     return (shift if bias is None else factor * bias + shift), (factor if weight is None else factor * weight) - 1

@@ -242,8 +242,9 @@ def routed_mlp(
         stream [B, N, C] in x's dtype and the MLP's output [B, N, O] in the weights' dtype.
 
     Raises:
-        TypeError: if a tensor is not floating point.
-        ValueError: if shapes, dtypes, devices or the window do not fit x, or norm or activation is unknown.
+        TypeError: if a tensor is not floating point, or eps not a number.
+        ValueError: if shapes, dtypes, devices or the window do not fit x, eps is negative or not finite, or norm or
+            activation is unknown.
     """
     if branch is None or gate is None:
         raise ValueError("branch and gate must both be given, got None")
@@ -279,7 +280,7 @@ def routed_mlp_by(
 ) -> tuple[Tensor, Tensor]:
     """Run ``routed_mlp`` by a choice that was made for it or for its block; ``weights`` are those of fc1 and fc2."""
     check_stream(x, branch, gate, shift=shift, scale=scale)
-    check_norm(norm.kind)
+    check_norm(*norm)
     check_mlp(x, weights, activation)
     window = check_window(x, window)
     if choice.path == "plain":

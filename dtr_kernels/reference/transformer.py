@@ -145,6 +145,27 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     return x + gate[:, None] * branch
 
 
+def queries_and_keys(attn: Any, q: Tensor, k: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor]:
+    """Return queries and keys [B, H, N, d] after attn's norms for them, if it has any, and their rotation by position.
+
+    Raises:
+        TypeError: if rope is no function.
+        ValueError: if rope returns something else than floating-point numbers for as many channels.
+    """
+    given = q
+    if hasattr(attn, "q_norm"):  # timm's optional norms, Identity by default
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    if rope is not None:
+        if not callable(rope):
+            raise TypeError(f"rope must be a function of queries or keys, or None, got {type(rope).__name__}")
+        q, k = rope(q), rope(k)
+        for turned in (q, k):
+            if not (isinstance(turned, Tensor) and turned.is_floating_point() and turned.shape == given.shape):
+                found = f"{turned.dtype} {list(turned.shape)}" if isinstance(turned, Tensor) else type(turned).__name__
+                raise ValueError(f"rope must return floating-point numbers {list(given.shape)}, as given, got {found}")
+    return q.to(given.dtype), k.to(given.dtype)  # tables of cosines are often wider
+
+
 def attention(u: Tensor, attn: Any, mask: Tensor | None = None, rope: Rope | None = None) -> Tensor:
     """Apply multi-head self-attention to tokens u [B, N, C], with timm's query and key norms if attn has them.
 
@@ -153,10 +174,7 @@ def attention(u: Tensor, attn: Any, mask: Tensor | None = None, rope: Rope | Non
     """
     B, N, C = u.shape
     q, k, v = attn.qkv(u).reshape(B, N, 3, attn.num_heads, C // attn.num_heads).permute(2, 0, 3, 1, 4)
-    if hasattr(attn, "q_norm"):
-        q, k = attn.q_norm(q), attn.k_norm(k)
-    if rope is not None:
-        q, k = rope(q), rope(k)
+    q, k = queries_and_keys(attn, q, k, rope)
     out = F.scaled_dot_product_attention(q, k, v)
     if mask is not None:
         out = out * mask[:, :, None, None].to(out.dtype)
@@ -187,8 +205,8 @@ def dit_block(
 
     Args:
         block: any module with the attributes of facebookresearch/DiT's block: ``attn.qkv``, ``attn.proj``,
-            ``attn.num_heads``, ``mlp.fc1``, ``mlp.fc2``, ``adaLN_modulation``, and ``norm1.eps``, ``norm2.eps``; and
-            ``kind`` if it has another ``BlockKind``, with which the norms may have ``weight`` and ``bias``.
+            ``attn.num_heads``, ``mlp.fc1``, ``mlp.fc2``, ``adaLN_modulation``, and ``norm1.eps``, ``norm2.eps``; the
+            norms' ``weight`` and ``bias`` if they have them; and ``kind`` if it has another ``BlockKind``.
         x: [B, N, C].
         c: [B, C].
         mask: [B, C], in scope "inner" [B, H] for H heads, 1 where active; None is the unrouted block.
@@ -203,9 +221,9 @@ def dit_block(
     kind: BlockKind = getattr(block, "kind", BlockKind())
 
     def normed(z: Tensor, norm: Any) -> Tensor:
-        z = normalize(z, norm.eps, kind.norm)
-        z = z * norm.weight if kind.affine else z
-        return z if getattr(norm, "bias", None) is None else z + norm.bias
+        z, weight, bias = normalize(z, norm.eps, kind.norm), getattr(norm, "weight", None), getattr(norm, "bias", None)
+        z = z if weight is None else z * weight
+        return z if bias is None else z + bias
 
     def attend(z: Tensor, heads: Tensor | None = None) -> Tensor:
         return attention(modulate(normed(z, block.norm1), s1, k1), block.attn, heads, rope)

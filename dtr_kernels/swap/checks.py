@@ -132,7 +132,7 @@ def norm_kind_problems(layers: Layers, names: dict[int, str]) -> Iterator[str]:
             continue
         name = names.get(id(norm), path)
         if layers.kind.norm == "layer" and not isinstance(norm, nn.LayerNorm):
-            yield f"{name} is {type(norm).__name__}; the fused norm is nn.LayerNorm without affine parameters"
+            yield f"{name} is {type(norm).__name__}; the fused norm is nn.LayerNorm"
         if layers.kind.norm == "rms" and "RMSNorm" not in type(norm).__name__:
             yield f"{name} is {type(norm).__name__}; the fused norms are nn.LayerNorm and RMSNorm, and both the same"
 

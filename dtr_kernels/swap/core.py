@@ -253,7 +253,7 @@ def _check_settings(blocks: Blocks, routing: DenoisingTaskRouting | RandomRoutin
 
 def _check_inner(layers: Layers, has_masks: bool) -> None:
     hidden = layers.mlp.fc1.out_features // parts_of(layers.kind.activation)
-    check_hidden(hidden, layers.attn.num_heads, "mlp.fc1's outputs")
+    check_hidden(hidden, layers.attn.num_heads, "those of its MLP")
     if has_masks:
         raise ValueError("its own masks are of channels, but scope 'inner' routes heads; give swap_blocks a routing")
 

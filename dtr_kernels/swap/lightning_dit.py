@@ -14,7 +14,7 @@ from dtr_kernels.nn.block import BlockKind, Stream, advance
 from dtr_kernels.reference.transformer import Rope
 from dtr_kernels.routing import ChannelWindow
 from dtr_kernels.swap.checks import has
-from dtr_kernels.swap.family import Family, RandomTensor
+from dtr_kernels.swap.family import TRIAL_TOKENS, Family, RandomTensor, Unfit
 from dtr_kernels.swap.views import Layers, MlpLayers, StackedLinear
 
 
@@ -49,7 +49,7 @@ class LightningDiT(Family):
             mlp = MlpLayers(StackedLinear((mlp.w1, mlp.w3)), F.silu, mlp.w2)
         kind = BlockKind(
             norm="layer" if isinstance(block.norm1, nn.LayerNorm) else "rms",
-            affine=getattr(block.norm1, "weight", None) is not None,
+            affine=any(getattr(norm, "weight", None) is not None for norm in (block.norm1, block.norm2)),
             activation="gelu_tanh" if mlp is block.mlp else "swiglu",
         )
         return Layers(block.norm1, block.attn, block.norm2, mlp, block.adaLN_modulation, kind)
@@ -76,12 +76,22 @@ class LightningDiT(Family):
 
     @classmethod
     def prepare_trial(cls, copy: Any, c: _Conditioning, random: RandomTensor) -> Tensor | None:
-        return super().prepare_trial(copy, c.c, random)
+        mask = super().prepare_trial(copy, c.c, random)
+        x = random(2, TRIAL_TOKENS, cls.channels(copy))
+        try:
+            found = copy(x, c.c)
+        except Exception:  # a block that always needs a rope, as JiT's does, is never called without
+            return mask
+        expected = cls.run_plain(copy, x, c._replace(feat_rope=None), mask, "block")
+        if (found - expected).abs().max() > torch.finfo(x.dtype).eps ** 0.5 * expected.abs().max():
+            raise Unfit(f"without feat_rope its forward computes something else than a {cls.name}; leave it unswapped")
+        return mask
 
 
 def _turned(q: Tensor) -> Tensor:
-    """Return a rotary embedding [B, H, N, d]: the halves of each head's channels, rotated by an angle per position."""
+    """Return q [B, H, N, d] with each channel turned towards its neighbour by its position's angle.
+
+    Unlike a rotary embedding it changes lengths, so a norm before it is another function than one after it.
+    """
     angle = torch.arange(q.shape[2], device=q.device, dtype=q.dtype)[:, None] / 10
-    a, b = q.tensor_split(2, dim=3)
-    turned = torch.cat([a * angle.cos() - b[..., : a.shape[3]] * angle.sin(), a * angle.sin()], dim=3)
-    return turned[..., : q.shape[3]]
+    return q * angle.cos() + q.roll(1, dims=3) * angle.sin()

@@ -24,6 +24,11 @@ class _Part(NamedTuple):
     absent: list[str]  # optional parameters, such as a norm's, that it lacks
 
 
+def _differ(one: Any, other: Any) -> bool:
+    """Return whether two settings differ; numbers may be other objects, as torch.compile(dynamic=True) makes them."""
+    return one is not other and one != other
+
+
 class Parts:
     """The modules of a block that its fused forward does not call, so that their own forwards must not change.
 
@@ -58,7 +63,7 @@ class Parts:
         if list(block._modules.values()) != self._children:
             return False
         for name, value in self._settings:
-            if block.__dict__.get(name) is not value:
+            if _differ(block.__dict__.get(name), value):
                 return False
         for module, kind, children, settings, absent in self._parts:
             state = module.__dict__
@@ -72,7 +77,7 @@ class Parts:
             ):
                 return False
             for name, value in settings:
-                if state.get(name) is not value:
+                if _differ(state.get(name), value):
                     return False
             for name in absent:
                 if state["_parameters"].get(name) is not None:

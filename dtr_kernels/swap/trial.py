@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtr_kernels.swap.checks import HOOKS
-from dtr_kernels.swap.family import Family, Unfit
+from dtr_kernels.swap.checks import HOOKS, is_within
+from dtr_kernels.swap.family import Family, RandomTensor, Unfit
 
 
 def swap_problem(block: nn.Module, family: type[Family]) -> str | None:
@@ -20,8 +20,8 @@ def swap_problem(block: nn.Module, family: type[Family]) -> str | None:
 def trial_problem(block: nn.Module, family: type[Family]) -> str | None:
     """Compare the block's own forward with the family's reference on a small random input.
 
-    The block does not change and none of its hooks run: the trial runs a copy in eval mode that shares its parameters,
-    in fp32 if they are in 16 bits, whose rounding could hide a difference.
+    The block does not change and none of its hooks run: the trial runs a copy, in eval mode and in training mode, in
+    fp32 if the block is in 16 bits, whose rounding could hide a difference.
 
     Returns:
         The difference in words, None if both agree. Blocks on the meta device hold no numbers and are not tried.
@@ -42,9 +42,16 @@ def trial_problem(block: nn.Module, family: type[Family]) -> str | None:
 
     inputs = family.trial_input(copy, random)
     try:
+        _move_vectors(copy, random)
         with torch.autocast(device.type, enabled=False):
             mask = family.prepare_trial(copy, family.arguments(*inputs)[1], random)
-            return _difference(copy, family, inputs, mask)
+            called = family.calls(copy)  # and may drop, as it then does in the fused block too
+            for training in (False, True):
+                for name, module in copy.named_modules():
+                    module.training = training and not is_within(name, called)
+                if (problem := _difference(copy, family, inputs, mask)) is not None:
+                    return problem
+            return None
     except Unfit as problem:
         return str(problem)
     except Exception as error:
@@ -61,15 +68,18 @@ def _difference(copy: Any, family: type[Family], inputs: tuple[Any, ...], mask: 
     tolerance = torch.finfo(expected.dtype).eps ** 0.5 * size
     difference = (copy(*inputs) - expected).abs().max().item()
     if difference > tolerance:
+        mode = " in training mode" if copy.training else ""
         return (
-            f"its forward computes something else than a {family.name}: on a small random input, outputs of up to "
-            f"{size:.2g} differ by {difference:.2g}; leave this model unswapped"
+            f"its forward computes something else than a {family.name}{mode}: on a small random input, outputs of up "
+            f"to {size:.2g} differ by {difference:.2g}; leave this model unswapped"
         )
     method = family.method(type(copy))
     if method == "forward":
         return None
     vars(copy)[method] = lambda *args: 2 * family.run_plain(copy, *family.arguments(*args), mask, "block")
-    if (copy(*inputs) - 2 * expected).abs().max().item() > tolerance:
+    doubled = copy(*inputs)
+    del vars(copy)[method]
+    if (doubled - 2 * expected).abs().max().item() > tolerance:
         return (
             f"its forward does not just return what its {method} computes, and swapping replaces that; leave this "
             "model unswapped"
@@ -85,6 +95,15 @@ def _widen(copy: nn.Module) -> None:
                 if tensor is not None and tensor.is_floating_point():
                     wide = tensor.detach().float()
                     tensors[name] = nn.Parameter(wide) if isinstance(tensor, nn.Parameter) else wide  # type: ignore[assignment]
+
+
+def _move_vectors(copy: nn.Module, random: RandomTensor) -> None:
+    """Give a bare copy biases and norms' weights as training would: zeros and ones hide what is made of them."""
+    for module in copy.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() == 1:
+                noise = random(len(parameter)).to(parameter) / 4
+                module._parameters[name] = nn.Parameter(parameter + noise, requires_grad=False)
 
 
 def _bare_copy(module: nn.Module) -> nn.Module:
