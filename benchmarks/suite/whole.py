@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -66,10 +67,11 @@ def grid(options: Options, channels: Callable[[str], int], centre: Axes, star: S
 
 def draw(module: nn.Module) -> None:
     """Draw parameters that make every branch as large as the stream, so that an error in a branch, or a missing mask,
-    shows in the output."""
-    for p in trainable(module):
+    shows in the output. Weights of norms are around 1: with small ones attention, and their gradients, would be flat."""
+    for name, p in module.named_parameters():
         inputs = p[0].numel() if p.dim() > 1 else len(p)
-        nn.init.normal_(p, std=inputs**-0.5)
+        if p.requires_grad:
+            nn.init.normal_(p, mean=float(re.search(r"norm\w*\.weight$", name) is not None), std=inputs**-0.5)
 
 
 def tokens(B: int, N: int, C: int, device: torch.device | None = None) -> Tensor:
