@@ -67,7 +67,7 @@ def grid(options: Options, channels: Callable[[str], int], centre: Axes, star: S
 
 def draw(module: nn.Module) -> None:
     """Draw parameters that make every branch as large as the stream, so that an error in a branch, or a missing mask,
-    shows in the output. Weights of norms are around 1: with small ones attention, and their gradients, would be flat."""
+    shows in the output. Weights of norms are around 1: with small ones attention would be flat."""
     for name, p in module.named_parameters():
         inputs = p[0].numel() if p.dim() > 1 else len(p)
         if p.requires_grad:
