@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.cases import WINDOWS, Benchmark, Case, Cell, Goal, Options
 from benchmarks.suite import block, model, whole
-from benchmarks.suite.models import TINY, dit_channels
+from benchmarks.suite.models import LIGHTNING, TINY, dit_channels
 from benchmarks.suite.whole import COMPILED, MASKED, UNROUTED, Axes
 
 PASSES = (*block.PASSES, "sampling")
@@ -29,6 +29,7 @@ _STAR: dict[str, Sequence[Axes]] = {
     "cpu": (
         {"model": ("DiT-B/2",), "batch": (16,), "window": ("per sample",)},
         {"model": ("DiT-B/2",), "precision": ("fp32",), "beta": (0.25, 1.0)},
+        {"model": (LIGHTNING,), "beta": (0.5,)},
         _SAMPLING,
     ),
     "cuda": ({"batch": (32,)}, {"window": ("shared",), "beta": (0.25, 1.0)}, {**_SAMPLING, "window": ("shared",)}),
