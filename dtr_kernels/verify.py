@@ -358,8 +358,8 @@ def _from_the_first_token(products: str) -> Iterator[None]:
 
 
 _LEGEND = """\
-Each row shows the tensor that comes closest to its bound: the error of our kernel and that of plain PyTorch in the same
-dtype, both against fp64. The bound is twice the error of plain PyTorch plus a few roundings.
+Each row shows the tensor whose error is largest for its bound: the error of our kernel and that of plain PyTorch in the
+same dtype, both against fp64. The bound is twice the error of plain PyTorch plus a few roundings.
 """
 
 

@@ -258,7 +258,7 @@ def test_only_whole_benchmarks_replace_what_the_checkout_keeps(tmp_path, monkeyp
     [
         (["fake_name"], "there is no benchmark fake_name"),
         (["surgery_step", "--batch", "7"], "--batch must be a multiple of the 5 clusters, got 7"),
-        (["surgery_step", "--model", "DiT-Z"], "--model must be tiny or one of DiT-S/2"),
+        (["surgery_step", "--model", "DiT-Z"], "--model must be one of tiny, DiT-S/2"),
         (["surgery_step", "--rounds", "0"], "must be a whole number of at least 1"),
         (
             ["surgery_step", "--dtype", "autocast"],

@@ -206,7 +206,7 @@ def test_every_page_is_in_the_site(site):
 # --- the notebook ----------------------------------------------------------------------------------------------------
 
 
-def test_the_tour_runs_and_is_saved_with_its_outputs(monkeypatch, one_thread):
+def test_the_tour_runs_and_is_saved_with_its_outputs(tmp_path, monkeypatch, one_thread):
     """With fewer steps here; every cell of code shows something."""
     pytest.importorskip("matplotlib", reason="NOT RUN: needs matplotlib; pip install '.[demo,test]'")
     monkeypatch.chdir(ROOT)
@@ -219,4 +219,6 @@ def test_the_tour_runs_and_is_saved_with_its_outputs(monkeypatch, one_thread):
     )
     source = "\n".join("".join(cell["source"]) for cell in code)
     assert source.count("STEPS = 500") == 1 and source.startswith("%matplotlib inline\n")
-    exec(source.partition("\n")[2].replace("STEPS = 500", "STEPS = 3"), {})
+    script = tmp_path / "tour.py"
+    script.write_text(source.partition("\n")[2].replace("STEPS = 500", "STEPS = 3"))
+    runpy.run_path(str(script))

@@ -1698,7 +1698,7 @@ BAD_BATCHES = {
     "scalar tensor": ({"tensors": [torch.ones(3, 5), torch.ones(())]}, ValueError, ["tensors[1]", "[]"]),
     "number": ({"tensors": [torch.ones(3, 5), 1.0]}, TypeError, ["tensors[1]", "float"]),
     "loss of one value": ({"loss": lambda x: x.mean()}, ValueError, ["loss ", "shape [1]", "got []"]),
-    "loss of a matrix": ({"loss": lambda x: x}, ValueError, ["loss ", "each of 1 samples", "got [1, 5]"]),
+    "loss of a matrix": ({"loss": lambda x: x}, ValueError, ["loss ", "each of the 1 samples", "got [1, 5]"]),
     "loss of no tensor": ({"loss": lambda x: 1.0}, TypeError, ["loss ", "float"]),
 }  # fmt: skip
 
