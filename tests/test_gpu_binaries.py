@@ -120,7 +120,7 @@ def test_batches_and_long_samples_share_binaries():
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("channels, tokens, batch", [(64, 40, 1), (64, 1, 3), (1, 8, 2)])
+@pytest.mark.parametrize("channels, tokens, batch", [(64, 1, 3), (1, 8, 2)])
 def test_sizes_of_one_compile(channels, tokens, batch):
     """Triton makes an argument that is 1 a constant of another type, which the interpreter does not."""
     found = static.binaries(90, torch.bfloat16, Sizes(batch, tokens, channels))
