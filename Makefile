@@ -22,7 +22,7 @@ INSTALL := $(RUN) -m pip install --quiet --no-compile
 
 .PHONY: demo study test test-kernels test-sanitize lint gpu-prepare gpu gpu-benchmarks verify docs linkcheck wheel wheels test-wheel clean
 
-# Threads that sleep while they wait take 1.2 times as long on a quiet machine, and half as long next to two busy processes.
+# Threads sleep while they wait: a little slower on a quiet machine, far faster next to busy processes.
 demo: $(READY)  ## train a small DTR-DiT on real digits, sample from it, compare fused and plain blocks: out/demo
 	OMP_WAIT_POLICY=PASSIVE $(RUN) -m examples.demo --out out/demo
 
