@@ -173,6 +173,5 @@ class Spread:
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
-    """Return the ratio of the medians of two lists of the same rounds, with percentiles of the ratios by round."""
-    by_round = Spread.of([a / b for a, b in zip(over, under, strict=True)])
-    return Spread(Spread.of(over).median / Spread.of(under).median, by_round.p20, by_round.p80)
+    """Return the spread of the ratios round by round: what slows a whole round cancels."""
+    return Spread.of([a / b for a, b in zip(over, under, strict=True)])
