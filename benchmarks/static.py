@@ -19,7 +19,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -403,29 +402,32 @@ class Row:
         return cls(**known | {"usage": Usage(**stored["usage"])})
 
 
-def rows_of_launchers(arch: int, dtype: torch.dtype, sizes: Sizes, tuned: Tuned | None = None) -> list[Row]:
-    """Return rows of the Triton kernels that the launchers run at these sizes, with default tiles or a tuned one."""
-    with nullcontext() if tuned is None else forced(tuned.op, tuned.tile):
-        compiled = binaries(arch, dtype, sizes, tuned.op if tuned else None)
+def rows_of_launchers(
+    arch: int, dtype: torch.dtype, sizes: Sizes, tile: str | None = None, chosen: str = "default"
+) -> list[Row]:
+    """Return rows of the Triton kernels that the launchers run at these sizes.
+
+    Args:
+        arch, dtype, sizes, tile: as for ``binaries``.
+        chosen: the origin of the tiles.
+    """
     rows = []
-    for binary in compiled:
+    for binary in binaries(arch, dtype, sizes, tile):
         options = binary.options
-        tile = {
+        sides = {
             name.removeprefix("BLOCK_").lower(): value
             for name, value in options.items()
             if name.startswith(("BLOCK", "ROWS"))
         }
-        tile |= {name: options[f"num_{name}"] for name in ("warps", "stages") if f"num_{name}" in options}
-        if tuned and tile != tuned.tile._asdict():
-            continue  # another kernel, which runs along with the tuned one
+        sides |= {name: options[f"num_{name}"] for name in ("warps", "stages") if f"num_{name}" in options}
         rows.append(
             Row(
                 arch,
                 "Triton",
                 binary.kernel,
                 "tf32" if options.get("PRECISION") == "tf32" else dtype_name(dtype),
-                tile,
-                tuned.measurement.gpu if tuned else "default",
+                sides,
+                chosen,
                 [sizes.N],
                 [sizes.C],
                 [binary.mode],
@@ -441,7 +443,11 @@ def rows_of_tuned(entry: Tuned) -> list[Row]:
     channels = entry.channels // 3 if entry.op == "token_sums" else entry.channels
     # Rows of a closed form are samples.
     sizes = Sizes(entry.rows if entry.op == "closed_form" else 8, entry.rows, channels)
-    return rows_of_launchers(entry.measurement.capability, getattr(torch, entry.dtype), sizes, entry)
+    where = entry.measurement
+    with forced(entry.op, entry.tile):
+        rows = rows_of_launchers(where.capability, getattr(torch, entry.dtype), sizes, entry.op, where.gpu)
+    # Others are of kernels that run along with the tuned one.
+    return [row for row in rows if row.tile == entry.tile._asdict()]
 
 
 _CUDA_NAME = re.compile(r"_ZN3dtr4cuda\d+(\w+?)_kernel(?:I(f|6__half|13__nv_bfloat16)(?:Li(\d+)E)?E)?[Ev]")

@@ -9,16 +9,13 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import static
 from dtr_kernels import reference
 from dtr_kernels.ops import random_order
 
@@ -381,52 +378,3 @@ def test_the_shim_finds_mistakes(cuda, mistake, sentence, backward):
         sentence = None  # copies are done at once
     answer = cuda.library.run_mistake(mistake.encode(), backward)
     assert answer is None if sentence is None else sentence in answer.decode()
-
-
-# ---- nvcc
-
-
-@pytest.fixture(scope="session")
-def binary(tmp_path_factory) -> Path:
-    """The kernels compiled for every architecture."""
-    places = [f"{os.environ['CUDA_HOME']}/bin"] if "CUDA_HOME" in os.environ else []
-    places += [os.environ["PATH"], *(str(bin) for path in sys.path for bin in Path(path).glob("nvidia/cu*/bin"))]
-    nvcc = shutil.which("nvcc", path=os.pathsep.join(places))
-    if nvcc is None:
-        pytest.fail(
-            "nvcc is missing: put it on the PATH or set CUDA_HOME, or take it from PyPI: pip install nvidia-cuda-nvcc "
-            "nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl, all of one version, as `make test` does"
-        )
-    target = tmp_path_factory.mktemp("nvcc") / "surgery.o"
-    codes = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90, 100)]
-    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-Wall,-Wextra", "--threads=2"]
-    done = subprocess.run([nvcc, *flags, *codes, "-c", SOURCE, "-o", target], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr.lower(), done.stderr
-    return target
-
-
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_no_spills(binary, arch):
-    rows = static.rows_of_extension(binary, arch)
-    assert len(rows) == 2 + 3 * (8 + 1 + 4 + 8)
-    for row in rows:
-        assert row.complaints == []
-        assert row.usage.registers <= 255 and row.usage.shared <= 48 << 10, row
-
-
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_rows_are_loaded_as_vectors(binary, arch):
-    seen = set()
-    for name, function in static.functions(binary, arch).items():
-        kernel = re.search(r"(coefficients|sum_partials|gram_tiled|gram|combine|weighted_sum)_kernel", name)[1]
-        if kernel == "gram_tiled":
-            assert function.count(r"LDGSTS\b.*\.128"), (name, function)
-        elif kernel in ("gram", "weighted_sum") or "combine_kernelIfLi8" in name:
-            assert function.count(r"LDG\..*\.128"), (name, function)
-        if kernel == "weighted_sum" or "combine_kernelIfLi8" in name:
-            assert function.count(r"STG\..*\.128"), (name, function)
-        if kernel == "combine":
-            assert function.count(r"LDG\.E(\.64|\.128)?$"), (name, function)
-        seen.add(kernel)
-    assert seen == {"coefficients", "sum_partials", "gram_tiled", "gram", "combine", "weighted_sum"}

@@ -142,21 +142,43 @@ def test_markdown_has_a_line_for_each_configuration():
 # ---- the built extension
 
 
+def built_for(arch):
+    if extension.kernels is None or f"sm_{arch}" not in extension.kernels.build_config()["architectures"]:
+        pytest.skip(f"NOT RUN: the extension was built without kernels for sm_{arch}")
+    return Path(extension.kernels.__file__)
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_cuda_kernels_of_the_extension(arch):
-    if extension.kernels is None or f"sm_{arch}" not in extension.kernels.build_config()["architectures"]:
-        pytest.skip(f"the extension was built without kernels for sm_{arch}")
-    rows = static.rows_of_extension(Path(extension.kernels.__file__), arch)
+    rows = static.rows_of_extension(built_for(arch), arch)
     assert [complaint for each in rows for complaint in each.complaints] == []
     assert len(rows) == 2 + 3 * (8 + 1 + 4 + 8)
     threads = {"coefficients": 32, "sum_partials": 256, "gram": 256, "gram_tiled": 160, "combine": 128}
     for each in rows:
+        assert each.usage.registers <= 255 and each.usage.shared <= 48 << 10, each
         assert each.usage.threads == threads.get(each.kernel, 128)
         assert each.usage.buffers == (3 if each.kernel == "gram_tiled" else 0)
         if each.kernel == "combine":  # its coefficients
             assert each.usage.shared == 4 * each.tile["K"] ** 2
     assert {each.tile["K"] for each in rows if each.kernel == "gram"} == set(range(1, 9))
     assert {each.dtype for each in rows} == {"", "fp32", "bf16", "fp16"}
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_rows_are_loaded_as_vectors(arch):
+    seen = set()
+    for name, function in static.functions(built_for(arch), arch).items():
+        kernel = re.search(r"(coefficients|sum_partials|gram_tiled|gram|combine|weighted_sum)_kernel", name)[1]
+        if kernel == "gram_tiled":
+            assert function.count(r"LDGSTS\b.*\.128"), (name, function)
+        elif kernel in ("gram", "weighted_sum") or "combine_kernelIfLi8" in name:
+            assert function.count(r"LDG\..*\.128"), (name, function)
+        if kernel == "weighted_sum" or "combine_kernelIfLi8" in name:
+            assert function.count(r"STG\..*\.128"), (name, function)
+        if kernel == "combine":
+            assert function.count(r"LDG\.E(\.64|\.128)?$"), (name, function)
+        seen.add(kernel)
+    assert seen == {"coefficients", "sum_partials", "gram_tiled", "gram", "combine", "weighted_sum"}
 
 
 # ---- command line and the committed report
