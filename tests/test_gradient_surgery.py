@@ -2026,13 +2026,16 @@ def test_uncertainty_trains_with_the_model(model, batches):
     optimizer = torch.optim.AdamW([{"params": model.parameters()}, weighting.param_group()], lr=1e-3, weight_decay=0.1)
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 0.025]
     assert optimizer.param_groups[1]["weight_decay"] == 0
+    above = []
     for _ in range(5):
-        weighting(batches.tensors(model)).backward()
+        losses = batches.tensors(model)
+        above.append(torch.stack(losses) > K)
+        weighting(losses).backward()
         optimizer.step()
         optimizer.zero_grad()
-    # A loss above its variance raises the variance.
-    losses = torch.stack(batches.tensors(model)).detach()
-    assert torch.equal(weighting.log_variances > 0, losses > K)
+    # A loss above its variance raises the variance; one that crosses it may leave it on either side.
+    steady = torch.stack(above).all(0) | ~torch.stack(above).any(0)
+    assert torch.equal((weighting.log_variances > 0)[steady], above[0][steady])
     restored = dtr.UncertaintyWeighting(K)
     restored.load_state_dict(through_a_file(weighting.state_dict()))
     assert torch.equal(restored.log_variances, weighting.log_variances)

@@ -143,7 +143,11 @@ def test_markdown_has_a_line_for_each_configuration():
 
 
 def built_for(arch):
-    if extension.kernels is None or f"sm_{arch}" not in extension.kernels.build_config()["architectures"]:
+    """The extension; without any CUDA kernels nothing has been compiled by nvcc, and that is no pass."""
+    assert extension.kernels, extension.unavailable
+    config = extension.kernels.build_config()
+    assert config["cuda"], f"{config['no_cuda_reason']}; nvcc comes from PyPI too: see NVCC in the Makefile"
+    if f"sm_{arch}" not in config["architectures"]:
         pytest.skip(f"NOT RUN: the extension was built without kernels for sm_{arch}")
     return Path(extension.kernels.__file__)
 

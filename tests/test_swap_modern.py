@@ -131,7 +131,8 @@ def test_a_norm_that_loses_its_weight_after_the_swap(monkeypatch, part, kind, pl
 def test_heads_of_odd_width(width):
     model, inputs = DiT([LightningDiTBlock(HEADS * width, HEADS)], HEADS * width), batch()
     before = results(model, inputs)
-    assert_same(results(dtr.swap_blocks(model), inputs), before)
+    # A head of one channel is normalised to its sign: gradients are what nearly cancels.
+    assert_same(results(dtr.swap_blocks(model), inputs), before, rtol=2e-3)
 
 
 class UnweightedRMSNorm(RMSNorm):

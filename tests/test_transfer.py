@@ -92,10 +92,12 @@ def test_guidance_goes_to_both_models(seed):
     mixed = IntervalSpecialist(plain, model, 3, 6)
     x, y = torch.randn(6, 1, 4, 4).repeat(2, 1, 1, 1), torch.cat([torch.randint(3, (6,)), torch.full((6,), 3)])
     out = mixed.forward_with_cfg(x, t, y, 2.5)
+    rounding = 1e-4 * out.abs().max().item()
     for b in range(6):
         own = model if 3 <= t[b] < 6 else plain
         pair = [b, b + 6]
-        torch.testing.assert_close(out[pair], own.forward_with_cfg(x[pair], t[pair], y[pair], 2.5), rtol=0, atol=1e-5)
+        alone = own.forward_with_cfg(x[pair], t[pair], y[pair], 2.5)
+        torch.testing.assert_close(out[pair], alone, rtol=0, atol=rounding)
     assert torch.equal(mixed.forward_with_cfg(x, 4, y, 2.5), model.forward_with_cfg(x, 4, y, 2.5))
 
 
