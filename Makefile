@@ -2,6 +2,7 @@
 # PYTHON chooses the interpreter; VENV= (empty) uses that interpreter's own PyTorch and packages as they are.
 PYTHON ?= python3
 VENV ?= .venv
+# What all tests have passed on and the stored results were measured with; a newer PyTorch is allowed, and untried.
 TORCH ?= torch==2.13.0 torchvision==0.28.0 triton==3.7.1
 # The CUDA compiler for machines that have none (100 MB): CUDA kernels compile, and are tested to, on all of them.
 NVCC ?= nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
