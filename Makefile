@@ -18,8 +18,10 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-# Python compiles what is imported, and no more: compiling all packages takes longer than installing them.
+# Python compiles what is imported, and no more: compiling all packages takes longer than installing them. It keeps what
+# it has compiled, whatever the environment says: tests start many processes, and each would compile PyTorch anew.
 INSTALL := $(RUN) -m pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo study test test-kernels test-sanitize lint gpu-prepare gpu gpu-benchmarks verify docs linkcheck wheel wheels test-wheel clean
 
