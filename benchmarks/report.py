@@ -255,8 +255,8 @@ _METHOD = """\
   buffers as it takes that none is found in the L2 cache. Blocks, models and gradient surgery have one set of buffers;
   before each replay or call other data is read into the L2 cache. On a CPU it is the wall clock, and
   inputs may be found in a cache.
-- Times are medians, in brackets the 20th and 80th percentiles. Ratios are those of the two sides'
-  times in one round, of which the median and the percentiles are given: what slows a whole round cancels.
+- Times are medians, in brackets the 20th and 80th percentiles. A ratio is that of two sides' times in one round,
+  so that what slows a whole round cancels; again the median and these percentiles are given.
 - The floor is max(FLOPs / matrix rate, bytes / memory bandwidth), both measured in the same rounds: by a large matrix
   product, and by a copy of a tensor far larger than any cache, of which bytes read and bytes written count. A CPU also
   reads what a copy overwrites, so that what only reads, or writes where it has read, can be faster than this floor.

@@ -36,18 +36,23 @@ BETAS = [0.8, 1.0] if INTERPRETED else [0.8, 0.3, 1.0]
 TIMESTEPS = (0, 999, 640, 871)
 
 
+class NearBound(AssertionError):
+    """An error above its bound, but by less than four times."""
+
+
 def redrawn(check):
-    """Make a check that draws its inputs hold on two more draws where it fails on one.
+    """Make a check that draws its inputs hold on two more draws where it fails narrowly on one.
 
     A bound is twice the error of plain PyTorch, and both errors are of one draw: where few sums decide them, or
-    attention amplifies some roundings, the ratio is above 2 in one draw of thousands, whatever the kernel.
+    attention amplifies some roundings, the ratio is above 2 in one draw of thousands, whatever the kernel. What a
+    fault makes, even now and then, is far above the bound and fails at once.
     """
 
     @functools.wraps(check)
     def checked(*args, **kwargs):
         try:
             check(*args, **kwargs)
-        except AssertionError:
+        except NearBound:
             for _ in range(2):
                 check(*args, **kwargs)
 
@@ -56,7 +61,9 @@ def redrawn(check):
 
 def assert_within_bound(comparisons):
     failed = [c for c in comparisons if not c.passed]
-    assert not failed, "\n".join(map(str, failed))
+    if failed:
+        near = all(c.error <= 4 * c.bound for c in failed)  # not for NaN
+        raise (NearBound if near else AssertionError)("\n".join(map(str, failed)))
 
 
 @redrawn
