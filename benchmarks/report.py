@@ -12,6 +12,7 @@ from benchmarks.results import CaseResult, Run, SideResult, load_all, quotient
 from benchmarks.study import findings, inner
 from benchmarks.suite import block, kernels
 from benchmarks.suite.block import COMPILED, FUSED, MASKED, UNROUTED
+from benchmarks.suite.model import REMEMBERED
 from benchmarks.tables import (
     caveats,
     commit_of,
@@ -415,13 +416,21 @@ def _measured(*runs: Run) -> str:
 
 
 def _inner(results: Results) -> str:
-    """Write the results of scope "inner" on a CPU, for a page of the docs."""
+    """Write the speed of scope "inner" on a CPU, for a page of the docs; its picture has more shares of heads."""
     run = _run(results, "cpu", "inner")
     if run is None:
         return _not_stored(["inner"])
-    said = f"On {_machine(run)} ([all figures](../{(RESULTS / 'cpu' / run.benchmark).as_posix()}.md)):"
+    rows: dict[tuple[str, ...], dict[float, str]] = {}
+    for case in run.cases:
+        sizes = tuple(str(case.cell[name]) for name in ("model", "batch", "window", "precision", "pass"))
+        ours = FUSED if case.timed(FUSED) else REMEMBERED
+        rows.setdefault(sizes, {})[float(case.cell["beta"])] = times(case.speedup(ours, UNROUTED + COMPILED))
+    header = ["model", "batch", "window", "precision", "pass", "beta 0.75", "beta 0.5"]
+    speeds = table([header, *([*sizes, of.get(0.75, ""), of.get(0.5, "")] for sizes, of in rows.items())])
+    figures = f"[all figures](../{(RESULTS / 'cpu' / run.benchmark).as_posix()}.md)"
+    said = f"Speed-up over the unrouted block, or model, under `torch.compile`, on {_machine(run)} ({figures}):"
     picture = f"![Time against the active share](benchmarks/{SHARES.name})"
-    return "\n\n".join([*_bold_caveats(run), said, overview(run), *([picture] if plots.shares_of_heads(run) else [])])
+    return "\n\n".join([*_bold_caveats(run), said, speeds, *([picture] if plots.shares_of_heads(run) else [])])
 
 
 def _run(results: Results, device: str, name: str) -> Run | None:

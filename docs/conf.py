@@ -15,6 +15,8 @@ project = "dtr_kernels"
 html_title = "dtr_kernels"
 html_theme = "furo"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
 exclude_patterns = ["demo/*.md"]  # a table that another page includes
 

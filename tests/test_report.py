@@ -469,6 +469,19 @@ def test_the_readmes_scopes(seed):
     assert "no figures of inner" in report._scopes({"cpu": runs})
 
 
+def test_the_speeds_of_scope_inner(seed):
+    three_quarters, half = made_up_scopes()[1], made_up_scopes()[1]
+    for case in half.cases:
+        case.cell["beta"] = 0.5
+    sampling = made_up_case({"unrouted, compiled": 1.0, "Sampler": 1.8}, cell=half.cases[0].cell | {"pass": "sampling"})
+    rows = rows_of(report._inner({"cpu": [run_of("inner", [*three_quarters.cases, *half.cases, sampling])]}))
+    assert [row["pass"] for row in rows] == ["forward", "training"] * 2 + ["sampling"]
+    for row, wide, narrow in zip(rows, three_quarters.cases, half.cases, strict=False):
+        for share, case in (("beta 0.75", wide), ("beta 0.5", narrow)):
+            assert row[share].startswith(f"{case.speedup(FUSED, 'unrouted, compiled').median:.2f}x (")
+    assert rows[-1]["beta 0.75"] == "" and rows[-1]["beta 0.5"].startswith("1.")
+
+
 def test_the_readmes_steps(seed):
     _, run = made_up_surgery()
     text = report._steps({"cpu": [run]})

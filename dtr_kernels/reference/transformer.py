@@ -24,9 +24,9 @@ class BlockKind(NamedTuple):
     """The kind of a transformer block; the defaults are facebookresearch/DiT's.
 
     Attributes:
-        norm: one of ``NORMS``.
+        norm: "layer" or "rms".
         affine: both norms have a weight, and LayerNorm a bias.
-        activation: one of ``ACTIVATIONS``; with "swiglu" fc1 has two outputs for each input of fc2.
+        activation: "gelu_tanh", "gelu", "silu" or "swiglu"; with "swiglu" fc1 has two outputs for each input of fc2.
         qk_norm: norm queries and keys, each head's channels by a norm of the same kind with a weight.
     """
 
