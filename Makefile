@@ -2,7 +2,8 @@
 # PYTHON chooses the interpreter; VENV= (empty) uses that interpreter's own PyTorch and packages as they are.
 PYTHON ?= python3
 VENV ?= .venv
-# What all tests have passed on and the stored results were measured with; a newer PyTorch is allowed, and untried.
+# The PyTorch of the stored results. A newer one needs its own torchvision and Triton, and an NVCC of its CUDA version:
+# 2.15.0 (torchvision 0.29.2, Triton 3.9.0, CUDA 13.2) passes all tests, and its blocks are as fast (docs/benchmarks.md).
 TORCH ?= torch==2.13.0 torchvision==0.28.0 triton==3.7.1
 # The CUDA compiler for machines that have none (100 MB): CUDA kernels compile, and are tested to, on all of them.
 NVCC ?= nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85

@@ -256,8 +256,9 @@ def figure(run: Run) -> Figure:
 
 
 def _title(run: Run) -> list[str]:
-    """Return the title's lines: the benchmark, the device, the date, and the coordinates that all cases share."""
-    facts = [str(run.environment.get("device", "unknown device")), str(run.environment.get("date", ""))[:10]]
+    """Return the title's lines: the benchmark, device, PyTorch, date, and the coordinates that all cases share."""
+    known = run.environment
+    facts = [str(known.get("device", "unknown device")), f"torch {known.get('torch')}", str(known.get("date", ""))[:10]]
     if len(run.cases) > 1:
         facts += [f"{name} {value}" for name, value in coordinates(run.cases)[0].items()]
     return [marked(run), *textwrap.wrap(", ".join(facts), COLUMN_TITLE)]

@@ -28,7 +28,7 @@ from benchmarks.tables import (
 from dtr_kernels.files import replacing
 from dtr_kernels.ops import KERNELS
 
-# The results of each device, "cpu" first, by the name of its folder.
+# The results of each device and PyTorch, "cpu" first, by the name of their folder.
 Results = Mapping[str, Sequence[Run]]
 
 RESULTS = Path("benchmarks/results")
@@ -118,7 +118,7 @@ def report_of_checkout(root: Path, check: bool) -> int:
 
 
 def committed_results(root: Path) -> dict[str, list[Run]]:
-    """Return the results of each device's folder in a checkout, without the compilers' report."""
+    """Return the results of each folder in a checkout, without the compilers' report."""
     folders = [folder for folder in (root / RESULTS).glob("*") if folder.is_dir() and folder != (root / STATIC).parent]
     with_results = [folder for folder in folders if any(folder.glob("*.json"))]
     return {folder.name: load_all(folder) for folder in sorted(with_results, key=lambda f: (f.name != "cpu", f.name))}
@@ -305,7 +305,7 @@ def docs_page(results: Results, static: bool) -> str:
         parts += [f"{run.summary}\n\n{_picture(f'benchmarks/{device}-{run.benchmark}.png', run)}" for run in drawn]
     if not results:
         parts.append("No results are stored in benchmarks/results yet.")
-    if not results.keys() - {"cpu"}:
+    if all(_on_cpu(run) for runs in results.values() for run in runs):
         parts += ["## GPU", "No kernel has run on a GPU yet. To reach on an H200, in bf16:", _goals_on_gpu()]
     if static:
         parts += [
@@ -447,9 +447,12 @@ def _not_stored(names: Sequence[str]) -> str:
 
 
 def _machine(run: Run) -> str:
-    facts = run.environment
-    cores = f"{facts.get('threads')} threads of " if facts.get("device") == facts.get("cpu") else ""
-    return f"{cores}{facts.get('device')}, torch {facts.get('torch')}"
+    cores = f"{run.environment.get('threads')} threads of " if _on_cpu(run) else ""
+    return f"{cores}{run.environment.get('device')}, torch {run.environment.get('torch')}"
+
+
+def _on_cpu(run: Run) -> bool:
+    return run.environment.get("device") == run.environment.get("cpu")
 
 
 def _bold_caveats(*runs: Run) -> list[str]:

@@ -367,7 +367,7 @@ def test_what_a_reader_must_know_of_a_run(seed, tmp_path):
     assert "| block (uncommitted changes, interrupted) |" in goals_table([careless])
     assert "STALE" not in report.docs_page({"cpu": [fresh]}, static=False).split("## Method")[0]
     title = plots.figure(old).get_suptitle()
-    assert "STALE" in title and "A CPU" in title and "2026-11-21" in title
+    assert "STALE" in title and "A CPU" in title and "torch 2.13.0" in title and "2026-11-21" in title
 
 
 def test_environment_without_pythons_punctuation():
@@ -446,7 +446,8 @@ def test_floors_of_a_block():
 
 def test_pages_without_results_say_so():
     assert "no figures of block" in report._scopes({}) and "no figures of surgery_step" in report._steps({})
-    page = report.docs_page({"cpu": made_up_surgery()}, static=False)
+    page = report.docs_page({"cpu": made_up_surgery(), "cpu-torch-9": [made_up_blocks()]}, static=False)
+    assert "## cpu-torch-9: 2 threads of A CPU, torch 2.13.0" in page
     goals = rows_of(page.partition("## GPU")[2])
     assert len(goals) > 7 and "speed-up of RoutedDiTBlock over unrouted, compiled at least 1" in [
         row["goal"] for row in goals
