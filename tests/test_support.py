@@ -164,9 +164,8 @@ for function in load:
 """
 
 
-def test_aotinductor(seed, fresh_compiler, tmp_path, monkeypatch):
+def test_aotinductor(seed, fresh_compiler, tmp_path):
     """Files of exported and of compiled programs run where dtr_kernels has been imported, and there alone."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     model = NativeAndSwapped()
     program = export(model)
     files = [str(tmp_path / name) for name in ("model.pt2", "package.pt2", "results.pt")]
