@@ -368,8 +368,10 @@ def run(training: Training, checkpoint: Path, save_every: int) -> bool:
     stop where they are, and continue from the last multiple of ``save_every`` steps.
     """
     total = training.recipe.steps
-    bar = tqdm(total=total, initial=training.done, desc="training", disable=training.rank > 0, **digits.BAR)
-    with bar, _signals(training.world == 1) as received:
+    with (
+        _signals(training.world == 1) as received,  # tqdm prints a traceback if its constructor is interrupted
+        tqdm(total=total, initial=training.done, desc="training", disable=training.rank > 0, **digits.BAR) as bar,
+    ):
         while training.done < total and not received:
             training.step()
             bar.update()

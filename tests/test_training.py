@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from dtr_kernels.files import locked, read_tensors, replacing, write_tensors
 from examples import digits
@@ -214,6 +215,19 @@ def test_a_signal_is_told_after_its_step_is_saved_and_handlers_come_back(last, d
     with pytest.raises(ZeroDivisionError):
         run(training, tmp_path / "checkpoint.pt", save_every=100)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_while_the_bar_is_made_ends_the_run_after_saving(data, tmp_path, monkeypatch):
+    class Interrupted(tqdm):
+        def __init__(self, *args, **options):
+            signal.raise_signal(signal.SIGINT)
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr("examples.train.tqdm", Interrupted)
+    assert not run(Training(TINY, *data), tmp_path / "checkpoint.pt", save_every=100)
+    again = Training(TINY, *data)
+    again.load(tmp_path / "checkpoint.pt")
+    assert again.done == 0
 
 
 def test_a_finished_run_does_nothing_more(data, tmp_path):
