@@ -46,7 +46,7 @@ def test_no_spills_and_matrix_instructions():
     check(rows)
 
 
-# Compiling everything takes minutes, and is in the report that ``python -m benchmarks static`` stores; norms too.
+# Compiling everything takes minutes: ``python -m benchmarks static`` does, norms for these architectures included.
 def test_a_problem_drawn_at_random(seed):
     choices = itertools.product((80, 100), DTYPES, (384, 768), (256, 16), GEMM_TILES)
     arch, dtype, channels, tokens, tile = random.Random(seed).choice(list(choices))
